@@ -1,0 +1,38 @@
+"""What a user sees when something is wrong: one message that says what to do next, and an exit code that scripts can
+read."""
+import sys
+from collections.abc import Callable
+
+DONE = 0
+CHECK_FAILED = 1  # for example, overfit_single_batch did not overfit
+COMMAND = 2  # a wrong command or setting
+DATA = 3  # token files or texts that are missing, damaged or do not fit
+CHECKPOINT = 4  # a checkpoint that is missing, damaged or does not fit
+NOT_FINITE = 5  # the loss is NaN or infinite
+OUT_OF_MEMORY = 6
+DISK_FULL = 7
+STOPPED = 75  # stopped after saving: run the same command again
+INTERRUPTED = 130  # Ctrl-C, as shells count it
+
+
+class UserError(ValueError):
+    """A mistake that the message lets its reader repair: what is wrong, where, what to type next, in at most three
+    lines."""
+
+    def __init__(self, message: str, code: int = COMMAND) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Call main with the command line's arguments. A UserError ends the process with its message and code, no
+    traceback."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.stdout.flush()
+        print(error, file=sys.stderr)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(INTERRUPTED)
