@@ -1,0 +1,236 @@
+"""
+Token files, and the order in which training reads them.
+
+A corpus is a folder: train.bin and val.bin hold bare little-endian integers (nanoGPT's format), meta.json says which
+tokenizer made them and what they looked like when they were made. Training reads windows of block_size tokens, in an
+order that is a pure function of the seed and the number of the window: nothing to save, nothing to restore, the same
+for any number of processes.
+"""
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from errors import DATA, UserError
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+Integers = npt.NDArray[np.int64]
+DATA_ROOT = Path(__file__).parent / 'data'
+END = 4096  # bytes at the head and the tail of a token file that are compared with what its maker wrote
+
+
+class Encoder(Protocol):
+    """All that a window asks of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def data_folder(dataset: str) -> Path:
+    """The folder of a corpus: data/<dataset> beside this file, or any other path."""
+    return DATA_ROOT / dataset
+
+
+def ends_of(path: Path) -> dict[str, str]:
+    """sha256 of the first and of the last 4096 bytes: what notices most damage without reading a whole file."""
+    with open(path, 'rb') as file:
+        head = file.read(END)
+        file.seek(max(0, path.stat().st_size - END))
+        return {'head': hashlib.sha256(head).hexdigest(), 'tail': hashlib.sha256(file.read(END)).hexdigest()}
+
+
+class TokenFile:
+    """The tokens of one file. Each read opens it anew: no memory map that grows with use, or that ends the process when
+    the file shrinks, and nothing that a copy in another process would share."""
+
+    def __init__(self, path: str | Path, dtype: str = 'uint16') -> None:
+        self.path, self.dtype = Path(path), np.dtype(dtype).newbyteorder('<')
+        try:
+            size = self.path.stat().st_size
+        except OSError as error:
+            raise UserError(f'{self.path}: {error.strerror}', DATA) from None
+        if size == 0 or size % self.dtype.itemsize:
+            raise UserError(f'{self.path} has {size} bytes, which is not a whole number of {dtype} tokens\n'
+                            'it is damaged or of another format: prepare the corpus again', DATA)
+        self.n_tokens = size // self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def read(self, start: int, count: int) -> Ids:
+        """Tokens start .. start + count - 1. Raises UserError where the file no longer holds them."""
+        try:
+            ids = np.fromfile(self.path, self.dtype, count, offset=start * self.dtype.itemsize)
+        except OSError as error:
+            raise UserError(f'{self.path} can no longer be read: {error.strerror}', DATA) from None
+        if len(ids) < count:
+            left = self.path.stat().st_size // self.dtype.itemsize
+            raise UserError(f'{self.path} has shrunk: it had {self.n_tokens} tokens, and {left} are left', DATA)
+        return ids
+
+
+def fingerprint(tokens: TokenFile) -> dict[str, Any]:
+    """What tells this file from another, without reading all of it."""
+    return {'tokens': len(tokens), **ends_of(tokens.path)}
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a corpus's maker wrote into meta.json. nanoGPT's corpora of GPT-2 tokens have none, and need none."""
+    path = folder / 'meta.json'
+    if not (folder / 'train.bin').exists():
+        raise UserError(f'{folder} holds no prepared corpus\nfirst run: {how_to_prepare(folder)}', DATA)
+    if not path.exists():
+        if (folder / 'meta.pkl').exists():
+            raise UserError(f'{folder}/meta.pkl is a pickle, which could run any code: it is not read\n'
+                            f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
+        return {'tokenizer': {'name': 'gpt2'}, 'vocab_size': 50257, 'dtype': 'uint16', 'splits': {}}
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict) or not {'tokenizer', 'vocab_size', 'dtype', 'splits'} <= meta.keys():
+        raise UserError(f'{path} is damaged\nrebuild the corpus: {how_to_prepare(folder)}', DATA)
+    return meta
+
+
+def how_to_prepare(folder: Path) -> str:
+    """The command that makes this corpus."""
+    if (DATA_ROOT / folder.name / 'prepare.py').exists():
+        return f'python data/{folder.name}/prepare.py'
+    return f'python data/text/prepare.py --input=YOUR_TEXT --name={folder.name}'
+
+
+def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> TokenFile:
+    """The tokens of 'train' or 'val', checked: they are what their maker wrote, enough for one window, and known to a
+    model of vocab_size tokens. Raises UserError that names the file and the sizes."""
+    path, meta = folder / f'{split}.bin', read_meta(folder)
+    if not path.exists():
+        raise UserError(f'{path} is not there\nfirst run: {how_to_prepare(folder)}', DATA)
+    tokens = TokenFile(path, meta['dtype'])
+    made = meta['splits'].get(split, {})
+    if len(tokens) != made.get('tokens', len(tokens)):
+        raise UserError(f'{path} has {len(tokens)} tokens, and meta.json says {made["tokens"]}: it is damaged\n'
+                        f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
+    if made and ends_of(path) != {name: made[name] for name in ('head', 'tail')}:
+        raise UserError(f'{path} is not the file that meta.json describes: its first or last bytes differ\n'
+                        f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
+    if made.get('largest_id', 0) >= vocab_size:
+        raise UserError(f'{path} holds token {made["largest_id"]}, and the model knows only 0 to {vocab_size - 1}\n'
+                        f'give --vocab_size={made["largest_id"] + 1}, or prepare the text with another tokenizer', DATA)
+    if len(tokens) <= block_size:
+        raise UserError(f'{path} has {len(tokens)} tokens: too few for a window of block_size + 1 = {block_size + 1}\n'
+                        f'give --block_size={max(1, len(tokens) - 1)} or less, or prepare more text', DATA)
+    return tokens
+
+
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """Windows that do not overlap, in their order: item i is x (T,) and y (T,), where y is x shifted by one token. For
+    anybody's DataLoader. `source` is a token file, ids, or, with a tokenizer, text."""
+
+    def __init__(self, source: TokenFile | str | Path | Sequence[int] | Ids, block_size: int,
+                 tokenizer: Encoder | None = None) -> None:
+        if isinstance(source, str) and tokenizer is not None:
+            source = tokenizer.encode(source)
+        self.source = TokenFile(source) if isinstance(source, str | Path) else source
+        self.block_size = block_size
+        if len(self.source) <= block_size:
+            raise UserError(f'{len(self.source)} tokens are too few for a window of {block_size} + 1', DATA)
+
+    def __len__(self) -> int:
+        return (len(self.source) - 1) // self.block_size
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= i < len(self):
+            raise IndexError(f'window {i} of {len(self)}')
+        start, count = i * self.block_size, self.block_size + 1
+        ids = self.source.read(start, count) if isinstance(self.source, TokenFile) else self.source[start:start + count]
+        xy = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+        return xy[:-1], xy[1:]
+
+
+def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Each 64-bit number -> one that looks unrelated to it (splitmix64, Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def draw(*key: int) -> int:
+    """A 63-bit number that depends on nothing but the key."""
+    state = np.zeros(1, dtype=np.uint64)
+    for number in key:
+        state = mix(state + np.uint64(number % 2**64) + np.uint64(0x9E3779B97F4A7C15))
+    return int(state[0]) >> 1
+
+
+def shuffle(index: Integers, n: int, key: int) -> Integers:
+    """Where a random order of 0 .. n - 1 puts each index: a keyed permutation that is computed, not stored. Six rounds
+    of a Feistel network permute the next power of four; what falls outside 0 .. n - 1 is permuted again (Black and
+    Rogaway 2002)."""
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of each of the two halves
+    mask = np.uint64((1 << int(half)) - 1)
+    x, outside = index.astype(np.uint64), np.ones(len(index), dtype=bool)
+    while outside.any():
+        left, right = x[outside] >> half, x[outside] & mask
+        for number in range(6):
+            left, right = right, left ^ (mix(right + np.uint64(draw(key, number))) & mask)
+        x[outside] = left << half | right
+        outside = x >= n
+    return x.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The endless sequence of windows that training reads, epoch after epoch. Each epoch cuts the corpus into windows
+    that do not overlap, from an offset of its own below block_size, shuffles them, and reads each once. Fewer than 2
+    block_size tokens at the ends sit out."""
+
+    n_tokens: int
+    block_size: int
+    seed: int
+
+    @property
+    def epoch(self) -> int:
+        """Windows in an epoch."""
+        return max(1, self.n_tokens // self.block_size - 1)
+
+    def starts(self, first: int, count: int) -> Integers:
+        """Where windows number first .. first + count - 1 of the sequence start in the corpus."""
+        numbers = np.arange(first, first + count)
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(numbers // self.epoch).tolist():
+            here = numbers // self.epoch == epoch
+            spare = min(self.block_size, self.n_tokens - self.epoch * self.block_size)  # offsets to choose from
+            offset = draw(self.seed, epoch, 0) % spare
+            windows = shuffle(numbers[here] % self.epoch, self.epoch, key=draw(self.seed, epoch, 1))
+            starts[here] = offset + self.block_size * windows
+        return starts
+
+
+def fixed_starts(n_tokens: int, block_size: int, count: int) -> Integers:
+    """Where the same `count` windows, or all where there are fewer, start each time: evenly spread over a split, to
+    evaluate on."""
+    total = (n_tokens - 1) // block_size
+    return np.arange(min(count, total)) * total // min(count, total) * block_size
+
+
+def read_batch(tokens: TokenFile, starts: Integers, block_size: int, batch_size: int,
+               vocab_size: int) -> tuple[Tensor, Tensor]:
+    """x and y (batch_size, T): the windows at `starts`. Rows for which there is no start have targets -1, which do not
+    count."""
+    xy = np.full((batch_size, block_size + 1), -1, dtype=np.int64)
+    for row, start in enumerate(starts.tolist()):
+        xy[row] = tokens.read(start, block_size + 1)
+    if xy.max() >= vocab_size:
+        raise UserError(f'{tokens.path} holds token {xy.max()}, and the model knows only 0 to {vocab_size - 1}:\n'
+                        'it is damaged, or another tokenizer made it', DATA)
+    x = xy[:, :-1].copy()
+    x[len(starts):] = 0
+    return torch.from_numpy(x), torch.from_numpy(xy[:, 1:].copy())
