@@ -1,0 +1,328 @@
+"""
+GPT-2, fast. model_trivialised.py computes the same function, plainly, and `diff model_trivialised.py model.py` lists
+what was done to it: `fast:` marks the same function computed otherwise, `more:` what the plain file leaves out.
+
+Shapes, in every file of this project:
+    B  sequences in the batch        C  width of the residual stream (n_embd)
+    T  tokens in a sequence          H  attention heads (n_head)
+    V  tokens in the vocabulary      D  width of one head, C // H
+
+The model is that of Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", with OpenAI's names for
+the weights.
+"""
+import math
+import re
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from errors import CHECKPOINT, UserError
+
+
+# more: the plain file imports this
+@dataclass(frozen=True)
+class GPTConfig:
+    block_size: int = 1024  # the longest sequence that the model can read, in tokens
+    vocab_size: int = 50304  # GPT-2 has 50257 tokens; matrices whose sides are multiples of 128 multiply faster
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in the Linear layers and LayerNorms, as in GPT-2
+    gelu: Literal['tanh', 'exact'] = 'tanh'  # GPT-2's approximation, or the function itself, as in nanoGPT
+    tie_weights: bool = True  # one table embeds a token and predicts it
+
+    def __post_init__(self) -> None:
+        if self.n_head < 1 or self.n_embd % self.n_head:
+            raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: heads are equally wide')
+
+
+# more: generation
+class Cache:
+    """The keys and values of the tokens that one layer has read, so that the next token need not read them again."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.length = 0  # tokens read
+        self.k = self.v = torch.empty(0)  # (B, H, block_size, D) from the first call on
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the k and v (B, H, T, D) of T more tokens; return those of all tokens, (B, H, length, D)."""
+        if self.length == 0:
+            B, H, _, D = k.shape
+            self.k, self.v = k.new_empty(B, H, self.block_size, D), v.new_empty(B, H, self.block_size, D)
+        assert self.length == 0 or k.size(2) == 1, 'after the first tokens, the mask allows for one at a time'
+        new = slice(self.length, self.length + k.size(2))
+        self.k[:, :, new], self.v[:, :, new] = k, v
+        self.length = new.stop
+        return self.k[:, :, :new.stop], self.v[:, :, :new.stop]
+
+
+LayerNorm = nn.LayerNorm  # fast: one kernel for what the plain file writes out: mean, variance, gain and bias
+
+
+class Attention(nn.Module):
+    """Each token gathers information from itself and the tokens before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)  # more: dropout
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # more: a cache, to continue a text
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # each (B, T, C)
+        # fast: all heads at once, as one more dimension of the batch; the plain file loops over them
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # each (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(k, v)  # each (B, H, length, D)
+        # fast: one kernel for softmax(q @ k^T / sqrt(D)) @ v that never stores the (T, T) table of the plain file;
+        # a single query is the newest token, and may look at everything
+        dropout = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Each token is transformed on its own."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.approximate = 'tanh' if config.gelu == 'tanh' else 'none'  # more: the exact GELU, and dropout
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)  # (B, T, 4C)
+        x = F.gelu(x, approximate=self.approximate)  # fast: one kernel for the formula of the plain file
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention, then the MLP, each of which adds its result to the residual stream x."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # more: the cache
+        x = x + self.attn(self.ln_1(x), cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class Transformer(nn.Module):
+    """Tokens -> what the model makes of each of them, given those before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)  # more: dropout
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+
+    def forward(self, idx: Tensor, caches: list[Cache] | None = None) -> Tensor:  # more: a cache for each layer
+        """idx (B, T) -> (B, T, C)"""
+        T = idx.size(1)
+        first = caches[0].length if caches else 0  # more: the position of the first token, where a text is continued
+        block_size = self.wpe.num_embeddings
+        assert first + T <= block_size, f'{first + T} tokens do not fit in a block of {block_size}'
+        x = self.drop(self.wte(idx) + self.wpe.weight[first:first + T])  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, caches[layer] if caches else None)
+        return self.ln_f(x)
+
+
+class GPT(nn.Module):
+    """The language model: from a sequence of tokens to a prediction of each next one."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:  # more: an untied head
+            self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, 0.02), and smaller where a layer adds to the residual stream, so that the sum keeps its size."""
+        for name, p in self.named_parameters():
+            if name.endswith('bias'):
+                p.zero_()
+            elif p.dim() == 1:
+                p.fill_(1.0)  # LayerNorm gains
+            elif name.endswith('c_proj.weight'):
+                p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                p.normal_(0.0, 0.02)
+
+    # more: targets of -1 do not count, logits that nobody asks for are not returned, and the caches
+    def forward(self, idx: Tensor, targets: Tensor | None = None, logits: Literal['all', 'last', 'none'] = 'all',
+                caches: list[Cache] | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """idx (B, T) -> logits (B, T, V), or (B, 1, V) for 'last', or None for 'none'; and, given targets (B, T), the
+        mean cross-entropy in nats per token over the targets that are not -1 (0 where all are)."""
+        x = self.transformer(idx, caches)  # (B, T, C)
+        if targets is None:
+            if logits == 'last':
+                x = x[:, -1:]  # fast: the last position is all that is needed to continue a text
+            return (None if logits == 'none' else self.lm_head(x)), None
+        scores = self.lm_head(x)  # (B, T, V)
+        # fast: one kernel for the logarithm of the softmax, in float32 at least, and the choice of each target
+        precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        nats = F.cross_entropy(precise.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum')
+        loss = nats / (targets != -1).sum().clamp(min=1)
+        return {'all': scores, 'last': scores[:, -1:], 'none': None}[logits], loss
+
+    # more: temperature, top-k, top-p, stop token, seed
+    @torch.no_grad()
+    def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+               top_p: float | None = None, stop: int | None = None, seed: int | None = None,
+               n_vocab: int | None = None, use_cache: bool = True) -> Generator[Tensor]:
+        """Continue each row of idx (B, T), T > 0; yield one token for each row, (B,), at a time, until all rows have
+        said `stop` (a row that has goes on repeating it). Temperature 0 takes the likeliest token. Ids from n_vocab on
+        are never drawn: they pad the vocabulary to a round size. The same seed gives the same text, cached or not."""
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        block_size = self.config.block_size
+        # fast: each token is read once, and its keys and values kept; the plain file reads all of them every time
+        idx, unread, caches = idx[:, -block_size:], idx[:, -block_size:], self.new_caches() if use_cache else None
+        stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)  # (B,)
+        for _ in range(max_new_tokens):
+            scores = self.score_next(unread, caches)  # (B, V)
+            token = choose(scores[:, :n_vocab].float(), temperature, top_k, top_p, generator)  # (B,)
+            if stop is not None:
+                token = torch.where(stopped, stop, token)
+                stopped |= token == stop
+            yield token
+            if stopped.all():
+                return
+            if idx.size(1) == block_size:
+                caches = None  # the window slides: positions are absolute, so every token moves and is read anew
+            idx = torch.cat([idx, token[:, None]], dim=1)[:, -block_size:]
+            unread = idx if caches is None else token[:, None]
+
+    def score_next(self, idx: Tensor, caches: list[Cache] | None) -> Tensor:
+        """The logits (B, V) of what follows idx (B, T), without dropout. The mode is restored before anybody else sees
+        the model: a stream may be left at any token, and run beside another one or beside training."""
+        if not self.training:
+            return self(idx, logits='last', caches=caches)[0][:, 0]
+        self.eval()
+        try:
+            return self.score_next(idx, caches)
+        finally:
+            self.train()
+
+    def new_caches(self) -> list[Cache]:
+        return [Cache(self.config.block_size) for _ in self.transformer.h]
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, stop: int | None = None, seed: int | None = None,
+                 n_vocab: int | None = None, use_cache: bool = True) -> Tensor:
+        """idx (B, T) and what `stream` makes of it, in one tensor (B, <= T + max_new_tokens)."""
+        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed, n_vocab, use_cache)
+        return torch.cat([idx, *(token[:, None] for token in new)], dim=1)
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> 'GPT':
+        """A model that takes these tensors as its parameters, without drawing any at random and without a copy."""
+        with torch.device('meta'):
+            model = cls(config)
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip()
+            raise UserError(f'these weights do not fit {config}: {first}', CHECKPOINT) from None
+        if config.tie_weights:
+            model.lm_head.weight = model.transformer.wte.weight  # assigning has parted them
+        return model.requires_grad_()
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str, dropout: float = 0.0) -> 'GPT':
+        """GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', any other GPT-2 of the Hugging Face hub, or
+        a local folder with one. Raises UserError where it is not there or not whole, or is another model than GPT-2."""
+        try:
+            import safetensors
+            import transformers
+        except ImportError:
+            raise UserError('transformers, which reads these weights, is not here: pip install transformers') from None
+        if not Path(name_or_folder).is_dir() and not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name_or_folder):
+            raise UserError(f'there is no folder {name_or_folder!r}\n'
+                            'give one that save_pretrained wrote, or a name such as gpt2', CHECKPOINT)
+        try:
+            c = transformers.AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
+            if c.model_type != 'gpt2':
+                raise UserError(f'{name_or_folder!r} holds a model of type {c.model_type}, not gpt2', CHECKPOINT)
+            gelu: dict[str, Literal['tanh', 'exact']] = {
+                'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
+            right = {'activation_function': gelu, 'n_inner': (None, 4 * c.n_embd), 'layer_norm_epsilon': (1e-5,),
+                     'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
+                     'add_cross_attention': (False,)}
+            odd = [f'{name}={getattr(c, name)}' for name, values in right.items() if getattr(c, name) not in values]
+            if odd:
+                raise UserError(f'{name_or_folder!r} is another model than GPT-2: it has {", ".join(odd)}', CHECKPOINT)
+            loaded: Any = transformers.GPT2LMHeadModel.from_pretrained(
+                name_or_folder, config=c, dtype=torch.float32, output_loading_info=True)
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {str(error).splitlines()[0]}\n'
+                            'without network, give a local folder that save_pretrained wrote', CHECKPOINT) from None
+        theirs, missing = loaded[0], loaded[1]['missing_keys']
+        if missing:  # transformers has drawn these at random
+            raise UserError(f'{name_or_folder!r} lacks {len(missing)} of the weights: {min(missing)} ...', CHECKPOINT)
+        config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout, True,
+                           gelu[c.activation_function], c.tie_word_embeddings)
+        transposed = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out)
+        weights = {name: p.t().contiguous() if name.endswith(transposed) else p
+                   for name, p in theirs.state_dict().items()}
+        return cls.from_weights(config, weights)
+
+    def crop_block_size(self, block_size: int) -> 'GPT':
+        """The same model for sequences of at most block_size tokens."""
+        if block_size > self.config.block_size:
+            raise UserError(f'block_size={block_size} is longer than the {self.config.block_size} positions that this '
+                            f'model has learned: give --block_size={self.config.block_size} or less')
+        config = GPTConfig(**{**vars(self.config), 'block_size': block_size})
+        weights = self.state_dict()
+        weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:block_size].clone()
+        return GPT.from_weights(config, weights)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token: 6 for each weight of a matrix product (2 forward and
+        4 backward), 12 T C for each layer's attention (Chowdhery et al. 2022, PaLM, appendix B)."""
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+
+# more: generation
+def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
+           generator: torch.Generator | None) -> Tensor:
+    """One token (B,) for each row of logits (B, V), drawn from the top_k likeliest, or from the fewest that hold top_p
+    of the probability (Holtzman et al. 2019); with both, from the fewest that hold top_p of what the top_k have."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None:
+        ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)  # (B, V)
+        beyond = ranked.cumsum(dim=-1) - ranked >= top_p  # (B, V), those before it suffice already
+        beyond[:, 0] = False  # the likeliest stays, even for a top_p of 0
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
