@@ -1,0 +1,229 @@
+"""
+Files: a checkpoint is one file of whole, unwrapped tensors on the CPU and plain Python values, and all that sampling,
+evaluating or training on needs. It is a superset of nanoGPT's, and nanoGPT's load here.
+
+It is written under a temporary name and renamed, so a kill at any moment leaves the previous one; the zip's checksums
+are compared on loading, so that no damage is ever taken for weights.
+"""
+import math
+import os
+import platform
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import tokenizer
+from errors import CHECKPOINT, DATA, UserError
+from model import GPT, GPTConfig
+
+State = dict[str, Any]
+MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
+SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'gelu', 'tie_weights')  # weights decide it
+
+
+def on_cpu(tree: Any, copies: dict[int, Tensor]) -> Any:
+    """The same dicts and lists, with every tensor on the CPU. Names that share a tensor go on sharing it."""
+    if isinstance(tree, Tensor):
+        return copies.setdefault(tree.data_ptr(), tree.detach().cpu())
+    if isinstance(tree, dict):
+        return {key: on_cpu(value, copies) for key, value in tree.items()}
+    return [on_cpu(value, copies) for value in tree] if isinstance(tree, list) else tree
+
+
+def link(source: Path, target: Path) -> None:
+    """Give the file `source` a second name, in place of what had it: without a copy where the file system can."""
+    temporary = target.with_name(target.name + '.tmp')
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def save(out_dir: Path, model: GPT, optimizer: Optimizer, keep: int, is_best: bool, rest: State) -> None:
+    """Write out_dir/ckpt.pt; those before it become ckpt.1.pt and so on, `keep` in all; the best so far is best.pt as
+    well."""
+    state = {
+        'model': on_cpu(model.state_dict(), {}), 'optimizer': on_cpu(optimizer.state_dict(), {}),
+        'model_args': {name: getattr(model.config, name) for name in MODEL_ARGS},
+        'versions': {'python': platform.python_version(), 'torch': str(torch.__version__)}, **rest,
+    }
+    newest, new = out_dir / 'ckpt.pt', out_dir / 'ckpt.new.pt'
+    with open(new, 'wb') as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    for age in range(keep - 1, 1, -1):
+        if older(newest, age - 1).exists():
+            os.replace(older(newest, age - 1), older(newest, age))
+    if newest.exists() and keep > 1:
+        link(newest, older(newest, 1))  # it has two names for a moment, so that there is a ckpt.pt at every moment
+    os.replace(new, newest)
+    if is_best:
+        link(newest, out_dir / 'best.pt')
+
+
+def older(newest: Path, age: int) -> Path:
+    return newest.with_name(f'ckpt.{age}.pt')
+
+
+def load(path: Path) -> State:
+    """What a file holds, in this project's form. Raises UserError for a missing, damaged or foreign file."""
+    if not path.is_file():
+        raise UserError(f'no checkpoint at {path}', CHECKPOINT)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f'{path} is damaged, or not a checkpoint: {error}', CHECKPOINT) from None
+    if damaged:
+        raise UserError(f'{path} is damaged: the checksum of its part {damaged} does not fit', CHECKPOINT)
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception:  # torch's own reader raises several kinds
+        raise UserError(f'{path} holds more than tensors and plain values, which could run any code: it is not loaded',
+                        CHECKPOINT) from None
+    if not isinstance(state, dict) or not {'model', 'model_args'} <= state.keys():
+        raise UserError(f"{path} has no 'model' and 'model_args': neither plainGPT nor nanoGPT wrote it", CHECKPOINT)
+    return from_nanogpt(state)
+
+
+def from_nanogpt(state: State) -> State:
+    """nanoGPT's files lack some keys, compiled models prefix their names, and old ones carry the causal mask as a
+    buffer."""
+    weights = {}
+    for name, tensor in state['model'].items():
+        while name.startswith(('_orig_mod.', 'module.')):
+            name = name.partition('.')[2]
+        if not name.endswith(('.attn.bias', '.attn.masked_bias')):
+            weights[name] = tensor
+    settings = {'gelu': 'exact', 'tie_weights': True} | state.get('config', {})
+    rest: State = {'iter_num': 0, 'tokenizer': None, 'scaler': {}, 'wandb_run_id': '', 'data': {}, 'best': {}}
+    best_val_loss = float(state.get('best_val_loss', 'inf'))  # a tensor in nanoGPT's
+    return rest | state | {'model': weights, 'config': settings, 'best_val_loss': best_val_loss}
+
+
+def load_newest(out_dir: Path) -> State:
+    """The newest checkpoint of a run that is whole, with a line for each newer one that is not. Raises UserError where
+    none is."""
+    paths = [out_dir / 'ckpt.pt', *sorted(out_dir.glob('ckpt.[0-9]*.pt'), key=age_of)]
+    complaints = []
+    for path in paths:
+        try:
+            state = load(path)
+        except UserError as error:
+            complaints.append(str(error))
+            continue
+        if complaints:
+            instead = f'{path} is used in its place, from step {state["iter_num"]}'
+            print('\n'.join([*complaints, instead]), file=sys.stderr)
+        return state
+    advice = f'nothing to continue in {out_dir}: give another --out_dir, or start a run with --init_from=scratch'
+    raise UserError('\n'.join([*complaints[:2], advice]), CHECKPOINT)
+
+
+def delete_all(out_dir: Path) -> None:
+    """Make room for another run."""
+    for path in [*out_dir.glob('ckpt*.pt'), *out_dir.glob('best.pt')]:
+        path.unlink()
+
+
+def age_of(path: Path) -> int:
+    return int(path.name.split('.')[1])
+
+
+def config_of(state: State, dropout: float = 0.0) -> GPTConfig:
+    """The shape of a checkpoint's model. Dropout is a matter of training, and given anew each time."""
+    shape = {name: value for name, value in state['model_args'].items() if name in MODEL_ARGS}
+    gelu, tie_weights = state['config']['gelu'], state['config']['tie_weights']
+    return GPTConfig(**shape | {'dropout': dropout}, gelu=gelu, tie_weights=tie_weights)
+
+
+def model_of(state: State, dropout: float = 0.0) -> GPT:
+    return GPT.from_weights(config_of(state, dropout), state['model'])
+
+
+def describe(state: State, settings: dict[str, Any]) -> str:
+    """Where a run goes on, and which settings are others than before."""
+    changed = [f'{name}={value} (was {state["config"][name]})' for name, value in settings.items()
+               if state['config'].get(name, value) != value and name not in ('init_from', *SHAPE)]
+    return f'resuming at step {state["iter_num"]}' + (f', with {", ".join(changed)}' if changed else '')
+
+
+def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) -> None:
+    """Give the optimizer the moments of a checkpoint. Learning rate, betas and weight decay stay as this run sets
+    them."""
+    ours, theirs = optimizer.state_dict()['param_groups'], state['optimizer']['param_groups']
+    if [len(group['params']) for group in ours] != [len(group['params']) for group in theirs]:
+        raise UserError('the optimizer state in the checkpoint belongs to another model', CHECKPOINT)
+    optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': ours})
+    if state['scaler']:
+        scaler.load_state_dict(state['scaler'])
+
+
+def open_model(where: str, dropout: float = 0.0) -> tuple[GPT, State]:
+    """The model that `where` names: a checkpoint file, the folder of a run, a Hugging Face folder, or a GPT-2 of the
+    hub; and its checkpoint, which is empty for the last two."""
+    path = Path(where)
+    if path.is_dir() and (path / 'ckpt.pt').exists():
+        state = load_newest(path)
+    elif path.is_file():
+        state = load(path)
+    elif path.is_dir() or where.startswith('gpt2') or where.count('/') == 1:
+        return GPT.from_pretrained(where, dropout), {}
+    else:
+        raise UserError(f'{where} is no checkpoint, no run, no Hugging Face folder and no name of a GPT-2', CHECKPOINT)
+    return model_of(state, dropout), state
+
+
+def start_from(settings: dict[str, Any], given: set[str], n_vocab: int) -> tuple[GPT, State, bool]:
+    """The model, for a corpus of n_vocab tokens; the checkpoint that it comes from ({} where there is none); and
+    whether this run continues that one."""
+    source, run, dropout = settings['init_from'], Path(settings['out_dir']), settings['dropout']
+    has_run = any(run.glob('ckpt*.pt'))
+    if source == 'resume' or (source == 'auto' and has_run):
+        state = load_newest(run)
+        model = model_of(state, dropout)
+        refuse_other_shape(model.config, settings, given)
+        return model, state, True
+    if has_run and not (settings['overwrite'] or settings['eval_only'] or settings['overfit_single_batch']):
+        raise UserError(f'{run} holds a run already: --init_from=resume continues it, --overwrite=True starts over,\n'
+                        'another --out_dir leaves it alone')
+    if source not in ('scratch', 'start', 'auto'):
+        model, state = open_model(source, dropout)
+        refuse_other_shape(model.config, settings, given - {'block_size'})
+        return model.crop_block_size(settings['block_size']) if 'block_size' in given else model, state, False
+    shape = {name: settings[name] for name in SHAPE}
+    shape['vocab_size'] = shape['vocab_size'] or (n_vocab if n_vocab < 4096 else math.ceil(n_vocab / 128) * 128)
+    return GPT(GPTConfig(**shape, dropout=dropout)), {}, False
+
+
+def refuse_other_shape(config: GPTConfig, settings: dict[str, Any], given: set[str]) -> None:
+    """Weights decide the shape of their model: a setting that somebody gave and that says otherwise is refused."""
+    for name in given.intersection(SHAPE):
+        ours, theirs = settings[name], getattr(config, name)
+        if ours != theirs and (name, ours) != ('vocab_size', 0):
+            raise UserError(f'{name}={ours} was given, and the model in {settings["init_from"]!r} has {theirs}\n'
+                            f'leave {name} out, or start another model with --init_from=scratch')
+
+
+def vocabulary_of(meta: dict[str, Any], state: State, init_from: str) -> tokenizer.Tokenizer | None:
+    """The tokenizer of a corpus, which must be the one that a loaded model has learned; None where its files cannot be
+    had."""
+    learned = state.get('tokenizer') or ({'name': 'gpt2'} if init_from.startswith('gpt2') else None)
+    try:
+        vocabulary = tokenizer.from_state(learned or meta['tokenizer'])
+    except UserError:
+        return None
+    if vocabulary.reference() != meta['tokenizer']:
+        theirs = meta['tokenizer']['name']
+        raise UserError(f'the corpus was prepared with a tokenizer {theirs}, and the model has learned another, '
+                        f'{vocabulary.name}\nprepare the text again with the tokenizer of the model', DATA)
+    return vocabulary

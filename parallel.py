@@ -1,0 +1,143 @@
+"""Machines: who am I among the processes, where do I compute and in which precision, and how do we add up."""
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import UserError
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+@dataclass(frozen=True)
+class Process:
+    rank: int  # 0 .. world_size - 1, over all machines
+    world_size: int  # processes that train together
+    device: torch.device
+    why: str  # this device
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that prints and writes files."""
+        return self.rank == 0
+
+
+def pick_device(name: str) -> tuple[str, str]:
+    """'auto' takes the first of cuda, mps and cpu that this machine has. Returns the device's type, and why."""
+    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if name == 'auto':
+        name = next(device for device, is_there in there.items() if is_there)
+        return name, f'the first of {", ".join(there)} that is here'
+    kind = name.partition(':')[0]
+    if kind not in there:
+        raise UserError(f"--device={name}: expected 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
+    if not there[kind]:
+        raise UserError(f'--device={name}: this machine, or this build of torch {torch.__version__}, has no {kind}\n'
+                        'try --device=cpu, or --device=auto for the best there is')
+    return name, 'as asked'
+
+
+def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
+    """The precision of the matrix products, and why: 'auto' takes the fastest that trains soundly on this type of
+    device."""
+    if device == 'cuda':
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if name == 'auto':
+            best = torch.bfloat16 if has_bfloat16 else torch.float16
+            return best, 'the card computes with it' if has_bfloat16 else 'the card has no bfloat16'
+    elif device == 'mps':
+        has_bfloat16 = True
+    else:
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if name == 'auto':
+        return torch.float32, f'the same numbers on every {device}'
+    if name == 'bfloat16' and not has_bfloat16:
+        return torch.float32, f'bfloat16 was asked for, and this {device} would have to emulate it'
+    if name == 'float16' and device != 'cuda':
+        return torch.float32, 'float16 was asked for, and only cuda trains with it'
+    return DTYPES[name], 'as asked'
+
+
+def pick_compile(choice: bool | str, device: str) -> tuple[bool, str]:
+    """Whether to compile, and why."""
+    if choice != 'auto':
+        return bool(choice), 'as asked'
+    return device == 'cuda', 'which pays on cuda' if device == 'cuda' else 'which rarely pays off cuda'
+
+
+def start(device: str, backend: str = 'auto', deterministic: bool = False) -> Process:
+    """Join the processes that torchrun started, if it did."""
+    device, why = pick_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32 under autocast; it touches nothing but cuda
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    if 'RANK' not in os.environ:
+        return Process(0, 1, torch.device(device), why)
+    kind, local_rank = torch.device(device).type, int(os.environ['LOCAL_RANK'])
+    if kind == 'mps':
+        raise UserError('several processes cannot share mps: run `python train.py`, or give --device=cpu')
+    if kind == 'cuda':
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f'{torch.cuda.device_count()} cards here are too few for process {local_rank + 1}\n'
+                            'give torchrun --nproc_per_node=gpu, for one process on each card')
+        torch.cuda.set_device(local_rank)
+        device = f'cuda:{local_rank}'
+    if kind != 'cuda' and backend == 'nccl':
+        why += ', and gloo takes the place of nccl, which needs cuda'  # nanoGPT's configurations name it
+    dist.init_process_group('gloo' if kind != 'cuda' else 'nccl' if backend == 'auto' else backend)
+    return Process(dist.get_rank(), dist.get_world_size(), torch.device(device), why)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Matrix products in `dtype`; weights, sums and the loss stay in float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def wrap(model: nn.Module, process: Process) -> nn.Module:
+    """The model whose backward pass ends with the mean of the gradients over all processes."""
+    if process.world_size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[process.device] if process.device.type == 'cuda' else None)
+
+
+def set_gradient_sync(model: nn.Module, on: bool) -> None:
+    """Gradients are exchanged once in a step, after its last micro-batch: before that it would be waste."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+
+
+def total(numbers: Tensor) -> Tensor:
+    """The sum of each number over all processes, on each of them, in place. Every process must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix('torch.')
+
+
+def card(process: Process) -> str:
+    """What the maker calls it; '' where there is none."""
+    return torch.cuda.get_device_name(process.device) if process.device.type == 'cuda' else ''
+
+
+def describe(process: Process) -> str:
+    where = f'device {process.device}{card(process) and f" ({card(process)})"}, {process.why}'
+    return where if process.world_size == 1 else f'{process.world_size} processes; {where}'
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """On cuda the copy goes on while the card computes."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
