@@ -1,0 +1,397 @@
+"""What a run leaves for people: console, metrics.jsonl, samples.txt, status.json, loss.png, wandb when asked for."""
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from errors import UserError
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+T = TypeVar('T')
+
+NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
+PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
+SAMPLE_HEADER = re.compile(r'^=== step (\d+) ===\n', re.MULTILINE)
+CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')  # what may steer a terminal
+SECRET = re.compile(r'key|secret|password|token(?!s|iz)', re.IGNORECASE)  # in the name of a setting
+
+# Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets and architecture white papers (which
+# often print twice as much, for sparse matrices). The words of a line all stand in the name that the driver gives; the
+# first such line counts.
+PEAK_FLOPS = {
+    'GB200': 2500e12, 'B200': 2250e12,
+    'GH200': 989.4e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12,
+    'H100 NVL': 835.5e12, 'H100 PCIe': 756e12, 'H100 HBM3': 989.4e12,
+    'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10': 125e12, 'A10G': 70e12,
+    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
+    'V100S PCIe': 130e12, 'V100 PCIe': 112e12, 'V100 SXM2': 125e12, 'T4': 65e12,
+    'RTX 6000 Ada': 364.2e12, 'RTX A6000': 154.8e12,
+    'RTX 5090': 209.5e12, 'RTX 4090': 165.2e12, 'RTX 3090 Ti': 80e12, 'RTX 3090': 71e12,
+}
+FLOAT16_ONLY = {'V100S', 'V100', 'T4'}  # before Ampere: neither bfloat16 nor TF32
+OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a card, or a smaller chip under the same name
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """FLOP/s that the card promises in matrix products of `dtype` ('float32': with TF32 allowed, half the 16-bit rate);
+    None where it is not known, so that no wrong utilisation is shown."""
+    words = set(re.split(r'[\s-]+', device_name.lower()))
+    if not words.isdisjoint(OTHER_CHIP):
+        return None
+    for name, flops in PEAK_FLOPS.items():
+        if words.issuperset(name.lower().split()):
+            if name.split()[0] in FLOAT16_ONLY and dtype != 'float16':
+                return None
+            return flops / 2 if dtype == 'float32' else flops
+    return None
+
+
+def peak_memory(device_type: str) -> int:
+    """The most bytes that this process has held, on the card ('mps': that it holds now) or in main memory; 0 where the
+    system does not say."""
+    if device_type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    if device_type == 'mps':
+        return torch.mps.driver_allocated_memory()
+    if sys.platform == 'win32':
+        return 0
+    import resource  # absent on Windows
+
+    unit = 1 if sys.platform == 'darwin' else 1024  # getrusage(2): bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def iter_line(
+    step: int, loss: float, ms: float, mfu: float | None, lr: float, norm: float | None, tokens_per_second: float
+) -> str:
+    """nanoGPT's line, which people parse, and what it lacks after that. mfu is a fraction; None leaves it out."""
+    parts = [f'iter {step}: loss {loss:.4f}', f'time {ms:.2f}ms']
+    if mfu is not None:
+        parts.append(f'mfu {100 * mfu:.2f}%')
+    parts.append(f'lr {lr:.2e}')
+    if norm is not None:
+        parts.append(f'norm {norm:.4f}')
+    return ', '.join([*parts, f'tok/s {tokens_per_second:.0f}'])
+
+
+def step_line(step: int, train_loss: float, val_loss: float) -> str:
+    """nanoGPT's line of an evaluation."""
+    return f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}'
+
+
+def short(number: float) -> str:
+    """1234567 as 1.23M: three digits, so that it fits into a bar and under an axis."""
+    for size, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+        if abs(number) >= 0.9995 * size:
+            return f'{number / size:.3g}{letter}'
+    return f'{number:.3g}'
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of `path` when it is complete: whoever reads finds a whole one."""
+    temporary = f'{path}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """The row that a line of metrics.jsonl holds; None for one that was torn by a kill or a full disk."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get('step'), int) else None
+
+
+def drop_rows(path: str, first_step: int) -> int:
+    """Leave in metrics.jsonl (there may be none yet) the whole rows of steps before `first_step`, each step once.
+    The last of these steps, or -1."""
+    last = -1
+    with replacing(path) as new, open(path, 'a+b') as old:
+        old.seek(0)
+        for line in old:
+            row = row_of(line)
+            if row is not None and last < row['step'] < first_step:
+                new.write(line.rstrip(b'\n') + b'\n')
+                last = row['step']
+    return last
+
+
+def drop_samples(path: str, first_step: int) -> None:
+    """Leave in samples.txt the samples of steps before `first_step`."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding='utf-8', errors='replace', newline='') as file:
+        text = file.read()
+    later = (match.start() for match in SAMPLE_HEADER.finditer(text) if int(match[1]) >= first_step)
+    with replacing(path) as new:
+        new.write(text[: next(later, len(text))].encode())
+
+
+def json_row(step: int, values: dict[str, float]) -> bytes:
+    """One line of metrics.jsonl. JSON has no NaN and no infinity: null."""
+    numbers = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+    finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return json.dumps({'step': step, **finite}, allow_nan=False).encode() + b'\n'
+
+
+def read_columns(path: str, names: Iterable[str]) -> dict[str, NDArray[np.float64]]:
+    """The columns of metrics.jsonl as arrays of the same length, NaN where a row has no such value."""
+    columns = {name: array('d') for name in names}
+    with open(path, 'rb') as file:
+        for row in filter(None, map(row_of, file)):
+            for name, column in columns.items():
+                value = row.get(name)
+                column.append(math.nan if value is None else value)
+    return {name: np.array(column) for name, column in columns.items()}
+
+
+def start_wandb(project: str, name: str, run_id: str, out_dir: str, settings: dict[str, Any]) -> 'Run':
+    """The wandb run `run_id`, begun or continued. Never asks for a key. Raises whatever stands in the way."""
+    import wandb
+
+    if wandb.setup().settings.mode == 'online' and not wandb.login(prompt=False):
+        raise RuntimeError('there is no API key (run `wandb login`, or set WANDB_MODE=offline)')
+    run = wandb.init(
+        project=project,
+        name=name or None,
+        id=run_id,
+        resume='allow',
+        dir=os.environ.get('WANDB_DIR', out_dir),
+        config={setting: value for setting, value in settings.items() if not SECRET.search(setting)},
+        allow_val_change=True,
+    )
+    # Our own x axis: a resumed run repeats steps, and wandb refuses its own `step` going back.
+    run.define_metric('iter')
+    run.define_metric('*', step_metric='iter')
+    run.define_metric('val/loss', step_metric='iter', summary='min')
+    return run
+
+
+def wandb_row(step: int, values: dict[str, float]) -> dict[str, float]:
+    """A row under nanoGPT's names: iter, train/loss, val/loss, lr, mfu in percent; the rest likewise."""
+    named: dict[str, float] = {'iter': step}
+    for name, value in values.items():
+        if name == 'mfu':
+            named['mfu'] = 100 * value
+        elif name.startswith('val_'):
+            named[f'val/{name.removeprefix("val_")}'] = value
+        else:
+            named[{'loss': 'train/loss', 'train_loss': 'train/loss_evaluated'}.get(name, name)] = value
+    return named
+
+
+class Expendable:
+    """What a run can do without: an error in there becomes one line, and the run goes on."""
+
+    def __init__(self, say: Callable[[str], None], loss: str) -> None:
+        self.say, self.loss = say, loss
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition('.')[0]
+            reason = f'{package} is missing (pip install {package})'
+        self.say(f'{self.loss}: {reason}; the run goes on')
+        return True
+
+
+def printable(text: str) -> str:
+    """`text` as this console can show it: nothing that steers a terminal, nothing that its encoding lacks."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    return CONTROL.sub('\ufffd', text).encode(encoding, 'replace').decode(encoding)
+
+
+class Logger:
+    """Called alike by every process; only the main one writes. Rows and samples of steps from `first_step` on, which an
+    interrupted run left in `out_dir`, are dropped, so that each step stands there once. Without an out_dir it writes
+    to the console only."""
+
+    def __init__(
+        self,
+        out_dir: str,
+        is_main: bool,
+        first_step: int,
+        total_steps: int,
+        wandb_project: str = '',
+        wandb_run_name: str = '',
+        wandb_run_id: str = '',
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.out_dir, self.is_main, self.first_step, self.total_steps = out_dir, is_main, first_step, total_steps
+        self.wandb_run_id = wandb_run_id or (secrets.token_hex(4) if wandb_project else '')
+        self.wandb: Run | None = None
+        self.bar: tqdm[Any] | None = None
+        self.has_bars = is_main and sys.stderr.isatty()
+        self.step, self.values, self.last_kept, self.row_start = -1, dict[str, float](), -1, NO_ROW
+        self.exit_code = 0
+        self.writes = is_main and out_dir != ''
+        if self.writes:
+            os.makedirs(out_dir, exist_ok=True)
+            self.last_kept = drop_rows(self.path('metrics.jsonl'), first_step)
+            drop_samples(self.path('samples.txt'), first_step)
+        if is_main and wandb_project:
+            with Expendable(self.line, 'wandb is off'):
+                self.wandb = start_wandb(wandb_project, wandb_run_name, self.wandb_run_id, out_dir, settings or {})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """status.json says how the run ended."""
+        if error is None:
+            self.status('done', max(self.step, 0), 0)
+        else:
+            code = error.code if isinstance(error, UserError) else 1
+            self.status('failed', max(self.step, 0), code, str(error) or type(error).__name__)
+        self.close()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.out_dir, name)
+
+    def line(self, text: str) -> None:
+        """One line on the console, above the bars."""
+        if self.is_main:
+            tqdm.write(printable(text), file=sys.stdout)
+            sys.stdout.flush()
+
+    def row(self, step: int, **values: float) -> None:
+        """Add values to the row of `step`, which is written when a later one begins, at flush() and at close(). What an
+        earlier run left stays: to look at a finished run again does not write its last step twice."""
+        if not self.is_main:
+            return
+        assert step >= self.step, f'the row of step {step} comes after that of step {self.step}'
+        if step > self.step:
+            self.end_row()
+        self.step = step
+        self.values.update(values)
+
+    def flush(self) -> None:
+        """Write the row of the current step as far as it is known (it can still grow): before a checkpoint is saved, so
+        that no row is missing when a run goes on from there."""
+        if self.writes and self.values and self.step > self.last_kept:
+            with open(self.path('metrics.jsonl'), 'ab') as file:
+                if self.row_start < file.tell():
+                    file.truncate(self.row_start)
+                self.row_start = os.fstat(file.fileno()).st_size
+                file.write(json_row(self.step, self.values))
+
+    def end_row(self) -> None:
+        """Write the row of the current step for good."""
+        if self.values:
+            self.flush()
+            self.log_to_wandb(wandb_row(self.step, self.values))
+            self.row_start, self.values = NO_ROW, {}
+
+    def update(self, step: int, **shown: str) -> None:
+        """The bar of the training: `step` steps are done."""
+        if not self.has_bars:
+            return
+        if self.bar is None:
+            self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit=' steps', dynamic_ncols=True)
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def progress(self, items: Iterable[T], total: int, label: str, unit: str) -> Iterator[T]:
+        """`items`, with a bar of their own; where there is no terminal, a line every PLAIN_SECONDS."""
+        if self.has_bars:
+            yield from tqdm(items, total=total, desc=label, unit=f' {unit}', leave=False, dynamic_ncols=True)
+            return
+        start = said = time.monotonic()
+        for done, item in enumerate(items, start=1):
+            yield item
+            now = time.monotonic()
+            if self.is_main and now - said >= PLAIN_SECONDS and done < total:
+                left = (now - start) / done * (total - done)
+                self.line(f'{label}: {done}/{total} {unit}, {now - start:.0f} s, about {left:.0f} s to go')
+                said = now
+
+    def sample(self, step: int, text: str) -> None:
+        """A text that the model wrote, to console, samples.txt and wandb."""
+        if not self.writes:
+            return
+        header = f'=== step {step} ===\n'
+        self.line(header + text)
+        body = re.sub('^(?==== step )', ' ', text, flags=re.MULTILINE)  # no sample can look like a header
+        with open(self.path('samples.txt'), 'a', encoding='utf-8', errors='replace', newline='') as file:
+            file.write(f'{header}{body}\n\n')
+        self.log_to_wandb({'iter': step}, text)
+
+    def plot(self) -> None:
+        """Draw loss.png from all rows of metrics.jsonl. A picture that fails does not end a run."""
+        if not self.writes:
+            return
+        self.flush()
+        with Expendable(self.line, f'{self.path("loss.png")} is not drawn'):
+            import plot
+
+            columns = read_columns(self.path('metrics.jsonl'), plot.COLUMNS)
+            if np.isfinite([columns['loss'], columns['val_loss']]).any():
+                picture = plot.draw(columns, os.path.basename(os.path.abspath(self.out_dir)))
+                with replacing(self.path('loss.png')) as file:
+                    file.write(picture)
+
+    def status(self, state: str, step: int, exit_code: int, message: str = '') -> None:
+        """status.json: what a scheduler asks. A full disk does not hide the error that is being reported."""
+        self.exit_code = exit_code
+        if not self.writes:
+            return
+        now = datetime.now(UTC).isoformat(timespec='seconds')
+        fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message, 'time': now}
+        path = self.path('status.json')
+        with Expendable(self.line, f'{path} is not written'), replacing(path) as file:
+            file.write(json.dumps(fields).encode() + b'\n')
+
+    def log_to_wandb(self, values: dict[str, Any], sample: str | None = None) -> None:
+        """Once wandb has failed it stays off."""
+        run, self.wandb = self.wandb, None
+        if run is None:
+            return
+        with Expendable(self.line, 'wandb is off'):
+            if sample is not None:
+                import wandb
+
+                values['sample'] = wandb.Table(columns=['iter', 'text'], data=[[values['iter'], sample]])
+            run.log(values)
+            self.wandb = run
+
+    def close(self) -> None:
+        """The last row, the bar's last state, wandb's end. A second call does nothing."""
+        try:
+            if self.bar is not None:
+                self.bar.close()
+            self.end_row()
+        finally:
+            run, self.wandb = self.wandb, None
+            if run is not None:
+                with Expendable(self.line, 'wandb did not end well'):
+                    run.finish(exit_code=self.exit_code)
