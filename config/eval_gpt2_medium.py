@@ -1,0 +1,11 @@
+# command:  python train.py config/eval_gpt2_medium.py
+#           (first python data/openwebtext/prepare.py; the weights are downloaded)
+# device:   one GPU, or a CPU with patience and --eval_iters=20
+# duration: not measured here
+# expected: not measured here; nanoGPT reports a validation loss of 2.84 (355M parameters). OpenAI trained them on
+#           another text, so that a smaller model trained on OpenWebText itself does better than this suggests
+init_from = 'gpt2-medium'
+batch_size = 8
+eval_iters = 500  # 8 x 500 sequences of 1024 tokens: most of the validation split
+eval_only = True
+wandb_log = False

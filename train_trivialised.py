@@ -1,0 +1,101 @@
+"""
+Train a GPT, plainly: the same windows, losses and weights as train.py in one process and float32, and no speed.
+tests/test_twins.py proves that they are equal.
+
+    python train_trivialised.py                    about a minute on the default text
+    python train_trivialised.py --n_layer=1        any setting below can be given
+"""
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+import configurator
+import errors
+import tokenizer
+import tokens
+from model import GPTConfig
+from model_trivialised import GPT
+
+# ------------------------------------------------------------------------------------------------
+# Settings: as in train.py, without those that only make it faster, safer or more talkative
+dataset: str = 'stdlib'
+max_iters: int = 600  # steps
+total_batch_size: int = 1024  # tokens in a step
+block_size: int = 64  # tokens in a window
+n_layer: int = 2
+n_head: int = 4
+n_embd: int = 128
+bias: bool = False
+learning_rate: float = 4e-3
+min_lr: float = 4e-4
+warmup_iters: int = 50
+lr_decay_iters: int = 600
+weight_decay: float = 0.1
+beta1: float = 0.9
+beta2: float = 0.99
+grad_clip: float = 1.0
+seed: int = 1337
+# ------------------------------------------------------------------------------------------------
+
+
+def lr_at(step: int, peak: float, floor: float, warmup: int, total: int) -> float:
+    """Rise linearly to `peak` over `warmup` steps, then fall along half a cosine to `floor` at step `total`."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / (total - warmup))  # 0 to 1
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(model: GPT, corpus: tokens.TokenFile) -> list[float]:
+    """Update the model's weights max_iters times. Returns the loss of each step, in nats per token."""
+    n_windows = total_batch_size // block_size
+    order = tokens.Order(len(corpus), block_size, seed)
+    parameters: list[Tensor] = list(model.parameters())
+    m = [torch.zeros_like(p) for p in parameters]  # running mean of each gradient
+    v = [torch.zeros_like(p) for p in parameters]  # running mean of its square
+    losses = []
+    for step in range(max_iters):
+        starts = order.starts(step * n_windows, n_windows)
+        x, y = tokens.read_batch(corpus, starts, block_size, n_windows, model.config.vocab_size)  # both (B, T)
+        _, loss = model(x, y)  # the model reads x, and must say y: the token after each token
+        gradients = list(torch.autograd.grad(loss, parameters))
+
+        # clip: if the gradient, seen as one long vector, is longer than grad_clip, shorten it to that
+        length = math.sqrt(sum((g**2).sum().item() for g in gradients))
+        gradients = [g * min(1.0, grad_clip / (length + 1e-6)) for g in gradients]
+
+        # AdamW: move against the mean gradient, in units of its typical size; and pull the matrices towards zero
+        lr = lr_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters)
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+                m[i] = beta1 * m[i] + (1 - beta1) * g
+                v[i] = beta2 * v[i] + (1 - beta2) * g**2
+                m_hat = m[i] / (1 - beta1 ** (step + 1))  # m and v start at 0: this undoes the bias
+                v_hat = v[i] / (1 - beta2 ** (step + 1))
+                if p.dim() >= 2:
+                    p -= lr * weight_decay * p
+                p -= lr * m_hat / (torch.sqrt(v_hat) + 1e-8)
+
+        losses.append(loss.item())
+        if step % 20 == 0 or step == max_iters - 1:
+            print(f'step {step}, loss {loss.item():.4f}, norm {length:.4f}, lr {lr:.2e}')
+    return losses
+
+
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    folder = tokens.data_folder(dataset)
+    meta = tokens.read_meta(folder)
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, bias=bias))
+    train(model, tokens.open_split(folder, 'train', block_size, meta['vocab_size']))
+
+    vocabulary = tokenizer.from_state(meta['tokenizer'])
+    prompt = torch.tensor([vocabulary.encode('\n')])  # (1, T)
+    print(vocabulary.decode(model.generate(prompt, 200)[0].tolist()))
+
+
+if __name__ == '__main__':
+    errors.run(main)
