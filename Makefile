@@ -1,0 +1,50 @@
+# What a newcomer types. Each command sets up what it needs by itself: .venv, with requirements.txt installed in it.
+PY = .venv/bin/python
+
+.PHONY: help train test test-fast lint bench
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+train: .venv/ready  ## prepare the default text, train a small GPT on it and let it write: minutes on two cores
+	$(PY) data/stdlib/prepare.py
+	$(PY) train.py config/train_stdlib.py --overwrite=True
+
+test: .venv/ready  ## run every test
+	$(PY) -m pytest -n 2 --dist loadfile
+
+test-fast: .venv/ready  ## run the tests that take seconds
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow'
+
+lint: .venv/ready  ## check style and types
+	$(PY) -m ruff check .
+	$(PY) -m mypy .
+
+bench: .venv/ready  ## measure the speed against peers and limits
+	@for script in benchmarks/*.py; do echo "$(PY) $$script"; $(PY) $$script || exit; done
+
+# ------------------------------------------------------------------------------------------------
+# The set-up. It runs again when requirements.txt has changed or the Python of .venv is gone.
+
+# The Pythons that requirements.txt is for; make train PYTHON=/path/to/python takes another one than the first of these.
+tested = $(if $(1),$(shell $(1) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) and print("$(1)")' 2>/dev/null))
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,$(call tested,$(name))))
+
+# .venv/unfinished: a set-up was interrupted and may have left half a package that pip takes for whole. Start afresh.
+has_pip = $(shell $(PY) -c 'import pip; print("yes")' 2>/dev/null)
+is_sound = $(and $(if $(wildcard .venv/unfinished),,yes),$(call tested,$(PY)),$(has_pip))
+has_venv = $(shell $(PYTHON) -c 'import ensurepip, venv; print("yes")' 2>/dev/null)
+no_python = plainGPT needs Python 3.11 to 3.14. Install one, or say where it is: make PYTHON=/path/to/python
+no_venv = $(PYTHON) has no venv. On Debian and Ubuntu: sudo apt install $(notdir $(PYTHON))-venv
+
+# make fills in the variables of a recipe before it runs the first line
+.venv/ready: requirements.txt .venv/bin/python
+	$(if $(is_sound),,$(if $(call tested,$(PYTHON)),$(if $(has_venv),,$(error $(no_venv))),$(error $(no_python))))
+	@echo 'Setting up .venv: the first time it downloads PyTorch, which takes minutes'
+	$(if $(is_sound),,rm -rf .venv)
+	@mkdir -p .venv && touch .venv/unfinished && rm -f .venv/ready
+	$(if $(is_sound),,$(PYTHON) -m venv .venv)
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	@mv .venv/unfinished .venv/ready
+
+.venv/bin/python: ;

@@ -1,0 +1,99 @@
+"""What the tests share: real text, a small corpus of it, and a way to run a script as a user does."""
+import hashlib
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = sorted(path.stem for path in ROOT.glob('*.py'))  # the modules of this project
+
+# Before torch is imported, here and in every process that a test starts: one thread each, and no network.
+os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What our own files do must not be deprecated, whatever the libraries do among themselves."""
+    for category in ('DeprecationWarning', 'FutureWarning'):
+        config.addinivalue_line('filterwarnings', fr'error::{category}:({"|".join(OURS)})\Z')
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests marked `gpu` where there is none."""
+    if item.get_closest_marker('gpu') and not importlib.import_module('torch').cuda.is_available():
+        pytest.skip('needs a GPU')
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Every test draws the same numbers, alone or after others."""
+    random.seed(0)
+    if 'torch' in sys.modules:
+        sys.modules['torch'].manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def shared_data() -> Path:
+    """Reference texts and numbers that cannot be part of the repository: a folder beside the checkout."""
+    folder = ROOT.parent / 'shared/data'
+    if not folder.is_dir():
+        pytest.skip(f'needs the reference data in {folder}')
+    return folder
+
+
+@pytest.fixture
+def tiktoken_cache(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """GPT-2's vocabulary where tiktoken looks for it, so that it downloads nothing."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared_data / 'tiktoken'))
+    return shared_data / 'tiktoken'
+
+
+@pytest.fixture(scope='session')
+def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python script arguments...` in a process of its own: run_script('sample.py', '--start=x', cwd=tmp_path,
+    environment={'NAME': 'value'}). A script's path starts at the root of the repository, where it also runs by default.
+    """
+
+    def run(script: str, *arguments: str, cwd: Path = ROOT,
+            environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        warnings = ','.join(f'error::{category}:{module}' for category in ('DeprecationWarning', 'FutureWarning')
+                            for module in ('__main__', *OURS))
+        return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, stdin=subprocess.DEVNULL,
+                              env={**os.environ, 'PYTHONWARNINGS': warnings, **(environment or {})},
+                              capture_output=True, text=True, encoding='utf-8', timeout=600)
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def tiny_text() -> str:
+    """About 50 kB of real text that every machine has: the source of Python's json package."""
+    files = sorted(Path(json.__file__).parent.glob('*.py'))
+    return '\n'.join(file.read_text(encoding='utf-8') for file in files)
+
+
+@pytest.fixture(scope='session')
+def tiny_dataset(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of characters as prepare.py would leave it: nine tenths of tiny_text in train.bin, the rest in val.bin.
+    Written without the project's own writer, so that this states the format. `--dataset=FOLDER` trains on it."""
+    folder = tmp_path_factory.mktemp('tiny')
+    tokenizer = importlib.import_module('tokenizer').build('char', lambda: [tiny_text], eot=False)
+    cut = len(tiny_text) * 9 // 10
+    splits = {}
+    for split, text in [('train', tiny_text[:cut]), ('val', tiny_text[cut:])]:
+        ids = tokenizer.encode(text)
+        packed = b''.join(i.to_bytes(2, 'little') for i in ids)
+        (folder / f'{split}.bin').write_bytes(packed)
+        hashes = {'sha256': packed, 'head': packed[:4096], 'tail': packed[-4096:]}
+        splits[split] = {'tokens': len(ids), 'documents': 1, 'bytes': len(text.encode()), 'largest_id': max(ids),
+                         **{name: hashlib.sha256(part).hexdigest() for name, part in hashes.items()}}
+    meta = {'format': 1, 'tokenizer': tokenizer.reference(), 'vocab_size': tokenizer.n_vocab, 'dtype': 'uint16',
+            'source': "Python's json package", 'created_by': 'tests/conftest.py', 'splits': splits}
+    (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    return folder

@@ -1,0 +1,232 @@
+"""The first minutes on a fresh machine: make, pip and continuous integration, run for real in folders of their own."""
+import ast
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))
+PINS = {canonicalize_name(name): version for name, version in
+        re.findall(r'^([\w.-]+)==(\S+)$', (ROOT / 'requirements.txt').read_text(encoding='utf-8'), re.MULTILINE)}
+BOUNDS = [Requirement(text) for group in (PROJECT['project']['dependencies'],
+                                          *PROJECT['project']['optional-dependencies'].values()) for text in group]
+OF_TORCH = re.compile(r'nvidia|cuda|triton')  # libraries that torch pins itself, other ones on each platform
+
+
+def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does who has just opened a terminal: outside any other make."""
+    outside = {name: value for name, value in os.environ.items() if 'MAKE' not in name and name != 'MFLAGS'}
+    return subprocess.run(command, cwd=folder, env={**outside, **environment}, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, encoding='utf-8', timeout=600)
+
+
+def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(folder, 'make', *arguments, **environment)
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """A folder with the Makefile and requirements that ask for one small package, hello 1.0. A hello 2.0 is there."""
+    shutil.copy(ROOT / 'Makefile', tmp_path)
+    for version in ('1.0', '2.0'):
+        with zipfile.ZipFile(tmp_path / f'hello-{version}-py3-none-any.whl', 'w') as wheel:
+            info = f'hello-{version}.dist-info'
+            wheel.writestr('hello.py', f'print("hello", {version})')
+            wheel.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: hello\nVersion: {version}\n')
+            wheel.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+            wheel.writestr(f'{info}/RECORD', f'hello.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n')
+    require(tmp_path, '1.0')
+    return tmp_path
+
+
+def require(folder: Path, version: str) -> None:
+    (folder / 'requirements.txt').write_text(f'./hello-{version}-py3-none-any.whl\n', encoding='utf-8')
+
+
+def hello(folder: Path) -> str:
+    return run(folder, '.venv/bin/python', '-c', 'import hello').stdout.strip()
+
+
+def borrow_packages(folder: Path) -> None:
+    """Give the folder a .venv that make takes for ready, with the packages that these tests run on."""
+    run(folder, sys.executable, '-m', 'venv', '--without-pip', '.venv')
+    packages = next((folder / '.venv/lib').glob('python*/site-packages'))
+    (packages / 'borrowed.pth').write_text('\n'.join(site.getsitepackages()), encoding='utf-8')
+    (folder / '.venv/ready').touch()
+
+
+@pytest.mark.slow
+def test_the_set_up_happens_once_follows_requirements_and_heals(fresh: Path) -> None:
+    assert make(fresh, '.venv/ready', PYTHON=sys.executable).returncode == 0
+    assert hello(fresh) == 'hello 1.0'
+    assert 'up to date' in make(fresh, '.venv/ready').stdout
+
+    require(fresh, '2.0')
+    assert make(fresh, '.venv/ready').returncode == 0
+    assert hello(fresh) == 'hello 2.0'
+
+    # an installation that fails half-way, and leaves a package of which pip believes that it is whole
+    require(fresh, '3.0')
+    assert make(fresh, '.venv/ready').returncode != 0
+    next(fresh.glob('.venv/lib/*/site-packages/hello.py')).unlink()
+    require(fresh, '2.0')
+    assert make(fresh, '.venv/ready', PYTHON=sys.executable).returncode == 0
+    assert hello(fresh) == 'hello 2.0'
+
+    # the system's Python was replaced
+    (fresh / '.venv/bin/python').unlink()
+    (fresh / '.venv/bin/python').symlink_to('/nowhere/python3')
+    assert make(fresh, '.venv/ready', PYTHON=sys.executable).returncode == 0
+    assert hello(fresh) == 'hello 2.0'
+
+
+def test_a_python_without_venv_is_answered_with_the_package_to_install(fresh: Path) -> None:
+    (fresh / 'ensurepip.py').write_text('raise ImportError', encoding='utf-8')  # so does Debian without python3-venv
+    for name in ('python3', 'python3.11'):
+        (fresh / name).symlink_to(sys.executable)
+        result = make(fresh, 'train', PYTHON=str(fresh / name), PYTHONPATH=str(fresh))
+        assert result.returncode != 0
+        assert result.stdout == ''
+        assert re.fullmatch(rf'.* sudo apt install {name}-venv\..*\n', result.stderr)
+    assert not (fresh / '.venv').exists()
+
+
+def test_an_old_python_is_answered_with_the_versions_that_work(fresh: Path) -> None:
+    old = "import sys; sys.version_info = (3, 9, 18, 'final', 0)"
+    (fresh / 'sitecustomize.py').write_text(old, encoding='utf-8')
+    for arguments in ([], [f'PYTHON={sys.executable}']):
+        result = make(fresh, 'train', *arguments, PYTHONPATH=str(fresh))
+        assert result.returncode != 0
+        assert result.stdout == ''
+        assert re.fullmatch(r'.* needs Python 3\.11 to 3\.14\. .* make PYTHON=.*\n', result.stderr)
+    assert not (fresh / '.venv').exists()
+
+
+def test_a_newer_python_beside_an_old_python3_is_found(fresh: Path) -> None:
+    for name in ('python3', 'python3.14', 'python3.13', 'python3.12', 'python3.11'):
+        (fresh / name).write_text('#!/bin/sh\nexit 1\n', encoding='utf-8')
+        (fresh / name).chmod(0o755)
+    (fresh / 'python3.12').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding='utf-8')
+    path = f'{fresh}:{os.environ["PATH"]}'
+    assert '\npython3.12 -m venv .venv\n' in make(fresh, '-n', 'train', PATH=path).stdout
+
+
+def test_make_train_sets_up_prepares_and_trains_in_this_order(fresh: Path) -> None:
+    lines = make(fresh, '-n', 'train', PYTHON=sys.executable).stdout.splitlines()
+    commands = [line for line in lines if line.startswith(('.venv', sys.executable))]
+    assert commands == [
+        f'{sys.executable} -m venv .venv',
+        '.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt',
+        '.venv/bin/python data/stdlib/prepare.py',
+        '.venv/bin/python train.py config/train_stdlib.py --overwrite=True',
+    ]
+    assert [path for path in ('data/stdlib/prepare.py', 'train.py', 'config/train_stdlib.py')
+            if not (ROOT / path).is_file()] == []
+
+
+def test_make_alone_lists_every_command(fresh: Path) -> None:
+    listed = [line.split()[1] for line in make(fresh).stdout.splitlines()]
+    phony = re.findall(r'^\.PHONY: (.*)$', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.MULTILINE)
+    assert listed == phony[0].split()
+
+
+@pytest.mark.slow
+def test_ci_fails_when_a_test_fails_or_the_linter_does_or_no_test_is_there(tmp_path: Path) -> None:
+    for name in ('Makefile', 'pyproject.toml', 'requirements.txt'):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / '.ci', tmp_path / '.ci')
+    (tmp_path / 'tests').mkdir()
+    borrow_packages(tmp_path)
+
+    def ci(test: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / 'tests/test_it.py').write_text(test, encoding='utf-8')
+        return run(Path('/'), 'bash', str(tmp_path / '.ci/run'), CI='true')
+
+    passed = ci('def test_it() -> None:\n    assert 1 + 1 == 2\n')
+    assert passed.returncode == 0, passed.stdout + passed.stderr
+    assert '1 passed' in passed.stdout
+    failed = ci('def test_it() -> None:\n    assert 1 + 1 == 3\n')
+    assert failed.returncode != 0
+    assert '1 failed' in failed.stdout
+    empty = ci('def it() -> None:\n    assert 1 + 1 == 2\n')
+    assert empty.returncode != 0
+    assert 'no tests ran' in empty.stdout
+    untyped = ci('def test_it():\n    assert 1 + 1 == 2\n')
+    assert untyped.returncode != 0
+    assert 'no-untyped-def' in untyped.stdout
+    untidy = ci('import os\n\n\ndef test_it() -> None:\n    assert 1 + 1 == 2\n')
+    assert untidy.returncode != 0
+    assert 'F401' in untidy.stdout
+
+
+def test_every_bound_of_the_project_holds_for_the_exact_version() -> None:
+    assert {canonicalize_name(bound.name) for bound in BOUNDS} <= PINS.keys()
+    for bound in BOUNDS:
+        assert [specifier.operator for specifier in bound.specifier] == ['>='], f'{bound} is not a lower bound'
+        assert bound.specifier.contains(PINS[canonicalize_name(bound.name)]), bound
+    python = Requirement(f'python{PROJECT["project"]["requires-python"]}')
+    assert not python.specifier.contains('3.10')
+    assert python.specifier.contains('3.11')
+
+
+def test_requirements_pin_each_package_and_what_it_needs_in_turn() -> None:
+    lines = (ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines()
+    assert len([line for line in lines if line and not line.startswith('#')]) == len(PINS)
+    extras = {canonicalize_name(bound.name): bound.extras for bound in BOUNDS}
+    names = set()  # what the packages need in turn
+    for name, version in PINS.items():
+        if Version(metadata.version(name)).public != version:
+            pytest.skip(f'{name} {metadata.version(name)} is installed, and requirements.txt has {version}')
+        for need in map(Requirement, metadata.requires(name) or []):
+            if not need.marker or any(need.marker.evaluate({'extra': extra}) for extra in ('', *extras.get(name, []))):
+                names.add(canonicalize_name(need.name))
+    assert {name for name in names - PINS.keys() if not OF_TORCH.match(name)} == set()
+    assert PINS.keys() - names - extras.keys() == set(), 'nothing needs these'
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    declared = {canonicalize_name(bound.name) for bound in BOUNDS}
+    folders = ('.', 'data/*', 'tests', 'benchmarks')
+    files = [file for folder in folders for file in ROOT.glob(f'{folder}/*.py')]
+    known = sys.stdlib_module_names | {file.stem for file in files}
+    distributions = metadata.packages_distributions()
+    undeclared = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ''] if isinstance(node, ast.ImportFrom) else []
+            for package in {name.split('.')[0] for name in names} - known:
+                if not declared & {canonicalize_name(name) for name in distributions.get(package, [])}:
+                    undeclared.add(f'{file.relative_to(ROOT)}: {package}')
+    assert undeclared == set()
+
+
+def test_every_file_of_the_root_is_part_of_an_installation() -> None:
+    assert sorted(PROJECT['tool']['setuptools']['py-modules']) == sorted(file.stem for file in ROOT.glob('*.py'))
+
+
+@pytest.mark.slow
+def test_an_editable_installation_can_be_imported_from_any_folder(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / 'source', tmp_path / 'elsewhere'
+    source.mkdir()
+    elsewhere.mkdir()
+    for file in (*ROOT.glob('*.py'), ROOT / 'pyproject.toml'):
+        shutil.copy(file, source)
+    borrow_packages(elsewhere)
+    installed = run(elsewhere, '.venv/bin/python', '-m', 'pip', 'install', '--no-build-isolation', '--no-deps', '-e',
+                    str(source))
+    assert installed.returncode == 0, installed.stderr
+    imported = run(elsewhere, '.venv/bin/python', '-c', 'import configurator; print(configurator.__file__)')
+    assert imported.stdout.strip() == str(source / 'configurator.py')
