@@ -74,8 +74,8 @@ def train(model: GPT, corpus: tokens.TokenFile) -> list[float]:
                 v[i] = beta2 * v[i] + (1 - beta2) * g**2
                 m_hat = m[i] / (1 - beta1 ** (step + 1))  # m and v start at 0: this undoes the bias
                 v_hat = v[i] / (1 - beta2 ** (step + 1))
-                if p.dim() >= 2:
-                    p -= lr * weight_decay * p
+                decay = weight_decay if p.dim() >= 2 else 0.0  # vectors are biases and LayerNorm gains: no decay
+                p -= lr * decay * p
                 p -= lr * m_hat / (torch.sqrt(v_hat) + 1e-8)
 
         losses.append(loss.item())
@@ -91,6 +91,12 @@ def main(args: list[str]) -> None:
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, bias=bias))
     train(model, tokens.open_split(folder, 'train', block_size, meta['vocab_size']))
+
+    unseen = tokens.open_split(folder, 'val', block_size, meta['vocab_size'])
+    starts = tokens.fixed_starts(len(unseen), block_size, 400)
+    with torch.no_grad():
+        _, loss = model(*tokens.read_batch(unseen, starts, block_size, len(starts), meta['vocab_size']))
+    print(f'val loss {loss.item():.4f}')
 
     vocabulary = tokenizer.from_state(meta['tokenizer'])
     prompt = torch.tensor([vocabulary.encode('\n')])  # (1, T)

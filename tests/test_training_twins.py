@@ -1,0 +1,66 @@
+"""train_trivialised.py and train.py are the same training: the same windows, initial weights, losses and final weights."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import configurator
+import tokens
+import train
+import train_trivialised
+from model import GPTConfig
+from model_trivialised import GPT
+
+SHAPE = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--total_batch_size=256']
+OVERRIDES = {
+    'one of each': ['--max_iters=12', '--warmup_iters=4', '--lr_decay_iters=10', '--learning_rate=1e-2', '--min_lr=1e-3'],
+    'other values': ['--max_iters=6', '--warmup_iters=0', '--lr_decay_iters=6', '--learning_rate=3e-3', '--min_lr=0',
+                     '--bias=True', '--beta1=0.8', '--beta2=0.95', '--weight_decay=1.0', '--grad_clip=0.05', '--seed=7'],
+}
+
+
+def train_plainly(dataset: Path, overrides: list[str]) -> tuple[list[float], GPT]:
+    configurator.configure(train_trivialised, [f'--dataset={dataset}', *SHAPE, *overrides])
+    settings = train_trivialised
+    meta = tokens.read_meta(dataset)
+    torch.manual_seed(settings.seed)
+    config = GPTConfig(settings.block_size, meta['vocab_size'], settings.n_layer, settings.n_head, settings.n_embd,
+                       bias=settings.bias)
+    model = GPT(config)
+    corpus = tokens.open_split(dataset, 'train', settings.block_size, meta['vocab_size'])
+    return train_trivialised.train(model, corpus), model
+
+
+@pytest.mark.parametrize('batch_size', [8, 3])  # a whole step at once, and in parts of which the last is not full
+@pytest.mark.parametrize('name', OVERRIDES)
+def test_the_plain_training_and_the_fast_one_give_the_same_losses_and_weights(
+        tiny_dataset: Path, tmp_path: Path, name: str, batch_size: int) -> None:
+    losses, plain = train_plainly(tiny_dataset, OVERRIDES[name])
+
+    train.main([f'--dataset={tiny_dataset}', *SHAPE, f'--warmup_iters={50}', '--beta2=0.99', '--lr_decay_iters=600',
+                *OVERRIDES[name], f'--batch_size={batch_size}', f'--out_dir={tmp_path}', '--device=cpu',
+                '--sample_interval=0', '--eval_interval=100', '--eval_iters=1'])
+    rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    fast = checkpoint.load(tmp_path / 'ckpt.pt')['model']
+
+    assert [row['loss'] for row in rows if 'loss' in row] == pytest.approx(losses, abs=5e-6)
+    assert losses[-1] < losses[0] - 0.2  # there was something to agree on
+    for weight, p in plain.state_dict().items():
+        torch.testing.assert_close(fast[weight], p, atol=2e-4, rtol=0, msg=weight)
+
+
+def test_every_setting_of_the_plain_training_is_one_of_the_fast_training() -> None:
+    plain, _ = configurator.configure(train_trivialised, [])
+    fast, _ = configurator.configure(train, [])
+    assert set(plain) <= set(fast)
+    assert {name: type(value) for name, value in plain.items()} == {name: type(fast[name]) for name in plain}
+
+
+def test_the_plain_training_leaves_the_arithmetic_to_nobody() -> None:
+    """AdamW, clipping and the schedule are written out, and nothing of torch's stands in for them."""
+    source = Path(str(sys.modules['train_trivialised'].__file__)).read_text(encoding='utf-8')
+    for name in ('torch.optim', 'clip_grad', 'lr_scheduler', 'nn.functional', '.backward('):
+        assert name not in source
