@@ -174,9 +174,10 @@ def open_model(where: str, dropout: float = 0.0) -> tuple[GPT, State]:
     path = Path(where)
     if path.is_dir() and (path / 'ckpt.pt').exists():
         state = load_newest(path)
-    elif path.is_file():
+    elif path.is_file() or path.suffix == '.pt':
         state = load(path)
-    elif path.is_dir() or where.startswith('gpt2') or where.count('/') == 1:
+    elif (path / 'config.json').exists() or (where.startswith('gpt2') and not path.exists()) or (
+            where.count('/') == 1 and not path.parent.exists()):
         return GPT.from_pretrained(where, dropout), {}
     else:
         raise UserError(f'{where} is no checkpoint, no run, no Hugging Face folder and no name of a GPT-2', CHECKPOINT)
@@ -187,7 +188,7 @@ def start_from(settings: dict[str, Any], given: set[str], n_vocab: int) -> tuple
     """The model, for a corpus of n_vocab tokens; the checkpoint that it comes from ({} where there is none); and
     whether this run continues that one."""
     source, run, dropout = settings['init_from'], Path(settings['out_dir']), settings['dropout']
-    has_run = any(run.glob('ckpt*.pt'))
+    has_run = (run / 'ckpt.pt').exists() or any(run.glob('ckpt.[0-9]*.pt'))  # not what a kill left half written
     if source == 'resume' or (source == 'auto' and has_run):
         state = load_newest(run)
         model = model_of(state, dropout)

@@ -71,6 +71,10 @@ def unchanged(x: float) -> float:
     return x
 
 
+def exp(x: float) -> float:
+    return math.inf if x > 709 else math.exp(x)  # beyond that it does not fit into a float
+
+
 class Metric(NamedTuple):
     """The sum of `of` over all targets, divided by the sum of `per`, then `finish`ed."""
 
@@ -85,7 +89,7 @@ Best = dict[str, list[float]]  # for each metric its best value in validation, a
 # To measure something else, add a line.
 METRICS = {
     'loss': Metric(nats),  # nats per token
-    'perplexity': Metric(nats, finish=math.exp),
+    'perplexity': Metric(nats, finish=exp),
     'accuracy': Metric(is_first_choice, better=max),  # how often the likeliest token is the right one
     'bits_per_byte': Metric(bits, per=size),  # comparable between tokenizers
 }

@@ -28,6 +28,8 @@ from errors import CHECKPOINT, UserError
 # more: the plain file imports this
 @dataclass(frozen=True)
 class GPTConfig:
+    """The shape of a model. The defaults are GPT-2's smallest, 124M."""
+
     block_size: int = 1024  # the longest sequence that the model can read, in tokens
     vocab_size: int = 50304  # GPT-2 has 50257 tokens; matrices whose sides are multiples of 128 multiply faster
     n_layer: int = 12

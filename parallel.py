@@ -16,6 +16,8 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 
 @dataclass(frozen=True)
 class Process:
+    """One of those that train together, each on a device of its own."""
+
     rank: int  # 0 .. world_size - 1, over all machines
     world_size: int  # processes that train together
     device: torch.device

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -95,9 +95,19 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding='utf-8'))
     except ValueError:
         meta = None
-    if not isinstance(meta, dict) or not {'tokenizer', 'vocab_size', 'dtype', 'splits'} <= meta.keys():
+    if not is_meta(meta):
         raise UserError(f'{path} is damaged\nrebuild the corpus: {how_to_prepare(folder)}', DATA)
     return meta
+
+
+def is_meta(meta: object) -> TypeGuard[dict[str, Any]]:
+    """Whether it has all that is read of a meta.json, in the right types."""
+    match meta:
+        case {'tokenizer': {'name': str()}, 'vocab_size': int(), 'dtype': 'uint16' | 'uint32', 'splits': dict(splits)}:
+            return all(isinstance(made, dict) and isinstance(made.get('tokens'), int)
+                       and isinstance(made.get('largest_id'), int) and {'head', 'tail'} <= made.keys()
+                       for made in splits.values())
+    return False
 
 
 def how_to_prepare(folder: Path) -> str:

@@ -24,6 +24,7 @@ import errors
 import evaluate
 import logger
 import parallel
+import tokenizer
 import tokens
 from errors import UserError
 from model import GPTConfig
@@ -178,6 +179,25 @@ def accumulate_gradient(model: nn.Module, parts: Iterable[Part], n_parts: int, s
     return loss
 
 
+def encode_start(text: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
+    """The ids that samples continue: an empty text asks for the beginning of a document."""
+    if not text and vocabulary.eot is None:
+        raise UserError(f"--sample_start is empty, and the tokenizer '{vocabulary.name}' has no token that begins a "
+                        'document\ngive another, or no samples: --sample_interval=0')
+    try:
+        return vocabulary.encode_prompt(text) if text else [vocabulary.eot or 0]
+    except UserError as error:
+        advice = 'give another, or no samples: --sample_interval=0'
+        raise UserError(f'--sample_start: {error}\n{advice}', error.code) from None
+
+
+def refuse_infinite(loss: float, step: int, run: Path) -> None:
+    """End a run whose weights are lost, before they take the place of those that were saved."""
+    if not math.isfinite(loss):
+        raise UserError(f'the loss is {loss} at step {step}; {run} holds what was saved before\n'
+                        'try a lower --learning_rate, or --dtype=float32', errors.NOT_FINITE)
+
+
 def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) -> None:
     """The whole run: load, then step after step evaluate, save, sample and learn."""
     # the corpus, and a model for it
@@ -189,13 +209,14 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
     corpora = {split: tokens.open_split(folder, split, T, config.vocab_size) for split in ('train', 'val')}
     vocabulary = checkpoint.vocabulary_of(meta, state, init_from)
     token_sizes = vocabulary.token_sizes() if vocabulary else None
+    sample_ids = encode_start(sample_start, vocabulary) if vocabulary and sample_interval else []
 
     # how much there is to do
     order = tokens.Order(len(corpora['train']), T, seed)
     n_windows = windows_in_step(total_batch_size, gradient_accumulation_steps, batch_size, T)
     n_parts = math.ceil(n_windows / (batch_size * process.world_size))  # micro-batches of each process in a step
     first_step = state['iter_num'] if is_resumed else 0
-    end_of_epochs = math.ceil(max_epochs * order.epoch / n_windows) if max_epochs else max_iters  # step
+    end_of_epochs = math.ceil(max_epochs * order.epoch / n_windows) if max_epochs else sys.maxsize  # step
     last_step, decay_steps = max(first_step, min(max_iters, end_of_epochs)), min(lr_decay_iters, end_of_epochs)
 
     # the model and its optimizer, on their device
@@ -219,7 +240,8 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
     if process.is_main and overwrite and not (is_resumed or eval_only or overfit_single_batch):
         checkpoint.delete_all(run)
     log = logger.Logger('' if eval_only else str(run), process.is_main, first_step, last_step,
-                        wandb_project if wandb_log else '', wandb_run_name, state.get('wandb_run_id', ''), settings)
+                        wandb_project if wandb_log else '', wandb_run_name,
+                        state['wandb_run_id'] if is_resumed else '', settings)
     with log:
         log.line(f'{parallel.describe(process)}; {parallel.name_of(precision)}, {why_precision}; '
                  f'{"compiled" if compiles else "not compiled"}, {why_compile}')
@@ -235,18 +257,6 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
         def read(step: int) -> Iterator[Part]:
             return parts_of(corpora['train'], order.starts(step * n_windows, n_windows), batch_size, config, process)
 
-        def measure(step: int) -> bool:
-            """Evaluate on both splits. Whether the loss in validation is the lowest so far."""
-            n = eval_iters * batch_size
-            results = {split: evaluate.evaluate(model, config, corpus, n, batch_size, token_sizes, process, autocast,
-                                                log.progress) for split, corpus in corpora.items()}
-            train_loss, val = results['train']['loss'], results['val']
-            is_best = evaluate.keep_best(best, val, step)
-            log.line(logger.step_line(step, train_loss, val['loss']))
-            log.line(evaluate.table(results, best))
-            log.row(step, train_loss=train_loss, **{f'val_{name}': value for name, value in val.items()})
-            return is_best
-
         def save(step: int, is_best: bool) -> None:
             log.flush()
             if process.is_main:
@@ -259,9 +269,25 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
                     'data': {split: tokens.fingerprint(corpus) for split, corpus in corpora.items()},
                 })
 
+        def measure(step: int) -> None:
+            """Evaluate on both splits, and save what has become of the model."""
+            n = eval_iters * batch_size
+            results = {split: evaluate.evaluate(model, config, corpus, n, batch_size, token_sizes, process, autocast,
+                                                log.progress) for split, corpus in corpora.items()}
+            train_loss, val = results['train']['loss'], results['val']
+            refuse_infinite(val['loss'], step, run)
+            is_best = evaluate.keep_best(best, val, step)
+            log.line(logger.step_line(step, train_loss, val['loss']))
+            log.line(evaluate.table(results, best))
+            log.row(step, train_loss=train_loss, **{f'val_{name}': value for name, value in val.items()})
+            if step > first_step and (is_best or always_save_checkpoint):
+                save(step, is_best)
+            log.plot()
+            log.status('running', step, errors.DONE)
+
         def draw_sample(step: int) -> None:
             if process.is_main and vocabulary:
-                prompt = torch.tensor([vocabulary.encode_prompt(sample_start)], device=process.device)
+                prompt = torch.tensor([sample_ids], device=process.device)
                 with torch.compiler.set_stance('force_eager'), autocast:
                     ids = raw_model.generate(prompt, sample_tokens, temperature=0.8, top_k=200, seed=seed,
                                              n_vocab=vocabulary.n_vocab)
@@ -286,11 +312,7 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
             # look: measure, save, sample
             is_last = step == last_step
             if (is_last or step % eval_interval == 0) and not overfit_single_batch:
-                is_best = measure(step)
-                if step > first_step and (is_best or always_save_checkpoint):
-                    save(step, is_best)
-                log.plot()
-                log.status('running', step, errors.DONE)
+                measure(step)
             if sample_interval and (is_last or step % sample_interval == 0):
                 draw_sample(step)
             if is_last:
@@ -318,9 +340,7 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
             if step % log_interval == 0 or step == last_step - 1:
                 loss = parallel.total(step_loss).item()  # reading a number waits for the device
                 first_loss = loss if step == first_step else first_loss
-                if not math.isfinite(loss):
-                    raise UserError(f'the loss is {loss} at step {step}; {run} holds what was saved before\n'
-                                    'try a lower --learning_rate, or --dtype=float32', errors.NOT_FINITE)
+                refuse_infinite(loss, step, run)
                 seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
                 clock, clock_step = time.perf_counter(), step + 1
                 speed = n_windows * T / seconds  # tokens per second
