@@ -1,0 +1,78 @@
+"""
+OpenWebText, the public copy of GPT-2's training text, in GPT-2's tokens: 9,035,582,198 for training and 4,434,897 for
+validation, from 8,013,769 documents, each followed by the end-of-text token.
+
+    python data/openwebtext/prepare.py
+    python data/openwebtext/prepare.py --input='/data/owt/*.parquet'      .parquet or .jsonl files that are here already
+
+Downloads 24 GB once (into Hugging Face's cache, which resumes) and writes 18 GB. Memory holds a few megabytes for each
+process, the numbers of the documents while the split is drawn (8 bytes each), and the validation documents.
+
+The split is nanoGPT's, train_test_split(test_size=0.0005, seed=2357): the same documents. val.bin is also the same byte
+for byte, since it keeps the drawn order; train.bin keeps the order of the source, as training shuffles its windows.
+"""
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import configurator
+import corpus
+import tokenizer as tokenizers
+from errors import DATA, UserError, run
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the annotated names from here to the next rule. Nothing below assigns to them.
+source: str = 'Skylion007/openwebtext'  # a dataset of parquet files on the Hugging Face hub, or a folder with some
+revision: str = '79d93d786212f7344586290adb811d4ae6a1762c'  # of that dataset; '' is its newest
+input: str = ''  # .jsonl or .parquet files that are here already: a file, a folder or a glob
+column: str = 'text'  # where the text stands in them
+val_fraction: float = 0.0005  # of the documents, set aside for validation
+seed: int = 2357  # decides which documents these are
+num_proc: int = 0  # processes that tokenise; 0 is one for each core
+# ------------------------------------------------------------------------------------------------
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def fetch_files(source: str, revision: str) -> list[str]:
+    """The files of the dataset's train split, on this machine. Nothing in the dataset is executed."""
+    from datasets import DownloadConfig, DownloadManager, load_dataset_builder
+
+    try:
+        files = load_dataset_builder(source, revision=revision or None).config.data_files
+        config = DownloadConfig(max_retries=5, resume_download=True)
+        return [str(path) for path in DownloadManager(download_config=config).download(files['train'])]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f'the dataset {source} cannot be downloaded: {str(error).splitlines()[0]}\n'
+                        'get its parquet files in another way, and name them with --input=PATH', DATA) from error
+
+
+def split_documents(texts: Iterable[str], validation: list[int]) -> Iterator[tuple[str, str]]:
+    """The training documents in the order of the source, then the validation documents in the order that was drawn."""
+    chosen, held = set(validation), {}
+    for number, text in enumerate(texts):
+        if number in chosen:
+            held[number] = text
+        else:
+            yield 'train', text
+    yield from (('val', held[number]) for number in validation)
+
+
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    encoder = tokenizers.build('gpt2', list, eot=True)
+    files = corpus.find_files(input, FOLDER) if input else fetch_files(source, revision)
+    n_documents = sum(map(corpus.count_documents, files))
+    print(f'found: files {len(files):,}, documents {n_documents:,}', flush=True)
+
+    validation = corpus.choose_validation(n_documents, val_fraction, seed).tolist()
+    documents = split_documents(corpus.read_documents(files, column), validation)
+    corpus.write_corpus(FOLDER, encoder, documents, n_documents, input or f'{source}@{revision or "main"}', encoder.eot,
+                        num_proc)
+    print('next:\n    torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py')
+
+
+if __name__ == '__main__':
+    run(main)

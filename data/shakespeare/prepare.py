@@ -1,0 +1,36 @@
+"""
+Tiny Shakespeare in GPT-2's tokens, as nanoGPT has it: 301,966 for training and 36,059 for validation.
+
+    python data/shakespeare/prepare.py
+
+Downloads one megabyte, in a second.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import configurator
+import corpus
+import errors
+import tokenizer as tokenizers
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the annotated names from here to the next rule. Nothing below assigns to them.
+input: str = ''  # the text, where it is on this machine already; '' downloads it
+# ------------------------------------------------------------------------------------------------
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    text = corpus.read_tiny_shakespeare(input, FOLDER)
+    encoder = tokenizers.build('gpt2', lambda: [text], eot=True)
+    corpus.write_corpus(FOLDER, encoder, corpus.split_text(text, 0.1), 1, 'tiny Shakespeare', eot=None)
+    print('next:\n    python train.py config/finetune_shakespeare.py\n'
+          '    python sample.py --out_dir=out-shakespeare')
+
+
+if __name__ == '__main__':
+    errors.run(main)

@@ -1,0 +1,59 @@
+"""
+The default text: the source code of Python's own standard library, which is on every machine that can run this project.
+
+    python data/stdlib/prepare.py
+
+About ten megabytes of real text without any download. Tests, installed packages and the character tables of `encodings`
+are left out. One file is one document; about one in twenty is for validation. Takes seconds.
+"""
+import sys
+import sysconfig
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import configurator
+import corpus
+import errors
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the annotated names from here to the next rule. Nothing below assigns to them.
+tokenizer: str = 'bpe:1024'  # a byte-pair encoding of so many ids, trained on this text; or 'char', 'byte', 'gpt2', ...
+# ------------------------------------------------------------------------------------------------
+
+FOLDER = Path(__file__).resolve().parent
+LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'encodings'}
+ONE_IN = 20  # files that are for validation
+
+
+def find_sources(library: Path) -> list[str]:
+    """The names of the library's files, in a fixed order."""
+    names = (path.relative_to(library) for path in library.rglob('*.py'))
+    return sorted(name.as_posix() for name in names if not LEFT_OUT & set(name.parts[:-1]))
+
+
+def read_sources(library: Path) -> list[tuple[str, str]]:
+    """Every file's split and text. The name alone decides the split, so that other versions of Python, which have some
+    other files, validate on much the same ones."""
+    texts = ((name, (library / name).read_text(encoding='utf-8')) for name in find_sources(library))
+    return [('val' if zlib.crc32(name.encode()) % ONE_IN == 0 else 'train', text) for name, text in texts if text]
+
+
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    library = Path(sysconfig.get_paths()['stdlib'])
+    documents = read_sources(library)
+    if not documents:
+        raise errors.UserError(f'{library} holds no .py files: this Python comes without its source code\n'
+                               'prepare another text: python data/text/prepare.py --input=PATH', errors.DATA)
+    source = f'the standard library of Python {sys.version.split()[0]}'
+    print(f'found {len(documents):,} files in {library}')
+
+    encoder = corpus.build_tokenizer(tokenizer, lambda: documents, eot=True)
+    corpus.write_corpus(FOLDER, encoder, documents, len(documents), source, encoder.eot)
+    print('next:\n    python train.py config/train_stdlib.py\n    python sample.py --out_dir=out-stdlib')
+
+
+if __name__ == '__main__':
+    errors.run(main)

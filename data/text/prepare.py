@@ -1,0 +1,83 @@
+"""
+Your own text -> data/<name>/train.bin, val.bin and meta.json.
+
+    python data/text/prepare.py --input=book.txt --tokenizer=char --name=book
+    python data/text/prepare.py --input='posts/*.jsonl' --column=body --tokenizer=bpe:4096 --name=posts
+    python data/text/prepare.py --input=https://example.org/part.parquet --tokenizer=gpt2 --name=part
+
+A .txt file is one document, and so is any other file that is named outright; a row of a .jsonl or .parquet file is one.
+The split is by document, with an end-of-text token after each. A single document is split by position instead, and has
+no end-of-text token, since nothing follows it. Empty documents are left out.
+"""
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+import configurator
+import corpus
+from errors import COMMAND, DATA, UserError, run
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the annotated names from here to the next rule. Nothing below assigns to them.
+input: str = ''  # a file, a folder, a glob or a URL: .txt, .jsonl and .parquet, also packed as .gz, .bz2 or .xz
+val_input: str = ''  # the same, for validation; '' sets a part of the input aside
+val_fraction: float = 0.1  # of the documents, or of the characters of a single one, that is set aside for validation
+seed: int = 2357  # decides which documents these are
+column: str = 'text'  # where the text stands in .jsonl and .parquet files
+tokenizer: str = 'gpt2'  # 'char', 'byte', 'bpe:N' (N ids, trained on this text), 'gpt2' or another name of tiktoken's
+name: str = 'text'  # the corpus is written to data/<name>
+num_proc: int = 0  # processes that tokenise; 0 is one for each core
+# ------------------------------------------------------------------------------------------------
+
+DATA_FOLDER = Path(__file__).resolve().parents[1]
+
+
+def split_documents(texts: Iterable[str], n_documents: int, fraction: float, seed: int) -> Iterator[tuple[str, str]]:
+    """Each document and its split, in the order of the corpus; a single document in two parts."""
+    validation = corpus.choose_validation(n_documents, fraction, seed)
+    if n_documents == 1:
+        yield from corpus.split_text(next(iter(texts)), fraction)
+        return
+    is_val = np.zeros(n_documents, dtype=bool)
+    is_val[validation] = True
+    yield from zip(np.where(is_val, 'val', 'train'), texts, strict=True)
+
+
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    if not input:
+        raise UserError('which text? give --input=PATH: a file, a folder, a glob or a URL', COMMAND)
+    if not name or Path(name).name != name:
+        raise UserError(f'--name={name} must be a plain name, since it becomes the folder data/<name>', COMMAND)
+    folder = DATA_FOLDER / name
+    train_files = corpus.find_files(input, folder)
+    val_files = corpus.find_files(val_input, folder, '--val_input') if val_input else []
+    n_train, n_val = (sum(map(corpus.count_documents, files)) for files in (train_files, val_files))
+    print(f'found: files {len(train_files) + len(val_files):,}, documents {n_train + n_val:,}')
+    if n_train == 0:
+        raise UserError(f'--input={input} holds no documents', DATA)
+    by_position = n_train == 1 and not val_files
+    if by_position:
+        print(f'a single document: the last {val_fraction:.0%} of its characters are for validation')
+
+    def documents() -> Iterator[tuple[str, str]]:
+        texts = corpus.read_documents(train_files, column)
+        if not val_files:
+            return split_documents(texts, n_train, val_fraction, seed)
+        return itertools.chain((('train', text) for text in texts),
+                               (('val', text) for text in corpus.read_documents(val_files, column)))
+
+    encoder = corpus.build_tokenizer(tokenizer, documents, eot=n_train > 1 or n_val > 1)
+    corpus.write_corpus(folder, encoder, ((split, text) for split, text in documents() if text), n_train + n_val,
+                        input, None if by_position else encoder.eot, num_proc)
+    print(f'next:\n    python train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'
+          f'    python sample.py --out_dir=out-{name}')
+
+
+if __name__ == '__main__':
+    run(main)
