@@ -40,7 +40,7 @@ def test_the_plain_training_and_the_fast_one_give_the_same_losses_and_weights(
         tiny_dataset: Path, tmp_path: Path, name: str, batch_size: int) -> None:
     losses, plain = train_plainly(tiny_dataset, OVERRIDES[name])
 
-    train.main([f'--dataset={tiny_dataset}', *SHAPE, f'--warmup_iters={50}', '--beta2=0.99', '--lr_decay_iters=600',
+    train.main([f'--dataset={tiny_dataset}', *SHAPE, '--warmup_iters=100', '--beta2=0.99', '--lr_decay_iters=600',
                 *OVERRIDES[name], f'--batch_size={batch_size}', f'--out_dir={tmp_path}', '--device=cpu',
                 '--sample_interval=0', '--eval_interval=100', '--eval_iters=1'])
     rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
