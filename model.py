@@ -11,11 +11,9 @@ The model is that of Radford et al. 2019, "Language Models are Unsupervised Mult
 the weights.
 """
 import math
-import re
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -211,7 +209,7 @@ class GPT(nn.Module):
                 token = torch.where(stopped, stop, token)
                 stopped |= token == stop
             yield token
-            if stopped.all():
+            if stop is not None and stopped.all():
                 return
             if idx.size(1) == block_size:
                 caches = None  # the window slides: positions are absolute, so every token moves and is read anew
@@ -257,42 +255,9 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder: str, dropout: float = 0.0) -> 'GPT':
         """GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', any other GPT-2 of the Hugging Face hub, or
         a local folder with one. Raises UserError where it is not there or not whole, or is another model than GPT-2."""
-        try:
-            import safetensors
-            import transformers
-        except ImportError:
-            raise UserError('transformers, which reads these weights, is not here: pip install transformers') from None
-        if not Path(name_or_folder).is_dir() and not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name_or_folder):
-            raise UserError(f'there is no folder {name_or_folder!r}\n'
-                            'give one that save_pretrained wrote, or a name such as gpt2', CHECKPOINT)
-        try:
-            c = transformers.AutoConfig.from_pretrained(name_or_folder, trust_remote_code=False)
-            if c.model_type != 'gpt2':
-                raise UserError(f'{name_or_folder!r} holds a model of type {c.model_type}, not gpt2', CHECKPOINT)
-            gelu: dict[str, Literal['tanh', 'exact']] = {
-                'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
-            right = {'activation_function': gelu, 'n_inner': (None, 4 * c.n_embd), 'layer_norm_epsilon': (1e-5,),
-                     'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,),
-                     'add_cross_attention': (False,)}
-            odd = [f'{name}={getattr(c, name)}' for name, values in right.items() if getattr(c, name) not in values]
-            if odd:
-                raise UserError(f'{name_or_folder!r} is another model than GPT-2: it has {", ".join(odd)}', CHECKPOINT)
-            loaded: Any = transformers.GPT2LMHeadModel.from_pretrained(
-                name_or_folder, config=c, dtype=torch.float32, output_loading_info=True)
-        except UserError:
-            raise
-        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-            raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {str(error).splitlines()[0]}\n'
-                            'without network, give a local folder that save_pretrained wrote', CHECKPOINT) from None
-        theirs, missing = loaded[0], loaded[1]['missing_keys']
-        if missing:  # transformers has drawn these at random
-            raise UserError(f'{name_or_folder!r} lacks {len(missing)} of the weights: {min(missing)} ...', CHECKPOINT)
-        config = GPTConfig(c.n_positions, c.vocab_size, c.n_layer, c.n_head, c.n_embd, dropout, True,
-                           gelu[c.activation_function], c.tie_word_embeddings)
-        transposed = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out)
-        weights = {name: p.t().contiguous() if name.endswith(transposed) else p
-                   for name, p in theirs.state_dict().items()}
-        return cls.from_weights(config, weights)
+        import huggingface
+
+        return cls.from_weights(*huggingface.load(name_or_folder, dropout))
 
     def crop_block_size(self, block_size: int) -> 'GPT':
         """The same model for sequences of at most block_size tokens."""

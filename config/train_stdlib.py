@@ -1,8 +1,8 @@
 # command:  python train.py config/train_stdlib.py
 #           (first python data/stdlib/prepare.py; make train does both)
 # device:   two CPU cores
-# duration: not measured yet
-# expected: not measured yet
+# duration: about two minutes
+# expected: 1.70 bits per byte in validation
 out_dir = 'out-stdlib'
 dataset = 'stdlib'
 
@@ -16,14 +16,16 @@ batch_size = 16
 block_size = 64
 
 learning_rate = 4e-3
-min_lr = learning_rate / 10
-warmup_iters = 100
-max_iters = 3000
+min_lr = 0.0
+warmup_iters = 250
+max_iters = 2500
 lr_decay_iters = max_iters
 beta2 = 0.99  # nearer to 1 than usual, since one update sees few tokens
 
-eval_interval = 500
+eval_interval = 250
 eval_iters = 50
-sample_interval = 1000
 log_interval = 10
-always_save_checkpoint = True
+
+sample_interval = 1250
+sample_start = 'def '
+sample_tokens = 150

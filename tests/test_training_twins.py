@@ -1,4 +1,4 @@
-"""train_trivialised.py and train.py are the same training: the same windows, initial weights, losses and final weights."""
+"""train_trivialised.py and train.py are the same training: the same windows, losses, initial and final weights."""
 import json
 import sys
 from pathlib import Path
@@ -16,9 +16,10 @@ from model_trivialised import GPT
 
 SHAPE = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--total_batch_size=256']
 OVERRIDES = {
-    'one of each': ['--max_iters=12', '--warmup_iters=4', '--lr_decay_iters=10', '--learning_rate=1e-2', '--min_lr=1e-3'],
-    'other values': ['--max_iters=6', '--warmup_iters=0', '--lr_decay_iters=6', '--learning_rate=3e-3', '--min_lr=0',
-                     '--bias=True', '--beta1=0.8', '--beta2=0.95', '--weight_decay=1.0', '--grad_clip=0.05', '--seed=7'],
+    'rise and fall': ['--max_iters=12', '--warmup_iters=4', '--lr_decay_iters=10', '--learning_rate=1e-2',
+                      '--min_lr=1e-3'],
+    'no warm-up': ['--max_iters=6', '--warmup_iters=0', '--lr_decay_iters=6', '--learning_rate=3e-3', '--min_lr=0',
+                   '--bias=True', '--beta1=0.8', '--beta2=0.95', '--weight_decay=1.0', '--grad_clip=0.05', '--seed=7'],
 }
 
 

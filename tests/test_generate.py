@@ -1,0 +1,203 @@
+"""Text from the model: with the cache and without, greedy and drawn, alone and in a batch."""
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import GPT, GPTConfig, choose
+
+BLOCK, V = 16, 61
+
+
+@torch.no_grad()
+def random_gpt(dropout: float = 0.0) -> GPT:
+    """Parameters large enough that each position and each earlier token matters to what follows. The head is not tied,
+    for a random tied one likes to say the last token again."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(BLOCK, V, n_layer=3, n_head=4, n_embd=32, dropout=dropout, tie_weights=False))
+    for name, p in model.named_parameters():
+        p.normal_(1.0 if 'ln_' in name and name.endswith('weight') else 0.0, 0.3)
+    return model.eval()
+
+
+def prompt(B: int, T: int) -> Tensor:
+    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize('T', [1, 5, BLOCK - 1, BLOCK, BLOCK + 4])
+@pytest.mark.parametrize('B', [1, 3])
+@pytest.mark.parametrize('how', [{'temperature': 0.0}, {'temperature': 0.8, 'top_k': 20, 'top_p': 0.9, 'seed': 5}])
+def test_cached_and_uncached_write_the_same_tokens_past_the_block(how: dict[str, Any], B: int, T: int) -> None:
+    model = random_gpt()
+    cached = model.generate(prompt(B, T), 2 * BLOCK, **how)
+    assert cached.shape == (B, T + 2 * BLOCK)
+    assert torch.equal(cached[:, :T], prompt(B, T))
+    assert torch.equal(cached, model.generate(prompt(B, T), 2 * BLOCK, **how, use_cache=False))
+    assert len(set(cached[:, T:].flatten().tolist())) > 3, 'the same token again and again would prove little'
+
+
+def test_greedy_text_is_the_likeliest_next_token_each_time() -> None:
+    model = random_gpt()
+    text = prompt(3, 4)
+    for _ in range(BLOCK + 5):
+        logits, _ = model(text[:, -BLOCK:])
+        text = torch.cat([text, logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(model.generate(prompt(3, 4), BLOCK + 5, temperature=0), text)
+    assert torch.equal(model.generate(prompt(3, 4), BLOCK + 5, top_k=1, seed=1), text)
+    assert torch.equal(model.generate(prompt(3, 4), BLOCK + 5, top_p=0.0, seed=1), text)
+
+
+def test_a_row_of_a_batch_is_written_as_it_would_be_alone() -> None:
+    model = random_gpt()
+    together = model.generate(prompt(3, 4), 2 * BLOCK, temperature=0)
+    for row in range(3):
+        assert torch.equal(together[row:row + 1], model.generate(prompt(3, 4)[row:row + 1], 2 * BLOCK, temperature=0))
+
+
+def test_the_cache_reads_each_token_once_until_the_window_slides(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read, forward = random_gpt(), [], GPT.forward
+
+    def counting(self: GPT, idx: Tensor, *args: Any, **kwargs: Any) -> Any:
+        read.append(idx.size(1))
+        return forward(self, idx, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, 'forward', counting)
+    model.generate(prompt(1, 12), 7)
+    assert read == [12, 1, 1, 1, 1, BLOCK, BLOCK]  # the last token that fits is the block's 16th
+    read.clear()
+    model.generate(prompt(1, 12), 7, use_cache=False)
+    assert read == [12, 13, 14, 15, 16, BLOCK, BLOCK]
+
+
+def drawn(probabilities: Tensor, temperature: float = 1.0, top_k: int | None = None,
+          top_p: float | None = None) -> Tensor:
+    """How often each token is chosen, (V,), in 40,000 draws."""
+    rows = probabilities.log().expand(40_000, -1)
+    tokens = choose(rows, temperature, top_k, top_p, torch.Generator().manual_seed(3))
+    return tokens.bincount(minlength=len(probabilities)) / len(rows)
+
+
+@pytest.mark.parametrize(('how', 'expected'), [
+    ({}, [0.1, 0.4, 0.05, 0.3, 0.15]),
+    ({'temperature': 0.5}, [0.01, 0.16, 0.0025, 0.09, 0.0225]),  # squares
+    ({'top_k': 1}, [0, 1, 0, 0, 0]),
+    ({'top_k': 3}, [0, 0.4, 0, 0.3, 0.15]),
+    ({'top_k': 99}, [0.1, 0.4, 0.05, 0.3, 0.15]),  # more than there are
+    ({'top_p': 0.0}, [0, 1, 0, 0, 0]),
+    ({'top_p': 0.39}, [0, 1, 0, 0, 0]),
+    ({'top_p': 0.41}, [0, 0.4, 0, 0.3, 0]),
+    ({'top_p': 0.84}, [0, 0.4, 0, 0.3, 0.15]),
+    ({'top_p': 0.86}, [0.1, 0.4, 0, 0.3, 0.15]),
+    ({'top_p': 1.0}, [0.1, 0.4, 0.05, 0.3, 0.15]),
+    ({'temperature': 0.5, 'top_p': 0.6}, [0, 0.16, 0, 0.09, 0]),  # of the probabilities after the temperature
+    ({'top_k': 2, 'top_p': 0.5}, [0, 1, 0, 0, 0]),  # of 4/7 and 3/7
+    ({'top_k': 2, 'top_p': 0.6}, [0, 0.4, 0, 0.3, 0]),
+])
+def test_tokens_are_drawn_by_their_probability_among_those_allowed(how: dict[str, Any], expected: list[float]) -> None:
+    wanted = torch.tensor(expected) / sum(expected)
+    found = drawn(torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]), **how)
+    assert not found[wanted == 0].any()
+    five_sigma = 5 * (wanted * (1 - wanted) / 40_000).sqrt()
+    assert ((found - wanted).abs() <= five_sigma).all(), f'{found} is not {wanted}'
+
+
+def test_each_row_is_filtered_on_its_own() -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [3.0, 0.0, 1.0, 2.9]]).log_softmax(-1)
+    for top_k, top_p in [(2, None), (None, 0.85)]:
+        rows = choose(logits.repeat(500, 1), 1.0, top_k, top_p, None).view(500, 2)
+        assert set(rows[:, 0].tolist()) == {1, 2}
+        assert set(rows[:, 1].tolist()) == {0, 3}
+
+
+def test_temperature_0_takes_the_likeliest_and_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    assert choose(torch.tensor([[1.0, 3.0, 2.0], [5.0, 3.0, 2.0]]), 0.0, None, None, None).tolist() == [1, 0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_padding_ids_are_never_drawn() -> None:
+    model = random_gpt()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(0.1)
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[50:] += 10.0  # the ids from 50 on now win by far
+    for how in ({'temperature': 0.0}, {'seed': 1}, {'seed': 1, 'top_k': 60}, {'seed': 1, 'top_p': 0.99}):
+        assert model.generate(prompt(2, 3) % 50, 30, **how)[:, 3:].min() >= 50  # as they would be
+        assert model.generate(prompt(2, 3) % 50, 30, **how, n_vocab=50).max() < 50
+
+
+def test_a_row_that_has_stopped_repeats_the_stop_token_and_all_stopped_ends() -> None:
+    model = random_gpt()
+    free = model.generate(prompt(3, 4), 40, seed=7)[:, 4:]  # (3, 40)
+    # a token that all three rows say, at different times, the last of them before the end
+    said_by_all = [token for token in range(V) if (free[:, :30] == token).any(dim=1).all()]
+    stop = next(token for token in said_by_all if len({row.tolist().index(token) for row in free}) == 3)
+    ends = [row.tolist().index(stop) for row in free]
+
+    text = model.generate(prompt(3, 4), 40, seed=7, stop=stop)[:, 4:]
+    assert text.size(1) == max(ends) + 1 < 40
+    for row, end, without_stop in zip(text, ends, free, strict=True):
+        assert torch.equal(row[:end + 1], without_stop[:end + 1])
+        assert (row[end:] == stop).all()
+
+
+def test_a_stop_token_in_the_prompt_stops_nothing() -> None:
+    model = random_gpt()
+    free = model.generate(prompt(1, 4), 10, seed=7)
+    unsaid = next(token for token in prompt(1, 4)[0].tolist() if token not in free[0, 4:].tolist())
+    assert torch.equal(model.generate(prompt(1, 4), 10, seed=7, stop=unsaid), free)
+
+
+def test_the_same_seed_gives_the_same_text_and_leaves_the_global_generator_alone() -> None:
+    model = random_gpt()
+    before = torch.get_rng_state()
+    texts = [model.generate(prompt(2, 4), 20, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+    torch.manual_seed(4)
+    unseeded = model.generate(prompt(2, 4), 20)
+    assert not torch.equal(model.generate(prompt(2, 4), 20), unseeded)
+    torch.manual_seed(4)
+    assert torch.equal(model.generate(prompt(2, 4), 20), unseeded)
+
+
+def test_two_streams_of_one_model_do_not_disturb_each_other_nor_its_training() -> None:
+    model = random_gpt(dropout=0.5)
+    first, second = model.generate(prompt(1, 4), 20, seed=1), model.generate(prompt(2, 6), 30, seed=2)
+    model.train()
+    a, b = model.stream(prompt(1, 4), 20, seed=1), model.stream(prompt(2, 6), 30, seed=2)
+    tokens_a, tokens_b = [], []
+    for _ in range(20):
+        tokens_a.append(next(a))
+        tokens_b.append(next(b))
+        assert all(module.training for module in model.modules())
+    assert next(a, None) is None
+    tokens_b += list(b)  # one goes on after the other's end
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.stack(tokens_a, dim=1), first[:, 4:])
+    assert torch.equal(torch.stack(tokens_b, dim=1), second[:, 6:])
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_a_stream_that_is_left_early_or_fails_leaves_the_model_as_it_was(training: bool) -> None:
+    model = random_gpt(dropout=0.5).train(training)
+    stream = model.stream(prompt(1, 4), 20)
+    assert isinstance(stream, Generator)
+    next(stream)
+    stream.close()
+    assert all(module.training == training for module in model.modules())
+    with pytest.raises(IndexError):
+        model.generate(torch.tensor([[V]]), 1)  # an id that the model does not have
+    assert all(module.training == training for module in model.modules())
+    assert torch.is_grad_enabled()
+    assert model(prompt(1, 4), prompt(1, 4))[1].requires_grad
+
+
+def test_nothing_is_drawn_for_no_tokens() -> None:
+    model, before = random_gpt(), torch.get_rng_state()
+    assert torch.equal(model.generate(prompt(2, 4), 0), prompt(2, 4))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,383 @@
+"""The model is GPT-2: transformers computes the same from the same weights. And no token knows what follows it."""
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import errors
+from model import GPT, Attention, GPTConfig
+
+SHAPES = {  # layers, heads and width of OpenAI's four models, and how many parameters they have
+    'gpt2': (12, 12, 768, 124_439_808),
+    'gpt2-medium': (24, 16, 1024, 354_823_168),
+    'gpt2-large': (36, 20, 1280, 774_030_080),
+    'gpt2-xl': (48, 25, 1600, 1_557_611_200),
+}
+BLOCK, V = 24, 307
+SMALL = {'n_layer': 2, 'n_head': 2, 'n_embd': 8}
+
+
+@pytest.fixture
+def their_gpt2(tmp_path: Path) -> Callable[..., Any]:
+    """their_gpt2(n_layer=...) is transformers' GPT-2 with every parameter at random, biases and gains too, so that none
+    can be left out or mistaken for another; it is saved in tmp_path."""
+    transformers = pytest.importorskip('transformers')
+
+    @torch.no_grad()
+    def make(scale: float = 0.2, **shape: Any) -> Any:
+        torch.manual_seed(1)
+        settings = {'vocab_size': V, 'n_positions': BLOCK, 'bos_token_id': 0, 'eos_token_id': 0, **SMALL, **shape}
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
+        for name, p in theirs.named_parameters():
+            p.normal_(1.0 if 'ln_' in name and name.endswith('weight') else 0.0, scale)
+        theirs.save_pretrained(tmp_path)
+        return theirs
+
+    return make
+
+
+def random_tokens(B: int, T: int, vocab_size: int = V) -> Tensor:
+    return torch.randint(1, vocab_size, (B, T), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def random_gpt(**settings: Any) -> GPT:
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{'block_size': BLOCK, 'vocab_size': V, **SMALL, **settings}))
+    for name, p in model.named_parameters():
+        p.normal_(1.0 if 'ln_' in name and name.endswith('weight') else 0.0, 0.2)
+    return model
+
+
+@torch.no_grad()
+def assert_equal_models(ours: GPT, theirs: Any, B: int, T: int, tolerance: float) -> None:
+    """The same logits, the same loss, and the same likeliest continuation of the first half of a text of T tokens."""
+    ours.eval()
+    x = random_tokens(B, T, ours.config.vocab_size)
+    their_logits = theirs(x).logits
+    logits, _ = ours(x)
+    torch.testing.assert_close(logits, their_logits, rtol=0, atol=tolerance * their_logits.std().item())
+
+    _, loss = ours(x[:, :-1], x[:, 1:])  # transformers shifts by itself
+    torch.testing.assert_close(loss, theirs(x, labels=x).loss, rtol=tolerance, atol=0)
+
+    prompt = x[:, :T // 2]
+    continued = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=T // 2,
+                                eos_token_id=None, pad_token_id=0)
+    assert torch.equal(ours.generate(prompt, T // 2, temperature=0), continued)
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_logits_loss_and_greedy_text_are_those_of_transformers(name: str, their_gpt2: Any, tmp_path: Path) -> None:
+    n_layer, n_head, n_embd, _ = SHAPES[name]  # all layers and heads, and heads of 4 instead of 64 channels
+    theirs = their_gpt2(n_layer=n_layer, n_head=n_head, n_embd=n_embd // 16)
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert ours.config == GPTConfig(BLOCK, V, n_layer, n_head, n_embd // 16)
+    assert_equal_models(ours, theirs, 3, BLOCK, 2e-4)
+    # In float64 there is no rounding to hide behind; transformers rounds its losses to float32 all the same.
+    x = random_tokens(2, BLOCK)
+    torch.testing.assert_close(ours.double()(x)[0], theirs.double()(x).logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_the_smallest_gpt2_in_full_size_is_that_of_transformers(their_gpt2: Any, tmp_path: Path) -> None:
+    theirs = their_gpt2(0.02, vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768)
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert ours.config == GPTConfig(vocab_size=50257)
+    assert_equal_models(ours, theirs, 1, 64, 2e-4)
+
+
+@pytest.mark.parametrize(('activation_function', 'gelu'), [('gelu_new', 'tanh'), ('gelu_pytorch_tanh', 'tanh'),
+                                                           ('gelu', 'exact')])
+def test_each_gelu_is_read_as_what_it_is(activation_function: str, gelu: str, their_gpt2: Any, tmp_path: Path) -> None:
+    theirs = their_gpt2(1.0, activation_function=activation_function).double()
+    ours = GPT.from_pretrained(str(tmp_path)).double()
+    assert ours.config.gelu == gelu
+    x = random_tokens(2, BLOCK)
+    # the two GELUs are about 1e-4 apart
+    torch.testing.assert_close(ours(x)[0], theirs(x).logits, rtol=0, atol=1e-10)
+
+
+def test_an_untied_head_stays_untied(their_gpt2: Any, tmp_path: Path) -> None:
+    theirs = their_gpt2(tie_word_embeddings=False)
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert not ours.config.tie_weights
+    assert not torch.equal(ours.lm_head.weight, ours.transformer.wte.weight)
+    assert_equal_models(ours, theirs, 2, BLOCK, 1e-4)
+
+
+def test_a_pretrained_model_is_ready_to_be_trained_with_the_dropout_asked_for(their_gpt2: Any, tmp_path: Path) -> None:
+    their_gpt2()
+    torch.manual_seed(1)
+    ours = GPT.from_pretrained(str(tmp_path), dropout=0.3)
+    assert ours.config.dropout == 0.3
+    assert {module.p for module in ours.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
+    assert ours.lm_head.weight is ours.transformer.wte.weight, 'a tied head is one parameter, not two'
+    x = random_tokens(2, BLOCK)
+    ours(x[:, :-1], x[:, 1:])[1].backward()
+    assert all(p.requires_grad and p.is_contiguous() and p.grad is not None for p in ours.parameters())
+
+
+def assert_refused(path: Path | str, *parts: str) -> None:
+    """One clear message, of at most three lines, that names the path."""
+    with pytest.raises(errors.UserError) as caught:
+        GPT.from_pretrained(str(path))
+    assert caught.value.code == errors.CHECKPOINT
+    assert len(str(caught.value).splitlines()) <= 3
+    for part in (str(path), *parts):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize('odd', [{'n_inner': 12}, {'scale_attn_by_inverse_layer_idx': True},
+                                 {'scale_attn_weights': False}, {'add_cross_attention': True},
+                                 {'activation_function': 'relu'}, {'layer_norm_epsilon': 1e-6}])
+def test_a_gpt2_of_another_build_is_refused(odd: dict[str, Any], their_gpt2: Any, tmp_path: Path) -> None:
+    their_gpt2(**odd)
+    assert_refused(tmp_path, *(f'{name}={value}' for name, value in odd.items()))
+
+
+def test_another_model_than_gpt2_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip('transformers')
+    transformers.GPTNeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    assert_refused(tmp_path, 'gpt_neox')
+
+
+def test_a_folder_without_all_the_weights_is_refused(their_gpt2: Any, tmp_path: Path) -> None:
+    safetensors = pytest.importorskip('safetensors.torch')
+    their_gpt2()
+    whole = tmp_path / 'model.safetensors'
+    weights = safetensors.load_file(whole)
+
+    def refuses(kind: str, change: Callable[[Path], object], *parts: str) -> None:
+        copy = shutil.copytree(tmp_path, tmp_path.with_name(f'{tmp_path.name}-{kind}'))
+        change(copy)
+        assert_refused(copy, *parts)
+
+    def rewrite(folder: Path, **changed: Tensor) -> None:
+        left = {name: p for name, p in {**weights, **changed}.items() if p.numel()}
+        safetensors.save_file(left, folder / 'model.safetensors', metadata={'format': 'pt'})
+
+    c_fc, wte = 'transformer.h.1.mlp.c_fc.weight', 'transformer.wte.weight'
+    refuses('missing', shutil.rmtree, 'no folder')
+    refuses('unconfigured', lambda folder: (folder / 'config.json').unlink())
+    refuses('unreadable', lambda folder: (folder / 'config.json').write_text('{', encoding='utf-8'), 'JSON')
+    refuses('empty', lambda folder: (folder / 'model.safetensors').unlink(), 'model.safetensors')
+    refuses('cut', lambda folder: (folder / 'model.safetensors').write_bytes(whole.read_bytes()[:-9]))
+    # transformers would draw these at random, with no more than a warning
+    refuses('partial', lambda folder: rewrite(folder, **{c_fc: torch.empty(0)}), c_fc)
+    refuses('misshapen', lambda folder: rewrite(folder, **{wte: torch.zeros(V, 9)}))
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_one_clear_message(tmp_path: Path) -> None:
+    pytest.importorskip('transformers')
+    assert_refused(tmp_path / 'nowhere', 'no folder')
+    assert_refused('nobody-has-this/gpt2', 'no GPT-2 weights')  # conftest has turned the network off
+
+
+def test_without_transformers_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    with pytest.raises(errors.UserError, match='pip install transformers'):
+        GPT.from_pretrained('gpt2')
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_the_four_sizes_have_gpt2s_number_of_parameters(name: str) -> None:
+    n_layer, n_head, n_embd, expected = SHAPES[name]
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def test_training_the_smallest_takes_854_7_million_operations_per_token() -> None:
+    with torch.device('meta'):
+        tied, untied = (GPT(GPTConfig(tie_weights=tie_weights)) for tie_weights in (True, False))
+    assert round(tied.flops_per_token() / 1e6, 1) == 854.7
+    assert untied.flops_per_token() == tied.flops_per_token()  # an embedding is a choice of rows, not a product
+
+
+@pytest.mark.parametrize('n_head', [3, 0, 20])
+def test_a_width_that_heads_cannot_share_is_refused(n_head: int) -> None:
+    with pytest.raises(errors.UserError, match=f'n_embd=10 .* n_head={n_head}'):
+        GPTConfig(n_embd=10, n_head=n_head)
+
+
+def test_a_token_changes_what_follows_it_and_nothing_before_it() -> None:
+    model = random_gpt(n_layer=3)
+    x = random_tokens(2, BLOCK)
+    before, _ = model(x)
+    for t in (0, 7, BLOCK - 1):
+        changed = x.clone()
+        changed[0, t] = (x[0, t] + 1) % V
+        difference = (model(changed)[0] - before).abs().amax(dim=-1)  # (B, T)
+        assert difference[0, :t].sum() == 0
+        assert (difference[0, t:] > 1e-4).all()
+        assert difference[1].sum() == 0, 'the other sequence of the batch has not changed'
+
+
+def test_the_logits_of_a_beginning_are_those_in_the_whole() -> None:
+    model = random_gpt(n_layer=3)
+    x = random_tokens(2, BLOCK)
+    whole, _ = model(x)
+    for T in (1, 2, BLOCK - 1):
+        torch.testing.assert_close(model(x[:, :T])[0], whole[:, :T], rtol=0, atol=1e-5)
+
+
+def test_more_tokens_than_a_block_are_refused() -> None:
+    with pytest.raises(AssertionError, match='25 tokens do not fit in a block of 24'):
+        random_gpt()(random_tokens(1, BLOCK + 1))
+
+
+def test_a_new_model_knows_nothing() -> None:
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(BLOCK, V, n_layer=4, n_head=4, n_embd=64))
+    x = random_tokens(8, BLOCK + 1)
+    assert abs(model(x[:, :-1], x[:, 1:])[1].item() - math.log(V)) < 0.05
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('tie_weights', [True, False])
+def test_the_first_weights_are_drawn_as_gpt2s(bias: bool, tie_weights: bool) -> None:
+    torch.manual_seed(1)
+    n_layer = 3
+    model = GPT(GPTConfig(64, 512, n_layer=n_layer, n_head=4, n_embd=128, bias=bias, tie_weights=tie_weights))
+    for name, p in model.named_parameters():
+        if name.endswith('bias'):
+            assert bias
+            assert not p.any(), name
+        elif '.ln_' in name:
+            assert (p == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * n_layer) if name.endswith('c_proj.weight') else 0.02
+            assert abs(p.std().item() / std - 1) < 0.03, name
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+    # every matrix but the two that add to the residual stream
+    assert sum('c_proj.weight' in name for name, _ in model.named_parameters()) == 2 * n_layer
+    assert sum(name.endswith('bias') for name, _ in model.named_parameters()) == (6 * n_layer + 1 if bias else 0)
+
+
+@pytest.mark.parametrize('settings', [{}, {'bias': False}, {'tie_weights': False}, {'gelu': 'exact'}, {'dropout': 0.1}])
+def test_every_parameter_gets_a_gradient(settings: dict[str, Any]) -> None:
+    model = random_gpt(**settings)
+    x = random_tokens(4, BLOCK + 1)
+    model(x[:, :-1], x[:, 1:])[1].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.any() and p.grad.isfinite().all(), name
+
+
+def test_dropout_acts_in_training_only() -> None:
+    x = random_tokens(2, BLOCK)
+    with_dropout, without = random_gpt(dropout=0.5), random_gpt()
+    expected, _ = without(x)
+    assert torch.equal(with_dropout.eval()(x)[0], expected)
+    first, second = (with_dropout.train()(x)[0] for _ in range(2))
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(first, expected)
+
+
+@pytest.mark.parametrize('place', ['transformer.drop', 'transformer.h.0.attn.dropout', 'transformer.h.0.mlp.dropout'])
+def test_the_embeddings_the_attention_and_the_mlp_each_drop_something(place: str) -> None:
+    model, x = random_gpt(dropout=0.5, n_layer=1), random_tokens(2, BLOCK)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and name != place:
+            module.p = 0.0
+    assert not torch.allclose(model(x)[0], random_gpt(n_layer=1)(x)[0])
+
+
+@torch.no_grad()
+def test_attention_drops_its_weights_and_channels_of_what_it_adds() -> None:
+    C, H = 64, 8
+    attention = Attention(GPTConfig(n_embd=C, n_head=H, dropout=0.5, bias=False))
+    attention.c_attn.weight[2 * C:] = attention.c_proj.weight[:] = torch.eye(C)
+    x = torch.randn(16, 1, C)
+    kept = (attention(x) / x).view(16 * H, C // H)  # with a single token to look at, it would be returned as it is
+    # each of the two doubles what it keeps; the weights are dropped for a whole head, the rest channel by channel
+    assert set(kept.flatten().tolist()) == {0.0, 4.0}
+    heads_with_some = kept.any(dim=1)
+    assert 0.3 < heads_with_some.float().mean() < 0.7
+    assert 0.4 < (kept[heads_with_some] > 0).float().mean() < 0.6
+
+
+def test_targets_of_minus_1_do_not_count() -> None:
+    model = random_gpt()
+    x = random_tokens(3, BLOCK + 1)
+    x, y = x[:, :-1], x[:, 1:].clone()
+    y[0, 5:] = -1
+    y[2] = -1
+    logits, loss = model(x, y)
+    each = -logits.log_softmax(dim=-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]  # (B, T), nats
+    torch.testing.assert_close(loss, each[y != -1].mean())
+    assert not torch.isclose(loss, each.mean())
+
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(each[y != -1].mean(), parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), expected)
+
+
+def test_a_batch_without_any_target_has_loss_0_and_no_gradient() -> None:
+    model, x = random_gpt(), random_tokens(2, BLOCK)
+    _, loss = model(x, torch.full_like(x, -1))
+    assert loss.item() == 0
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize('with_targets', [True, False])
+def test_logits_are_returned_as_asked_for(with_targets: bool) -> None:
+    model, x = random_gpt(), random_tokens(2, BLOCK)
+    targets = x.roll(-1, dims=1) if with_targets else None
+    everything, loss = model(x, targets)
+    assert everything.shape == (2, BLOCK, V)
+    assert (loss is None) == (targets is None)
+    last, loss_of_last = model(x, targets, logits='last')
+    torch.testing.assert_close(last, everything[:, -1:])
+    none, loss_of_none = model(x, targets, logits='none')
+    assert none is None
+    assert loss == loss_of_last == loss_of_none
+
+
+def test_a_loss_in_half_precision_is_summed_in_float32() -> None:
+    model, x = random_gpt().bfloat16(), random_tokens(4, BLOCK + 1)
+    logits, loss = model(x[:, :-1], x[:, 1:])
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), x[:, 1:].flatten())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize('tie_weights', [True, False])
+def test_a_model_cropped_to_a_shorter_block_computes_the_same(tie_weights: bool) -> None:
+    model, x = random_gpt(tie_weights=tie_weights), random_tokens(2, 10)
+    cropped = model.crop_block_size(10)
+    assert cropped.config == GPTConfig(**{**vars(model.config), 'block_size': 10})
+    assert cropped.transformer.wpe.weight.shape == (10, SMALL['n_embd'])
+    assert (cropped.lm_head.weight is cropped.transformer.wte.weight) == tie_weights
+    assert torch.equal(cropped(x)[0], model(x)[0])
+    assert model.transformer.wpe.weight.shape == (BLOCK, SMALL['n_embd']), 'the first model is as it was'
+    assert cropped.generate(x, 5, temperature=0).shape == (2, 15)
+    with pytest.raises(AssertionError):
+        cropped(random_tokens(2, 11))
+    with pytest.raises(errors.UserError, match=r'block_size=25 .* 24'):
+        model.crop_block_size(BLOCK + 1)
+
+
+def test_a_model_made_from_weights_draws_nothing_and_refuses_what_does_not_fit() -> None:
+    model, before = random_gpt(), torch.get_rng_state()
+    x = random_tokens(2, BLOCK)
+    copy = GPT.from_weights(model.config, model.state_dict())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(copy(x)[0], model(x)[0])
+    assert [name for name, _ in copy.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+    wider = GPTConfig(**{**vars(model.config), 'n_embd': 16})
+    with pytest.raises(errors.UserError, match='size mismatch') as caught:
+        GPT.from_weights(wider, model.state_dict())
+    assert caught.value.code == errors.CHECKPOINT
+    incomplete = {name: p for name, p in model.state_dict().items() if 'ln_f' not in name}
+    with pytest.raises(errors.UserError, match='ln_f'):
+        GPT.from_weights(model.config, incomplete)
