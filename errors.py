@@ -1,5 +1,6 @@
 """What a user sees when something is wrong: one message that says what to do next, and an exit code that scripts can
 read."""
+import os
 import sys
 from collections.abc import Callable
 
@@ -33,6 +34,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.stdout.flush()
         print(error, file=sys.stderr)
         sys.exit(error.code)
+    except BrokenPipeError:  # `python sample.py | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complains of what is left in the buffer
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(INTERRUPTED)

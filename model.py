@@ -47,16 +47,16 @@ class GPTConfig:
 class Cache:
     """The keys and values of the tokens that one layer has read, so that the next token need not read them again."""
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
+    def __init__(self, room: int) -> None:
+        self.room = room  # tokens
         self.length = 0  # tokens read
-        self.k = self.v = torch.empty(0)  # (B, H, block_size, D) from the first call on
+        self.k = self.v = torch.empty(0)  # (B, H, room, D) from the first call on
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append the k and v (B, H, T, D) of T more tokens; return those of all tokens, (B, H, length, D)."""
         if self.length == 0:
             B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, self.block_size, D), v.new_empty(B, H, self.block_size, D)
+            self.k, self.v = k.new_empty(B, H, self.room, D), v.new_empty(B, H, self.room, D)
         assert self.length == 0 or k.size(2) == 1, 'after the first tokens, the mask allows for one at a time'
         new = slice(self.length, self.length + k.size(2))
         self.k[:, :, new], self.v[:, :, new] = k, v
@@ -200,7 +200,9 @@ class GPT(nn.Module):
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         block_size = self.config.block_size
         # fast: each token is read once, and its keys and values kept; the plain file reads all of them every time
-        idx, unread, caches = idx[:, -block_size:], idx[:, -block_size:], self.new_caches() if use_cache else None
+        idx = unread = idx[:, -block_size:]
+        room = min(block_size, idx.size(1) + max_new_tokens)
+        caches = [Cache(room) for _ in self.transformer.h] if use_cache else None
         stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)  # (B,)
         for _ in range(max_new_tokens):
             scores = self.score_next(unread, caches)  # (B, V)
@@ -226,9 +228,6 @@ class GPT(nn.Module):
             return self.score_next(idx, caches)
         finally:
             self.train()
-
-    def new_caches(self) -> list[Cache]:
-        return [Cache(self.config.block_size) for _ in self.transformer.h]
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, stop: int | None = None, seed: int | None = None,
@@ -283,13 +282,13 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     of the probability (Holtzman et al. 2019); with both, from the fewest that hold top_p of what the top_k have."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -math.inf)
+    ids, V = None, logits.size(-1)
+    if top_k is not None or top_p is not None:
+        logits, ids = logits.topk(min(top_k or V, V))  # (B, K) each, the likeliest first
+    p = (logits / temperature).softmax(dim=-1)  # (B, K)
     if top_p is not None:
-        ranked, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)  # (B, V)
-        beyond = ranked.cumsum(dim=-1) - ranked >= top_p  # (B, V), those before it suffice already
+        beyond = p.cumsum(dim=-1) - p >= top_p  # (B, K), those before it suffice already
         beyond[:, 0] = False  # the likeliest stays, even for a top_p of 0
-        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        p = p.masked_fill(beyond, 0.0)
+    drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]

@@ -1,0 +1,194 @@
+"""
+Let a model write: one trained here, or GPT-2.
+
+    python sample.py                                           the run in out/, or else the newest one in this folder
+    python sample.py --out_dir=out-stdlib --start='def '       a run of your choice, and what it continues
+    python sample.py --init_from=gpt2-xl --start=FILE:a.txt    GPT-2's weights, and a prompt from a file
+
+The samples go to stdout, and nothing else does.
+"""
+import codecs
+import io
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import configurator
+import errors
+import logger
+import parallel
+import tokenizer
+import tokens
+from errors import UserError
+
+# ------------------------------------------------------------------------------------------------
+# Settings: names, defaults and meanings are nanoGPT's wherever it has them
+init_from: str = 'resume'  # 'resume' is out_dir; or a checkpoint file, a run's folder, a Hugging Face folder, 'gpt2*'
+out_dir: str = 'out'  # of the run
+start: str = '\n'  # what each sample continues: text, '<|endoftext|>', 'FILE:path'; '' begins a document
+num_samples: int = 10
+batch_size: int = 16  # samples that are drawn at once; lower it when memory runs out
+max_new_tokens: int = 500  # in each sample
+stop: bool = False  # end a sample where the model ends the document
+temperature: float = 0.8  # below 1 likely tokens become likelier, above 1 less so; 0 always takes the likeliest
+top_k: int = 200  # draw from so many of the likeliest tokens; 0 draws from all
+top_p: float = 1.0  # draw from the likeliest tokens that together have this probability; 1.0 draws from all
+seed: int = 1337  # the same seed gives the same texts
+device: str = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' is the first of them that is here
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights and of what is computed with them
+compile: bool | Literal['auto'] = 'auto'  # 'auto' is off: compiling takes longer than it saves
+# ------------------------------------------------------------------------------------------------
+
+RULE = '-' * 15  # nanoGPT's line after each sample
+
+
+def check(settings: dict[str, Any]) -> None:
+    """Refuse what can be refused before anything is loaded."""
+    for name in ('num_samples', 'batch_size'):
+        if settings[name] < 1:
+            raise UserError(f'--{name}={settings[name]}: must be 1 or more')
+    for name in ('max_new_tokens', 'temperature', 'top_k'):
+        if settings[name] < 0:
+            raise UserError(f'--{name}={settings[name]}: must be 0 or more')
+    if not 0 <= settings['top_p'] <= 1:
+        raise UserError(f'--top_p={settings["top_p"]}: must be a probability, from 0 to 1')
+
+
+def read_prompt(start: str) -> str:
+    """The text that `start` is or, as 'FILE:path', names."""
+    if not start.startswith('FILE:'):
+        try:
+            start.encode('utf-8')
+        except UnicodeEncodeError:
+            raise UserError('--start is not text in UTF-8') from None
+        return start
+    path = Path(start.removeprefix('FILE:'))
+    try:
+        return path.read_text(encoding='utf-8-sig')
+    except OSError as error:
+        raise UserError(f'--start={start}: the file {path} cannot be read: {error.strerror}', errors.DATA) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f'--start={start}: byte {error.start} of {path} is not text in UTF-8', errors.DATA) from None
+
+
+def find_run(out_dir: str, is_given: bool) -> str:
+    """out_dir, if it holds a checkpoint; if not, and nobody asked for that very one, the newest run in this folder."""
+    if Path(out_dir).is_file() or checkpoint.holds_run(Path(out_dir)):
+        return out_dir
+    runs = sorted((path.stat().st_mtime, path.parent.name) for path in Path().glob('out*/ckpt.pt'))
+    if runs and not is_given:
+        newest = runs[-1][1]
+        say(f'{out_dir} holds no checkpoint: this is the newest run here, --out_dir={newest}')
+        return newest
+    names = ', '.join(name for _, name in reversed(runs[-5:]))
+    remedy = f'the newest runs here: {names}' if runs else (
+        'train a small model: make train, or python train.py config/train_stdlib.py\n'
+        "or take GPT-2's weights: python sample.py --init_from=gpt2")
+    raise UserError(f'{out_dir} holds no checkpoint{"" if runs else ", and no other out*/ here does"}\n{remedy}',
+                    errors.CHECKPOINT)
+
+
+def vocabulary_of(state: checkpoint.State, vocab_size: int) -> tokenizer.Tokenizer:
+    """The tokenizer that a model of vocab_size tokens has learned. A checkpoint of nanoGPT's brings none: it is that of
+    the corpus, where that is here, or else GPT-2's, as for GPT-2's own weights."""
+    learned, folder = state.get('tokenizer'), tokens.data_folder(state.get('config', {}).get('dataset', 'openwebtext'))
+    if state and not learned and any((folder / name).exists() for name in ('meta.json', 'meta.pkl')):
+        learned = tokens.read_meta(folder)['tokenizer']
+    vocabulary = tokenizer.from_state(learned or {'name': 'gpt2'})
+    if vocabulary.n_vocab > vocab_size:
+        remedy = f'\nthe checkpoint brings none; prepare its corpus here: {tokens.how_to_prepare(folder)}'
+        raise UserError(f'the model knows {vocab_size} tokens, and the tokenizer {vocabulary.name} has '
+                        f'{vocabulary.n_vocab}: it has learned another one{remedy if state and not learned else ""}',
+                        errors.CHECKPOINT)
+    return vocabulary
+
+
+def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> list[int]:
+    """The ids to continue, of which there is at least one. An empty prompt asks for the beginning of a document."""
+    if not prompt and vocabulary.eot is None:
+        raise UserError(f"--start is empty, and this model's tokenizer '{vocabulary.name}' has no token that begins a "
+                        'document\ngive a text to continue, such as --start=A')
+    ids = vocabulary.encode_prompt(prompt) if prompt else [vocabulary.eot or 0]
+    if len(ids) > block_size:
+        say(f'the prompt has {len(ids)} tokens: the model reads the last {block_size} of them')
+    return ids
+
+
+def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokenizer.Tokenizer,
+          stop: int | None) -> Iterator[str]:
+    """What to show, piece by piece, while `stream` gives the samples a token each (count,) at a time: the first sample
+    as it grows; once it has ended, what there is of the second, and so on. Characters are whole, lines end in \\n."""
+    decoders = [io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')('replace'), translate=True)
+                for _ in range(count)]
+    unseen = [decoder.decode(prompt.encode('utf-8')) for decoder in decoders]  # text of each sample, not shown yet
+    has_ended = [False] * count
+    shown = 0  # the sample that grows before the reader's eyes
+    yield unseen[0]
+    unseen[0] = ''
+    for ids in stream:
+        for row, token in enumerate(ids.tolist()):
+            has_ended[row] = token == stop  # and stays: a row that has stopped repeats the stop id
+            if not has_ended[row]:
+                unseen[row] += decoders[row].decode(vocabulary.decode_bytes([token]))
+        while shown < count - 1 and has_ended[shown]:
+            yield f'{unseen[shown]}{decoders[shown].decode(b"", final=True)}\n{RULE}\n'
+            shown += 1
+        yield unseen[shown]
+        unseen[shown] = ''
+    for row in range(shown, count):
+        yield f'{unseen[row]}{decoders[row].decode(b"", final=True)}\n{RULE}\n'
+
+
+def show(pieces: Iterable[str]) -> None:
+    """Print each piece the moment it is there, without what would steer the terminal."""
+    for piece in pieces:
+        sys.stdout.write(logger.printable(piece))
+        sys.stdout.flush()
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def sample(source: str, prompt: str) -> None:
+    """Open the model that `source` names, and print num_samples texts of it."""
+    name, why = parallel.pick_device(device)
+    process = parallel.Process(0, 1, torch.device(name), why)
+    precision, why_precision = parallel.pick_dtype(dtype, process.device.type)
+    model, state = checkpoint.open_model(source)
+    vocabulary = vocabulary_of(state, model.config.vocab_size)
+    ids = encode(prompt, vocabulary, model.config.block_size)
+    if stop and vocabulary.eot is None:
+        say(f"--stop=True changes nothing: this model's tokenizer '{vocabulary.name}' does not mark a document's end")
+    say(f'{source}; {parallel.describe(process)}; {parallel.name_of(precision)}, {why_precision}')
+
+    model.to(process.device, precision).eval()  # fast: every token reads all weights, and smaller ones are read sooner
+    if compile is True:
+        for block in model.transformer.h:
+            block.compile()
+    end = vocabulary.eot if stop else None
+    for first in range(0, num_samples, batch_size):
+        count = min(batch_size, num_samples - first)
+        idx = torch.tensor([ids] * count, device=process.device)  # (B, T)
+        stream = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p if top_p < 1 else None, end,
+                              tokens.draw(seed, first), vocabulary.n_vocab)
+        show(texts(stream, count, prompt, vocabulary, end))
+
+
+def main(args: list[str]) -> None:
+    wants_help = not {'-h', '--help'}.isdisjoint(args)
+    with redirect_stdout(sys.stdout if wants_help else io.StringIO()):  # the samples have it for themselves
+        settings, given = configurator.configure(sys.modules[__name__], args)
+    check(settings)
+    prompt = read_prompt(start)
+    sample(find_run(out_dir, 'out_dir' in given) if init_from == 'resume' else init_from, prompt)
+
+
+if __name__ == '__main__':
+    errors.run(main)
