@@ -1,6 +1,10 @@
 # What a newcomer types. Each command sets up what it needs by itself: .venv, with requirements.txt installed in it.
 PY = .venv/bin/python
 
+# Threads that wait for each other spin, and starve where other programs want the cores: so they soon give way. Measured in
+# benchmarks/NOTES.md.
+export GOMP_SPINCOUNT ?= 10000
+
 .PHONY: help train test test-fast lint bench
 
 help:  ## show this list

@@ -90,7 +90,7 @@ def load(path: Path) -> State:
     except Exception:  # torch's own reader raises several kinds
         raise UserError(f'{path} holds more than tensors and plain values, which could run any code: it is not loaded',
                         CHECKPOINT) from None
-    if not isinstance(state, dict) or not {'model', 'model_args'} <= state.keys():
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in ('model', 'model_args')):
         raise UserError(f"{path} has no 'model' and 'model_args': neither plainGPT nor nanoGPT wrote it", CHECKPOINT)
     return from_nanogpt(state)
 
@@ -129,10 +129,23 @@ def load_newest(out_dir: Path) -> State:
     raise UserError('\n'.join([*complaints[:2], advice]), CHECKPOINT)
 
 
+def make_folder(out_dir: Path) -> None:
+    """A place for a run."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--out_dir={out_dir} cannot be made a folder: {error.strerror}') from None
+
+
 def delete_all(out_dir: Path) -> None:
     """Make room for another run."""
     for path in [*out_dir.glob('ckpt*.pt'), *out_dir.glob('best.pt')]:
         path.unlink()
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is a checkpoint, be it damaged. What a kill left half written is none."""
+    return (folder / 'ckpt.pt').exists() or any(folder.glob('ckpt.[0-9]*.pt'))
 
 
 def age_of(path: Path) -> int:
@@ -160,9 +173,10 @@ def describe(state: State, settings: dict[str, Any]) -> str:
 def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) -> None:
     """Give the optimizer the moments of a checkpoint. Learning rate, betas and weight decay stay as this run sets
     them."""
-    ours, theirs = optimizer.state_dict()['param_groups'], state['optimizer']['param_groups']
+    ours, theirs = optimizer.state_dict()['param_groups'], state.get('optimizer', {}).get('param_groups', [])
     if [len(group['params']) for group in ours] != [len(group['params']) for group in theirs]:
-        raise UserError('the optimizer state in the checkpoint belongs to another model', CHECKPOINT)
+        raise UserError('the checkpoint has no optimizer state, or that of another model: it cannot be resumed\n'
+                        'start a new run from its weights: give its path as --init_from', CHECKPOINT)
     optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': ours})
     if state['scaler']:
         scaler.load_state_dict(state['scaler'])
@@ -172,7 +186,7 @@ def open_model(where: str, dropout: float = 0.0) -> tuple[GPT, State]:
     """The model that `where` names: a checkpoint file, the folder of a run, a Hugging Face folder, or a GPT-2 of the
     hub; and its checkpoint, which is empty for the last two."""
     path = Path(where)
-    if path.is_dir() and (path / 'ckpt.pt').exists():
+    if holds_run(path):
         state = load_newest(path)
     elif path.is_file() or path.suffix == '.pt':
         state = load(path)
@@ -180,7 +194,7 @@ def open_model(where: str, dropout: float = 0.0) -> tuple[GPT, State]:
             where.count('/') == 1 and not path.parent.exists()):
         return GPT.from_pretrained(where, dropout), {}
     else:
-        raise UserError(f'{where} is no checkpoint, no run, no Hugging Face folder and no name of a GPT-2', CHECKPOINT)
+        raise UserError(f'{where!r} is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2', CHECKPOINT)
     return model_of(state, dropout), state
 
 
@@ -188,7 +202,7 @@ def start_from(settings: dict[str, Any], given: set[str], n_vocab: int) -> tuple
     """The model, for a corpus of n_vocab tokens; the checkpoint that it comes from ({} where there is none); and
     whether this run continues that one."""
     source, run, dropout = settings['init_from'], Path(settings['out_dir']), settings['dropout']
-    has_run = (run / 'ckpt.pt').exists() or any(run.glob('ckpt.[0-9]*.pt'))  # not what a kill left half written
+    has_run = holds_run(run)
     if source == 'resume' or (source == 'auto' and has_run):
         state = load_newest(run)
         model = model_of(state, dropout)
@@ -218,13 +232,13 @@ def refuse_other_shape(config: GPTConfig, settings: dict[str, Any], given: set[s
 def vocabulary_of(meta: dict[str, Any], state: State, init_from: str) -> tokenizer.Tokenizer | None:
     """The tokenizer of a corpus, which must be the one that a loaded model has learned; None where its files cannot be
     had."""
-    learned = state.get('tokenizer') or ({'name': 'gpt2'} if init_from.startswith('gpt2') else None)
+    theirs = meta['tokenizer']
+    learned = state.get('tokenizer') or ({'name': 'gpt2'} if init_from.startswith('gpt2') else theirs)
     try:
-        vocabulary = tokenizer.from_state(learned or meta['tokenizer'])
+        vocabulary = tokenizer.from_state(learned)
     except UserError:
-        return None
-    if vocabulary.reference() != meta['tokenizer']:
-        theirs = meta['tokenizer']['name']
-        raise UserError(f'the corpus was prepared with a tokenizer {theirs}, and the model has learned another, '
-                        f'{vocabulary.name}\nprepare the text again with the tokenizer of the model', DATA)
+        vocabulary = None
+    if learned['name'] != theirs['name'] or (vocabulary and vocabulary.reference() != theirs):
+        raise UserError(f'the corpus was prepared with the tokenizer {theirs["name"]}, and the model has learned '
+                        f'another: {learned["name"]}\nprepare the text again with the tokenizer of the model', DATA)
     return vocabulary

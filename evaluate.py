@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -19,8 +19,8 @@ import checkpoint
 import configurator
 import errors
 import parallel
-import tokenizer
 import tokens
+from errors import UserError
 from model import GPTConfig
 
 # ------------------------------------------------------------------------------------------------
@@ -28,11 +28,11 @@ from model import GPTConfig
 init_from: str = ''  # a checkpoint file, a run's folder, a Hugging Face folder or 'gpt2*'; '' is out_dir
 out_dir: str = 'out'  # of the run
 dataset: str = ''  # a folder in data/, or any folder; '' is the one that the model was trained on
-split: str = 'val'
+split: Literal['train', 'val'] = 'val'
 batch_size: int = 8  # sequences at a time; lower it when memory runs out
 eval_iters: int = 0  # batches to evaluate on; 0 is the whole split
 device: str = 'auto'
-dtype: str = 'auto'  # of the matrix products: 'float32', 'bfloat16', 'float16'
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matrix products
 backend: str = 'auto'
 # ------------------------------------------------------------------------------------------------
 
@@ -172,6 +172,8 @@ def plain(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[i
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
+    if batch_size < 1 or eval_iters < 0:
+        raise UserError(f'--batch_size={batch_size} must be 1 or more, and --eval_iters={eval_iters} 0 or more')
     process = parallel.start(device, backend)
     try:
         precision, _ = parallel.pick_dtype(dtype, process.device.type)
@@ -179,8 +181,8 @@ def main(args: list[str]) -> None:
         model.to(process.device)
         folder = tokens.data_folder(dataset or state.get('config', {}).get('dataset', 'openwebtext'))
         corpus = tokens.open_split(folder, split, model.config.block_size, model.config.vocab_size)
-        vocabulary = tokenizer.from_state(state.get('tokenizer') or tokens.read_meta(folder)['tokenizer'])
-        sizes = vocabulary.token_sizes()
+        vocabulary = checkpoint.vocabulary_of(tokens.read_meta(folder), state, init_from)
+        sizes = vocabulary.token_sizes() if vocabulary else None
         n_windows = eval_iters * batch_size or len(corpus)
         results = evaluate(model, model.config, corpus, n_windows, batch_size, sizes, process,
                            parallel.autocast(process.device, precision), plain)

@@ -35,12 +35,14 @@ def pick_device(name: str) -> tuple[str, str]:
     if name == 'auto':
         name = next(device for device, is_there in there.items() if is_there)
         return name, f'the first of {", ".join(there)} that is here'
-    kind = name.partition(':')[0]
-    if kind not in there:
+    kind, colon, number = name.partition(':')
+    if kind not in there or (colon and not number.isdecimal()):
         raise UserError(f"--device={name}: expected 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
     if not there[kind]:
         raise UserError(f'--device={name}: this machine, or this build of torch {torch.__version__}, has no {kind}\n'
                         'try --device=cpu, or --device=auto for the best there is')
+    if kind == 'cuda' and colon and int(number) >= torch.cuda.device_count():
+        raise UserError(f'--device={name}: the last card here is cuda:{torch.cuda.device_count() - 1}')
     return name, 'as asked'
 
 

@@ -237,6 +237,8 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
 
     # where the results go
     run = Path(out_dir, 'overfit') if overfit_single_batch else Path(out_dir)
+    if process.is_main and not eval_only:
+        checkpoint.make_folder(run)
     if process.is_main and overwrite and not (is_resumed or eval_only or overfit_single_batch):
         checkpoint.delete_all(run)
     log = logger.Logger('' if eval_only else str(run), process.is_main, first_step, last_step,

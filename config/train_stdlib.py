@@ -18,14 +18,14 @@ block_size = 64
 learning_rate = 4e-3
 min_lr = 0.0
 warmup_iters = 250
-max_iters = 2500
+max_iters = 2000
 lr_decay_iters = max_iters
 beta2 = 0.99  # nearer to 1 than usual, since one update sees few tokens
 
 eval_interval = 250
-eval_iters = 50
+eval_iters = 40
 log_interval = 10
 
-sample_interval = 1250
-sample_start = 'def '
+sample_interval = 1000
+sample_start = 'def __init__(self, '
 sample_tokens = 150

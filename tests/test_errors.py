@@ -1,0 +1,260 @@
+"""Wrong commands: each ends in at most three lines that say what is wrong, where, and what to type next, and in the
+exit code that scripts read."""
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import errors
+import logger
+import train
+from errors import CHECK_FAILED, CHECKPOINT, COMMAND, DATA, NOT_FINITE, UserError
+
+SHAPE = '--n_layer=1 --n_head=2 --n_embd=8 --block_size=16'
+TINY = (f'{SHAPE} --batch_size=4 --gradient_accumulation_steps=2 --max_iters=2 --eval_interval=2 --eval_iters=1 '
+        '--sample_interval=0 --device=cpu')
+ABSENT = 'mps' if torch.cuda.is_available() else 'cuda'
+
+
+class Wrong(NamedTuple):
+    """A command and what is said to it: the words in braces are files that a test has."""
+
+    command: str
+    code: int
+    says: list[str]
+
+
+def trains(options: str) -> str:
+    return f'train {TINY} --dataset={{corpus}} --out_dir={{empty}} {options}'
+
+
+def fine_tunes(options: str) -> str:
+    return f'train {TINY.removeprefix(SHAPE)} --dataset={{gpt2_corpus}} --out_dir={{empty}} {options}'
+
+
+WRONG = [
+    # the command line
+    Wrong(trains('--batchsize=3'), COMMAND, ["no setting is called 'batchsize'", 'did you mean --batch_size?']),
+    Wrong(trains('--batch_size=many'), COMMAND, ['--batch_size', 'a whole number', "'many'"]),
+    Wrong(trains('--batch_size=2.5'), COMMAND, ['--batch_size', 'a whole number', '2.5']),
+    Wrong(trains('--compile=maybe'), COMMAND, ['--compile', "True or False or 'auto'", "'maybe'"]),
+    Wrong(trains('--schedule=cosinus'), COMMAND, ['--schedule', "'cosine'", "'cosinus'"]),
+    Wrong(trains('--dtype=float15'), COMMAND, ['--dtype', "'bfloat16'", "'float15'"]),
+    Wrong(trains('--bias'), COMMAND, ['--bias has no value', '--bias=True']),
+    Wrong(trains('batch_size=3'), COMMAND, ['batch_size=3', 'two dashes']),
+    Wrong(trains('config/train_gtp2.py'), COMMAND, ['no config file config/train_gtp2.py', 'config/train_gpt2.py']),
+    Wrong(trains('{imports}'), COMMAND, ['{imports}, line 2', 'import os', 'never run']),
+    Wrong(trains('{typo}'), COMMAND, ["{typo}, line 1: no setting is called 'leaning_rate'", 'learning_rate']),
+    # values
+    Wrong(trains('--batch_size=0'), COMMAND, ['--batch_size=0', '1 or more']),
+    Wrong(trains('--learning_rate=-1'), COMMAND, ['--learning_rate=-1', '0 or more']),
+    Wrong(trains('--dropout=1'), COMMAND, ['--dropout=1', 'less than 1']),
+    Wrong(trains('--n_head=3'), COMMAND, ['n_embd=8 must be a multiple of n_head=3']),
+    Wrong(trains('--total_batch_size=1000'), COMMAND, ['total_batch_size=1000', 'block_size=16', '992 and 1008']),
+    Wrong(trains(f'--device={ABSENT}'), COMMAND, [f'--device={ABSENT}', '--device=cpu']),
+    Wrong(trains('--device=tpu'), COMMAND, ['--device=tpu', "'cuda'"]),
+    Wrong(trains('--device=cpu:x'), COMMAND, ['--device=cpu:x', "'cpu'"]),
+    Wrong(trains('--sample_interval=1 --sample_start=☃'), DATA, ['--sample_start', '☃', '--sample_interval=0']),
+    # the corpus
+    Wrong(trains('--dataset={empty}/openwebtext'), DATA, ['openwebtext', 'python data/openwebtext/prepare.py']),
+    Wrong(trains('--dataset={empty}/mine'), DATA, ['{empty}/mine', 'python data/text/prepare.py']),
+    Wrong(trains('--dataset={pickled}'), DATA, ['meta.pkl', 'prepare.py']),
+    Wrong(trains('--dataset={odd}'), DATA, ['{odd}/train.bin', 'bytes', 'prepare']),
+    Wrong(trains('--vocab_size=50'), DATA, ['{corpus}/train.bin holds token', '0 to 49', '--vocab_size=']),
+    Wrong(trains('--block_size=9000'), DATA, ['{corpus}/val.bin has', 'tokens', '--block_size=']),
+    # checkpoints
+    Wrong(trains('--init_from=nonsense'), CHECKPOINT, ['nonsense']),
+    Wrong(trains('--init_from=resume'), CHECKPOINT, ['{empty}/ckpt.pt', '--init_from=scratch']),
+    Wrong(trains('--out_dir={typo}'), COMMAND, ['--out_dir={typo}', 'File exists']),
+    Wrong(trains('--init_from='), CHECKPOINT, ["''"]),
+    Wrong(trains('--out_dir={run}'), COMMAND, ['{run}', '--init_from=resume', '--overwrite=True']),
+    Wrong(trains('--out_dir={run} --init_from=resume --n_layer=2'), COMMAND, ['n_layer=2', 'n_layer out']),
+    Wrong(trains('--init_from={run} --dataset={gpt2_corpus}'), DATA, ['gpt2', 'char']),
+    Wrong(trains('--init_from={damaged}'), CHECKPOINT, ['{damaged}', 'damaged']),
+    # the run itself
+    Wrong(trains('--learning_rate=1e18'), NOT_FINITE, ['the loss is', '--learning_rate']),
+    Wrong(trains('--overfit_single_batch=True --learning_rate=0 --min_lr=0'), CHECK_FAILED, ['FAIL: the loss']),
+    # the other scripts
+    Wrong('evaluate --out_dir={empty}', CHECKPOINT, ['{empty}']),
+    Wrong('evaluate --out_dir={run} --batch_size=0', COMMAND, ['--batch_size=0']),
+    Wrong('evaluate --out_dir={run} --dataset={empty}/mine', DATA, ['{empty}/mine', 'prepare.py']),
+    Wrong('evaluate --out_dir={run} --dataset={gpt2_corpus}', DATA, ['gpt2', 'char']),
+    Wrong('sample --out_dir={empty}', CHECKPOINT, ['{empty} holds no checkpoint']),
+    Wrong('sample --out_dir={run} --start=☃', DATA, ['☃']),
+    Wrong('sample --out_dir={run} --start=', COMMAND, ['--start']),
+    Wrong('sample --out_dir={run} --start=FILE:{empty}/prompt.txt', DATA, ['{empty}/prompt.txt']),
+    Wrong('sample --out_dir={run} --top_p=2', COMMAND, ['--top_p=2']),
+    Wrong('sample --out_dir={damaged}', CHECKPOINT, ['{damaged}', 'damaged']),
+    Wrong('data.text.prepare', COMMAND, ['--input=PATH']),
+    Wrong('data.text.prepare --input={empty}/nothing.txt', DATA, ['{empty}/nothing.txt']),
+    Wrong('data.text.prepare --input={typo} --tokenizer=nonsense', COMMAND, ["'nonsense'", 'char', 'bpe:N']),
+    Wrong('data.text.prepare --input={typo} --name=a/b', COMMAND, ['--name=a/b']),
+]
+# These import transformers, which takes its time
+WRONG_GPT2 = [
+    Wrong(fine_tunes('--init_from=gpt2'), CHECKPOINT, ["'gpt2'", 'without network']),
+    Wrong(fine_tunes('--init_from={gpt2} --block_size=2048'), COMMAND,
+          ['block_size=2048', '1024', '--block_size=1024']),
+    Wrong(fine_tunes('--init_from={gpt2} --n_embd=64'), COMMAND, ['n_embd=64', 'n_embd out']),
+    Wrong('evaluate --init_from=gpt2-xl --dataset={gpt2_corpus}', CHECKPOINT, ["'gpt2-xl'"]),
+    Wrong('sample --init_from={empty}', CHECKPOINT, ['{empty}']),
+]
+ALL = [pytest.param(wrong, id=wrong.command.replace(TINY, '').replace('--dataset={corpus} --out_dir={empty}', ''))
+       for wrong in WRONG]
+
+
+@pytest.fixture(scope='module')
+def files(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the commands name in braces."""
+    def draw_nothing(log: logger.Logger) -> None:
+        """The picture of this run would take longer than the run."""
+
+    folder = tmp_path_factory.mktemp('files')
+    names = ('empty', 'pickled', 'odd', 'run', 'damaged', 'gpt2_corpus', 'imports', 'typo', 'gpt2')
+    paths = {name: folder / name for name in names} | {'corpus': tiny_dataset}
+    paths['empty'].mkdir()
+    paths['imports'].write_text('batch_size = 3\nimport os; os.system("ls")\n', encoding='utf-8')
+    paths['typo'].write_text('leaning_rate = 1\n', encoding='utf-8')
+
+    for name in ('pickled', 'odd'):
+        shutil.copytree(tiny_dataset, paths[name])
+    (paths['pickled'] / 'meta.json').rename(paths['pickled'] / 'meta.pkl')
+    (paths['odd'] / 'train.bin').write_bytes((tiny_dataset / 'train.bin').read_bytes()[:-1])
+    paths['gpt2_corpus'].mkdir()
+    for split in ('train', 'val'):
+        np.arange(5000, dtype='<u2').tofile(paths['gpt2_corpus'] / f'{split}.bin')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logger.Logger, 'plot', draw_nothing)
+        train.main([*TINY.split(), f'--dataset={tiny_dataset}', f'--out_dir={paths["run"]}'])
+    paths['damaged'].mkdir()
+    whole = (paths['run'] / 'ckpt.pt').read_bytes()
+    (paths['damaged'] / 'ckpt.pt').write_bytes(whole[:len(whole) // 2])
+    return paths
+
+
+def answer(command: str, files: dict[str, Path]) -> tuple[int, str]:
+    """The exit code and the message of a command, run in this process."""
+    script, *args = command.format(**files).split()
+    with pytest.raises(UserError) as caught:
+        importlib.import_module(script).main(args)
+    return caught.value.code, str(caught.value)
+
+
+def check(wrong: Wrong, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(errors.__file__).parent)
+    listing = {path: path.stat().st_mtime_ns for path in files['run'].iterdir()}
+    code, message = answer(wrong.command, files)
+    assert code == wrong.code, message
+    for words in wrong.says:
+        assert words.format(**files) in message
+    lines = message.splitlines()
+    assert 1 <= len(lines) <= 3, message
+    assert all(line.strip() for line in lines)
+    assert not any(word in message for word in ('Traceback', 'Error(', 'None', '<class'))
+    assert listing == {path: path.stat().st_mtime_ns for path in files['run'].iterdir()}, 'what was there is as it was'
+    for path in (files['empty'] / name for name in ('ckpt.pt', 'best.pt')):
+        assert not path.exists()
+
+
+@pytest.mark.parametrize('wrong', ALL)
+def test_a_wrong_command_is_answered_in_words(wrong: Wrong, files: dict[str, Path],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    check(wrong, files, monkeypatch)
+
+
+@pytest.mark.slow
+def test_wrong_commands_with_weights_of_hugging_face_are_answered_in_words(
+        files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = importlib.import_module('transformers')
+    config = transformers.GPT2Config(n_positions=1024, n_embd=32, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(files['gpt2'])
+    for wrong in WRONG_GPT2:
+        check(wrong, files, monkeypatch)
+
+
+def test_the_commands_are_right_but_for_what_is_wrong_in_them(files: dict[str, Path], tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that all the wrong ones of train.py begin with does work."""
+    monkeypatch.setattr(logger.Logger, 'plot', logger.Logger.flush)
+    _, *args = trains('').format(**files | {'empty': tmp_path}).split()
+    train.main(args)
+    assert (tmp_path / 'ckpt.pt').exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Real processes
+
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.slow
+def test_a_process_prints_the_answer_alone_and_exits_with_the_code(run_script: Script, files: dict[str, Path],
+                                                                   tmp_path: Path) -> None:
+    """From another folder than the project's, too."""
+    commands = {
+        'train.py --batchsize=3': 2, f'train.py --dataset={files["odd"]} --device=cpu --n_layer=1 --n_embd=12': 3,
+        f'sample.py --out_dir={files["damaged"]}': 4, 'evaluate.py': 4, 'data/text/prepare.py': 2,
+    }
+    for command, code in commands.items():
+        script, *args = command.split()
+        result = run_script(script, *args, cwd=tmp_path)
+        assert result.returncode == code, command
+        lines = result.stderr.splitlines()
+        assert 1 <= len(lines) <= 3, result.stderr
+        assert 'Traceback' not in result.stdout + result.stderr
+        assert all(line.startswith('Overriding: ') for line in result.stdout.splitlines()), 'what is wrong is on stderr'
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_says_so_in_its_status(run_script: Script, files: dict[str, Path], tmp_path: Path) -> None:
+    result = run_script('train.py', *TINY.split(), f'--dataset={files["corpus"]}', f'--out_dir={tmp_path}',
+                        '--learning_rate=1e18')
+    assert result.returncode == NOT_FINITE
+    assert len(result.stderr.splitlines()) <= 3
+    status = json.loads((tmp_path / 'status.json').read_text(encoding='utf-8'))
+    assert (status['state'], status['exit_code']) == ('failed', NOT_FINITE)
+    assert status['message'] in result.stderr
+
+
+def end_of(main: Callable[[list[str]], None], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, 'argv', ['script.py', '--a=1'])
+    with pytest.raises(SystemExit) as caught:
+        errors.run(main)
+    return caught.value.code
+
+
+def test_run_ends_a_process_cleanly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(args: list[str]) -> None:
+        raise UserError(f'wrong: {args}', DATA)
+
+    def interrupt(args: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    def fail(args: list[str]) -> None:
+        raise ZeroDivisionError('a mistake of ours')
+
+    assert end_of(stop, monkeypatch) == DATA
+    assert capsys.readouterr().err == "wrong: ['--a=1']\n"
+    assert end_of(interrupt, monkeypatch) == 130
+    with pytest.raises(ZeroDivisionError):
+        errors.run(fail)
+    seen: list[str] = []
+    errors.run(seen.extend)
+    assert seen == ['--a=1']
+
+
+def test_the_exit_codes_are_those_that_are_documented() -> None:
+    codes = [errors.DONE, errors.CHECK_FAILED, errors.COMMAND, errors.DATA, errors.CHECKPOINT, errors.NOT_FINITE,
+             errors.OUT_OF_MEMORY, errors.DISK_FULL, errors.STOPPED]
+    assert codes == [0, 1, 2, 3, 4, 5, 6, 7, 75]
+    assert UserError('x').code == 2
