@@ -1,4 +1,5 @@
 """Machines: who am I among the processes, where do I compute and in which precision, and how do we add up."""
+import gc
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     else:
         has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if name == 'auto':
-        return torch.float32, f'the same numbers on every {device}'
+        return torch.float32, f'which is sound on every {device}'
     if name == 'bfloat16' and not has_bfloat16:
         return torch.float32, f'bfloat16 was asked for, and this {device} would have to emulate it'
     if name == 'float16' and device != 'cuda':
@@ -99,7 +100,10 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False) -> Pr
 
 
 def stop() -> None:
+    """Leave the other processes. gloo's threads must end before the interpreter does, or they take it down with them:
+    they do when nothing refers to the group any more, and a DDP model does until it is collected."""
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
