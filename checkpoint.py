@@ -105,8 +105,9 @@ def from_nanogpt(state: State) -> State:
         if not name.endswith(('.attn.bias', '.attn.masked_bias')):
             weights[name] = tensor
     settings = {'gelu': 'exact', 'tie_weights': True} | state.get('config', {})
-    rest: State = {'iter_num': 0, 'tokenizer': None, 'scaler': {}, 'wandb_run_id': '', 'data': {}, 'best': {}}
     best_val_loss = float(state.get('best_val_loss', 'inf'))  # a tensor in nanoGPT's
+    best = {'loss': [best_val_loss, state.get('iter_num', 0)]} if math.isfinite(best_val_loss) else {}
+    rest: State = {'iter_num': 0, 'tokenizer': None, 'scaler': {}, 'wandb_run_id': '', 'data': {}, 'best': best}
     return rest | state | {'model': weights, 'config': settings, 'best_val_loss': best_val_loss}
 
 
@@ -166,7 +167,7 @@ def model_of(state: State, dropout: float = 0.0) -> GPT:
 def describe(state: State, settings: dict[str, Any]) -> str:
     """Where a run goes on, and which settings are others than before."""
     changed = [f'{name}={value} (was {state["config"][name]})' for name, value in settings.items()
-               if state['config'].get(name, value) != value and name not in ('init_from', *SHAPE)]
+               if state['config'].get(name, value) != value and name not in ('init_from', 'overwrite', *SHAPE)]
     return f'resuming at step {state["iter_num"]}' + (f', with {", ".join(changed)}' if changed else '')
 
 

@@ -264,7 +264,7 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
             if process.is_main:
                 log.line(f'saving checkpoint to {run}')
                 checkpoint.save(run, raw_model, optimizer, keep, is_best, {
-                    'config': settings | {'gelu': config.gelu, 'tie_weights': config.tie_weights},
+                    'config': settings | {name: getattr(config, name) for name in checkpoint.SHAPE},
                     'iter_num': step, 'best_val_loss': best['loss'][0], 'best': best,
                     'tokenizer': vocabulary.state() if vocabulary else None,
                     'scaler': scaler.state_dict(), 'wandb_run_id': log.wandb_run_id,
@@ -361,7 +361,8 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
             log.line(f'PASS: {verdict}')
         else:
             files = ', '.join(sorted(path.name for path in run.iterdir())) if process.is_main else ''
-            log.line(f'{run} holds {files}\ntry next: python sample.py --out_dir={run}')
+            memory = logger.short(logger.peak_memory(process.device.type))
+            log.line(f'peak memory: {memory} bytes\n{run} holds {files}\ntry next: python sample.py --out_dir={run}')
 
 
 def main(args: list[str]) -> None:
