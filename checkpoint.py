@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import tokenizer
-from errors import CHECKPOINT, DATA, UserError
+from errors import CHECKPOINT, DATA, DISK_FULL, UserError
 from model import GPT, GPTConfig
 
 State = dict[str, Any]
@@ -30,7 +30,9 @@ SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'gel
 def on_cpu(tree: Any, copies: dict[int, Tensor]) -> Any:
     """The same dicts and lists, with every tensor on the CPU. Names that share a tensor go on sharing it."""
     if isinstance(tree, Tensor):
-        return copies.setdefault(tree.data_ptr(), tree.detach().cpu())
+        if tree.data_ptr() not in copies:
+            copies[tree.data_ptr()] = tree.detach().cpu()
+        return copies[tree.data_ptr()]
     if isinstance(tree, dict):
         return {key: on_cpu(value, copies) for key, value in tree.items()}
     return [on_cpu(value, copies) for value in tree] if isinstance(tree, list) else tree
@@ -56,10 +58,15 @@ def save(out_dir: Path, model: GPT, optimizer: Optimizer, keep: int, is_best: bo
         'versions': {'python': platform.python_version(), 'torch': str(torch.__version__)}, **rest,
     }
     newest, new = out_dir / 'ckpt.pt', out_dir / 'ckpt.new.pt'
-    with open(new, 'wb') as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(new, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # a full disk is either, by the moment at which torch meets it
+        new.unlink(missing_ok=True)
+        raise UserError(f'{new} cannot be written: {str(error).splitlines()[0]}\n'
+                        f'{newest}, if it is there, is whole: make room, and resume', DISK_FULL) from None
     for age in range(keep - 1, 1, -1):
         if older(newest, age - 1).exists():
             os.replace(older(newest, age - 1), older(newest, age))
@@ -164,10 +171,12 @@ def model_of(state: State, dropout: float = 0.0) -> GPT:
     return GPT.from_weights(config_of(state, dropout), state['model'])
 
 
-def describe(state: State, settings: dict[str, Any]) -> str:
-    """Where a run goes on, and which settings are others than before."""
+def describe(state: State, settings: dict[str, Any], data: dict[str, Any]) -> str:
+    """Where a run goes on, and what is different from before: settings, and the fingerprints of the corpus."""
     changed = [f'{name}={value} (was {state["config"][name]})' for name, value in settings.items()
                if state['config'].get(name, value) != value and name not in ('init_from', 'overwrite', *SHAPE)]
+    if state['data'] and state['data'] != data:
+        changed.append('a corpus that has changed, and so other windows from here on')
     return f'resuming at step {state["iter_num"]}' + (f', with {", ".join(changed)}' if changed else '')
 
 
@@ -217,7 +226,7 @@ def start_from(settings: dict[str, Any], given: set[str], n_vocab: int) -> tuple
         refuse_other_shape(model.config, settings, given - {'block_size'})
         return model.crop_block_size(settings['block_size']) if 'block_size' in given else model, state, False
     shape = {name: settings[name] for name in SHAPE}
-    shape['vocab_size'] = shape['vocab_size'] or (n_vocab if n_vocab < 4096 else math.ceil(n_vocab / 128) * 128)
+    shape['vocab_size'] = shape['vocab_size'] or tokenizer.model_vocab_size(n_vocab)
     return GPT(GPTConfig(**shape, dropout=dropout)), {}, False
 
 

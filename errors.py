@@ -14,6 +14,7 @@ OUT_OF_MEMORY = 6
 DISK_FULL = 7
 STOPPED = 75  # stopped after saving: run the same command again
 INTERRUPTED = 130  # Ctrl-C, as shells count it
+BROKEN_PIPE = 141  # nobody reads the output any more, as shells count it
 
 
 class UserError(ValueError):
@@ -25,6 +26,13 @@ class UserError(ValueError):
         self.code = code
 
 
+def code_of(error: BaseException) -> int:
+    """The exit code of a process that this error ends."""
+    if isinstance(error, UserError):
+        return error.code
+    return {KeyboardInterrupt: INTERRUPTED, BrokenPipeError: BROKEN_PIPE}.get(type(error), 1)
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Call main with the command line's arguments. A UserError ends the process with its message and code, no
     traceback."""
@@ -34,8 +42,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         sys.stdout.flush()
         print(error, file=sys.stderr)
         sys.exit(error.code)
-    except BrokenPipeError:  # `python sample.py | head`: nobody reads on
+    except BrokenPipeError as error:  # `python train.py | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complains of what is left in the buffer
-    except KeyboardInterrupt:
+        sys.exit(code_of(error))
+    except KeyboardInterrupt as error:
         print('interrupted', file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(code_of(error))

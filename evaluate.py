@@ -18,6 +18,7 @@ from torch import Tensor
 import checkpoint
 import configurator
 import errors
+import logger
 import parallel
 import tokens
 from errors import UserError
@@ -138,9 +139,9 @@ def sums_of(logits: Tensor, y: Tensor, sizes: Tensor) -> Tensor:
     losses = F.cross_entropy(flat, targets, ignore_index=-1, reduction='none')  # (N,), 0 where there is no target
     predictions = Predictions(flat, targets, losses, sizes[targets.clamp(0, len(sizes) - 1)])
     each = [part(predictions) for metric in METRICS.values() for part in (metric.of, metric.per)]  # (N,) each
-    parts = [torch.where(real, part, 0).cpu().double().sum() for part in each]
+    parts = torch.stack([torch.where(real, part.float(), 0.0) for part in each]).cpu().double()  # (2 metrics, N)
     windows = losses.view(y.shape).mean(dim=1).cpu().double()  # (B,), 0 for windows that are not there
-    return torch.stack([*parts, windows.sum(), (windows**2).sum()])
+    return torch.cat([parts.sum(dim=1), torch.stack([windows.sum(), (windows**2).sum()])])
 
 
 def keep_best(best: Best, results: dict[str, float], step: int) -> bool:
@@ -163,13 +164,6 @@ def table(results: dict[str, dict[str, float]], best: Best) -> str:
     return '\n'.join(lines)
 
 
-def plain(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
-    """A bar that vanishes where the output is not a terminal."""
-    from tqdm import tqdm
-
-    yield from tqdm(items, label, total, unit=f' {unit}', leave=False, disable=None)
-
-
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if batch_size < 1 or eval_iters < 0:
@@ -185,7 +179,8 @@ def main(args: list[str]) -> None:
         sizes = vocabulary.token_sizes() if vocabulary else None
         n_windows = eval_iters * batch_size or len(corpus)
         results = evaluate(model, model.config, corpus, n_windows, batch_size, sizes, process,
-                           parallel.autocast(process.device, precision), plain)
+                           parallel.autocast(process.device, precision),
+                           logger.Logger('', process.is_main, 0, 0).progress)
         if process.is_main:
             print(table({split: results}, {}))
     finally:

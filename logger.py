@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from errors import UserError
+from errors import code_of
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -271,8 +271,7 @@ class Logger:
         if error is None:
             self.status('done', max(self.step, 0), 0)
         else:
-            code = error.code if isinstance(error, UserError) else 1
-            self.status('failed', max(self.step, 0), code, str(error) or type(error).__name__)
+            self.status('failed', max(self.step, 0), code_of(error), str(error) or type(error).__name__)
         self.close()
 
     def path(self, name: str) -> str:

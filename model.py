@@ -248,7 +248,7 @@ class GPT(nn.Module):
             raise UserError(f'these weights do not fit {config}: {first}', CHECKPOINT) from None
         if config.tie_weights:
             model.lm_head.weight = model.transformer.wte.weight  # assigning has parted them
-        return model.requires_grad_()
+        return model
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str, dropout: float = 0.0) -> 'GPT':

@@ -3,6 +3,7 @@ import gc
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -62,9 +63,9 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     if name == 'auto':
         return torch.float32, f'which is sound on every {device}'
     if name == 'bfloat16' and not has_bfloat16:
-        return torch.float32, f'bfloat16 was asked for, and this {device} would have to emulate it'
+        return torch.float32, f'bfloat16 was asked for, and this {device} is not known to multiply it'
     if name == 'float16' and device != 'cuda':
-        return torch.float32, 'float16 was asked for, and only cuda trains with it'
+        return torch.float32, 'float16 was asked for, and is for cuda alone'
     return DTYPES[name], 'as asked'
 
 
@@ -72,7 +73,10 @@ def pick_compile(choice: bool | str, device: str) -> tuple[bool, str]:
     """Whether to compile, and why."""
     if choice != 'auto':
         return bool(choice), 'as asked'
-    return device == 'cuda', 'which pays on cuda' if device == 'cuda' else 'which rarely pays off cuda'
+    if device != 'cuda':
+        return False, 'which rarely pays off cuda'
+    compiles = find_spec('triton') is not None and torch.cuda.get_device_capability() >= (7, 0)
+    return compiles, 'which pays on cuda' if compiles else 'for want of Triton, or of a newer card'
 
 
 def start(device: str, backend: str = 'auto', deterministic: bool = False) -> Process:
@@ -82,9 +86,12 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False) -> Pr
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
-    if 'RANK' not in os.environ:
+    kind = torch.device(device).type
+    if not {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= os.environ.keys():
+        if kind == 'cuda':
+            torch.cuda.set_device(device if ':' in device else 0)
         return Process(0, 1, torch.device(device), why)
-    kind, local_rank = torch.device(device).type, int(os.environ['LOCAL_RANK'])
+    local_rank = int(os.environ['LOCAL_RANK'])
     if kind == 'mps':
         raise UserError('several processes cannot share mps: run `python train.py`, or give --device=cpu')
     if kind == 'cuda':
@@ -147,5 +154,5 @@ def describe(process: Process) -> str:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """On cuda the copy goes on while the card computes."""
+    """On cuda this process does not wait for the copy: it queues it, as it queues the work on it, and goes on."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)

@@ -158,8 +158,7 @@ def say(line: str) -> None:
 
 def sample(source: str, prompt: str) -> None:
     """Open the model that `source` names, and print num_samples texts of it."""
-    name, why = parallel.pick_device(device)
-    process = parallel.Process(0, 1, torch.device(name), why)
+    process = parallel.start(device)
     precision, why_precision = parallel.pick_dtype(dtype, process.device.type)
     model, state = checkpoint.open_model(source)
     vocabulary = vocabulary_of(state, model.config.vocab_size)

@@ -174,6 +174,12 @@ class Tiktoken(Tokenizer):
         return {'name': self.name}
 
 
+def model_vocab_size(n_vocab: int) -> int:
+    """The ids that a model provides for: a large vocabulary is rounded up to a multiple of 128, since matrices of round
+    sizes multiply faster (GPT-2's 50257 become 50304)."""
+    return n_vocab if n_vocab < 4096 else -(-n_vocab // 128) * 128
+
+
 def bytes_of_printable_alphabet() -> dict[str, int]:
     """GPT-2's way to write bytes: a printable one is its Latin-1 character, the n-th of the others is chr(256 + n)."""
     printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]

@@ -148,7 +148,10 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
                  tokenizer: Encoder | None = None) -> None:
         if isinstance(source, str) and tokenizer is not None:
             source = tokenizer.encode(source)
-        self.source = TokenFile(source) if isinstance(source, str | Path) else source
+        if isinstance(source, str | Path):
+            has_meta = Path(source).with_name('meta.json').exists()
+            source = TokenFile(source, read_meta(Path(source).parent)['dtype'] if has_meta else 'uint16')
+        self.source = source
         self.block_size = block_size
         if len(self.source) <= block_size:
             raise UserError(f'{len(self.source)} tokens are too few for a window of {block_size} + 1', DATA)

@@ -68,7 +68,7 @@ tie_weights: bool = True  # one table embeds a token and predicts it
 # AdamW
 learning_rate: float = 6e-4  # the highest
 max_iters: int = 600000  # steps
-max_epochs: float = 0.0  # passes over the corpus; 0 leaves it to max_iters
+max_epochs: float = 0.0  # passes over the corpus, where they end before max_iters; 0 sets no such end
 weight_decay: float = 1e-1  # of matrices; vectors have none
 beta1: float = 0.9
 beta2: float = 0.95
@@ -113,9 +113,15 @@ def check(settings: dict[str, Any]) -> None:
                  'sample_tokens', 'vocab_size', 'grad_clip', 'learning_rate', 'min_lr', 'weight_decay'):
         if settings[name] < 0:
             raise UserError(f'--{name}={settings[name]}: must be 0 or more')
-    for name in ('dropout', 'beta1', 'beta2'):
+    for name in ('dropout', 'beta1', 'beta2', 'decay_fraction'):
         if not 0 <= settings[name] < 1:
             raise UserError(f'--{name}={settings[name]}: must be at least 0 and less than 1')
+    falls = settings['decay_lr'] and settings['schedule'] != 'constant'
+    if falls and settings['min_lr'] > settings['learning_rate']:
+        raise UserError(f'--min_lr={settings["min_lr"]} is above --learning_rate={settings["learning_rate"]}:\n'
+                        'give --min_lr=0, or a tenth of the learning rate')
+    if settings['overwrite'] and settings['init_from'] in ('resume', 'auto'):
+        raise UserError(f'--overwrite=True starts over; --init_from={settings["init_from"]} goes on: give one of them')
 
 
 def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, block_size: int) -> int:
@@ -179,16 +185,17 @@ def accumulate_gradient(model: nn.Module, parts: Iterable[Part], n_parts: int, s
     return loss
 
 
-def encode_start(text: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
-    """The ids that samples continue: an empty text asks for the beginning of a document."""
-    if not text and vocabulary.eot is None:
-        raise UserError(f"--sample_start is empty, and the tokenizer '{vocabulary.name}' has no token that begins a "
-                        'document\ngive another, or no samples: --sample_interval=0')
+def encode_start(text: str, vocabulary: tokenizer.Tokenizer, unseen: tokens.TokenFile) -> tuple[list[int], str]:
+    """The ids that samples continue, and a line to say where that is not `text`: what the vocabulary cannot write gives
+    way to the beginning of the validation text, and an empty text to the beginning of a document."""
+    if not text and vocabulary.eot is not None:
+        return [vocabulary.eot], ''
     try:
-        return vocabulary.encode_prompt(text) if text else [vocabulary.eot or 0]
-    except UserError as error:
-        advice = 'give another, or no samples: --sample_interval=0'
-        raise UserError(f'--sample_start: {error}\n{advice}', error.code) from None
+        ids = vocabulary.encode_prompt(text)
+    except UserError:
+        ids = []
+    line = f'--sample_start={text!r} cannot be written in this vocabulary: samples continue the start of {unseen.path}'
+    return (ids, '') if ids else (unseen.read(0, 8).tolist(), line)
 
 
 def refuse_infinite(loss: float, step: int, run: Path) -> None:
@@ -207,9 +214,10 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
     raw_model, state, is_resumed = checkpoint.start_from(settings, given, meta['vocab_size'])
     config, T = raw_model.config, raw_model.config.block_size
     corpora = {split: tokens.open_split(folder, split, T, config.vocab_size) for split in ('train', 'val')}
+    prints = {split: tokens.fingerprint(corpus) for split, corpus in corpora.items()}
     vocabulary = checkpoint.vocabulary_of(meta, state, init_from)
     token_sizes = vocabulary.token_sizes() if vocabulary else None
-    sample_ids = encode_start(sample_start, vocabulary) if vocabulary and sample_interval else []
+    sample_ids, no_start = encode_start(sample_start, vocabulary, corpora['val']) if vocabulary else ([], '')
 
     # how much there is to do
     order = tokens.Order(len(corpora['train']), T, seed)
@@ -228,6 +236,7 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
     if compiles:
         for block in raw_model.transformer.h:
             block.compile()  # fast: one graph that serves all blocks; in place, so that the names of the weights stay
+        torch._dynamo.config.optimize_ddp = False  # blocks are apart already: DDP need not cut them further
     model = parallel.wrap(raw_model, process)
     optimizer = make_optimizer(raw_model, learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(process.device.type, enabled=precision == torch.float16)
@@ -249,11 +258,18 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
                  f'{"compiled" if compiles else "not compiled"}, {why_compile}')
         log.line(f'number of parameters: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M')
         log.line(f'tokens per iteration will be: {n_windows * T:,} = {n_windows} windows of {T}, in micro-batches of '
-                 f'{batch_size}, {n_parts} for each process; an epoch has {order.epoch / n_windows:,.1f} iterations')
+                 f'{batch_size}, {n_parts} for each process')
+        log.line(f'{last_step:,} iterations are {last_step * n_windows / order.epoch:.2f} epochs')
+        for group, kind in zip(optimizer.param_groups, ('decayed', 'non-decayed'), strict=True):
+            log.line(f'num {kind} parameter tensors: {len(group["params"])}, '
+                     f'with {sum(p.numel() for p in group["params"]):,} parameters')
+        log.line('using fused AdamW: True')
         if vocabulary is None:
             log.line(f'the tokenizer {meta["tokenizer"]["name"]} cannot be had here: no samples, and no bits per byte')
+        if no_start and sample_interval:
+            log.line(no_start)
         if is_resumed:
-            log.line(checkpoint.describe(state, settings))
+            log.line(checkpoint.describe(state, settings, prints))
         state = {}  # its memory is free again
 
         def read(step: int) -> Iterator[Part]:
@@ -268,7 +284,7 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
                     'iter_num': step, 'best_val_loss': best['loss'][0], 'best': best,
                     'tokenizer': vocabulary.state() if vocabulary else None,
                     'scaler': scaler.state_dict(), 'wandb_run_id': log.wandb_run_id,
-                    'data': {split: tokens.fingerprint(corpus) for split, corpus in corpora.items()},
+                    'data': prints,
                 })
 
         def measure(step: int) -> None:
@@ -339,7 +355,7 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
             optimizer.zero_grad()
 
             # report
-            if step % log_interval == 0 or step == last_step - 1:
+            if step % log_interval == 0 or step in (first_step, last_step - 1):
                 loss = parallel.total(step_loss).item()  # reading a number waits for the device
                 first_loss = loss if step == first_step else first_loss
                 refuse_infinite(loss, step, run)
@@ -355,7 +371,8 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
 
         log.plot()
         if overfit_single_batch:
-            verdict = f'the loss on one batch went from {first_loss:.4f} to {loss:.4f} in {last_step} steps'
+            n_steps = last_step - first_step
+            verdict = f'the loss on one batch went from {first_loss:.4f} to {loss:.4f} in {n_steps} steps'
             if not loss < LEARNED_BY_HEART * first_loss:
                 raise UserError(f'FAIL: {verdict}, not below {LEARNED_BY_HEART} of the first', errors.CHECK_FAILED)
             log.line(f'PASS: {verdict}')

@@ -44,7 +44,7 @@ def lr_at(step: int, peak: float, floor: float, warmup: int, total: int) -> floa
     """Rise linearly to `peak` over `warmup` steps, then fall along half a cosine to `floor` at step `total`."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / (total - warmup))  # 0 to 1
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))  # 0 to 1
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -88,14 +88,17 @@ def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     folder = tokens.data_folder(dataset)
     meta = tokens.read_meta(folder)
+    V = tokenizer.model_vocab_size(meta['vocab_size'])
+    if total_batch_size < 1 or total_batch_size % block_size:
+        raise errors.UserError(f'total_batch_size={total_batch_size} must be a multiple of block_size={block_size}')
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, bias=bias))
-    train(model, tokens.open_split(folder, 'train', block_size, meta['vocab_size']))
+    model = GPT(GPTConfig(block_size, V, n_layer, n_head, n_embd, bias=bias))
+    train(model, tokens.open_split(folder, 'train', block_size, V))
 
-    unseen = tokens.open_split(folder, 'val', block_size, meta['vocab_size'])
+    unseen = tokens.open_split(folder, 'val', block_size, V)
     starts = tokens.fixed_starts(len(unseen), block_size, 400)
     with torch.no_grad():
-        _, loss = model(*tokens.read_batch(unseen, starts, block_size, len(starts), meta['vocab_size']))
+        _, loss = model(*tokens.read_batch(unseen, starts, block_size, len(starts), V))
     print(f'val loss {loss.item():.4f}')
 
     vocabulary = tokenizer.from_state(meta['tokenizer'])

@@ -62,7 +62,7 @@ WRONG = [
     Wrong(trains(f'--device={ABSENT}'), COMMAND, [f'--device={ABSENT}', '--device=cpu']),
     Wrong(trains('--device=tpu'), COMMAND, ['--device=tpu', "'cuda'"]),
     Wrong(trains('--device=cpu:x'), COMMAND, ['--device=cpu:x', "'cpu'"]),
-    Wrong(trains('--sample_interval=1 --sample_start=☃'), DATA, ['--sample_start', '☃', '--sample_interval=0']),
+    Wrong(trains('--init_from=auto --overwrite=True'), COMMAND, ['--overwrite=True', '--init_from=auto']),
     # the corpus
     Wrong(trains('--dataset={empty}/openwebtext'), DATA, ['openwebtext', 'python data/openwebtext/prepare.py']),
     Wrong(trains('--dataset={empty}/mine'), DATA, ['{empty}/mine', 'python data/text/prepare.py']),

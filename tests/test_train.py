@@ -211,7 +211,7 @@ def test_float16_and_bfloat16_on_a_machine_that_lacks_them_fall_back_and_say_so(
     plain = run(tmp_path / 'a', max_iters=2)
     half = run(tmp_path / 'b', max_iters=2, dtype='float16')
     assert losses(half) == losses(plain)
-    assert 'float32, float16 was asked for, and only cuda trains with it' in capsys.readouterr().out
+    assert 'float32, float16 was asked for, and is for cuda alone' in capsys.readouterr().out
     assert last(tmp_path / 'b')['scaler'] == {}
     assert parallel.pick_dtype('auto', 'cpu')[0] == torch.float32
     assert parallel.pick_dtype('bfloat16', 'mps')[0] == torch.bfloat16
@@ -391,11 +391,33 @@ def test_samples_are_drawn_before_the_first_step_between_and_after_the_last(run:
     assert losses(rows) == losses(run(tmp_path / 'none', max_iters=9)), 'to look is not to touch'
 
 
-def test_a_sample_from_what_the_corpus_does_not_know_is_refused_by_name(run: Run, tmp_path: Path) -> None:
-    message = refused(run, tmp_path, sample_interval=5, sample_start='☃', code=errors.DATA)
-    assert '☃' in message
-    assert 'sample_start' in message
-    assert 'sample_start' in refused(run, tmp_path, sample_interval=5, sample_start='', overwrite=True)
+def test_a_sample_from_what_the_corpus_cannot_write_continues_its_validation_text_and_says_so(
+        run: Run, tmp_path: Path, tiny_text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for start in ('☃', ''):
+        run(tmp_path / f'from {len(start)}', max_iters=2, sample_interval=5, sample_tokens=5, sample_start=start)
+        assert f'--sample_start={start!r} cannot be written in this vocabulary' in capsys.readouterr().out
+        text = (tmp_path / f'from {len(start)}' / 'samples.txt').read_text(encoding='utf-8')
+        cut = len(tiny_text) * 9 // 10
+        assert text.startswith(f'=== step 0 ===\n{tiny_text[cut:cut + 8]}')
+
+
+def test_a_floor_above_the_peak_of_the_learning_rate_is_refused(run: Run, tmp_path: Path) -> None:
+    assert '--min_lr=0' in refused(run, tmp_path, learning_rate=1e-5, min_lr=6e-5, decay_lr=True, code=errors.COMMAND)
+    run(tmp_path, learning_rate=1e-5, min_lr=6e-5, decay_lr=False, max_iters=1)
+
+
+def test_a_resume_on_another_corpus_is_told(
+        run: Run, tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / 'other'
+    shutil.copytree(tiny_dataset, other)
+    meta = json.loads((other / 'meta.json').read_text(encoding='utf-8'))
+    (other / 'train.bin').write_bytes((other / 'train.bin').read_bytes()[:-2000])
+    (other / 'meta.json').write_text(json.dumps(meta | {'splits': {}}), encoding='utf-8')
+    run(tmp_path / 'run', max_iters=2, eval_interval=1)
+    run(tmp_path / 'run', max_iters=3, eval_interval=1, init_from='resume')
+    assert 'a corpus that has changed' not in capsys.readouterr().out
+    run(tmp_path / 'run', max_iters=4, eval_interval=1, init_from='resume', dataset=str(other))
+    assert 'a corpus that has changed' in capsys.readouterr().out
 
 
 def test_evaluation_and_logging_do_not_change_what_is_learned(run: Run, tmp_path: Path) -> None:
