@@ -261,5 +261,5 @@ def explain_missing(path: str, error: OSError) -> str:
     ours = Path(__file__).with_name('config')
     files = {file.stem: file for folder in (Path(path).parent, ours) for file in folder.glob('*.py')}
     near = [os.path.relpath(files[stem]) for stem in difflib.get_close_matches(Path(path).stem, files)]
-    there = f'{os.path.relpath(ours)} has ' + ', '.join(sorted(file.stem for file in ours.glob('*.py')))
+    there = 'config/ has ' + ', '.join(sorted(file.stem for file in ours.glob('*.py')))
     return f'there is no config file {path}\n' + (f'did you mean {" or ".join(near)}?' if near else there)

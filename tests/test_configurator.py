@@ -251,7 +251,7 @@ def test_a_file_that_is_no_text_is_refused(script: ModuleType) -> None:
 
 def test_a_missing_config_file_is_answered_with_the_nearest(script: ModuleType) -> None:
     write('', 'mine.py')
-    assert 'config has eval_gpt2, eval_gpt2_large, ' in complaint(script, 'zzzz.py')
+    assert 'config/ has eval_gpt2, eval_gpt2_large, ' in complaint(script, 'zzzz.py')
     assert complaint(script, 'mine') == 'there is no config file mine\ndid you mean mine.py?'
     for typed in ('train_gpt2', 'config/train_gpt2.py', 'train_gpt-2.py'):
         first, second = complaint(script, typed).splitlines()

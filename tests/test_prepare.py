@@ -298,7 +298,7 @@ def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(shared_data
         shutil.copy(ROOT / name, tmp_path / name)
     folder, page = tmp_path / 'data/openwebtext', (shared_data / 'openwebtext/openwebtext-1000.jsonl').read_bytes()
     (tmp_path / 'short.jsonl').write_bytes(page)
-    (tmp_path / 'long.jsonl').write_bytes(page * 40)
+    (tmp_path / 'long.jsonl').write_bytes(page * 80)
     command = [sys.executable, str(folder / 'prepare.py'), '--num_proc=2']
     subprocess.run([*command, f'--input={tmp_path}/short.jsonl'], check=True, capture_output=True)
     before = {name: (folder / name).read_bytes() for name in ('train.bin', 'val.bin', 'meta.json')}
