@@ -1,8 +1,10 @@
 """What a user sees when something is wrong: one message that says what to do next, and an exit code that scripts can
 read."""
 import os
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 DONE = 0
 CHECK_FAILED = 1  # for example, overfit_single_batch did not overfit
@@ -24,6 +26,13 @@ class UserError(ValueError):
     def __init__(self, message: str, code: int = COMMAND) -> None:
         super().__init__(message)
         self.code = code
+
+
+def python() -> str:
+    """What to type for the Python that runs this: the one of this folder's virtual environment, or else `python`."""
+    here, found = Path(sys.executable), shutil.which('python')
+    is_on_path = found is not None and Path(found).parent == here.parent
+    return 'python' if is_on_path or not here.is_relative_to(Path.cwd()) else str(here.relative_to(Path.cwd()))
 
 
 def code_of(error: BaseException) -> int:

@@ -379,7 +379,8 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
         else:
             files = ', '.join(sorted(path.name for path in run.iterdir())) if process.is_main else ''
             memory = logger.short(logger.peak_memory(process.device.type))
-            log.line(f'peak memory: {memory} bytes\n{run} holds {files}\ntry next: python sample.py --out_dir={run}')
+            log.line(f'peak memory: {memory} bytes\n{run} holds {files}')
+            log.line(f'try next: {errors.python()} sample.py --out_dir={run}')
 
 
 def main(args: list[str]) -> None:

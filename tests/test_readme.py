@@ -196,7 +196,7 @@ def test_gpt2_trains_on_a_cpu_and_goes_on_without_a_key_for_wandb(
     assert len(re.findall(r'^wandb is off: .*; the run goes on$', output, re.MULTILINE)) == 1
     assert re.search(r'^tokens per iteration will be: 2,048 = 8 windows of 256', output, re.MULTILINE)
     assert re.search(r'^step 2: train loss \d+\.\d+, val loss \d+\.\d+$', output, re.MULTILINE)
-    assert output.endswith('\ntry next: python sample.py --out_dir=out\n')
+    assert output.endswith('python sample.py --out_dir=out\n')
 
 
 # ------------------------------------------------------------------------------------------------

@@ -366,7 +366,7 @@ def test_the_console_has_the_lines_that_people_parse(run: Run, tmp_path: Path,
     assert [loss for _, loss, _ in iters] == [f'{loss:.4f}' for loss in losses(rows)]
     assert 'mfu' not in out, 'nobody knows what this machine could do'
     assert re.search(r'^device cpu, as asked; float32, .*; not compiled, ', out, re.MULTILINE)
-    assert out.rstrip().endswith(f'try next: python sample.py --out_dir={tmp_path}')
+    assert out.rstrip().endswith(f'python sample.py --out_dir={tmp_path}')
     assert 'ckpt.pt' in out.splitlines()[-2]
 
 
