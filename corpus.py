@@ -1,17 +1,17 @@
 """
-Text of any kind -> token files: what every data/<name>/prepare.py shares.
+Documents -> token files: what every data/<name>/prepare.py shares.
 
-    documents (split, text)  ->  batches  ->  tokenised by several processes  ->  train.bin, val.bin, and meta.json last
+    pieces of files, or texts  ->  batches  ->  tokens, by several processes  ->  train.bin, val.bin; meta.json last
 
-Everything streams: memory holds a few batches for each process, however long the corpus is. Files appear under their
-names only when both splits are complete, so that an interrupted run leaves what was there before.
+A corpus is a sequence of documents, numbered from 0, and the numbers of those that are for validation. A process that
+tokenises reads its pieces of the files itself, and hands back packed tokens. Everything streams: memory holds a few
+batches for each process, however long the corpus is. Files appear under their names only when both splits are complete,
+so that an interrupted run leaves what was there before.
 """
 import errno
 import hashlib
-import http.client
 import itertools
 import json
-import lzma
 import math
 import multiprocessing
 import os
@@ -19,210 +19,112 @@ import shlex
 import signal
 import sys
 import threading
-import urllib.request
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from documents import PIECE, Piece, read_documents
 from errors import COMMAND, DATA, DISK_FULL, OUT_OF_MEMORY, UserError
 from tokenizer import Tokenizer, build, from_state
 
-Documents = Iterable[tuple[str, str]]  # (split, text): where each document goes, and what it says
+Part = Piece | list[str]  # of a corpus: where some documents stand, or what they say
+Numbers = npt.NDArray[np.int64]  # of documents
 
 SPLITS = ('train', 'val')
-KINDS = ('.txt', '.jsonl', '.parquet')
-BATCH = 1 << 20  # characters of text that a process tokenises at a time; bytes of a file that are read at a time
-SMALL = 8  # batches that one process has done before others would have started
+CHUNK = 1 << 18  # characters that a tokenizer is given at once
+SMALL = 4  # batches that one process has done before others would have started
 ENDS = 4096  # bytes at both ends of a token file whose hashes meta.json keeps, for a quick check at the start of a run
-TIMEOUT = 30  # seconds that a download may stand still
-TINY_SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-TINY_SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 # ------------------------------------------------------------------------------------------------
-# Reading and splitting: a path -> files -> documents
+# Splitting
 
 
-def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
-    """The files that `path` names, in a fixed order: one file, the .txt, .jsonl and .parquet files of a folder (packed
-    or not), a glob, or a URL that fsspec opens. What http has is fetched into `folder` first: it is read twice."""
-    import fsspec
-
-    if path.startswith(('http://', 'https://')):
-        name = PurePosixPath(path.partition('?')[0]).name
-        return [str(download(path, folder / f'{option.removeprefix("--")}-{name}'))]
-    try:
-        files, root = fsspec.url_to_fs(path)
-        is_folder = files.isdir(root)
-        if is_folder:
-            found = [name for name in files.find(root) if kind_of(name) in KINDS]
-        else:
-            found = [root] if files.exists(root) else [name for name in files.glob(root) if not files.isdir(name)]
-    except (ImportError, OSError, ValueError) as error:  # a protocol that is unknown or not installed; no permission
-        raise UserError(f'{option}={path} cannot be opened: {error}', DATA) from error
-    if not found:
-        what = 'is a folder without .txt, .jsonl or .parquet files' if is_folder else 'matches no file and no folder'
-        raise UserError(f'{option}={path} {what}', DATA)
-    return sorted(files.unstrip_protocol(name) if '://' in path else name for name in found)
-
-
-def kind_of(name: str) -> str:
-    """The suffix that says how a file is to be read, without that of the compression, which fsspec sees to."""
-    path = PurePosixPath(name)
-    return PurePosixPath(path.stem if path.suffix in ('.gz', '.xz', '.bz2') else path).suffix.lower()
-
-
-@contextmanager
-def opened(name: str) -> Iterator[BinaryIO]:
-    """The bytes of a file anywhere, unpacked."""
-    import fsspec
-
-    try:
-        with fsspec.open(name, 'rb', compression='infer') as file:
-            yield file
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f'{name} cannot be read: {error}', DATA) from error
-
-
-def count_documents(name: str) -> int:
-    """How many documents `read_documents` will find in a file."""
-    if kind_of(name) not in ('.jsonl', '.parquet'):
-        return 1
-    with opened(name) as file:
-        if kind_of(name) == '.jsonl':
-            return sum(not line.isspace() for line in file)
-        return int(open_parquet(name, file).metadata.num_rows)
-
-
-def read_documents(names: list[str], column: str = 'text') -> Iterator[str]:
-    """The documents of all files in order: the rows of .jsonl and .parquet files, and any other file as a whole."""
-    for name in names:
-        with opened(name) as file:
-            if kind_of(name) == '.jsonl':
-                yield from read_jsonl(name, file, column)
-            elif kind_of(name) == '.parquet':
-                yield from read_parquet(name, file, column)
-            else:
-                yield decode(name, file.read(), 0)
-
-
-def decode(name: str, text: bytes, offset: int) -> str:
-    """UTF-8 -> str. `offset` is where `text` starts in its file."""
-    try:
-        return text.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise UserError(f'{name} is not UTF-8: byte {offset + error.start} is 0x{text[error.start]:02x}\n'
-                        'save it as UTF-8, for example: iconv -f latin1 -t utf-8 OLD > NEW', DATA) from None
-
-
-def read_jsonl(name: str, file: BinaryIO, column: str) -> Iterator[str]:
-    """The field `column` of every line that is not blank. Raises UserError that names the file and the line or byte."""
-    offset = 0
-    for number, line in enumerate(file, start=1):
-        if not line.isspace():
-            try:
-                row = json.loads(decode(name, line, offset))
-            except json.JSONDecodeError as error:
-                raise UserError(f'{name}, line {number} is not JSON: {error}', DATA) from None
-            fields = list(row) if isinstance(row, dict) else []
-            if column not in fields or not isinstance(row[column], str):
-                raise missing_column(f'{name}, line {number}', column, fields)
-            text = row[column]
-            if b'\\ud' in line or b'\\uD' in line:  # perhaps half a surrogate pair: replaced, as tiktoken does
-                text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-            yield text
-        offset += len(line)
-
-
-def open_parquet(name: str, file: BinaryIO) -> Any:
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(file, buffer_size=BATCH, pre_buffer=False)  # by pages, not by row groups
-    except ValueError as error:
-        raise UserError(f'{name} is not a parquet file: {error}', DATA) from None
-
-
-def read_parquet(name: str, file: BinaryIO, column: str) -> Iterator[str]:
-    table = open_parquet(name, file)
-    types = {field.name: str(field.type) for field in table.schema_arrow}
-    if types.get(column) not in ('string', 'large_string'):
-        raise missing_column(name, column, list(types))
-    for batch in table.iter_batches(batch_size=256, columns=[column]):
-        yield from (text or '' for text in batch.column(0).to_pylist())
-
-
-def missing_column(where: str, column: str, there_are: list[str]) -> UserError:
-    return UserError(f"{where} has no text in a column '{column}'; its columns: {', '.join(there_are) or 'none'}\n"
-                     'name the one to read with --column=', DATA)
-
-
-def download(url: str, path: Path, sha256: str = '') -> Path:
-    """`path`, fetched from `url` unless it is there with that sha256. It never appears with wrong or missing bytes."""
-    if sha256 and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-        return path
-    temporary, digest = path.with_name(path.name + '.tmp'), hashlib.sha256()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(temporary, 'wb') as file:
-            while block := answer.read(BATCH):
-                digest.update(block)
-                file.write(block)
-            if answer.length:  # still to come; urlopen itself raises where the server's status is an error
-                raise OSError(f'it broke off {answer.length} bytes early')
-        if sha256 and digest.hexdigest() != sha256:
-            raise OSError(f'its sha256 is {digest.hexdigest()}, and {sha256} is expected')
-        temporary.replace(path)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f'{url} cannot be used: {error}\n'
-                        'get the file in another way, and name it with --input=PATH', DATA) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    return path
-
-
-def read_tiny_shakespeare(path: str, folder: Path) -> str:
-    """The text at `path`, or, where that is '', the download in `folder`/input.txt."""
-    if not path:
-        path = str(download(TINY_SHAKESPEARE, folder / 'input.txt', TINY_SHAKESPEARE_SHA256))
-    return next(read_documents(find_files(path, folder)))
-
-
-def choose_validation(n_documents: int, fraction: float, seed: int) -> npt.NDArray[np.int64]:
+def choose_validation(n_documents: int, fraction: float, seed: int) -> Numbers:
     """The numbers of the validation documents, as Hugging Face's train_test_split(test_size=fraction, seed=seed) lists
     them. While it draws, it needs 8 bytes for each document of the corpus."""
-    if not 0 < fraction < 1:
-        raise UserError(f'val_fraction={fraction} must lie between 0 and 1', COMMAND)
+    check_fraction(fraction)
     return np.random.default_rng(seed).permutation(n_documents)[:math.ceil(fraction * n_documents)].copy()
 
 
-def split_text(text: str, fraction: float) -> list[tuple[str, str]]:
-    """One document by position: the last part of its characters is for validation."""
+def split_text(text: str, fraction: float) -> tuple[list[Part], Numbers]:
+    """One document by position, as a corpus of two: the last part of its characters is for validation."""
+    check_fraction(fraction)
     cut = int(len(text) * (1 - fraction))
-    return [('train', text[:cut]), ('val', text[cut:])]
+    return [[text[:cut], text[cut:]]], np.array([1])
+
+
+def check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise UserError(f'val_fraction={fraction} must lie between 0 and 1', COMMAND)
+
+
+def count_documents(parts: Iterable[Part]) -> int:
+    return sum(part.n_documents if isinstance(part, Piece) else len(part) for part in parts)
+
+
+def read_texts(parts: Iterable[Part]) -> Iterator[str]:
+    for part in parts:
+        yield from read_documents([part]) if isinstance(part, Piece) else part
+
+
+def build_tokenizer(spec: str, parts: Sequence[Part], validation: Numbers, eot: bool) -> Tokenizer:
+    """The tokenizer that `spec` names, for these documents. Every character must be known, wherever it stands; a BPE
+    learns its merges from the training documents alone."""
+    left_out = set() if spec == 'char' else set(validation.tolist())
+    return build(spec, lambda: (text for i, text in enumerate(read_texts(parts)) if i not in left_out), eot)
 
 
 # ------------------------------------------------------------------------------------------------
 # Tokenising, in several processes
 
 
-def build_tokenizer(spec: str, documents: Callable[[], Documents], eot: bool) -> Tokenizer:
-    """The tokenizer that `spec` names, for these documents. Every character must be known, wherever it stands; a BPE
-    learns its merges from the training documents alone."""
-    return build(spec, lambda: (text for split, text in documents() if split == 'train' or spec == 'char'), eot)
+class Batch(NamedTuple):
+    """Documents that one process tokenises at a time."""
+
+    part: Part
+    first: int  # the number of its first document in the corpus
+    n_documents: int
+    validation: list[int]  # the numbers of those that are for validation, in order
+
+
+def make_batches(parts: Iterable[Part], validation: Numbers) -> Iterator[Batch]:
+    """All documents in order. What stands apart is left to other processes to read."""
+    in_order, first = np.sort(validation), 0
+    for is_apart, some in itertools.groupby(parts, lambda part: isinstance(part, Piece) and part.is_apart):
+        for part in some if is_apart else group(read_texts(some), PIECE):
+            n_documents = count_documents([part])
+            start, stop = np.searchsorted(in_order, [first, first + n_documents])
+            yield Batch(part, first, n_documents, in_order[start:stop].tolist())
+            first += n_documents
+
+
+def group(texts: Iterable[str], n_characters: int) -> Iterator[list[str]]:
+    """So many characters at a time, or little more."""
+    waiting: list[str] = []
+    size = 0
+    for text in texts:
+        waiting.append(text)
+        size += len(text)
+        if size >= n_characters:
+            yield waiting
+            waiting, size = [], 0
+    if waiting:
+        yield waiting
 
 
 class Packed(NamedTuple):
-    """Some documents of one split as token files have them. Bytes: a list of Python integers costs more to hand over
-    from process to process than its tokens cost to find."""
+    """Some documents as token files have them. Bytes: a list of Python integers costs more to hand over from process to
+    process than its tokens cost to find."""
 
     tokens: bytes
     largest_id: int
@@ -230,48 +132,75 @@ class Packed(NamedTuple):
     n_bytes: int  # of the text in UTF-8
 
 
-class Packer:
-    """Documents -> Packed. `eot` follows each document, unless it is None."""
+class Done(NamedTuple):
+    """What came of a batch."""
 
-    def __init__(self, tokenizer: Tokenizer, eot: int | None) -> None:
-        self.tokenizer = tokenizer
+    train: Packed
+    val: list[Packed]  # each document apart, since val.bin may have them in another order
+
+
+class Packer:
+    """Documents -> Packed. `eot` follows each document, unless it is None. Empty ones may be left out."""
+
+    def __init__(self, tokenizer: Tokenizer, eot: int | None, keep_empty: bool = True) -> None:
+        self.tokenizer, self.eot, self.keep_empty = tokenizer, eot, keep_empty
         self.dtype = np.dtype('<u2' if tokenizer.n_vocab <= 1 << 16 else '<u4')  # nanoGPT's, where it holds all ids
         self.end = np.array([] if eot is None else [eot], dtype=np.uint32)
 
-    def __call__(self, texts: list[str]) -> Packed:
-        ids = np.concatenate([part for text in self.tokenizer.encode_batch(texts) for part in (text, self.end)])
-        n_bytes = sum(len(text.encode('utf-8')) for text in texts)
-        return Packed(ids.astype(self.dtype).tobytes(), int(ids.max(initial=0)), len(texts), n_bytes)
+    def pack(self, texts: Iterable[str]) -> Packed:
+        """A little at a time, so that memory never holds all of the texts."""
+        tokens, largest_id, n_documents, n_bytes = bytearray(), 0, 0, 0
+        for some in group((text for text in texts if text or self.keep_empty), CHUNK):
+            ids = np.concatenate([part for ids in self.tokenizer.encode_batch(some) for part in (ids, self.end)])
+            tokens += ids.astype(self.dtype).data
+            largest_id = max(largest_id, int(ids.max(initial=0)))
+            n_documents += len(some)
+            n_bytes += sum(len(text) if text.isascii() else len(text.encode('utf-8')) for text in some)
+        return Packed(bytes(tokens), largest_id, n_documents, n_bytes)
+
+    def __call__(self, batch: Batch) -> Done:
+        chosen, val = set(batch.validation), list[Packed]()
+
+        def training_texts() -> Iterator[str]:
+            for number, text in enumerate(read_texts([batch.part]), start=batch.first):
+                if number in chosen:
+                    val.append(self.pack([text]))
+                else:
+                    yield text
+
+        return Done(self.pack(training_texts()), val)
 
 
-def make_batches(documents: Documents) -> Iterator[tuple[str, list[str]]]:
-    """Documents of one split in their order, BATCH characters or a little more at a time."""
-    waiting: dict[str, list[str]] = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    for split, text in documents:
-        waiting[split].append(text)
-        sizes[split] += len(text)
-        if sizes[split] >= BATCH:
-            yield split, waiting[split]
-            waiting[split], sizes[split] = [], 0
-    yield from ((split, texts) for split, texts in waiting.items() if texts)
-
-
-def tokenise(batches: Iterable[tuple[str, list[str]]], packer: Packer, num_proc: int) -> Iterator[tuple[str, Packed]]:
-    """Every batch packed, in order."""
+def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[tuple[Batch, Done], None, None]:
+    """Every batch and what came of it, in order."""
     batches = iter(batches)
     first = list(itertools.islice(batches, SMALL))
     if num_proc == 1 or len(first) < SMALL:
-        yield from ((split, packer(texts)) for split, texts in itertools.chain(first, batches))
+        yield from ((batch, packer(batch)) for batch in itertools.chain(first, batches))
         return
-    workers = start_workers(packer, num_proc)
-    waiting: deque[tuple[str, Future[Packed]]] = deque()
-    try:
-        for split, texts in itertools.chain(first, batches):
-            waiting.append((split, workers.submit(pack_in_worker, texts)))
+    waiting: deque[tuple[Batch, Future[Done]]] = deque()
+    with started_workers(packer, num_proc) as workers:
+        for batch in itertools.chain(first, batches):
+            waiting.append((batch, workers.submit(pack_in_worker, batch)))
             if len(waiting) > 2 * num_proc:  # never more: an executor's own queue has no limit
                 yield waiting[0][0], waiting.popleft()[1].result()
-        yield from ((split, future.result()) for split, future in waiting)
+        yield from ((batch, future.result()) for batch, future in waiting)
+
+
+WORKER: dict[str, Packer] = {}  # in a worker process: what it packs with
+
+
+@contextmanager
+def started_workers(packer: Packer, num_proc: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that start afresh on every system (spawn), leave Ctrl-C to this one, and end when it is killed. Raises
+    UserError where one of them is killed."""
+    workers = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), set_up_worker,
+                                  (packer.tokenizer.state(), packer.eot, packer.keep_empty))
+    try:
+        with delayed_interrupts():
+            for _ in range(num_proc):
+                workers.submit(os.getpid)  # starts one process, as there is none that is idle
+        yield workers
     except BrokenProcessPool:
         raise UserError('a process was killed while it tokenised, most likely for want of memory\n'
                         f'give --num_proc={max(1, num_proc // 2)}', OUT_OF_MEMORY) from None
@@ -279,27 +208,24 @@ def tokenise(batches: Iterable[tuple[str, list[str]]], packer: Packer, num_proc:
         workers.shutdown(cancel_futures=True)
 
 
-WORKER: dict[str, Packer] = {}  # in a worker process: what it packs with
-
-
-def start_workers(packer: Packer, num_proc: int) -> ProcessPoolExecutor:
-    """Processes that start afresh on every system (spawn), leave Ctrl-C to this one, and end when it is killed."""
-    eot = int(packer.end[0]) if len(packer.end) else None
-    workers = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), set_up_worker,
-                                  (packer.tokenizer.state(), eot))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which new processes inherit
+@contextmanager
+def delayed_interrupts() -> Iterator[None]:
+    """A Ctrl-C comes at the end. Processes that start here inherit that, and see none before they can ignore it."""
+    if sys.platform == 'win32':
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        for _ in range(num_proc):
-            workers.submit(os.getpid)  # starts one process, as there is none that is idle
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    return workers
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def set_up_worker(state: dict[str, Any], eot: int | None) -> None:
+def set_up_worker(state: dict[str, Any], eot: int | None, keep_empty: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # there is a process for each core already
     threading.Thread(target=end_with_parent, daemon=True).start()
-    WORKER['packer'] = Packer(from_state(state), eot)
+    WORKER['packer'] = Packer(from_state(state), eot, keep_empty)
 
 
 def end_with_parent() -> None:
@@ -309,8 +235,8 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def pack_in_worker(texts: list[str]) -> Packed:
-    return WORKER['packer'](texts)
+def pack_in_worker(batch: Batch) -> Done:
+    return WORKER['packer'](batch)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -344,26 +270,60 @@ class Writer:
                 'head': hashlib.sha256(self.head).hexdigest(), 'tail': hashlib.sha256(self.tail).hexdigest()}
 
 
-def write_corpus(folder: Path, tokenizer: Tokenizer, documents: Documents, n_documents: int, source: str,
-                 eot: int | None, num_proc: int = 0) -> None:
-    """Tokenise `documents` into folder/train.bin and val.bin, with `eot` after each unless it is None, by `num_proc`
-    processes (0: one for each core), and print what came of it. UserError where a split is empty or the disk full."""
-    from tqdm import tqdm
+class Progress:
+    """A bar; where there is no terminal, a line every PLAIN_SECONDS."""
 
-    packer, num_proc = Packer(tokenizer, eot), num_proc if num_proc > 0 else os.cpu_count() or 1
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, unit=' documents', disable=not sys.stderr.isatty())
+        self.total, self.done = total, 0
+        self.start = self.said = time.monotonic()
+
+    def update(self, n_documents: int) -> None:
+        self.done += n_documents
+        self.bar.update(n_documents)
+        now = time.monotonic()
+        if self.bar.disable and now - self.said >= PLAIN_SECONDS and self.done < self.total:
+            left = (now - self.start) / self.done * (self.total - self.done)
+            print(f'tokenising: {self.done:,}/{self.total:,} documents, {now - self.start:.0f} s, '
+                  f'about {left:.0f} s to go', flush=True)
+            self.said = now
+
+
+def write_splits(writers: dict[str, Writer], results: Iterable[tuple[Batch, Done]], validation: Numbers,
+                 progress: Progress) -> None:
+    """The training documents in their order, the validation documents in that of `validation`: those whose turn has not
+    come wait in memory."""
+    turn, waiting = 0, dict[int, Packed]()
+    for batch, done in results:
+        writers['train'].write(done.train)
+        waiting.update(zip(batch.validation, done.val, strict=True))
+        while turn < len(validation) and int(validation[turn]) in waiting:
+            writers['val'].write(waiting.pop(int(validation[turn])))
+            turn += 1
+        progress.update(batch.n_documents)
+
+
+def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation: Numbers, source: str,
+                 num_proc: int = 0) -> None:
+    """Tokenise a corpus into folder/train.bin and val.bin by `num_proc` processes (0: one for each core), and print
+    what came of it. UserError where a split is empty or the disk full."""
+    num_proc = num_proc if num_proc > 0 else os.cpu_count() or 1
     temporary = {split: folder / f'{split}.bin.tmp' for split in SPLITS}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as files, tqdm(total=n_documents, unit=' texts', disable=not sys.stderr.isatty()) as bar:
+        with ExitStack() as files:
             writers = {split: Writer(files.enter_context(open(temporary[split], 'wb'))) for split in SPLITS}
-            for split, packed in tokenise(make_batches(documents), packer, num_proc):
-                writers[split].write(packed)
-                bar.update(packed.n_documents)
+            progress = Progress(count_documents(parts))
+            files.callback(progress.bar.close)
+            results = files.enter_context(closing(tokenise(make_batches(parts, validation), packer, num_proc)))
+            write_splits(writers, results, validation, progress)
             splits = {split: writer.finish(packer.dtype) for split, writer in writers.items()}
         empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
         if empty:
             raise UserError(f'{source} holds no text for {empty[0]}.bin', DATA)
-        meta = {'format': 1, 'tokenizer': tokenizer.reference(), 'vocab_size': tokenizer.n_vocab,
+        meta = {'format': 1, 'tokenizer': packer.tokenizer.reference(), 'vocab_size': packer.tokenizer.n_vocab,
                 'dtype': packer.dtype.name, 'source': source, 'created_by': shlex.join(['python', *sys.argv]),
                 'splits': splits}
         write_meta(folder, {'format': 1, 'unfinished': True})  # so that half of it is not taken for the whole

@@ -6,9 +6,9 @@ How near data/openwebtext/prepare.py comes to the speed of tiktoken alone.
 Ours is all that prepare.py does once it has the files: count the documents, draw the split, start the processes, read,
 tokenise, and write train.bin, val.bin and meta.json. The limit is the same number of processes that hold their share of
 the documents in memory, start together, and call tiktoken's encode_ordinary, with nothing written. The two take turns,
-and the medians count. With as many processes as cores, the one that reads and writes shares a core with a worker.
+and the medians count. With as many processes as cores, the one that plans and writes shares a core with a worker.
+Tokens per CPU second, of all processes together, do not depend on what else the machine is doing.
 """
-import importlib
 import multiprocessing
 import os
 import shutil
@@ -19,18 +19,20 @@ import time
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
 import corpus
+import documents
 import tokenizer as tokenizers
 from errors import COMMAND, UserError, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 input: str = ''  # .jsonl or .parquet files of documents
-copies: int = 50  # of these documents that make the text, so that it takes tens of seconds
+copies: int = 100  # of these documents that make the text, so that it takes tens of seconds
 kind: str = 'parquet'  # of the file that holds the copies: 'parquet' or 'jsonl'
 num_proc: int = 2  # processes that tokenise
 runs: int = 5
@@ -38,6 +40,18 @@ runs: int = 5
 
 
 BYTES_PER_TOKEN = 2
+
+
+class Speed(NamedTuple):
+    tokens: int
+    seconds: float
+    cpu_seconds: float  # of all processes, in their own code and in the system's
+
+    def per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    def per_cpu_second(self) -> float:
+        return self.tokens / self.cpu_seconds
 
 
 def write_copies(texts: list[str], copies: int, path: Path) -> None:
@@ -58,45 +72,43 @@ def write_copies(texts: list[str], copies: int, path: Path) -> None:
             writer.write_table(table)
 
 
-def time_ours(path: Path, folder: Path, num_proc: int) -> float:
-    """Tokens per second from the file to finished token files."""
-    prepare = importlib.import_module('data.openwebtext.prepare')
-    started = time.perf_counter()
+def measure_ours(path: Path, folder: Path, num_proc: int) -> Speed:
+    """From the file to finished token files."""
+    started, before = time.perf_counter(), os.times()
     encoder = tokenizers.build('gpt2', list, eot=True)
-    n_documents = corpus.count_documents(str(path))
-    validation = corpus.choose_validation(n_documents, 0.0005, 2357).tolist()
-    documents = prepare.split_documents(corpus.read_documents([str(path)]), validation)
-    corpus.write_corpus(folder, encoder, documents, n_documents, str(path), encoder.eot, num_proc)
-    seconds = time.perf_counter() - started
-    return sum((folder / f'{split}.bin').stat().st_size for split in corpus.SPLITS) / BYTES_PER_TOKEN / seconds
+    pieces = list(documents.find_pieces(str(path)))
+    validation = corpus.choose_validation(corpus.count_documents(pieces), 0.0005, 2357)
+    corpus.write_corpus(folder, corpus.Packer(encoder, encoder.eot), pieces, validation, str(path), num_proc)
+    seconds, after = time.perf_counter() - started, os.times()
+    n_tokens = sum((folder / f'{split}.bin').stat().st_size for split in corpus.SPLITS) // BYTES_PER_TOKEN
+    return Speed(n_tokens, seconds, sum(after[:4]) - sum(before[:4]))  # user, system, and the same of children
 
 
 def encode_only(texts: list[str], copies: int, together: Barrier, answer: Connection) -> None:
-    """One process of the limit: when it started, when it ended, and its tokens."""
+    """One process of the limit: its tokens, when it started, when it ended, and its CPU seconds in between."""
     import tiktoken
 
     encoding = tiktoken.get_encoding('gpt2')
     together.wait()
-    started, n_tokens = time.monotonic(), 0
+    started, cpu, n_tokens = time.monotonic(), time.process_time(), 0
     for _ in range(copies):
         n_tokens += sum(len(encoding.encode_ordinary(text)) for text in texts)
-    answer.send((started, time.monotonic(), n_tokens))
+    answer.send((n_tokens, started, time.monotonic(), time.process_time() - cpu))
 
 
-def time_limit(texts: list[str], copies: int, num_proc: int) -> float:
-    """Tokens per second of `num_proc` processes that do nothing but tokenise."""
+def measure_limit(texts: list[str], copies: int, num_proc: int) -> Speed:
+    """Of `num_proc` processes that do nothing but tokenise."""
     context = multiprocessing.get_context('spawn')
-    together, answers = context.Barrier(num_proc), []
+    together, answers, processes = context.Barrier(num_proc), [], []
     for _ in range(num_proc):
         ours, theirs = context.Pipe()
-        context.Process(target=encode_only, args=(texts, copies // num_proc, together, theirs)).start()
+        processes.append(context.Process(target=encode_only, args=(texts, copies // num_proc, together, theirs)))
+        processes[-1].start()
         answers.append(ours)
-    starts, ends, tokens = zip(*(answer.recv() for answer in answers), strict=True)
-    return float(sum(tokens) / (max(ends) - min(starts)))
-
-
-def median_ratio(ours: list[float], limit: list[float]) -> float:
-    return statistics.median(ours) / statistics.median(limit)
+    n_tokens, starts, ends, cpu_seconds = zip(*(answer.recv() for answer in answers), strict=True)
+    for process in processes:
+        process.join()  # from now on, what it used counts as used by children
+    return Speed(sum(n_tokens), max(ends) - min(starts), sum(cpu_seconds))
 
 
 def main(args: list[str]) -> None:
@@ -105,17 +117,22 @@ def main(args: list[str]) -> None:
         raise UserError('which documents? give --input=PATH', COMMAND)
     folder = Path(tempfile.mkdtemp())
     try:
-        texts = list(corpus.read_documents(corpus.find_files(input, folder)))
+        files = documents.find_files(input, folder)
+        texts = [text for file in files for text in documents.read_documents(documents.find_pieces(file))]
         path = folder / f'copies.{kind}'
         write_copies(texts, copies, path)
         ours, limit = [], []
         for _ in range(runs):
-            limit.append(time_limit(texts, copies, num_proc))
-            ours.append(time_ours(path, folder, num_proc))
-            print(f'tiktoken alone {limit[-1]:,.0f} tokens/s, prepare {ours[-1]:,.0f} tokens/s', flush=True)
+            limit.append(measure_limit(texts, copies, num_proc))
+            ours.append(measure_ours(path, folder, num_proc))
+            print(f'tiktoken alone {limit[-1].per_second():,.0f} tokens/s, '
+                  f'prepare {ours[-1].per_second():,.0f} tokens/s', flush=True)
         print(f'{num_proc} processes on {os.cpu_count()} cores, {copies * len(texts):,} documents in {kind}, '
-              f'medians of {runs} runs: tiktoken alone {statistics.median(limit):,.0f} tokens/s, '
-              f'prepare {statistics.median(ours):,.0f} tokens/s, ratio {median_ratio(ours, limit):.3f}')
+              f'medians of {runs} runs')
+        for unit, measure in (('second', Speed.per_second), ('CPU second', Speed.per_cpu_second)):
+            medians = [statistics.median(map(measure, speeds)) for speeds in (limit, ours)]
+            print(f'tokens per {unit}: tiktoken alone {medians[0]:,.0f}, prepare {medians[1]:,.0f}, '
+                  f'ratio {medians[1] / medians[0]:.3f}')
     finally:
         shutil.rmtree(folder)
 

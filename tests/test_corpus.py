@@ -1,21 +1,29 @@
 """Reading texts of any kind, splitting, tokenising in several processes, and writing token files."""
+import errno
 import hashlib
 import http.server
+import itertools
 import json
 import lzma
 import multiprocessing
+import re
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import corpus
+import documents
 import tokenizer as tokenizers
 import tokens
-from errors import COMMAND, DATA, UserError
+from errors import COMMAND, DATA, DISK_FULL, OUT_OF_MEMORY, UserError
 
 TEXTS = ['The first.\n', 'Zweites Stück: "ö"\n', '', '三番目 🙂', 'last\r\n']
 
@@ -36,10 +44,15 @@ def write_parquet(path: Path, texts: list[str], column: str = 'text') -> Path:
 
 def read(path: Path | str, folder: Path, column: str = 'text') -> list[str]:
     """All documents at `path`, of which there are as many as were counted."""
-    files = corpus.find_files(str(path), folder)
-    texts = list(corpus.read_documents(files, column))
-    assert len(texts) == sum(map(corpus.count_documents, files))
+    pieces = find_pieces(path, folder, column)
+    texts = list(documents.read_documents(pieces))
+    assert len(texts) == corpus.count_documents(pieces)
     return texts
+
+
+def find_pieces(path: Path | str, folder: Path, column: str = 'text') -> list[documents.Piece]:
+    files = documents.find_files(str(path), folder)
+    return [piece for file in files for piece in documents.find_pieces(file, column)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -59,6 +72,64 @@ def test_a_text_file_is_one_document_and_keeps_its_line_ends(tmp_path: Path) -> 
     (tmp_path / 'README').write_bytes(b'any name will do')
     assert read(tmp_path / 'a.txt', tmp_path) == ['one\r\n\ntwo']
     assert read(tmp_path / 'README', tmp_path) == ['any name will do']
+
+
+def write_many(folder: Path) -> tuple[list[Path], list[str]]:
+    """Files of all kinds, of several pieces each where PIECE is small, and their documents."""
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [f'document {i} ' + 'é' * (i % 7) * (i % 5) for i in range(400)]
+    texts[::50] = [''] * 8
+    folder.mkdir(exist_ok=True)
+    files = [folder / name for name in ('a.jsonl', 'b.parquet', 'c.jsonl.xz', 'd.txt', 'e.txt')]
+    lines = [json.dumps({'text': text}) for text in texts]
+    files[0].write_text('\n' + '\r\n \n'.join(lines[:150]), encoding='utf-8')
+    with pyarrow.parquet.ParquetWriter(files[1], schema := pyarrow.schema([('text', 'string')])) as writer:
+        for start, stop in [*itertools.pairwise(range(150, 291, 10)), (290, 290), (290, 300)]:  # row groups
+            writer.write_table(pyarrow.table({'text': texts[start:stop]}, schema))
+    files[2].write_bytes(lzma.compress('\n'.join(lines[300:398]).encode()))
+    for path, text in zip(files[3:], texts[398:], strict=True):
+        path.write_text(text, encoding='utf-8')
+    return files, texts
+
+
+def test_pieces_are_read_apart_and_hold_each_document_once(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, 'PIECE', 500)
+    files, texts = write_many(tmp_path / 'in')
+    pieces = find_pieces(tmp_path / 'in', tmp_path)
+    apart = [list(documents.read_documents([piece])) for piece in reversed(pieces)]
+    assert list(itertools.chain.from_iterable(reversed(apart))) == texts
+    assert [len(some) for some in reversed(apart)] == [piece.n_documents for piece in pieces]
+
+    of_file = Counter(piece.name for piece in pieces)
+    assert [of_file[str(path)] > 4 for path in files] == [True, True, False, False, False]
+    assert max(piece.stop - piece.start for piece in pieces if piece.name == str(files[0])) < 700  # bytes
+    assert {piece.name for piece in pieces if piece.is_apart} == {str(path) for path in files[:2]}
+
+
+def test_small_row_groups_are_read_together_and_a_large_one_by_the_process_that_can_stop_on_the_way(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, 'PIECE', 1000)
+    path = write_parquet(tmp_path / 'a.parquet', ['x' * 10] * 100)  # two rows in each group
+    n_pieces = len(find_pieces(path, tmp_path))
+    assert 5 < n_pieces < 25
+    monkeypatch.setattr(documents, 'LARGEST', 100)
+    assert not [piece for piece in find_pieces(path, tmp_path) if piece.is_apart]
+    assert len(find_pieces(path, tmp_path)) == n_pieces
+
+
+def test_an_error_in_a_later_piece_names_the_line_and_byte_of_the_file(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, 'PIECE', 30)
+    good = b'{"text": "fine"}\n\n' * 10
+    for bad, message in [(b'{"text": ', 'line 21 is not JSON'), (b'{"body": ""}', 'line 21 has no text in a column'),
+                         (b'{"text": "caf\xe9"}', 'is not UTF-8: byte 193 is 0xe9')]:
+        (tmp_path / 'a.jsonl').write_bytes(good + bad + b'\n' + good)
+        pieces = find_pieces(tmp_path / 'a.jsonl', tmp_path)
+        with pytest.raises(UserError, match=rf'a\.jsonl,? {message}'):
+            list(documents.read_documents(pieces[5:]))
 
 
 def test_folders_globs_and_urls_give_the_same_documents_in_the_same_order(tmp_path: Path) -> None:
@@ -160,15 +231,15 @@ def test_a_download_appears_only_with_the_right_bytes(server: tuple[str, list[st
     for name, sha256, message in [('/missing.txt', right, '404'), ('/short.txt', '', 'broke off 89 bytes early'),
                                   ('/a.txt', '0' * 64, f'sha256 is {right}')]:
         with pytest.raises(UserError, match=f'{url}{name} cannot be used.*{message}.*\n.*--input=') as caught:
-            corpus.download(url + name, path, sha256)
+            documents.download(url + name, path, sha256)
         assert caught.value.code == DATA
         assert list(path.parent.iterdir()) == []
 
-    assert corpus.download(f'{url}/a.txt', path, right).read_bytes() == b'hello there'
-    corpus.download(f'{url}/a.txt', path, right)
+    assert documents.download(f'{url}/a.txt', path, right).read_bytes() == b'hello there'
+    documents.download(f'{url}/a.txt', path, right)
     assert asked.count('/a.txt') == 2  # once with the wrong hash, once with the right one, and not again
     path.write_bytes(b'damaged')
-    assert corpus.download(f'{url}/a.txt', path, right).read_bytes() == b'hello there'
+    assert documents.download(f'{url}/a.txt', path, right).read_bytes() == b'hello there'
     assert [file.name for file in path.parent.iterdir()] == ['input.txt']
 
 
@@ -204,29 +275,41 @@ def test_a_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
 # Tokenising and writing
 
 
-def numbered(n_documents: int) -> list[tuple[str, str]]:
-    """Documents of different lengths, every fourth of them for validation."""
-    return [('val' if i % 4 == 3 else 'train', f'document {i} ' + 'é' * (i % 7)) for i in range(n_documents)]
+EVERY_FOURTH = np.arange(3, 2000, 4)
 
 
-def write(folder: Path, documents: corpus.Documents, spec: str = 'byte', num_proc: int = 1, eot: bool = True) -> None:
-    tokenizer = corpus.build_tokenizer(spec, lambda: documents, eot)
-    corpus.write_corpus(folder, tokenizer, documents, 100, 'these', tokenizer.eot, num_proc)
+def numbered(n_documents: int) -> list[str]:
+    """Documents of different lengths."""
+    return [f'document {i} ' + 'é' * (i % 7) for i in range(n_documents)]
+
+
+def write(folder: Path, parts: Sequence[corpus.Part], validation: corpus.Numbers = EVERY_FOURTH, spec: str = 'byte',
+          num_proc: int = 1, eot: bool = True, keep_empty: bool = True) -> None:
+    tokenizer = corpus.build_tokenizer(spec, parts, validation, eot)
+    packer = corpus.Packer(tokenizer, tokenizer.eot, keep_empty)
+    corpus.write_corpus(folder, packer, parts, validation, 'these', num_proc)
+
+
+def read_bytes(folder: Path, split: str) -> list[int]:
+    return [int(i) for i in np.fromfile(folder / f'{split}.bin', dtype='<u2')]
+
+
+def ids_of(texts: Iterable[str]) -> list[int]:
+    return [i for text in texts for i in [*text.encode('utf-8'), 256]]
 
 
 def test_token_files_hold_each_document_and_an_end_of_text(tmp_path: Path) -> None:
-    write(tmp_path, numbered(40))
-    for split in corpus.SPLITS:
-        ids = np.fromfile(tmp_path / f'{split}.bin', dtype='<u2').tolist()
-        assert ids == [i for s, text in numbered(40) if s == split for i in [*text.encode('utf-8'), 256]]
+    write(tmp_path, [numbered(40)])
+    assert read_bytes(tmp_path, 'train') == ids_of(text for i, text in enumerate(numbered(40)) if i % 4 != 3)
+    assert read_bytes(tmp_path, 'val') == ids_of(numbered(40)[3::4])
     assert sorted(path.name for path in tmp_path.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
 
 
 def test_meta_json_describes_the_files(
         tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, 'BATCH', 2000)  # the file's first and last 4096 bytes come in several batches
-    documents = [*[('train', 'abc' * 100)] * 50, ('train', 'd'), ('val', 'é')]
-    write(tmp_path, documents)
+    monkeypatch.setattr(corpus, 'PIECE', 2000)  # the file's first and last 4096 bytes come in several batches
+    texts = ['abc' * 100] * 50 + ['d', 'é']
+    write(tmp_path, [texts], np.array([51]))
     meta = json.loads((tmp_path / 'meta.json').read_text(encoding='utf-8'))
     assert meta['format'] == 1 and meta['dtype'] == 'uint16' and meta['vocab_size'] == 257
     assert meta['source'] == 'these' and meta['created_by'].startswith('python ')
@@ -243,56 +326,92 @@ def test_meta_json_describes_the_files(
 
 def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path: Path) -> None:
     many = ''.join(map(chr, range(0x10000, 0x10000 + 70_000)))
-    write(tmp_path, [('train', many), ('val', many[-3:])], 'char', eot=False)
+    write(tmp_path, [[many, many[-3:]]], np.array([1]), 'char', eot=False)
     assert np.fromfile(tmp_path / 'train.bin', dtype='<u4').tolist() == list(range(70_000))
     assert json.loads((tmp_path / 'meta.json').read_text(encoding='utf-8'))['dtype'] == 'uint32'
     assert tokens.open_split(tmp_path, 'val', 2, 70_000).read(0, 3).tolist() == [69_997, 69_998, 69_999]
 
 
-def test_several_processes_write_what_one_writes(
-        tmp_path: Path, tiny_text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, 'BATCH', 500)
-    documents = [*numbered(400), *(('train', line) for line in tiny_text.splitlines(keepends=True))]
-    for num_proc in (1, 2):
-        write(tmp_path / str(num_proc), documents, 'bpe:300', num_proc)
-    for name in ('train.bin', 'val.bin', 'meta.json'):
-        assert (tmp_path / '1' / name).read_bytes() == (tmp_path / '2' / name).read_bytes()
+@pytest.mark.parametrize('spec', ['byte', 'bpe:300'])
+@pytest.mark.parametrize('keep_empty', [True, False])
+def test_any_number_of_processes_writes_the_documents_in_the_order_of_the_files_and_of_the_draw(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, keep_empty: bool) -> None:
+    monkeypatch.setattr(documents, 'PIECE', 500)
+    monkeypatch.setattr(corpus, 'PIECE', 500)
+    _, texts = write_many(tmp_path / 'in')
+    validation = np.random.default_rng(1).permutation(len(texts))[:60]
+    parts: list[corpus.Part] = [numbered(30), *find_pieces(tmp_path / 'in', tmp_path)]
+    for num_proc in (1, 2, 3):
+        write(tmp_path / str(num_proc), parts, validation, spec, num_proc, keep_empty=keep_empty)
+        for name in ('train.bin', 'val.bin', 'meta.json'):
+            assert (tmp_path / '1' / name).read_bytes() == (tmp_path / str(num_proc) / name).read_bytes()
     assert not multiprocessing.active_children()
+
+    everything = [*numbered(30), *texts]
+    assert spec != 'byte' or read_bytes(tmp_path / '1', 'val') == ids_of(
+        everything[i] for i in validation if everything[i] or keep_empty)
+    assert spec != 'byte' or read_bytes(tmp_path / '1', 'train') == ids_of(
+        text for i, text in enumerate(everything) if i not in validation and (text or keep_empty))
+
+
+def test_no_text_is_sent_to_a_process_that_can_read_it_itself(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / 'a.jsonl', ['long ' * 10_000] * 100),
+             write_parquet(tmp_path / 'a.parquet', ['long ' * 10_000] * 100)]
+    for path in paths:
+        batches = list(corpus.make_batches(find_pieces(path, tmp_path), EVERY_FOURTH))
+        assert len(batches) > 1
+        assert [i for batch in batches for i in batch.validation] == list(range(3, 100, 4))
+        assert max(len(ForkingPickler.dumps(batch)) for batch in batches) < 1000
 
 
 def test_reading_never_runs_far_ahead_of_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What bounds the memory: the executor's own queue would take the whole corpus."""
-    monkeypatch.setattr(corpus, 'BATCH', 10)
+    monkeypatch.setattr(corpus, 'PIECE', 10)
     n_read = 0
 
-    def count() -> Iterator[tuple[str, str]]:
+    def count() -> Iterator[corpus.Part]:
         nonlocal n_read
-        for split, text in numbered(2000):
+        for text in numbered(2000):
             n_read += 1
-            yield split, text
+            yield [text]
 
-    tokenizer = tokenizers.build('byte', list, True)
-    packed = corpus.tokenise(corpus.make_batches(count()), corpus.Packer(tokenizer, tokenizer.eot), num_proc=2)
-    ahead = [n_read - n_written for n_written, _ in enumerate(packed, start=1)]
+    packer = corpus.Packer(tokenizers.build('byte', list, True), 256)
+    results = corpus.tokenise(corpus.make_batches(count(), EVERY_FOURTH), packer, num_proc=2)
+    ahead = [n_read - n_written for n_written, _ in enumerate(results, start=1)]
     assert len(ahead) == 2000
-    assert max(ahead) <= corpus.SMALL
+    assert max(ahead) <= 2 * 2 + 1  # two for each process, and the one that groupby holds
 
 
 def test_a_failure_on_the_way_leaves_the_old_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, 'BATCH', 100)
-    write(tmp_path, numbered(40))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def fail() -> Iterator[tuple[str, str]]:
-        yield from numbered(400)
-        raise UserError('the text ends in the middle', DATA)
+    for module in (corpus, documents):
+        monkeypatch.setattr(module, 'PIECE', 100)
+    (tmp_path / 'out').mkdir()
+    write(tmp_path / 'out', [numbered(40)])
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    lines = write_jsonl(tmp_path / 'a.jsonl', numbered(400)).read_bytes()
+    (tmp_path / 'a.jsonl').write_bytes(lines + b'broken')
 
     for num_proc in (1, 2):
-        tokenizer = tokenizers.build('byte', list, True)
-        with pytest.raises(UserError, match='in the middle'):
-            corpus.write_corpus(tmp_path, tokenizer, fail(), 400, 'these', tokenizer.eot, num_proc)
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        with pytest.raises(UserError, match=r'a\.jsonl, line 800 is not JSON') as caught:
+            write(tmp_path / 'out', find_pieces(tmp_path / 'a.jsonl', tmp_path), num_proc=num_proc)
+        assert caught.value.code == DATA
+        assert {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()} == before
+        assert not multiprocessing.active_children()
+
+
+def test_a_disk_that_is_full_ends_the_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, 'PIECE', 10)
+
+    def fail(writer: corpus.Writer, packed: corpus.Packed) -> None:
+        assert multiprocessing.active_children()
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(corpus.Writer, 'write', fail)
+    with pytest.raises(UserError, match='cannot be written: No space left') as caught:
+        write(tmp_path, [numbered(2000)], num_proc=2)
+    assert caught.value.code == DISK_FULL
     assert not multiprocessing.active_children()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('stop_at', ['train.bin', 'val.bin', 'meta.json'])
@@ -307,22 +426,22 @@ def test_files_of_two_runs_are_never_taken_for_one(
             raise KeyboardInterrupt
         return real(path, target)
 
-    write(tmp_path / 'old', numbered(40))
+    write(tmp_path / 'old', [numbered(40)])
     for folder in (tmp_path / 'old', tmp_path / 'new'):
         calls.clear()
         with monkeypatch.context() as patch:
             patch.setattr(Path, 'replace', replace)
             with pytest.raises(KeyboardInterrupt):
-                write(folder, numbered(80), 'bpe:300')
+                write(folder, [numbered(80)], spec='bpe:300')
         with pytest.raises(UserError) as caught:
             tokens.open_split(folder, 'train', 8, 50257)
         assert caught.value.code == DATA
 
 
 def test_a_text_that_leaves_a_split_empty_is_refused(tmp_path: Path) -> None:
-    for documents, split in [([], 'train'), ([('train', 'a')], 'val'), ([('train', ''), ('val', 'b')], 'train')]:
+    for texts, split in [([], 'train'), (['a'], 'val'), (['', '', '', 'b'], 'train')]:
         with pytest.raises(UserError, match=rf'these holds no text for {split}\.bin') as caught:
-            write(tmp_path, documents)
+            write(tmp_path, [texts])
         assert caught.value.code == DATA
         assert list(tmp_path.iterdir()) == []
 
@@ -330,26 +449,78 @@ def test_a_text_that_leaves_a_split_empty_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / 'file').write_text('', encoding='utf-8')
     with pytest.raises(UserError, match=r'file/corpus cannot be written'):
-        write(tmp_path / 'file/corpus', numbered(4))
+        write(tmp_path / 'file/corpus', [numbered(4)])
 
 
+@pytest.fixture
+def _heeds_ctrl_c() -> Iterator[None]:
+    """As in a terminal: a shell lets what it starts with & ignore it, tests too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+PACKER = corpus.Packer(tokenizers.build('byte', list, False), None)
+
+
+@pytest.mark.usefixtures('_heeds_ctrl_c')
 def test_ctrl_c_is_left_to_the_process_that_started_the_workers() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with corpus.start_workers(corpus.Packer(tokenizers.build('byte', list, False), None), 1) as workers:
-        assert signal.getsignal(signal.SIGINT) is before
+    with corpus.started_workers(PACKER, 1) as workers:
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert workers.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
-def test_a_killed_worker_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, 'BATCH', 10)
+@pytest.mark.skipif(sys.platform == 'win32', reason='signals cannot be held back there')
+@pytest.mark.usefixtures('_heeds_ctrl_c')
+def test_ctrl_c_while_the_workers_start_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, started = ProcessPoolExecutor.submit, []
 
-    def kill_on_the_way() -> Iterator[tuple[str, str]]:
-        for i, document in enumerate(numbered(2000)):
+    def submit(workers: ProcessPoolExecutor, task: Callable[[], int]) -> Future[int]:
+        signal.raise_signal(signal.SIGINT)
+        started.append(real(workers, task))
+        return started[-1]
+
+    monkeypatch.setattr(ProcessPoolExecutor, 'submit', submit)
+    with pytest.raises(KeyboardInterrupt), corpus.started_workers(PACKER, 2):
+        pytest.fail('it was lost')
+    assert len(started) == 2, 'it came when all of them had started'
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_is_one_clear_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, 'PIECE', 10)
+
+    def kill_on_the_way() -> Iterator[corpus.Part]:
+        for i, text in enumerate(numbered(2000)):
             if i == 200:
                 multiprocessing.active_children()[0].kill()
-            yield document
+            yield [text]
 
-    tokenizer = tokenizers.build('byte', list, True)
-    with pytest.raises(UserError, match=r'killed while it tokenised.*\n.*--num_proc=1'):
-        corpus.write_corpus(tmp_path, tokenizer, kill_on_the_way(), 2000, 'these', tokenizer.eot, 2)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r'killed while it tokenised.*\n.*--num_proc=1') as caught:
+        for _ in corpus.tokenise(corpus.make_batches(kill_on_the_way(), EVERY_FOURTH), PACKER, 2):
+            pass
+    assert caught.value.code == OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize('has_terminal', [False, True])
+def test_how_far_it_is_can_be_read_with_and_without_a_terminal(
+        tmp_path: Path, has_terminal: bool, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(corpus, 'PIECE', 100)
+    monkeypatch.setattr(corpus, 'PLAIN_SECONDS', 0.0)
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: has_terminal)
+    write(tmp_path, [numbered(2000)])
+    out, bar = capsys.readouterr()
+    lines = re.findall(r'^tokenising: ([\d,]+)/2,000 documents, \d+ s, about \d+ s to go$', out, re.MULTILINE)
+    done = [int(number.replace(',', '')) for number in lines]
+    assert out.count('tokenising') == len(done)
+    if has_terminal:
+        assert not done
+        assert '2000/2000' in bar
+    else:
+        assert not bar
+        assert done == sorted(set(done))
+        assert len(done) > 100
+        assert done[-1] < 2000

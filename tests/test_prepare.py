@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -289,32 +289,47 @@ def wait_until(done: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture
+def _heeds_ctrl_c() -> Iterator[None]:
+    """As in a terminal. What a shell starts with & ignores Ctrl-C, and what that starts: pytest, and the run below."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(sys.platform == 'win32', reason='sends POSIX signals')
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('tiktoken_cache', '_heeds_ctrl_c')
 def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(shared_data: Path, tmp_path: Path) -> None:
     """Killed, and stopped by Ctrl-C, while its workers are at it; then the same command again, to the end."""
-    for name in ('configurator.py', 'corpus.py', 'errors.py', 'tokenizer.py', 'data/openwebtext/prepare.py'):
+    for name in ('configurator.py', 'corpus.py', 'documents.py', 'errors.py', 'tokenizer.py',
+                 'data/openwebtext/prepare.py'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    folder, page = tmp_path / 'data/openwebtext', (shared_data / 'openwebtext/openwebtext-1000.jsonl').read_bytes()
-    (tmp_path / 'short.jsonl').write_bytes(page)
-    (tmp_path / 'long.jsonl').write_bytes(page * 80)
+    folder, short, long = tmp_path / 'data/openwebtext', tmp_path / 'short.jsonl', tmp_path / 'long'
+    shutil.copy(shared_data / 'openwebtext/openwebtext-1000.jsonl', short)
+    long.mkdir()
+    for i in range(300):  # half a minute of work for two cores, at the least
+        os.link(short, long / f'{i}.jsonl')
     command = [sys.executable, str(folder / 'prepare.py'), '--num_proc=2']
-    subprocess.run([*command, f'--input={tmp_path}/short.jsonl'], check=True, capture_output=True)
+    subprocess.run([*command, f'--input={short}'], check=True, capture_output=True)
     before = {name: (folder / name).read_bytes() for name in ('train.bin', 'val.bin', 'meta.json')}
     temporary = folder / 'train.bin.tmp'
 
     for number, code in [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]:
         temporary.unlink(missing_ok=True)
-        running = subprocess.Popen([*command, f'--input={tmp_path}/long.jsonl'], start_new_session=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding='utf-8')
-        wait_until(lambda: temporary.exists() and temporary.stat().st_size > 0)
-        assert len(processes_of(running.pid)) >= 3, 'this one and two workers'
-        if number == signal.SIGKILL:
-            running.kill()  # it alone: its workers must notice
-        else:
-            os.killpg(running.pid, number)  # all of them, as a terminal does
-        wait_until(partial(is_gone, running.pid))
+        running = subprocess.Popen([*command, f'--input={long}'], start_new_session=True, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True, encoding='utf-8')
+        try:
+            wait_until(lambda: temporary.exists() and temporary.stat().st_size > 0)
+            assert len(processes_of(running.pid)) >= 3, 'this one and two workers'
+            if number == signal.SIGKILL:
+                running.kill()  # it alone: its workers must notice
+            else:
+                os.killpg(running.pid, number)  # all of them, as a terminal does
+            wait_until(partial(is_gone, running.pid))
+        finally:
+            if not is_gone(running.pid):
+                os.killpg(running.pid, signal.SIGKILL)
         _, error = running.communicate()
         assert running.returncode == code
         assert {name: (folder / name).read_bytes() for name in before} == before
@@ -322,7 +337,7 @@ def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(shared_data
             assert error == 'interrupted\n'
             assert not temporary.exists()
 
-    subprocess.run([*command, f'--input={tmp_path}/short.jsonl'], check=True, capture_output=True)
+    subprocess.run([*command, f'--input={short}'], check=True, capture_output=True)
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert sorted(path.name for path in folder.iterdir() if path.suffix == '.tmp') == []
 

@@ -6,19 +6,19 @@ validation, from 8,013,769 documents, each followed by the end-of-text token.
     python data/openwebtext/prepare.py --input='/data/owt/*.parquet'      .parquet or .jsonl files that are here already
 
 Downloads 24 GB once (into Hugging Face's cache, which resumes) and writes 18 GB. Memory holds a few megabytes for each
-process, the numbers of the documents while the split is drawn (8 bytes each), and the validation documents.
+process, the numbers of the documents while the split is drawn (8 bytes each), and the validation documents' tokens.
 
 The split is nanoGPT's, train_test_split(test_size=0.0005, seed=2357): the same documents. val.bin is also the same byte
 for byte, since it keeps the drawn order; train.bin keeps the order of the source, as training shuffles its windows.
 """
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 import corpus
+import documents
 import tokenizer as tokenizers
 from errors import DATA, UserError, run
 
@@ -49,28 +49,17 @@ def fetch_files(source: str, revision: str) -> list[str]:
                         'get its parquet files in another way, and name them with --input=PATH', DATA) from error
 
 
-def split_documents(texts: Iterable[str], validation: list[int]) -> Iterator[tuple[str, str]]:
-    """The training documents in the order of the source, then the validation documents in the order that was drawn."""
-    chosen, held = set(validation), {}
-    for number, text in enumerate(texts):
-        if number in chosen:
-            held[number] = text
-        else:
-            yield 'train', text
-    yield from (('val', held[number]) for number in validation)
-
-
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     encoder = tokenizers.build('gpt2', list, eot=True)
-    files = corpus.find_files(input, FOLDER) if input else fetch_files(source, revision)
-    n_documents = sum(map(corpus.count_documents, files))
+    files = documents.find_files(input, FOLDER) if input else fetch_files(source, revision)
+    pieces = [piece for file in files for piece in documents.find_pieces(file, column)]
+    n_documents = corpus.count_documents(pieces)
     print(f'found: files {len(files):,}, documents {n_documents:,}', flush=True)
 
-    validation = corpus.choose_validation(n_documents, val_fraction, seed).tolist()
-    documents = split_documents(corpus.read_documents(files, column), validation)
-    corpus.write_corpus(FOLDER, encoder, documents, n_documents, input or f'{source}@{revision or "main"}', encoder.eot,
-                        num_proc)
+    validation = corpus.choose_validation(n_documents, val_fraction, seed)
+    corpus.write_corpus(FOLDER, corpus.Packer(encoder, encoder.eot), pieces, validation,
+                        input or f'{source}@{revision or "main"}', num_proc)
     print('next:\n    torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py')
 
 

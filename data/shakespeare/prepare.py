@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 import corpus
+import documents
 import errors
 import tokenizer as tokenizers
 
@@ -25,9 +26,9 @@ FOLDER = Path(__file__).resolve().parent
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    text = corpus.read_tiny_shakespeare(input, FOLDER)
+    text = documents.read_tiny_shakespeare(input, FOLDER)
     encoder = tokenizers.build('gpt2', lambda: [text], eot=True)
-    corpus.write_corpus(FOLDER, encoder, corpus.split_text(text, 0.1), 1, 'tiny Shakespeare', eot=None)
+    corpus.write_corpus(FOLDER, corpus.Packer(encoder, eot=None), *corpus.split_text(text, 0.1), 'tiny Shakespeare')
     print('next:\n    python train.py config/finetune_shakespeare.py\n'
           '    python sample.py --out_dir=out-shakespeare')
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
+
 import configurator
 import corpus
 import errors
@@ -33,25 +35,26 @@ def find_sources(library: Path) -> list[str]:
     return sorted(name.as_posix() for name in names if not LEFT_OUT & set(name.parts[:-1]))
 
 
-def read_sources(library: Path) -> list[tuple[str, str]]:
-    """Every file's split and text. The name alone decides the split, so that other versions of Python, which have some
-    other files, validate on much the same ones."""
+def read_sources(library: Path) -> list[tuple[bool, str]]:
+    """Of every file, whether it is for validation, and its text. The name alone decides that, so that other versions of
+    Python, which have some other files, validate on much the same ones."""
     texts = ((name, (library / name).read_text(encoding='utf-8')) for name in find_sources(library))
-    return [('val' if zlib.crc32(name.encode()) % ONE_IN == 0 else 'train', text) for name, text in texts if text]
+    return [(zlib.crc32(name.encode()) % ONE_IN == 0, text) for name, text in texts if text]
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     library = Path(sysconfig.get_paths()['stdlib'])
-    documents = read_sources(library)
-    if not documents:
+    files = read_sources(library)
+    if not files:
         raise errors.UserError(f'{library} holds no .py files: this Python comes without its source code\n'
                                'prepare another text: python data/text/prepare.py --input=PATH', errors.DATA)
     source = f'the standard library of Python {sys.version.split()[0]}'
-    print(f'found {len(documents):,} files in {library}')
+    print(f'found {len(files):,} files in {library}')
 
-    encoder = corpus.build_tokenizer(tokenizer, lambda: documents, eot=True)
-    corpus.write_corpus(FOLDER, encoder, documents, len(documents), source, encoder.eot)
+    texts, validation = [text for _, text in files], np.flatnonzero([is_val for is_val, _ in files])
+    encoder = corpus.build_tokenizer(tokenizer, [texts], validation, eot=True)
+    corpus.write_corpus(FOLDER, corpus.Packer(encoder, encoder.eot), [texts], validation, source)
     print('next:\n    python train.py config/train_stdlib.py\n    python sample.py --out_dir=out-stdlib')
 
 

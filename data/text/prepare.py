@@ -9,9 +9,8 @@ A .txt file is one document, and so is any other file that is named outright; a 
 The split is by document, with an end-of-text token after each. A single document is split by position instead, and has
 no end-of-text token, since nothing follows it. Empty documents are left out.
 """
-import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,6 +19,7 @@ import numpy as np
 
 import configurator
 import corpus
+import documents
 from errors import COMMAND, DATA, UserError, run
 
 # ------------------------------------------------------------------------------------------------
@@ -37,17 +37,6 @@ num_proc: int = 0  # processes that tokenise; 0 is one for each core
 DATA_FOLDER = Path(__file__).resolve().parents[1]
 
 
-def split_documents(texts: Iterable[str], n_documents: int, fraction: float, seed: int) -> Iterator[tuple[str, str]]:
-    """Each document and its split, in the order of the corpus; a single document in two parts."""
-    validation = corpus.choose_validation(n_documents, fraction, seed)
-    if n_documents == 1:
-        yield from corpus.split_text(next(iter(texts)), fraction)
-        return
-    is_val = np.zeros(n_documents, dtype=bool)
-    is_val[validation] = True
-    yield from zip(np.where(is_val, 'val', 'train'), texts, strict=True)
-
-
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if not input:
@@ -55,26 +44,28 @@ def main(args: list[str]) -> None:
     if not name or Path(name).name != name:
         raise UserError(f'--name={name} must be a plain name, since it becomes the folder data/<name>', COMMAND)
     folder = DATA_FOLDER / name
-    train_files = corpus.find_files(input, folder)
-    val_files = corpus.find_files(val_input, folder, '--val_input') if val_input else []
-    n_train, n_val = (sum(map(corpus.count_documents, files)) for files in (train_files, val_files))
+    train_files = documents.find_files(input, folder)
+    val_files = documents.find_files(val_input, folder, '--val_input') if val_input else []
+    train, val = ([piece for file in files for piece in documents.find_pieces(file, column)]
+                  for files in (train_files, val_files))
+    n_train, n_val = corpus.count_documents(train), corpus.count_documents(val)
     print(f'found: files {len(train_files) + len(val_files):,}, documents {n_train + n_val:,}')
     if n_train == 0:
         raise UserError(f'--input={input} holds no documents', DATA)
+
+    parts: Sequence[corpus.Part] = [*train, *val]
     by_position = n_train == 1 and not val_files
     if by_position:
         print(f'a single document: the last {val_fraction:.0%} of its characters are for validation')
+        parts, validation = corpus.split_text(next(documents.read_documents(train)), val_fraction)
+    elif val_files:
+        validation = np.arange(n_train, n_train + n_val)
+    else:
+        validation = np.sort(corpus.choose_validation(n_train, val_fraction, seed))
 
-    def documents() -> Iterator[tuple[str, str]]:
-        texts = corpus.read_documents(train_files, column)
-        if not val_files:
-            return split_documents(texts, n_train, val_fraction, seed)
-        return itertools.chain((('train', text) for text in texts),
-                               (('val', text) for text in corpus.read_documents(val_files, column)))
-
-    encoder = corpus.build_tokenizer(tokenizer, documents, eot=n_train > 1 or n_val > 1)
-    corpus.write_corpus(folder, encoder, ((split, text) for split, text in documents() if text), n_train + n_val,
-                        input, None if by_position else encoder.eot, num_proc)
+    encoder = corpus.build_tokenizer(tokenizer, parts, validation, eot=n_train > 1 or n_val > 1)
+    packer = corpus.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
+    corpus.write_corpus(folder, packer, parts, validation, input, num_proc)
     print(f'next:\n    python train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'
           f'    python sample.py --out_dir=out-{name}')
 
