@@ -10,14 +10,17 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
+import threading
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+import remote
 import tokenizer
 from errors import CHECKPOINT, DATA, DISK_FULL, UserError
 from model import GPT, GPTConfig
@@ -25,17 +28,6 @@ from model import GPT, GPTConfig
 State = dict[str, Any]
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'gelu', 'tie_weights')  # weights decide it
-
-
-def on_cpu(tree: Any, copies: dict[int, Tensor]) -> Any:
-    """The same dicts and lists, with every tensor on the CPU. Names that share a tensor go on sharing it."""
-    if isinstance(tree, Tensor):
-        if tree.data_ptr() not in copies:
-            copies[tree.data_ptr()] = tree.detach().cpu()
-        return copies[tree.data_ptr()]
-    if isinstance(tree, dict):
-        return {key: on_cpu(value, copies) for key, value in tree.items()}
-    return [on_cpu(value, copies) for value in tree] if isinstance(tree, list) else tree
 
 
 def link(source: Path, target: Path) -> None:
@@ -49,15 +41,58 @@ def link(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def save(out_dir: Path, model: GPT, optimizer: Optimizer, keep: int, is_best: bool, rest: State) -> None:
-    """Write out_dir/ckpt.pt; those before it become ckpt.1.pt and so on, `keep` in all; the best so far is best.pt as
-    well."""
-    state = {
-        'model': on_cpu(model.state_dict(), {}), 'optimizer': on_cpu(optimizer.state_dict(), {}),
-        'model_args': {name: getattr(model.config, name) for name in MODEL_ARGS},
-        'versions': {'python': platform.python_version(), 'torch': str(torch.__version__)}, **rest,
-    }
+class Saver:
+    """Writes the checkpoints of a run while it goes on: it waits for the disk only where the one before is not written
+    yet, and at the end. Each new file goes to the uploader, too."""
+
+    def __init__(self, out_dir: Path, keep: int, uploader: remote.Uploader) -> None:
+        self.out_dir, self.keep, self.uploader = out_dir, keep, uploader
+        self.thread: threading.Thread | None = None
+        self.error: UserError | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
+    def save(self, is_best: bool, state: State) -> None:
+        """Begin to write `state`, which nobody may change any more."""
+        self.wait()
+        self.thread = threading.Thread(target=self.write, args=(state, is_best))
+        self.thread.start()
+
+    def write(self, state: State, is_best: bool) -> None:
+        try:
+            write(self.out_dir, state, self.keep, is_best)
+            for name in ('ckpt.pt', 'best.pt') if is_best else ('ckpt.pt',):
+                self.uploader.put(self.out_dir / name)
+        except UserError as error:
+            self.error = error
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk. Raises what went wrong with it."""
+        if self.thread:
+            self.thread.join()
+        self.complain()
+
+    def complain(self) -> None:
+        """Raise what went wrong with the last checkpoint, if it is known by now."""
+        error, self.error = self.error, None
+        if error:
+            raise error
+
+
+def model_args(config: GPTConfig) -> dict[str, Any]:
+    """The shape of a model under nanoGPT's names, and with no other, so that its sample.py takes our checkpoints."""
+    return {name: getattr(config, name) for name in MODEL_ARGS}
+
+
+def write(out_dir: Path, state: State, keep: int, is_best: bool) -> None:
+    """Put `state` into out_dir/ckpt.pt; those before it become ckpt.1.pt and so on, `keep` in all; the best so far is
+    best.pt as well. At every moment there is a whole ckpt.pt, if there was one before."""
     newest, new = out_dir / 'ckpt.pt', out_dir / 'ckpt.new.pt'
+    state['versions'] = {'python': platform.python_version(), 'torch': str(torch.__version__)}
     try:
         with open(new, 'wb') as file:
             torch.save(state, file)
@@ -65,7 +100,9 @@ def save(out_dir: Path, model: GPT, optimizer: Optimizer, keep: int, is_best: bo
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # a full disk is either, by the moment at which torch meets it
         new.unlink(missing_ok=True)
+        free = shutil.disk_usage(out_dir).free
         raise UserError(f'{new} cannot be written: {str(error).splitlines()[0]}\n'
+                        f'it needs {n_bytes(state):,} bytes, and {free:,} are free\n'
                         f'{newest}, if it is there, is whole: make room, and resume', DISK_FULL) from None
     for age in range(keep - 1, 1, -1):
         if older(newest, age - 1).exists():
@@ -75,6 +112,32 @@ def save(out_dir: Path, model: GPT, optimizer: Optimizer, keep: int, is_best: bo
     os.replace(new, newest)
     if is_best:
         link(newest, out_dir / 'best.pt')
+
+
+def n_bytes(tree: Any) -> int:
+    """What the tensors in it take."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return sum(map(n_bytes, values))
+
+
+def make_ready(out_dir: Path, is_new: bool, model: GPT, keep: int) -> None:
+    """Before a run begins: its folder, without what a kill left half written and, for a new run, without the
+    checkpoints of another. `keep` of them, the best one and the one that is being written must find room."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--out_dir={out_dir} cannot be made a folder: {error.strerror}') from None
+    patterns = ('*.tmp', 'ckpt.new.pt', *(('ckpt*.pt', 'best.pt') if is_new else ()))
+    for path in {path for pattern in patterns for path in out_dir.glob(pattern)}:
+        path.unlink()
+    n_parameters = sum(p.numel() for p in model.parameters())
+    need = (keep + 2) * 3 * 4 * n_parameters  # bytes: a float32 for a weight, and two for AdamW's moments
+    free = shutil.disk_usage(out_dir).free + sum(path.stat().st_size for path in out_dir.glob('*.pt'))
+    if need > free:
+        raise UserError(f'{out_dir} needs {need:,} bytes for {keep + 2} checkpoints, and there is room for {free:,}\n'
+                        'make room, or give another --out_dir', DISK_FULL)
 
 
 def older(newest: Path, age: int) -> Path:
@@ -114,7 +177,8 @@ def from_nanogpt(state: State) -> State:
     settings = {'gelu': 'exact', 'tie_weights': True} | state.get('config', {})
     best_val_loss = float(state.get('best_val_loss', 'inf'))  # a tensor in nanoGPT's
     best = {'loss': [best_val_loss, state.get('iter_num', 0)]} if math.isfinite(best_val_loss) else {}
-    rest: State = {'iter_num': 0, 'tokenizer': None, 'scaler': {}, 'wandb_run_id': '', 'data': {}, 'best': best}
+    rest: State = {'iter_num': 0, 'skipped': 0, 'tokenizer': None, 'scaler': {}, 'wandb_run_id': '', 'data': {},
+                   'best': best}
     return rest | state | {'model': weights, 'config': settings, 'best_val_loss': best_val_loss}
 
 
@@ -137,20 +201,6 @@ def load_newest(out_dir: Path) -> State:
     raise UserError('\n'.join([*complaints[:2], advice]), CHECKPOINT)
 
 
-def make_folder(out_dir: Path) -> None:
-    """A place for a run."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--out_dir={out_dir} cannot be made a folder: {error.strerror}') from None
-
-
-def delete_all(out_dir: Path) -> None:
-    """Make room for another run."""
-    for path in [*out_dir.glob('ckpt*.pt'), *out_dir.glob('best.pt')]:
-        path.unlink()
-
-
 def holds_run(folder: Path) -> bool:
     """Whether there is a checkpoint, be it damaged. What a kill left half written is none."""
     return (folder / 'ckpt.pt').exists() or any(folder.glob('ckpt.[0-9]*.pt'))
@@ -171,32 +221,51 @@ def model_of(state: State, dropout: float = 0.0) -> GPT:
     return GPT.from_weights(config_of(state, dropout), state['model'])
 
 
-def describe(state: State, settings: dict[str, Any], data: dict[str, Any]) -> str:
-    """Where a run goes on, and what is different from before: settings, and the fingerprints of the corpus."""
+def refuse_other_data(state: State, data: dict[str, Any], folder: Path) -> None:
+    """A run that goes on reads the corpus that it has begun with: other tokens would pass for the same windows."""
+    if state['data'] and state['data'] != data:
+        before, now = (', '.join(f'{split} {mark["tokens"]:,} tokens, sha256 {mark["sha256"][:8]}'
+                                 for split, mark in marks.items()) for marks in (state['data'], data))
+        raise UserError(f'the corpus in {folder} is another one than this run has read: {now}; it was: {before}\n'
+                        'prepare that one again, or give --ignore_data_change=True to go on with this one', DATA)
+
+
+def describe(state: State, settings: dict[str, Any]) -> str:
+    """Where a run goes on, and which settings are different from before."""
     changed = [f'{name}={value} (was {state["config"][name]})' for name, value in settings.items()
                if state['config'].get(name, value) != value and name not in ('init_from', 'overwrite', *SHAPE)]
-    if state['data'] and state['data'] != data:
-        changed.append('a corpus that has changed, and so other windows from here on')
     return f'resuming at step {state["iter_num"]}' + (f', with {", ".join(changed)}' if changed else '')
 
 
 def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) -> None:
     """Give the optimizer the moments of a checkpoint. Learning rate, betas and weight decay stay as this run sets
     them."""
-    ours, theirs = optimizer.state_dict()['param_groups'], state.get('optimizer', {}).get('param_groups', [])
+    ours, theirs = optimizer.param_groups, state.get('optimizer', {}).get('param_groups', [])
     if [len(group['params']) for group in ours] != [len(group['params']) for group in theirs]:
         raise UserError('the checkpoint has no optimizer state, or that of another model: it cannot be resumed\n'
                         'start a new run from its weights: give its path as --init_from', CHECKPOINT)
-    optimizer.load_state_dict({'state': state['optimizer']['state'], 'param_groups': ours})
+    import sharding  # it takes half a second, and only training needs it
+
+    sharding.load_optimizer(optimizer, state['optimizer']['state'])
     if state['scaler']:
         scaler.load_state_dict(state['scaler'])
 
 
+def fetch_run(out_dir: Path, url: str) -> None:
+    """Where this machine has no checkpoint of a run, take what was uploaded from another."""
+    if url and not holds_run(out_dir) and remote.checkpoints(url):
+        for path in remote.fetch(url, out_dir):
+            print(f'{path} comes from {remote.shown(url)}', flush=True)
+
+
 def open_model(where: str, dropout: float = 0.0) -> tuple[GPT, State]:
-    """The model that `where` names: a checkpoint file, the folder of a run, a Hugging Face folder, or a GPT-2 of the
-    hub; and its checkpoint, which is empty for the last two."""
+    """The model that `where` names: a checkpoint file or the folder of a run, here or at a URL, a Hugging Face folder,
+    or a GPT-2 of the hub; and its checkpoint, which is empty for the last two."""
     path = Path(where)
-    if holds_run(path):
+    if remote.is_url(where):
+        with tempfile.TemporaryDirectory() as folder:
+            state = load(*remote.fetch(where if where.endswith('.pt') else f'{where}/ckpt.pt', Path(folder)))
+    elif holds_run(path):
         state = load_newest(path)
     elif path.is_file() or path.suffix == '.pt':
         state = load(path)

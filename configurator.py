@@ -9,6 +9,7 @@ Arguments are taken from left to right, and the last word wins. A config file is
 import ast
 import difflib
 import inspect
+import math
 import operator
 import os
 import time
@@ -56,6 +57,14 @@ def configure(script: types.ModuleType, args: list[str]) -> tuple[dict[str, Any]
         given |= set(new)
     vars(script).update(settings)
     return settings, given
+
+
+def check_range(settings: dict[str, Any], names: str, least: float, below: float = math.inf) -> None:
+    """Refuse a setting, of those that `names` lists, that is less than `least`, or not below `below`."""
+    for name in names.split():
+        if not least <= settings[name] < below:
+            bounds = f'{least} or more' if below == math.inf else f'at least {least} and less than {below}'
+            raise UserError(f'--{name}={settings[name]}: must be {bounds}')
 
 
 def say(text: str) -> None:

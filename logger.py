@@ -13,68 +13,24 @@ from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from errors import code_of
+from errors import DONE, STOPPED, code_of
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
+    from remote import Uploader
+
 T = TypeVar('T')
 
 NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
+UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 SAMPLE_HEADER = re.compile(r'^=== step (\d+) ===\n', re.MULTILINE)
 CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')  # what may steer a terminal
 SECRET = re.compile(r'key|secret|password|token(?!s|iz)', re.IGNORECASE)  # in the name of a setting
-
-# Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets and architecture white papers (which
-# often print twice as much, for sparse matrices). The words of a line all stand in the name that the driver gives; the
-# first such line counts.
-PEAK_FLOPS = {
-    'GB200': 2500e12, 'B200': 2250e12,
-    'GH200': 989.4e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12,
-    'H100 NVL': 835.5e12, 'H100 PCIe': 756e12, 'H100 HBM3': 989.4e12,
-    'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10': 125e12, 'A10G': 70e12,
-    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
-    'V100S PCIe': 130e12, 'V100 PCIe': 112e12, 'V100 SXM2': 125e12, 'T4': 65e12,
-    'RTX 6000 Ada': 364.2e12, 'RTX A6000': 154.8e12,
-    'RTX 5090': 209.5e12, 'RTX 4090': 165.2e12, 'RTX 3090 Ti': 80e12, 'RTX 3090': 71e12,
-}
-FLOAT16_ONLY = {'V100S', 'V100', 'T4'}  # before Ampere: neither bfloat16 nor TF32
-OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a card, or a smaller chip under the same name
-
-
-def peak_flops(device_name: str, dtype: str) -> float | None:
-    """FLOP/s that the card promises in matrix products of `dtype` ('float32': with TF32 allowed, half the 16-bit rate);
-    None where it is not known, so that no wrong utilisation is shown."""
-    words = set(re.split(r'[\s-]+', device_name.lower()))
-    if not words.isdisjoint(OTHER_CHIP):
-        return None
-    for name, flops in PEAK_FLOPS.items():
-        if words.issuperset(name.lower().split()):
-            if name.split()[0] in FLOAT16_ONLY and dtype != 'float16':
-                return None
-            return flops / 2 if dtype == 'float32' else flops
-    return None
-
-
-def peak_memory(device_type: str) -> int:
-    """The most bytes that this process has held, on the card ('mps': that it holds now) or in main memory; 0 where the
-    system does not say."""
-    if device_type == 'cuda':
-        return torch.cuda.max_memory_allocated()
-    if device_type == 'mps':
-        return torch.mps.driver_allocated_memory()
-    if sys.platform == 'win32':
-        return 0
-    import resource  # absent on Windows
-
-    unit = 1 if sys.platform == 'darwin' else 1024  # getrusage(2): bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
 
 def iter_line(
     step: int, loss: float, ms: float, mfu: float | None, lr: float, norm: float | None, tokens_per_second: float
@@ -87,6 +43,15 @@ def iter_line(
     if norm is not None:
         parts.append(f'norm {norm:.4f}')
     return ', '.join([*parts, f'tok/s {tokens_per_second:.0f}'])
+
+
+def parameter_lines(groups: Iterable[dict[str, Any]]) -> str:
+    """nanoGPT's lines on the two groups of weights that an optimizer has."""
+    counts = [(len(group['params']), sum(p.numel() for p in group['params'])) for group in groups]
+    lines = [f'num {kind} parameter tensors: {tensors}, with {numbers:,} parameters'
+             for (tensors, numbers), kind in zip(counts, ('decayed', 'non-decayed'), strict=True)]
+    total = sum(numbers for _, numbers in counts)
+    return '\n'.join([f'number of parameters: {total / 1e6:.2f}M', *lines, 'using fused AdamW: True'])
 
 
 def step_line(step: int, train_loss: float, val_loss: float) -> str:
@@ -225,6 +190,33 @@ class Expendable:
         return True
 
 
+class Pace:
+    """How fast a training is. `flops` is what a token takes of all that the cards can do in a second; 0: not known."""
+
+    def __init__(self, tokens_per_step: int, flops: float, step: int) -> None:
+        self.tokens_per_step, self.flops = tokens_per_step, flops
+        self.start(step)
+
+    def start(self, step: int) -> None:
+        """The clock runs from here, before `step`."""
+        self.clock, self.step = time.perf_counter(), step
+
+    def lap(self, step: int) -> dict[str, float]:
+        """The mean since the clock started, which starts anew: ms of a step, tokens per second and, where it is known,
+        the utilisation of the cards (Chowdhery et al. 2022: MFU)."""
+        seconds = (time.perf_counter() - self.clock) / (step - self.step)
+        self.start(step)
+        speed = self.tokens_per_step / seconds
+        lap = {'ms': 1000 * seconds, 'tokens_per_second': speed}
+        return lap | {'mfu': speed * self.flops} if self.flops else lap
+
+
+def say(text: str) -> None:
+    """One line on the console, above the bars."""
+    tqdm.write(printable(text), file=sys.stdout)
+    sys.stdout.flush()
+
+
 def printable(text: str) -> str:
     """`text` as this console can show it: nothing that steers a terminal, nothing that its encoding lacks."""
     encoding = sys.stdout.encoding or 'utf-8'
@@ -242,10 +234,9 @@ class Logger:
         is_main: bool,
         first_step: int,
         total_steps: int,
-        wandb_project: str = '',
-        wandb_run_name: str = '',
-        wandb_run_id: str = '',
+        wandb_project: str = '', wandb_run_name: str = '', wandb_run_id: str = '',
         settings: dict[str, Any] | None = None,
+        uploader: 'Uploader | None' = None,
     ) -> None:
         self.out_dir, self.is_main, self.first_step, self.total_steps = out_dir, is_main, first_step, total_steps
         self.wandb_run_id = wandb_run_id or (secrets.token_hex(4) if wandb_project else '')
@@ -253,7 +244,7 @@ class Logger:
         self.bar: tqdm[Any] | None = None
         self.has_bars = is_main and sys.stderr.isatty()
         self.step, self.values, self.last_kept, self.row_start = -1, dict[str, float](), -1, NO_ROW
-        self.exit_code = 0
+        self.exit_code, self.uploader = 0, uploader
         self.writes = is_main and out_dir != ''
         if self.writes:
             os.makedirs(out_dir, exist_ok=True)
@@ -267,21 +258,31 @@ class Logger:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """status.json says how the run ended."""
-        if error is None:
-            self.status('done', max(self.step, 0), 0)
-        else:
-            self.status('failed', max(self.step, 0), code_of(error), str(error) or type(error).__name__)
+        """status.json says how the run ended, and what was not uploaded."""
+        code = code_of(error) if error else DONE
+        message = (str(error) or type(error).__name__) if error else ''
+        self.end(code, message)
+        if self.uploader:
+            self.uploader.close(UPLOAD_SECONDS)
+            self.end(code, message)
         self.close()
+
+    def end(self, code: int, message: str) -> None:
+        self.status({DONE: 'done', STOPPED: 'stopped'}.get(code, 'failed'), max(self.step, 0), code, message)
 
     def path(self, name: str) -> str:
         return os.path.join(self.out_dir, name)
 
     def line(self, text: str) -> None:
-        """One line on the console, above the bars."""
         if self.is_main:
-            tqdm.write(printable(text), file=sys.stdout)
-            sys.stdout.flush()
+            say(text)
+
+    def iteration(self, step: int, row: dict[str, float], lap: dict[str, float]) -> None:
+        """A step of the training: its row, its line, and the bar. `lap` is Pace's."""
+        speed, mfu = lap['tokens_per_second'], lap.get('mfu')
+        self.row(step, **row, **{name: value for name, value in lap.items() if name != 'ms'})
+        self.line(iter_line(step, row['loss'], lap['ms'], mfu, row['lr'], row['grad_norm'], speed))
+        self.update(step + 1, loss=f'{row["loss"]:.3f}', speed=f'{speed:,.0f} tok/s')
 
     def row(self, step: int, **values: float) -> None:
         """Add values to the row of `step`, which is written when a later one begins, at flush() and at close(). What an
@@ -365,7 +366,8 @@ class Logger:
         if not self.writes:
             return
         now = datetime.now(UTC).isoformat(timespec='seconds')
-        fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message, 'time': now}
+        fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message, 'time': now,
+                  'not_uploaded': self.uploader.missing if self.uploader else []}
         path = self.path('status.json')
         with Expendable(self.line, f'{path} is not written'), replacing(path) as file:
             file.write(json.dumps(fields).encode() + b'\n')

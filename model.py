@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from errors import CHECKPOINT, UserError
 
@@ -134,6 +135,7 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)  # more: dropout
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+        self.recomputes = False  # more: activation checkpointing (Chen et al. 2016)
 
     def forward(self, idx: Tensor, caches: list[Cache] | None = None) -> Tensor:  # more: a cache for each layer
         """idx (B, T) -> (B, T, C)"""
@@ -143,6 +145,9 @@ class Transformer(nn.Module):
         assert first + T <= block_size, f'{first + T} tokens do not fit in a block of {block_size}'
         x = self.drop(self.wte(idx) + self.wpe.weight[first:first + T])  # (B, T, C)
         for layer, block in enumerate(self.h):
+            if self.recomputes and self.training:  # more: what happens in a block is forgotten, and computed twice
+                x = checkpoint(block, x, use_reentrant=False)
+                continue
             x = block(x, caches[layer] if caches else None)
         return self.ln_f(x)
 

@@ -1,18 +1,38 @@
-"""Machines: who am I among the processes, where do I compute and in which precision, and how do we add up."""
+"""Machines: who am I among the processes, where do I compute and how precisely, how do we add up."""
 import gc
 import os
+import re
+import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from errors import UserError
+from errors import PEER_LOST, UserError
 
+# What srun says, under the names of torchrun.
+SLURM = {'RANK': 'SLURM_PROCID', 'LOCAL_RANK': 'SLURM_LOCALID', 'WORLD_SIZE': 'SLURM_NTASKS'}
+# Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets and architecture white papers (which
+# often print twice as much, for sparse matrices). The words of a line all stand in the name that the driver gives; the
+# first such line counts.
+PEAK_FLOPS = {
+    'GB200': 2500e12, 'B200': 2250e12,
+    'GH200': 989.4e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12,
+    'H100 NVL': 835.5e12, 'H100 PCIe': 756e12, 'H100 HBM3': 989.4e12,
+    'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10': 125e12, 'A10G': 70e12,
+    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
+    'V100S PCIe': 130e12, 'V100 PCIe': 112e12, 'V100 SXM2': 125e12, 'T4': 65e12,
+    'RTX 6000 Ada': 364.2e12, 'RTX A6000': 154.8e12,
+    'RTX 5090': 209.5e12, 'RTX 4090': 165.2e12, 'RTX 3090 Ti': 80e12, 'RTX 3090': 71e12,
+}
+FLOAT16_ONLY = {'V100S', 'V100', 'T4'}  # before Ampere: neither bfloat16 nor TF32
+OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a card, or a smaller chip under the same name
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -24,6 +44,8 @@ class Process:
     world_size: int  # processes that train together
     device: torch.device
     why: str  # this device
+    local_rank: int = 0  # among those of this machine
+    store: dist.Store | None = None  # a small dictionary that all processes read and write; None where there is one
 
     @property
     def is_main(self) -> bool:
@@ -79,31 +101,90 @@ def pick_compile(choice: bool | str, device: str) -> tuple[bool, str]:
     return compiles, 'which pays on cuda' if compiles else 'for want of Triton, or of a newer card'
 
 
-def start(device: str, backend: str = 'auto', deterministic: bool = False) -> Process:
-    """Join the processes that torchrun started, if it did."""
+class Compute(NamedTuple):
+    """How a process computes."""
+
+    dtype: torch.dtype  # of matrix products
+    autocast: AbstractContextManager[None]  # in which they have it; weights, sums and the loss stay in float32
+    compiles: bool
+    peak: float | None  # FLOP/s that the card promises in them, if that is known
+    line: str  # for people: all this, and why
+
+
+def choose(process: Process, dtype: str, compile: bool | str) -> Compute:
+    """What the settings `dtype` and `compile` come to on this machine."""
+    precision, why_precision = pick_dtype(dtype, process.device.type)
+    compiles, why_compile = pick_compile(compile, process.device.type)
+    line = (f'{describe(process)}; {name_of(precision)}, {why_precision}; '
+            f'{"compiled" if compiles else "not compiled"}, {why_compile}')
+    return Compute(precision, autocast(process.device, precision), compiles,
+                   peak_flops(card(process), name_of(precision)), line)
+
+
+def start(device: str, backend: str = 'auto', deterministic: bool = False, timeout: float = 1800.0,
+          shards: bool = False) -> Process:
+    """Join the processes that torchrun or srun started, if one did; wait at most `timeout` seconds for the others. A
+    process that trains alone belongs to a group only where its model `shards`."""
     device, why = pick_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32 under autocast; it touches nothing but cuda
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     kind = torch.device(device).type
+    if kind != 'cuda' and backend == 'nccl':
+        why += ', and gloo takes the place of nccl, which needs cuda'  # nanoGPT's configurations name it
+    if kind != 'cuda' or backend == 'auto':
+        backend = 'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo'  # what is offloaded is added up on the CPU
+    os.environ.update(slurm_as_torchrun(os.environ))
     if not {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= os.environ.keys():
         if kind == 'cuda':
             torch.cuda.set_device(device if ':' in device else 0)
+        if shards:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return Process(0, 1, torch.device(device), why)
     local_rank = int(os.environ['LOCAL_RANK'])
     if kind == 'mps':
         raise UserError('several processes cannot share mps: run `python train.py`, or give --device=cpu')
     if kind == 'cuda':
-        if local_rank >= torch.cuda.device_count():
+        has_own = 'SLURM_LOCALID' in os.environ and torch.cuda.device_count() == 1  # srun --gpus-per-task=1
+        number = 0 if has_own else local_rank
+        if number >= torch.cuda.device_count():
             raise UserError(f'{torch.cuda.device_count()} cards here are too few for process {local_rank + 1}\n'
                             'give torchrun --nproc_per_node=gpu, for one process on each card')
-        torch.cuda.set_device(local_rank)
-        device = f'cuda:{local_rank}'
-    if kind != 'cuda' and backend == 'nccl':
-        why += ', and gloo takes the place of nccl, which needs cuda'  # nanoGPT's configurations name it
-    dist.init_process_group('gloo' if kind != 'cuda' else 'nccl' if backend == 'auto' else backend)
-    return Process(dist.get_rank(), dist.get_world_size(), torch.device(device), why)
+        torch.cuda.set_device(number)
+        device = f'cuda:{number}'
+    rank, world_size, store = join(backend, timeout)
+    return Process(rank, world_size, torch.device(device), why, local_rank, store)
+
+
+def slurm_as_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables for a process that srun started: {} where there is one process, or torchrun has set them."""
+    if 'RANK' in environment or not environment.keys() >= set(SLURM.values()) or environment['SLURM_NTASKS'] == '1':
+        return {}
+    nodes = environment.get('SLURM_STEP_NODELIST') or environment.get('SLURM_JOB_NODELIST') or 'localhost'
+    first = re.sub(r'^([^,\[]*)\[(\w+)[^]]*]([^,]*).*', r'\1\2\3', nodes).partition(',')[0]  # gpu[07-09,12] -> gpu07
+    port = 20000 + int(environment.get('SLURM_JOB_ID', '0')) % 20000  # the same everywhere, and another for each job
+    ours = {name: environment[theirs] for name, theirs in SLURM.items()}
+    return {'MASTER_ADDR': first, 'MASTER_PORT': str(port)} | {
+        name: environment[name] for name in ('MASTER_ADDR', 'MASTER_PORT') if name in environment} | ours
+
+
+def join(backend: str, timeout: float) -> tuple[int, int, dist.Store]:
+    """The group of all processes: rank, world size, and a connection of our own to their store. faults.Watch notices
+    sooner than the group's own time-out that a process is lost, and names it."""
+    limit, where = timedelta(seconds=timeout), [os.environ.get(name, '') for name in ('MASTER_ADDR', 'MASTER_PORT')]
+    try:
+        store, rank, world_size = next(iter(dist.rendezvous('env://', timeout=limit)))
+        dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=rank, world_size=world_size,
+                                timeout=2 * limit)
+        dist.barrier()
+        ours = dist.TCPStore(where[0], int(where[1]), is_master=False, timeout=limit, wait_for_workers=False)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        me, reason = f'process {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}', str(error).splitlines()[0]
+        raise UserError(f'{me} has not met all others at {":".join(where)} in {timeout:.0f} s: {reason}\n'
+                        'were all of them started (with Slurm: srun python train.py), and can they reach that address?',
+                        PEER_LOST) from None
+    return rank, world_size, dist.PrefixStore(f'watch/{os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}', ours)
 
 
 def stop() -> None:
@@ -119,24 +200,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
-def wrap(model: nn.Module, process: Process) -> nn.Module:
-    """The model whose backward pass ends with the mean of the gradients over all processes."""
-    if process.world_size == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[process.device] if process.device.type == 'cuda' else None)
-
-
-def set_gradient_sync(model: nn.Module, on: bool) -> None:
-    """Gradients are exchanged once in a step, after its last micro-batch: before that it would be waste."""
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = on
-
-
 def total(numbers: Tensor) -> Tensor:
     """The sum of each number over all processes, on each of them, in place. Every process must call it."""
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers
+
+
+def wait_for_all(process: Process) -> None:
+    """Until every process is here."""
+    total(torch.zeros(1, device=process.device)).item()
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -156,3 +229,32 @@ def describe(process: Process) -> str:
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """On cuda this process does not wait for the copy: it queues it, as it queues the work on it, and goes on."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """FLOP/s that the card promises in matrix products of `dtype` ('float32': with TF32 allowed, half the 16-bit rate);
+    None where it is not known, so that no wrong utilisation is shown."""
+    words = set(re.split(r'[\s-]+', device_name.lower()))
+    if not words.isdisjoint(OTHER_CHIP):
+        return None
+    for name, flops in PEAK_FLOPS.items():
+        if words.issuperset(name.lower().split()):
+            if name.split()[0] in FLOAT16_ONLY and dtype != 'float16':
+                return None
+            return flops / 2 if dtype == 'float32' else flops
+    return None
+
+
+def peak_memory(device_type: str) -> int:
+    """The most bytes that this process has held, on the card ('mps': that it holds now) or in main memory; 0 where the
+    system does not say."""
+    if device_type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    if device_type == 'mps':
+        return torch.mps.driver_allocated_memory()
+    if sys.platform == 'win32':
+        return 0
+    import resource  # absent on Windows
+
+    unit = 1 if sys.platform == 'darwin' else 1024  # getrusage(2): bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

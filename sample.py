@@ -23,6 +23,7 @@ import configurator
 import errors
 import logger
 import parallel
+import remote
 import tokenizer
 import tokens
 from errors import UserError
@@ -79,7 +80,7 @@ def read_prompt(start: str) -> str:
 
 def find_run(out_dir: str, is_given: bool) -> str:
     """out_dir, if it holds a checkpoint; if not, and nobody asked for that very one, the newest run in this folder."""
-    if Path(out_dir).is_file() or checkpoint.holds_run(Path(out_dir)):
+    if remote.is_url(out_dir) or Path(out_dir).is_file() or checkpoint.holds_run(Path(out_dir)):
         return out_dir
     runs = sorted((path.stat().st_mtime, path.parent.name) for path in Path().glob('out*/ckpt.pt'))
     if runs and not is_given:
@@ -118,6 +119,19 @@ def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> lis
     if len(ids) > block_size:
         say(f'the prompt has {len(ids)} tokens: the model reads the last {block_size} of them')
     return ids
+
+
+def encode_start(text: str, vocabulary: tokenizer.Tokenizer, unseen: tokens.TokenFile) -> tuple[list[int], str]:
+    """The ids that the samples of a training continue, and a line to say where that is not `text`: what the vocabulary
+    cannot write gives way to the beginning of the validation text, and an empty text to the beginning of a document."""
+    if not text and vocabulary.eot is not None:
+        return [vocabulary.eot], ''
+    try:
+        ids = vocabulary.encode_prompt(text)
+    except UserError:
+        ids = []
+    line = f'--sample_start={text!r} cannot be written in this vocabulary: samples continue the start of {unseen.path}'
+    return (ids, '') if ids else (unseen.read(0, 8).tolist(), line)
 
 
 def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokenizer.Tokenizer,

@@ -8,10 +8,11 @@ for any number of processes.
 """
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import parallel
 from errors import DATA, UserError
+from model import GPTConfig
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 Integers = npt.NDArray[np.int64]
@@ -76,9 +79,11 @@ class TokenFile:
         return ids
 
 
-def fingerprint(tokens: TokenFile) -> dict[str, Any]:
-    """What tells this file from another, without reading all of it."""
-    return {'tokens': len(tokens), **ends_of(tokens.path)}
+def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
+    """What tells this file from another, without reading all of it: its length, its ends, and the hash of the whole
+    that its maker left in `meta`."""
+    recorded = meta['splits'].get(tokens.path.stem, {}).get('sha256', '')
+    return {'tokens': len(tokens), **ends_of(tokens.path), 'sha256': recorded}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -247,3 +252,24 @@ def read_batch(tokens: TokenFile, starts: Integers, block_size: int, batch_size:
     x = xy[:, :-1].copy()
     x[len(starts):] = 0
     return torch.from_numpy(x), torch.from_numpy(xy[:, 1:].copy())
+
+
+class Part(NamedTuple):
+    """One micro-batch of a step: what is computed at once."""
+
+    number: int  # among the step's micro-batches, over all processes
+    share: float  # of the step's windows
+    x: Tensor  # (B, T)
+    y: Tensor  # (B, T), -1 where there is no target
+
+
+def parts_of(corpus: TokenFile, starts: Integers, batch_size: int, config: GPTConfig,
+             process: parallel.Process) -> Iterator[Part]:
+    """This process's micro-batches of the windows of one step. Every process gets the same number of them, of the same
+    shape; where windows are missing, targets are -1."""
+    rounds = math.ceil(len(starts) / (batch_size * process.world_size))
+    for number in range(process.rank, rounds * process.world_size, process.world_size):
+        mine = starts[number * batch_size:(number + 1) * batch_size]
+        x, y = read_batch(corpus, mine, config.block_size, batch_size, config.vocab_size)
+        x, y = parallel.to_device(x, process.device), parallel.to_device(y, process.device)
+        yield Part(number, len(mine) / len(starts), x, y)

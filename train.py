@@ -12,22 +12,25 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import checkpoint
 import configurator
 import errors
 import evaluate
+import faults
 import logger
 import parallel
-import tokenizer
+import remote
+import sample
+import sharding
 import tokens
 from errors import UserError
-from model import GPTConfig
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them. Names, defaults and meanings
@@ -38,6 +41,8 @@ out_dir: str = 'out'
 dataset: str = 'openwebtext'  # a folder in data/, or any folder, that holds train.bin and val.bin
 init_from: str = 'scratch'  # 'scratch' ('start'), 'resume' from out_dir, 'auto' (resume if it can), 'gpt2*', or a path
 overwrite: bool = False  # start over in an out_dir that holds a run: its files are deleted
+ignore_data_change: bool = False  # resume although the corpus is another one than before
+upload_to: str = ''  # a folder that gets a copy of each checkpoint: 's3://bucket/run', or another URL that fsspec knows
 # evaluation, logging and samples
 eval_interval: int = 2000  # steps
 eval_iters: int = 200  # batches of batch_size that an evaluation reads, in all
@@ -82,6 +87,13 @@ lr_decay_iters: int = 600000  # the step at which min_lr is reached, with max_ep
 decay_fraction: float = 0.2  # of lr_decay_iters: how long 'wsd' falls
 min_lr: float = 6e-5
 # machine
+strategy: Literal['ddp', 'zero1', 'fsdp'] = 'ddp'  # each process holds all; a part of AdamW's moments; a part of all
+reshard_after_forward: bool = True  # with 'fsdp': give weights back after each block; False is faster, and needs memory
+cpu_offload: bool = False  # with 'fsdp': keep weights and moments in main memory
+activation_checkpointing: bool = False  # compute each block again on the way back, and keep less of it until then
+max_hours: float = 0.0  # save and end after that time, with exit code 75; 0 sets no such end
+start_timeout: float = 1800.0  # seconds: how long processes wait for each other until their first step is done
+timeout: float = 300.0  # seconds without any progress after which a process that died or hangs is given up
 backend: str = 'auto'  # between processes: 'nccl' on cuda, 'gloo' elsewhere
 device: str = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' is the first of them that is here
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; 'auto' is the fastest sound one
@@ -91,31 +103,18 @@ deterministic: bool = False  # on cuda: bit for bit the same each time, and slow
 # ------------------------------------------------------------------------------------------------
 
 LEARNED_BY_HEART = 0.1  # of the first loss: overfit_single_batch passes below it
+PATIENCE = 10  # steps in a row that are skipped because something is not finite; then the run ends
 SLOW = 5  # seconds: a longer step shows its micro-batches
-
-
-class Part(NamedTuple):
-    """One micro-batch of a step: what is computed at once."""
-
-    number: int  # among the step's micro-batches, over all processes
-    share: float  # of the step's windows
-    x: Tensor  # (B, T)
-    y: Tensor  # (B, T), -1 where there is no target
 
 
 def check(settings: dict[str, Any]) -> None:
     """Refuse what can be refused before anything is loaded."""
-    for name in ('eval_interval', 'eval_iters', 'log_interval', 'gradient_accumulation_steps', 'batch_size',
-                 'block_size', 'n_layer', 'n_head', 'n_embd', 'keep'):
-        if settings[name] < 1:
-            raise UserError(f'--{name}={settings[name]}: must be 1 or more')
-    for name in ('total_batch_size', 'max_iters', 'max_epochs', 'warmup_iters', 'lr_decay_iters', 'sample_interval',
-                 'sample_tokens', 'vocab_size', 'grad_clip', 'learning_rate', 'min_lr', 'weight_decay'):
-        if settings[name] < 0:
-            raise UserError(f'--{name}={settings[name]}: must be 0 or more')
-    for name in ('dropout', 'beta1', 'beta2', 'decay_fraction'):
-        if not 0 <= settings[name] < 1:
-            raise UserError(f'--{name}={settings[name]}: must be at least 0 and less than 1')
+    configurator.check_range(settings, 'keep', 2)  # the newest may be damaged
+    configurator.check_range(settings, 'eval_interval eval_iters log_interval gradient_accumulation_steps batch_size '
+                             'block_size n_layer n_head n_embd start_timeout timeout', 1)
+    configurator.check_range(settings, 'total_batch_size max_iters max_epochs warmup_iters lr_decay_iters max_hours '
+                             'sample_interval sample_tokens vocab_size grad_clip learning_rate min_lr weight_decay', 0)
+    configurator.check_range(settings, 'dropout beta1 beta2 decay_fraction', 0, below=1)
     falls = settings['decay_lr'] and settings['schedule'] != 'constant'
     if falls and settings['min_lr'] > settings['learning_rate']:
         raise UserError(f'--min_lr={settings["min_lr"]} is above --learning_rate={settings["learning_rate"]}:\n'
@@ -135,13 +134,17 @@ def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, 
     return total_batch_size // block_size
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float],
+                   shards: bool = False) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2017). Matrices are pulled towards zero; vectors, which are biases and LayerNorm
-    gains, are not."""
+    gains, are not. If it `shards`, each process updates a part of the weights, and sends it to the others (Rajbhandari
+    et al. 2020: ZeRO, stage 1)."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
     # fast: one kernel for all weights; the plain file writes AdamW out
+    if shards:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=lr, betas=betas, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
@@ -157,25 +160,14 @@ def lr_at(step: int, kind: str, peak: float, floor: float, warmup: int, total: i
     return floor + (peak - floor) * height
 
 
-def parts_of(corpus: tokens.TokenFile, starts: tokens.Integers, batch_size: int, config: GPTConfig,
-             process: parallel.Process) -> Iterator[Part]:
-    """This process's micro-batches of the windows of one step. Every process gets the same number of them, of the same
-    shape; where windows are missing, targets are -1."""
-    rounds = math.ceil(len(starts) / (batch_size * process.world_size))
-    for number in range(process.rank, rounds * process.world_size, process.world_size):
-        mine = starts[number * batch_size:(number + 1) * batch_size]
-        x, y = tokens.read_batch(corpus, mine, config.block_size, batch_size, config.vocab_size)
-        x, y = parallel.to_device(x, process.device), parallel.to_device(y, process.device)
-        yield Part(number, len(mine) / len(starts), x, y)
-
-
-def accumulate_gradient(model: nn.Module, parts: Iterable[Part], n_parts: int, step: int, process: parallel.Process,
-                        autocast: AbstractContextManager[None], scaler: torch.amp.GradScaler, seed: int) -> Tensor:
+def accumulate_gradient(model: nn.Module, parts: Iterable[tokens.Part], n_parts: int, step: int,
+                        process: parallel.Process, autocast: AbstractContextManager[None],
+                        scaler: torch.amp.GradScaler, seed: int) -> Tensor:
     """Leave the gradient of the step's mean loss in the parameters. Returns this process's part of that mean, in nats
     per token."""
     loss = torch.zeros((), device=process.device)
     for i, part in enumerate(parts):  # fast: a step in parts that fit into memory, and on several devices
-        parallel.set_gradient_sync(model, on=i == n_parts - 1)
+        sharding.set_gradient_sync(model, on=i == n_parts - 1)
         torch.manual_seed(tokens.draw(seed, step, part.number))  # dropout is the same for any number of processes
         with autocast:  # fast: matrix products in bfloat16, where the device multiplies it
             _, mean = model(part.x, part.y, logits='none')
@@ -185,39 +177,24 @@ def accumulate_gradient(model: nn.Module, parts: Iterable[Part], n_parts: int, s
     return loss
 
 
-def encode_start(text: str, vocabulary: tokenizer.Tokenizer, unseen: tokens.TokenFile) -> tuple[list[int], str]:
-    """The ids that samples continue, and a line to say where that is not `text`: what the vocabulary cannot write gives
-    way to the beginning of the validation text, and an empty text to the beginning of a document."""
-    if not text and vocabulary.eot is not None:
-        return [vocabulary.eot], ''
-    try:
-        ids = vocabulary.encode_prompt(text)
-    except UserError:
-        ids = []
-    line = f'--sample_start={text!r} cannot be written in this vocabulary: samples continue the start of {unseen.path}'
-    return (ids, '') if ids else (unseen.read(0, 8).tolist(), line)
-
-
-def refuse_infinite(loss: float, step: int, run: Path) -> None:
-    """End a run whose weights are lost, before they take the place of those that were saved."""
-    if not math.isfinite(loss):
-        raise UserError(f'the loss is {loss} at step {step}; {run} holds what was saved before\n'
-                        'try a lower --learning_rate, or --dtype=float32', errors.NOT_FINITE)
-
-
-def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) -> None:
+def train(process: parallel.Process, watch: faults.Watch, settings: dict[str, Any], given: set[str]) -> None:
     """The whole run: load, then step after step evaluate, save, sample and learn."""
     # the corpus, and a model for it
     torch.manual_seed(seed)  # every process draws the same initial weights
+    if init_from in ('resume', 'auto') and process.local_rank == 0:
+        checkpoint.fetch_run(Path(out_dir), upload_to)
+    parallel.wait_for_all(process)
     folder = tokens.data_folder(dataset)
     meta = tokens.read_meta(folder)
     raw_model, state, is_resumed = checkpoint.start_from(settings, given, meta['vocab_size'])
     config, T = raw_model.config, raw_model.config.block_size
     corpora = {split: tokens.open_split(folder, split, T, config.vocab_size) for split in ('train', 'val')}
-    prints = {split: tokens.fingerprint(corpus) for split, corpus in corpora.items()}
+    prints = {split: tokens.fingerprint(corpus, meta) for split, corpus in corpora.items()}
+    if is_resumed and not ignore_data_change:
+        checkpoint.refuse_other_data(state, prints, folder)
     vocabulary = checkpoint.vocabulary_of(meta, state, init_from)
     token_sizes = vocabulary.token_sizes() if vocabulary else None
-    sample_ids, no_start = encode_start(sample_start, vocabulary, corpora['val']) if vocabulary else ([], '')
+    prompt, no_start = sample.encode_start(sample_start, vocabulary, corpora['val']) if vocabulary else ([], '')
 
     # how much there is to do
     order = tokens.Order(len(corpora['train']), T, seed)
@@ -228,86 +205,104 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
     last_step, decay_steps = max(first_step, min(max_iters, end_of_epochs)), min(lr_decay_iters, end_of_epochs)
 
     # the model and its optimizer, on their device
-    precision, why_precision = parallel.pick_dtype(dtype, process.device.type)
-    compiles, why_compile = parallel.pick_compile(compile, process.device.type)
-    autocast = parallel.autocast(process.device, precision)
-    peak = logger.peak_flops(parallel.card(process), parallel.name_of(precision))
-    raw_model.to(process.device)
-    if compiles:
-        for block in raw_model.transformer.h:
-            block.compile()  # fast: one graph that serves all blocks; in place, so that the names of the weights stay
-        torch._dynamo.config.optimize_ddp = False  # blocks are apart already: DDP need not cut them further
-    model = parallel.wrap(raw_model, process)
-    optimizer = make_optimizer(raw_model, learning_rate, weight_decay, (beta1, beta2))
-    scaler = torch.amp.GradScaler(process.device.type, enabled=precision == torch.float16)
+    compute = parallel.choose(process, dtype, compile)
+    autocast, blocks = compute.autocast, raw_model.transformer.h
+    raw_model.transformer.recomputes = activation_checkpointing
+    for block in blocks if compute.compiles else ():
+        block.compile()  # fast: one graph that serves all blocks; in place, so that the names of the weights stay
+    model = sharding.distribute(raw_model, blocks, process, strategy, compute.dtype, reshard_after_forward, cpu_offload)
+    shards = strategy == 'zero1' and process.world_size > 1
+    optimizer = make_optimizer(raw_model, learning_rate, weight_decay, (beta1, beta2), shards)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=compute.dtype == torch.float16)
     best: evaluate.Best = state['best'] if is_resumed else {}
+    skipped, skipped_in_a_row = state['skipped'] if is_resumed else 0, 0  # steps
     if is_resumed:
         checkpoint.restore(optimizer, scaler, state)
 
     # where the results go
     run = Path(out_dir, 'overfit') if overfit_single_batch else Path(out_dir)
-    if process.is_main and not eval_only:
-        checkpoint.make_folder(run)
-    if process.is_main and overwrite and not (is_resumed or eval_only or overfit_single_batch):
-        checkpoint.delete_all(run)
+    writes = process.is_main and not eval_only
+    if writes:
+        checkpoint.make_ready(run, overwrite and not overfit_single_batch, raw_model, keep)
+    uploader = remote.Uploader(upload_to if writes and not overfit_single_batch else '', logger.say)
     log = logger.Logger('' if eval_only else str(run), process.is_main, first_step, last_step,
                         wandb_project if wandb_log else '', wandb_run_name,
-                        state['wandb_run_id'] if is_resumed else '', settings)
-    with log:
-        log.line(f'{parallel.describe(process)}; {parallel.name_of(precision)}, {why_precision}; '
-                 f'{"compiled" if compiles else "not compiled"}, {why_compile}')
-        log.line(f'number of parameters: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M')
+                        state['wandb_run_id'] if is_resumed else '', settings, uploader)
+    watch.on_end = log.end
+    advice = faults.smaller_batch(batch_size, gradient_accumulation_steps, total_batch_size)
+    with (log, faults.explained(watch, advice), checkpoint.Saver(run, keep, uploader) as saver,
+          faults.Stop(max_hours) as stop):
+        log.line(f'{compute.line}\n{logger.parameter_lines(optimizer.param_groups)}')
         log.line(f'tokens per iteration will be: {n_windows * T:,} = {n_windows} windows of {T}, in micro-batches of '
                  f'{batch_size}, {n_parts} for each process')
         log.line(f'{last_step:,} iterations are {last_step * n_windows / order.epoch:.2f} epochs')
-        for group, kind in zip(optimizer.param_groups, ('decayed', 'non-decayed'), strict=True):
-            log.line(f'num {kind} parameter tensors: {len(group["params"])}, '
-                     f'with {sum(p.numel() for p in group["params"]):,} parameters')
-        log.line('using fused AdamW: True')
         if vocabulary is None:
             log.line(f'the tokenizer {meta["tokenizer"]["name"]} cannot be had here: no samples, and no bits per byte')
         if no_start and sample_interval:
             log.line(no_start)
         if is_resumed:
-            log.line(checkpoint.describe(state, settings, prints))
+            log.line(checkpoint.describe(state, settings))
         state = {}  # its memory is free again
+        log.status('running', first_step, errors.DONE)
 
-        def read(step: int) -> Iterator[Part]:
-            return parts_of(corpora['train'], order.starts(step * n_windows, n_windows), batch_size, config, process)
+        def read(step: int) -> Iterator[tokens.Part]:
+            starts = order.starts(step * n_windows, n_windows)
+            for part in tokens.parts_of(corpora['train'], starts, batch_size, config, process):
+                watch.beat(step)
+                yield part
 
         def save(step: int, is_best: bool) -> None:
-            log.flush()
+            """Every process gives its part; the main one writes the file, while all go on."""
+            weights, moments = sharding.gather(raw_model, optimizer, process)
             if process.is_main:
+                log.flush()
                 log.line(f'saving checkpoint to {run}')
-                checkpoint.save(run, raw_model, optimizer, keep, is_best, {
+                saver.save(is_best, {
+                    'model': weights, 'optimizer': moments, 'model_args': checkpoint.model_args(config),
                     'config': settings | {name: getattr(config, name) for name in checkpoint.SHAPE},
-                    'iter_num': step, 'best_val_loss': best['loss'][0], 'best': best,
-                    'tokenizer': vocabulary.state() if vocabulary else None,
-                    'scaler': scaler.state_dict(), 'wandb_run_id': log.wandb_run_id,
-                    'data': prints,
+                    'iter_num': step, 'best_val_loss': best['loss'][0] if best else math.inf, 'best': best,
+                    'tokenizer': vocabulary.state() if vocabulary else None, 'skipped': skipped,
+                    'scaler': scaler.state_dict(), 'wandb_run_id': log.wandb_run_id, 'data': prints,
                 })
+
+        def end_if_asked(step: int) -> None:
+            """Save and leave before `step`, on all processes at once, if any of them was asked to."""
+            if not parallel.total(torch.tensor(float(stop.is_asked()), device=process.device)).item():
+                return
+            if not (eval_only or overfit_single_batch or (is_resumed and step == first_step)):
+                save(step, False)
+            raise UserError(f'stopped before step {step} of {last_step} by {stop.reason or "another process"}\n'
+                            'the same command goes on from there, with --init_from=auto', errors.STOPPED)
 
         def measure(step: int) -> None:
             """Evaluate on both splits, and save what has become of the model."""
-            n = eval_iters * batch_size
+            def progress(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
+                for item in log.progress(items, total, label, unit):
+                    watch.beat(step)
+                    end_if_asked(step)
+                    yield item
+
+            n, was_measured = eval_iters * batch_size, bool(best) and best['loss'][1] == step
             results = {split: evaluate.evaluate(model, config, corpus, n, batch_size, token_sizes, process, autocast,
-                                                log.progress) for split, corpus in corpora.items()}
+                                                progress) for split, corpus in corpora.items()}
             train_loss, val = results['train']['loss'], results['val']
-            refuse_infinite(val['loss'], step, run)
+            if not math.isfinite(val['loss']):
+                faults.give_up(step, 0, model, (), autocast, vocabulary)
             is_best = evaluate.keep_best(best, val, step)
             log.line(logger.step_line(step, train_loss, val['loss']))
             log.line(evaluate.table(results, best))
             log.row(step, train_loss=train_loss, **{f'val_{name}': value for name, value in val.items()})
-            if step > first_step and (is_best or always_save_checkpoint):
+            is_new = step > first_step or (step > 0 and is_best and not was_measured)
+            if is_new and (is_best or always_save_checkpoint) and not eval_only:
                 save(step, is_best)
             log.plot()
             log.status('running', step, errors.DONE)
 
         def draw_sample(step: int) -> None:
-            if process.is_main and vocabulary:
-                prompt = torch.tensor([sample_ids], device=process.device)
+            if vocabulary:
+                idx = torch.tensor([prompt], device=process.device)
                 with torch.compiler.set_stance('force_eager'), autocast:
-                    ids = raw_model.generate(prompt, sample_tokens, temperature=0.8, top_k=200, seed=seed,
+                    ids = raw_model.generate(idx, sample_tokens, temperature=0.8, top_k=200, seed=seed,
                                              n_vocab=vocabulary.n_vocab)
                 log.sample(step, vocabulary.decode(ids[0].tolist()))
 
@@ -316,7 +311,7 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
             return
 
         # one micro-batch tells how long a step will take; when it compiles, the second one does
-        for _ in range(1 + compiles):
+        for _ in range(1 + compute.compiles):
             started = time.perf_counter()
             accumulate_gradient(model, islice(read(0), 1), 1, 0, process, autocast, scaler, seed).item()
             seconds = n_parts * (time.perf_counter() - started)  # of a step
@@ -325,10 +320,13 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
             log.line(f'one iteration, {n_windows * T:,} tokens, takes about {seconds:.0f} s on this machine')
 
         first_loss = loss = math.nan
-        clock, clock_step = time.perf_counter(), first_step
+        flops = raw_model.flops_per_token() / compute.peak / process.world_size if compute.peak else 0.0
+        pace = logger.Pace(n_windows * T, flops, first_step)
         for step in range(first_step, last_step + 1):
             # look: measure, save, sample
             is_last = step == last_step
+            end_if_asked(step)
+            saver.complain()
             if (is_last or step % eval_interval == 0) and not overfit_single_batch:
                 measure(step)
             if sample_interval and (is_last or step % sample_interval == 0):
@@ -336,7 +334,7 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
             if is_last:
                 break
             if step % eval_interval == 0 or (sample_interval and step % sample_interval == 0):
-                clock, clock_step = time.perf_counter(), step  # looking was not learning
+                pace.start(step)  # looking was not learning
 
             # learn: one update
             lr = learning_rate
@@ -349,46 +347,50 @@ def train(process: parallel.Process, settings: dict[str, Any], given: set[str]) 
                 parts = log.progress(parts, n_parts, f'step {step}', 'micro-batches')
             step_loss = accumulate_gradient(model, parts, n_parts, step, process, autocast, scaler, seed)
             scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-            scaler.step(optimizer)
+            grad_norm = sharding.clip(raw_model.parameters(), grad_clip)
+            loss = parallel.total(step_loss).item()
+            # the same on every process; an overflow of float16 is for the scaler, which then updates nothing either
+            if math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled()):
+                scaler.step(optimizer)
+                skipped_in_a_row = 0
+            else:
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                log.line(f'step {step} is skipped: loss {loss}, gradient norm {grad_norm}; skipped so far: {skipped}')
             scaler.update()
             optimizer.zero_grad()
+            watch.is_up()
+            if skipped_in_a_row == PATIENCE:
+                faults.give_up(step, PATIENCE, model, read(step), autocast, vocabulary)
 
             # report
             if step % log_interval == 0 or step in (first_step, last_step - 1):
-                loss = parallel.total(step_loss).item()  # reading a number waits for the device
                 first_loss = loss if step == first_step else first_loss
-                refuse_infinite(loss, step, run)
-                seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
-                clock, clock_step = time.perf_counter(), step + 1
-                speed = n_windows * T / seconds  # tokens per second
-                mfu = raw_model.flops_per_token() * speed / (peak * process.world_size) if peak else None
-                row = {'loss': loss, 'lr': lr, 'grad_norm': grad_norm.item(), 'tokens': (step + 1) * n_windows * T,
-                       'tokens_per_second': speed, 'peak_memory_bytes': logger.peak_memory(process.device.type)}
-                log.row(step, **row if mfu is None else row | {'mfu': mfu})
-                log.line(logger.iter_line(step, loss, 1000 * seconds, mfu, lr, row['grad_norm'], speed))
-                log.update(step + 1, loss=f'{loss:.3f}', speed=f'{speed:,.0f} tok/s')
+                log.iteration(step, {
+                    'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'tokens': (step + 1) * n_windows * T,
+                    'skipped': skipped, 'peak_memory_bytes': parallel.peak_memory(process.device.type),
+                }, pace.lap(step + 1))
 
         log.plot()
+        saver.wait()
         if overfit_single_batch:
             n_steps = last_step - first_step
             verdict = f'the loss on one batch went from {first_loss:.4f} to {loss:.4f} in {n_steps} steps'
             if not loss < LEARNED_BY_HEART * first_loss:
                 raise UserError(f'FAIL: {verdict}, not below {LEARNED_BY_HEART} of the first', errors.CHECK_FAILED)
             log.line(f'PASS: {verdict}')
-        else:
-            files = ', '.join(sorted(path.name for path in run.iterdir())) if process.is_main else ''
-            memory = logger.short(logger.peak_memory(process.device.type))
-            log.line(f'peak memory: {memory} bytes\n{run} holds {files}')
+        elif process.is_main:
+            log.line(f'peak memory: {logger.short(parallel.peak_memory(process.device.type))} bytes')
+            log.line(f'{run} holds {", ".join(sorted(path.name for path in run.iterdir()))}')
             log.line(f'try next: {errors.python()} sample.py --out_dir={run}')
 
 
 def main(args: list[str]) -> None:
     settings, given = configurator.configure(sys.modules[__name__], args)
     check(settings)
-    process = parallel.start(device, backend, deterministic)
+    process = parallel.start(device, backend, deterministic, start_timeout, shards=strategy == 'fsdp')
     try:
-        train(process, settings, given)
+        with faults.Watch(process, start_timeout, timeout) as watch:
+            train(process, watch, settings, given)
     finally:
         parallel.stop()
 

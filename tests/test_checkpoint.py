@@ -268,13 +268,13 @@ def test_prefixes_are_stripped_in_any_order_and_only_in_front(ours: Path, tmp_pa
 def test_a_checkpoint_holds_tensors_and_plain_values_and_nothing_else(ours: Path) -> None:
     state = torch.load(ours, weights_only=True)
     assert state.keys() == {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer',
-                            'scaler', 'wandb_run_id', 'data', 'versions', 'best'}
+                            'scaler', 'wandb_run_id', 'data', 'versions', 'best', 'skipped'}
     for name, value in leaves(state):
         assert type(value) in (Tensor, str, int, float, bool, bytes, type(None)), name
         assert not isinstance(value, Tensor) or value.device.type == 'cpu'
     assert state['config']['learning_rate'] == 1e-2
     assert state['data']['train']['tokens'] > 40_000
-    assert set(state['data']['val']) == {'tokens', 'head', 'tail'}
+    assert set(state['data']['val']) == {'tokens', 'head', 'tail', 'sha256'}
     assert state['versions']['torch'] == torch.__version__
 
 
@@ -301,8 +301,6 @@ def test_tied_tensors_are_stored_once_and_stay_tied(run: Callable[..., Path], tm
     model = checkpoint.model_of(checkpoint.load(untied))
     assert model.lm_head.weight is not model.transformer.wte.weight
     assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
-    copy = checkpoint.on_cpu({'a': [model.lm_head.weight], 'b': model.lm_head.weight, 'c': 3}, {})
-    assert copy['a'][0].data_ptr() == copy['b'].data_ptr()
 
 
 def test_the_best_is_a_second_name_of_the_newest_and_outlives_it(run: Callable[..., Path], tmp_path: Path) -> None:

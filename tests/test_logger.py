@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import logger
+import parallel
 from errors import DATA, UserError
 from logger import Logger
 
@@ -162,11 +163,12 @@ def test_status_says_how_the_run_ended(tmp_path: Path) -> None:
     with open_logger(tmp_path) as log:
         log.row(4, loss=1.0)
         log.status('running', 4, 0)
-        assert status() == {'state': 'running', 'step': 4, 'exit_code': 0, 'message': ''}
-    assert status() == {'state': 'done', 'step': 4, 'exit_code': 0, 'message': ''}
+        assert status() == {'state': 'running', 'step': 4, 'exit_code': 0, 'message': '', 'not_uploaded': []}
+    assert status() == {'state': 'done', 'step': 4, 'exit_code': 0, 'message': '', 'not_uploaded': []}
     with pytest.raises(UserError), open_logger(tmp_path) as log:
         raise UserError('no train.bin', DATA)
-    assert status() == {'state': 'failed', 'step': 0, 'exit_code': DATA, 'message': 'no train.bin'}
+    assert status() == {'state': 'failed', 'step': 0, 'exit_code': DATA, 'message': 'no train.bin',
+                        'not_uploaded': []}
     assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.jsonl', 'status.json']
 
 
@@ -329,17 +331,17 @@ def test_numbers_are_short() -> None:
     ('AMD EPYC 7763', 'float32', None),
 ])
 def test_a_card_is_known_by_its_name(name: str, dtype: str, teraflops: float | None) -> None:
-    flops = logger.peak_flops(name, dtype)
+    flops = parallel.peak_flops(name, dtype)
     assert flops == (None if teraflops is None else pytest.approx(teraflops * 1e12))
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='Windows does not say')
 def test_peak_memory_counts_what_was_held_once() -> None:
-    before = logger.peak_memory('cpu')
+    before = parallel.peak_memory('cpu')
     held = np.ones(before // 8 + (1 << 23))  # as much as ever, and 64 MiB
-    assert logger.peak_memory('cpu') >= held.nbytes > before
+    assert parallel.peak_memory('cpu') >= held.nbytes > before
     del held
-    assert logger.peak_memory('cpu') > before
+    assert parallel.peak_memory('cpu') > before
 
 
 @pytest.mark.gpu
@@ -348,7 +350,7 @@ def test_peak_memory_of_a_card_counts_what_was_held_once() -> None:
     torch.cuda.reset_peak_memory_stats()
     held = torch.ones(1 << 26, device='cuda')
     del held
-    assert logger.peak_memory('cuda') >= 4 << 26
+    assert parallel.peak_memory('cuda') >= 4 << 26
 
 
 # ------------------------------------------------------------------------------------------------ loss.png

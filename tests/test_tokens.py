@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 import parallel
 import tokenizer
 import tokens
-import train
 from errors import DATA, UserError
 from model import GPTConfig
 from tokens import Order, TokenFile, Windows, fixed_starts, open_split, read_batch, read_meta, shuffle
@@ -140,7 +139,7 @@ def test_the_windows_of_one_two_and_three_processes_are_the_same_global_batch(tm
     for step in (0, 3, 50):
         starts = order.starts(step * n_windows, n_windows)
         for world_size in (1, 2, 3):
-            ranks = [list(train.parts_of(corpus, starts, batch_size, SMALL, process(rank, world_size)))
+            ranks = [list(tokens.parts_of(corpus, starts, batch_size, SMALL, process(rank, world_size)))
                      for rank in range(world_size)]
             rounds = {len(parts) for parts in ranks}
             assert rounds == {math.ceil(n_windows / (batch_size * world_size))}, 'equally many for each process'
@@ -162,10 +161,10 @@ def test_micro_batches_do_not_depend_on_the_number_of_processes(tmp_path: Path) 
     """Dropout is seeded by the number of the micro-batch: so the same number must hold the same windows."""
     corpus = counted(tmp_path / 'train.bin', 5000)
     starts = Order(len(corpus), 16, seed=1).starts(0, 10)
-    one = {part.number: part for part in train.parts_of(corpus, starts, 2, SMALL, process(0, 1))}
+    one = {part.number: part for part in tokens.parts_of(corpus, starts, 2, SMALL, process(0, 1))}
     for world_size in (2, 3):
         for rank in range(world_size):
-            for part in train.parts_of(corpus, starts, 2, SMALL, process(rank, world_size)):
+            for part in tokens.parts_of(corpus, starts, 2, SMALL, process(rank, world_size)):
                 assert part.number >= 5 or torch.equal(part.x, one[part.number].x)
 
 
@@ -442,13 +441,16 @@ def test_memory_stays_flat_over_ten_thousand_batches(tmp_path: Path) -> None:
 
 def test_the_fingerprint_tells_two_corpora_apart(tmp_path: Path) -> None:
     first, second = counted(tmp_path / 'a.bin', 5000), counted(tmp_path / 'b.bin', 5000)
-    assert tokens.fingerprint(first) == tokens.fingerprint(second)
+    bare: dict[str, Any] = {'splits': {}}
+    assert tokens.fingerprint(first, bare) == tokens.fingerprint(second, bare)
     data = first.path.read_bytes()
-    assert tokens.fingerprint(first) == {'tokens': 5000, 'head': hashlib.sha256(data[:4096]).hexdigest(),
-                                         'tail': hashlib.sha256(data[-4096:]).hexdigest()}
+    assert tokens.fingerprint(first, bare) == {'tokens': 5000, 'head': hashlib.sha256(data[:4096]).hexdigest(),
+                                               'tail': hashlib.sha256(data[-4096:]).hexdigest(), 'sha256': ''}
     second.path.write_bytes(data[:-1] + b'\0')
-    assert tokens.fingerprint(first) != tokens.fingerprint(second)
-    assert tokens.fingerprint(first) != tokens.fingerprint(counted(tmp_path / 'c.bin', 4999))
+    assert tokens.fingerprint(first, bare) != tokens.fingerprint(second, bare)
+    assert tokens.fingerprint(first, bare) != tokens.fingerprint(counted(tmp_path / 'c.bin', 4999), bare)
+    prepared = {'splits': {'a': {'sha256': 'one hash'}}}
+    assert tokens.fingerprint(first, prepared) != tokens.fingerprint(first, bare), 'the whole file counts, by its hash'
 
 
 def test_an_endless_order_goes_on_past_its_epochs() -> None:

@@ -1,0 +1,149 @@
+"""
+Does anything get lost when a run is killed, again and again?
+
+    python benchmarks/kills.py                              200 times, a run of one process and then one of two
+    python benchmarks/kills.py --kills=20 --processes=2     20 times, one of two
+    python benchmarks/kills.py --seed=7                     the moments of an earlier try
+
+A small run with dropout, which saves every few steps, is killed (SIGKILL) at random moments, while it loads, learns,
+saves or evaluates, and started again with the same command. In the end its weights, its optimizer's state and its rows
+of metrics.jsonl must equal those of a run that nobody killed, bit for bit. Exit code 1 says what differs.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import checkpoint
+import configurator
+from errors import CHECK_FAILED, UserError, run
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the annotated names from here to the next rule. Nothing below assigns to them.
+kills: int = 200
+processes: int = 0  # that train together; 0: one, and then two
+dataset: str = 'stdlib'
+seed: int = 0  # decides when to kill; 0 takes another one each time
+# ------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS_PER_LIFE = 25  # on average, or a little less
+LATEST = 0.5  # seconds after the first step of a life
+TRAIN = 'import logger, sys, train; logger.Logger.plot = lambda log: None; train.main(sys.argv[1:])'  # no pictures
+COMPARED = ('step', 'loss', 'val_loss', 'lr', 'grad_norm')
+
+
+def arguments(out_dir: Path, dataset: str, steps: int) -> list[str]:
+    settings = {
+        'out_dir': out_dir, 'dataset': dataset, 'init_from': 'auto', 'device': 'cpu', 'dropout': 0.1,
+        'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 2, 'gradient_accumulation_steps': 4,
+        'max_iters': steps, 'lr_decay_iters': steps, 'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3,
+        'eval_interval': 3, 'eval_iters': 2, 'sample_interval': 0, 'timeout': 20,
+    }
+    return [f'--{name}={value}' for name, value in settings.items()]
+
+
+def start(world_size: int, train_arguments: list[str], log: Path) -> list[subprocess.Popen[bytes]]:
+    """A life of the run, in `world_size` processes."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    lives = []
+    for rank in range(world_size):
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+        if world_size > 1:
+            environment |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world_size),
+                            'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+        with open(log if rank == 0 else os.devnull, 'wb') as output:
+            lives.append(subprocess.Popen([sys.executable, '-c', TRAIN, *train_arguments], env=environment,
+                                          stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT))
+    return lives
+
+
+def finish(lives: list[subprocess.Popen[bytes]], log: Path) -> None:
+    codes = [life.wait() for life in lives]
+    if any(codes):
+        printed = log.read_text(encoding='utf-8', errors='replace')
+        raise UserError(f'the run ended with {codes}:\n{printed[-2000:]}', CHECK_FAILED)
+
+
+def live_and_die(world_size: int, train_arguments: list[str], log: Path, random_moment: random.Random) -> bool:
+    """Start the run, and kill it at some moment: now and then before its first step, and now and then one process of
+    several, without which the others must end by themselves. False if the run was over before."""
+    lives = start(world_size, train_arguments, log)
+    if random_moment.random() < 0.1:
+        time.sleep(4 * random_moment.random())
+    else:
+        while b'iter ' not in log.read_bytes() and all(life.poll() is None for life in lives):
+            time.sleep(0.01)
+        time.sleep(LATEST * random_moment.random())
+    victims = [random_moment.choice(lives)] if random_moment.random() < 0.1 else lives
+    for life in victims:
+        life.send_signal(signal.SIGKILL)
+    codes = [life.wait() for life in lives]
+    return -signal.SIGKILL in codes
+
+
+def rows(out_dir: Path) -> list[dict[str, Any]]:
+    lines = (out_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+    return [{name: row.get(name) for name in COMPARED} for row in map(json.loads, lines)]
+
+
+def differences(tree: Any, other: Any, name: str) -> list[str]:
+    """The names of what is not the same, bit for bit."""
+    if isinstance(tree, torch.Tensor):
+        return [] if isinstance(other, torch.Tensor) and torch.equal(tree, other) else [name]
+    if isinstance(tree, dict) and isinstance(other, dict) and tree.keys() == other.keys():
+        return [what for key in tree for what in differences(tree[key], other[key], f'{name}.{key}')]
+    if isinstance(tree, list) and isinstance(other, list) and len(tree) == len(other):
+        pairs = zip(tree, other, strict=True)
+        return [what for number, pair in enumerate(pairs) for what in differences(*pair, f'{name}.{number}')]
+    return [] if tree == other else [name]
+
+
+def check(world_size: int, folder: Path, seed: int) -> str:
+    """A line on a run that survived; UserError on one that did not."""
+    whole, killed, log = folder / 'whole', folder / 'killed', folder / 'log'
+    steps = kills * STEPS_PER_LIFE
+    finish(start(world_size, arguments(whole, dataset, steps), log), log)
+    random_moment, done = random.Random(seed), 0
+    for _ in range(kills):
+        done += live_and_die(world_size, arguments(killed, dataset, steps), log, random_moment)
+    finish(start(world_size, arguments(killed, dataset, steps), log), log)
+    ours, theirs = checkpoint.load(killed / 'ckpt.pt'), checkpoint.load(whole / 'ckpt.pt')
+    wrong = [what for part in ('model', 'optimizer', 'iter_num', 'best')
+             for what in differences(ours[part], theirs[part], part)]
+    wrong += [f'row {mine["step"]}' for mine, other in zip(rows(killed), rows(whole), strict=False) if mine != other]
+    if len(rows(killed)) != len(rows(whole)):
+        wrong.append(f'{len(rows(killed))} rows, not {len(rows(whole))}')
+    if wrong:
+        raise UserError(f'seed {seed}: after {done} kills of {world_size} processes {", ".join(wrong[:9])} differ: see '
+                        f'{folder}', CHECK_FAILED)
+    return (f'{world_size} processes, seed {seed}: killed {done} times in {steps} steps; {len(ours["model"])} weights, '
+            f'the optimizer and {len(rows(killed))} rows are equal to those of a run that was not')
+
+
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    number = seed or time.time_ns() % 1_000_000
+    for world_size in [processes] if processes else [1, 2]:
+        folder = Path(tempfile.mkdtemp())
+        print(f'{world_size} processes, {kills} kills, --seed={number}', flush=True)
+        print(check(world_size, folder, number), flush=True)
+        shutil.rmtree(folder)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,501 @@
+"""What befalls a run from outside: signals, kills, processes that die or hang, numbers that are not finite, too little
+memory, full disks. Real signals to real processes; where a number is broken on purpose, it is in a real run."""
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import checkpoint
+import errors
+import faults
+import logger
+import tokens
+import train
+
+ROOT = Path(__file__).parents[1]
+Start = Callable[..., subprocess.Popen[str]]
+TINY: dict[str, Any] = {
+    'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 2,
+    'max_iters': 12, 'lr_decay_iters': 12, 'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3, 'dropout': 0.1,
+    'eval_interval': 4, 'eval_iters': 2, 'sample_interval': 0, 'device': 'cpu', 'init_from': 'auto',
+}
+PATIENT = 120  # seconds that a test waits for what should come at once
+TRAIN = 'import sys, train; train.main(sys.argv[1:])'
+# the steps take a tenth of a second each, so that there is time to see one
+SLOWLY = """import os, sys, time, tokens, errors, train
+parts_of = tokens.parts_of
+def slowly(*arguments):
+    time.sleep(0.1)
+    yield from parts_of(*arguments)
+tokens.parts_of = slowly
+"""
+RUN = 'errors.run(train.main)'
+
+
+def arguments(out_dir: Path, dataset: Path, **changes: Any) -> list[str]:
+    return [f'--{name}={value}' for name, value in (TINY | {'out_dir': out_dir, 'dataset': dataset} | changes).items()]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a process and return at once: start('-c', CODE, *arguments, name=value for its environment). It is killed
+    when the test ends, with all that it has started."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*command: str, **environment: str) -> subprocess.Popen[str]:
+        running.append(subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env={**os.environ, 'PYTHONUNBUFFERED': '1', **environment},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding='utf-8',
+            start_new_session=True))
+        return running[-1]
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout is not None, 'it is a pipe'
+        process.stdout.close()
+
+
+def wait_for(process: subprocess.Popen[str], word: str) -> str:
+    """What a process prints up to the line with this word."""
+    lines = []
+    assert process.stdout is not None, 'it is a pipe'
+    for line in process.stdout:
+        lines.append(line)
+        if word in line:
+            return ''.join(lines)
+    raise AssertionError(f'{word!r} never came:\n{"".join(lines)[-3000:]}')
+
+
+def end_of(process: subprocess.Popen[str]) -> str:
+    """What a process prints until it ends, by itself."""
+    return process.communicate(timeout=PATIENT)[0]
+
+
+def status_of(out_dir: Path) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads((out_dir / 'status.json').read_text(encoding='utf-8'))
+    return status
+
+
+def rows_of(out_dir: Path) -> list[dict[str, Any]]:
+    lines = (out_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+    return [{name: row.get(name) for name in ('step', 'loss', 'val_loss', 'lr', 'grad_norm', 'skipped')}
+            for row in map(json.loads, lines)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer state and rows, bit for bit."""
+    first, second = checkpoint.load(one / 'ckpt.pt'), checkpoint.load(other / 'ckpt.pt')
+    assert first['iter_num'] == second['iter_num']
+    for name, weight in first['model'].items():
+        assert torch.equal(weight, second['model'][name]), name
+    for number, moments in first['optimizer']['state'].items():
+        for kind, tensor in moments.items():
+            assert torch.equal(tensor, second['optimizer']['state'][number][kind]), (number, kind)
+    assert rows_of(one) == rows_of(other)
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return str(free.getsockname()[1])
+
+
+def start_two(start: Start, code: str, out_dir: Path, dataset: Path, **changes: Any) -> list[subprocess.Popen[str]]:
+    """A run of two processes, without torchrun, which would end one for the other."""
+    port = free_port()
+    return [start('-c', code, *arguments(out_dir, dataset, **changes), RANK=str(rank), LOCAL_RANK=str(rank),
+                  WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for rank in range(2)]
+
+
+@pytest.fixture
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture costs as much time as a hundred steps of these runs."""
+    def draw_nothing(log: logger.Logger) -> None:
+        """In place of Logger.plot."""
+
+    monkeypatch.setattr(logger.Logger, 'plot', draw_nothing)
+
+
+# ------------------------------------------------------------------------------------------------
+# Signals and time
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(start: Start, tmp_path: Path,
+                                                                         tiny_dataset: Path) -> None:
+    """All three signals one after the other; the run is then what it would have been without any."""
+    stopped = tmp_path / 'stopped'
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        process = start('-c', SLOWLY + RUN, *arguments(stopped, tiny_dataset))
+        wait_for(process, 'iter ')
+        process.send_signal(number)
+        printed = end_of(process)
+        assert process.returncode == errors.STOPPED, printed
+        step = checkpoint.load(stopped / 'ckpt.pt')['iter_num']
+        assert f'stopped before step {step} of 12 by {number.name}' in printed
+        assert 'Traceback' not in printed
+        status = status_of(stopped)
+        assert (status['state'], status['exit_code'], status['step']) == ('stopped', 75, step - 1)
+    train.main(arguments(stopped, tiny_dataset))
+    train.main(arguments(tmp_path / 'whole', tiny_dataset))
+    assert status_of(stopped)['state'] == 'done'
+    assert_same_run(stopped, tmp_path / 'whole')
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(start: Start, tmp_path: Path,
+                                                                 tiny_dataset: Path) -> None:
+    endless = ('import evaluate, time; read_batch = evaluate.tokens.read_batch\n'
+               'evaluate.tokens.read_batch = lambda *all: (time.sleep(0.3), print("reading"), read_batch(*all))[-1]\n')
+    process = start('-c', 'import errors, train\n' + endless + RUN,
+                    *arguments(tmp_path, tiny_dataset, eval_iters=2000, eval_interval=1))
+    wait_for(process, 'reading')
+    process.terminate()
+    assert 'stopped before step 0 of 12 by SIGTERM' in end_of(process)
+    assert process.returncode == errors.STOPPED
+    train.main(arguments(tmp_path, tiny_dataset, eval_interval=12))
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 12
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    process = start('-c', SLOWLY.replace('0.1', '30') + RUN, *arguments(tmp_path, tiny_dataset))
+    wait_for(process, 'tokens per iteration')
+    process.send_signal(signal.SIGINT)
+    wait_for(process, 'saving after this step')
+    time.sleep(faults.AGAIN + 0.2)
+    process.send_signal(signal.SIGINT)
+    end_of(process)
+    assert process.returncode == errors.INTERRUPTED
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_a_run_ends_when_its_time_is_over(tmp_path: Path, tiny_dataset: Path) -> None:
+    with pytest.raises(errors.UserError, match='max_hours') as caught:
+        train.main(arguments(tmp_path, tiny_dataset, max_hours=1e-9))
+    assert caught.value.code == errors.STOPPED
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, 'the handlers are those from before'
+
+
+@pytest.mark.slow
+def test_torchrun_passes_a_signal_on_and_both_processes_stop_at_the_same_step(start: Start, tmp_path: Path,
+                                                                             tiny_dataset: Path) -> None:
+    script = tmp_path / 'slowly.py'
+    script.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SLOWLY}{RUN}', encoding='utf-8')
+    process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                    '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1', str(script),
+                    *arguments(tmp_path / 'run', tiny_dataset, max_iters=1000))
+    wait_for(process, 'iter ')
+    process.send_signal(signal.SIGUSR1)
+    printed = end_of(process)
+    assert process.returncode == 1, 'which torchrun makes of every code'
+    assert len(set(re.findall(r'stopped before step (\d+)', printed))) == 1
+    assert printed.count('stopped before step') == 2
+    assert status_of(tmp_path / 'run')['exit_code'] == errors.STOPPED
+
+
+# ------------------------------------------------------------------------------------------------
+# Kills, and processes that are lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_twenty_kills_change_nothing(tiny_dataset: Path, processes: int,
+                                     run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    result = run_script('benchmarks/kills.py', '--kills=20', f'--processes={processes}', f'--dataset={tiny_dataset}')
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r'killed (\d+) times', result.stdout), 'it counts'
+
+
+def hang(start: Start, tmp_path: Path, dataset: Path, what: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
+    """Two processes of which the second, after two steps, does `what`; and what both print."""
+    code = SLOWLY.replace('    time.sleep(0.1)\n', f"""
+    global calls
+    calls += 1
+    if calls == 4 and os.environ['RANK'] == '1':
+        {what}
+""").replace('parts_of = ', 'import signal; calls = 0; parts_of = ', 1)
+    both = start_two(start, code + RUN, tmp_path, dataset, timeout=6, start_timeout=30)
+    return both, [end_of(both[0])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('what', 'word'), [
+    ('os.kill(os.getpid(), signal.SIGKILL)', 'is silent'), ('os.kill(os.getpid(), signal.SIGSTOP)', 'is silent'),
+    ('time.sleep(1000)', 'hangs'), ('raise ValueError("planted")', 'is silent'),
+])
+def test_a_process_that_is_lost_is_named_and_the_others_end(start: Start, tmp_path: Path, tiny_dataset: Path, what: str,
+                                                            word: str) -> None:
+    both, (printed,) = hang(start, tmp_path, tiny_dataset, what)
+    assert both[0].returncode == errors.PEER_LOST, printed
+    assert re.search(rf'process 1 \(pid {both[1].pid} on .*\), at step \d+, {word}', printed), printed
+    assert status_of(tmp_path)['exit_code'] == errors.PEER_LOST
+    assert 'process 1' in status_of(tmp_path)['message']
+    assert 'Traceback' not in printed
+
+
+@pytest.mark.slow
+def test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goes_on(start: Start, tmp_path: Path,
+                                                                                     tiny_dataset: Path) -> None:
+    """Two torchruns that find each other by c10d rendezvous. The one that does not keep the store is killed."""
+    script = tmp_path / 'slowly.py'
+    script.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SLOWLY}{RUN}', encoding='utf-8')
+
+    def launch(**changes: Any) -> list[subprocess.Popen[str]]:
+        endpoint = f'127.0.0.1:{free_port()}'
+        agents = []
+        for host in ('true', 'false'):
+            rendezvous = ['--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint={endpoint}',
+                          f'--rdzv_conf=is_host={host}', '--rdzv_id=test', '--local_addr=127.0.0.1']
+            agents.append(start('-m', 'torch.distributed.run', *rendezvous, str(script), *arguments(
+                tmp_path / 'run', tiny_dataset, timeout=6, start_timeout=30, **changes)))
+        return agents
+
+    agents = launch(max_iters=1000)
+    printed: list[str] = []
+    readers = [threading.Thread(target=lambda agent=agent: printed.append(agent.stdout.read())) for agent in agents]
+    for reader in readers:
+        reader.start()
+    deadline = time.monotonic() + PATIENT
+    while not (tmp_path / 'run/ckpt.pt').exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    agents[1].kill()  # not its worker, which must notice
+    for reader in readers:
+        reader.join(PATIENT)
+    assert agents[0].wait(PATIENT) == 1
+    text = '\n'.join(printed)
+    assert re.search(r'torchrun, which started process \d \(pid \d+ on .*\), has died', text), text[-3000:]
+    step = checkpoint.load(tmp_path / 'run/ckpt.pt')['iter_num']
+    assert step > 0
+    again = launch(max_iters=step + 2)
+    outputs = [end_of(agent) for agent in again]
+    assert [agent.returncode for agent in again] == [0, 0], outputs
+    assert f'resuming at step {step}' in ''.join(outputs)
+    assert '2 processes' in ''.join(outputs)
+
+
+# ------------------------------------------------------------------------------------------------
+# What is not finite
+
+
+def break_steps(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool], number: float) -> None:
+    """The loss of these steps is multiplied by `number`."""
+    calls, parts_of = [-2], tokens.parts_of  # the first call measures the time; the next is that of step 0
+
+    def breaking(*rest: Any) -> Iterator[tokens.Part]:
+        calls[0] += 1
+        for part in parts_of(*rest):
+            yield part._replace(share=part.share * number) if broken(calls[0]) else part
+
+    monkeypatch.setattr(tokens, 'parts_of', breaking)
+
+
+@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.parametrize('number', [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                          tiny_dataset: Path, number: float) -> None:
+    seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    make_optimizer = train.make_optimizer
+
+    def watched(*rest: Any) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(*rest)
+        optimizer.register_step_post_hook(lambda *_: seen.append(({}, {})))
+        return optimizer
+
+    monkeypatch.setattr(train, 'make_optimizer', watched)
+    break_steps(monkeypatch, lambda step: step == 5, number)
+    train.main(arguments(tmp_path, tiny_dataset))
+    rows = rows_of(tmp_path)
+    assert [row['skipped'] for row in rows] == [0] * 5 + [1] * 7 + [None]
+    assert rows[5]['loss'] is None
+    assert all(row['loss'] > 0 for row in rows[:5] + rows[6:12])
+    assert len(seen) == 11, 'updates'
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert state['skipped'] == 1
+    assert all(moments['step'] == 11 for moments in state['optimizer']['state'].values())
+    assert all(weight.isfinite().all() for weight in state['model'].values())
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                            tiny_dataset: Path) -> None:
+    train.main(arguments(tmp_path, tiny_dataset, max_iters=4))
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    break_steps(monkeypatch, lambda step: True, math.nan)
+    with pytest.raises(errors.UserError, match='10 steps in a row') as caught:
+        train.main(arguments(tmp_path, tiny_dataset, max_iters=100, eval_interval=50))
+    assert caught.value.code == errors.NOT_FINITE
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+    assert (status_of(tmp_path)['exit_code'], status_of(tmp_path)['step']) == (errors.NOT_FINITE, 12)
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_the_text_on_which_the_loss_is_not_finite_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                           tiny_dataset: Path, tiny_text: str) -> None:
+    """One position has an embedding that overflows: every window has a loss that is not finite."""
+    train.main(arguments(tmp_path, tiny_dataset, max_iters=4))
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    state['model']['transformer.wpe.weight'][3] = math.inf
+    torch.save(state, tmp_path / 'ckpt.pt')
+    with pytest.raises(errors.UserError, match='10 steps in a row') as caught:
+        train.main(arguments(tmp_path, tiny_dataset, max_iters=100, eval_interval=50))
+    shown = re.search(r'no finite loss: (.*)$', str(caught.value), re.MULTILINE)
+    assert shown is not None, str(caught.value)
+    assert shown[1][1:-1].encode().decode('unicode_escape') in tiny_text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_an_infinite_loss_on_one_of_two_processes_skips_the_step_on_both(start: Start, tmp_path: Path,
+                                                                        tiny_dataset: Path, strategy: str) -> None:
+    code = """import errors, math, os, tokens, train
+calls, parts_of = [-2], tokens.parts_of
+def breaking(*rest):
+    calls[0] += 1
+    for part in parts_of(*rest):
+        yield part._replace(share=math.inf) if calls[0] == 5 and os.environ['RANK'] == '1' else part
+tokens.parts_of = breaking
+"""
+    both = start_two(start, code + RUN, tmp_path, tiny_dataset, strategy=strategy)
+    printed = [end_of(process) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert 'step 5 is skipped: loss inf' in printed[0]
+    assert [row['skipped'] for row in rows_of(tmp_path)] == [0] * 5 + [1] * 7 + [None]
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert all(moments['step'] == 11 for moments in state['optimizer']['state'].values())
+    assert all(weight.isfinite().all() for weight in state['model'].values())
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory and disk
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_too_large_is_answered_with_the_settings_that_fit(tmp_path: Path, tiny_dataset: Path) -> None:
+    limit = 8 << 30  # bytes of address space; torch itself takes a part of it
+
+    def with_limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    result = subprocess.run(
+        [sys.executable, 'train.py', *arguments(tmp_path, tiny_dataset, batch_size=1_000_000, n_embd=64,
+                                                gradient_accumulation_steps=3, eval_iters=1, eval_interval=1000)],
+        cwd=ROOT, preexec_fn=with_limit, capture_output=True, text=True, timeout=PATIENT, check=False)
+    assert result.returncode == errors.OUT_OF_MEMORY, result.stdout[-2000:] + result.stderr[-2000:]
+    assert '--batch_size=500000 --gradient_accumulation_steps=6' in result.stderr
+    assert len(result.stderr.splitlines()) <= 3
+    assert status_of(tmp_path)['exit_code'] == errors.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(('batch_size', 'accumulation', 'total', 'advice'), [
+    (12, 40, 0, '--batch_size=6 --gradient_accumulation_steps=80'),
+    (5, 4, 0, '--batch_size=2 --gradient_accumulation_steps=10'),
+    (7, 3, 0, '--batch_size=3 --gradient_accumulation_steps=7'), (12, 40, 491520, '--batch_size=6'),
+    (1, 40, 0, '--activation_checkpointing=True'),
+])
+def test_the_advice_keeps_the_tokens_of_a_step(batch_size: int, accumulation: int, total: int, advice: str) -> None:
+    said = faults.smaller_batch(batch_size, accumulation, total)
+    assert said.startswith(advice)
+    if batch_size > 1 and not total:
+        new = dict(re.findall(r'--(\w+)=(\d+)', said))
+        assert int(new['batch_size']) * int(new['gradient_accumulation_steps']) == batch_size * accumulation
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_a_run_that_would_fill_the_disk_does_not_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                       tiny_dataset: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage._replace(free=100_000))
+    with pytest.raises(errors.UserError, match=r'needs [\d,]+ bytes .*, and there is room for 100,000') as caught:
+        train.main(arguments(tmp_path / 'run', tiny_dataset))
+    assert caught.value.code == errors.DISK_FULL
+    assert not (tmp_path / 'run/metrics.jsonl').exists()
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                        tiny_dataset: Path) -> None:
+    """The disk waits until two more steps are done; the checkpoint holds the weights of its own step all the same."""
+    went_on, write, iteration = threading.Event(), checkpoint.write, logger.Logger.iteration
+    written: list[int] = []
+
+    def slowly(out_dir: Path, state: checkpoint.State, keep: int, is_best: bool) -> None:
+        assert state['iter_num'] != 4 or went_on.wait(PATIENT), 'no step was done in the meantime'
+        write(out_dir, state, keep, is_best)
+        written.append(state['iter_num'])
+
+    def noting(log: logger.Logger, step: int, *rest: Any) -> None:
+        iteration(log, step, *rest)
+        if step == 5:
+            assert written == [], 'the disk was not waited for'
+            went_on.set()
+
+    monkeypatch.setattr(checkpoint, 'write', slowly)
+    monkeypatch.setattr(logger.Logger, 'iteration', noting)
+    train.main(arguments(tmp_path / 'slow', tiny_dataset, keep=5))
+    assert written == [4, 8, 12]
+    monkeypatch.undo()
+    for age, step in (('.2', 4), ('.1', 8), ('', 12)):
+        assert checkpoint.load(tmp_path / f'slow/ckpt{age}.pt')['iter_num'] == step
+    shutil.copytree(tmp_path / 'slow', tmp_path / 'resumed')
+    os.replace(tmp_path / 'resumed/ckpt.2.pt', tmp_path / 'resumed/ckpt.pt')
+    train.main(arguments(tmp_path / 'resumed', tiny_dataset, eval_interval=4))
+    assert_same_run(tmp_path / 'slow', tmp_path / 'resumed')
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, tiny_dataset: Path) -> None:
+    for name in ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp'):
+        (tmp_path / name).write_bytes(b'half')
+    train.main(arguments(tmp_path, tiny_dataset))
+    assert not list(tmp_path.glob('*.tmp')) + list(tmp_path.glob('*new*'))
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_a_run_goes_on_elsewhere_from_what_it_has_uploaded(tmp_path: Path, tiny_dataset: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    url = (tmp_path / 'elsewhere').as_uri()
+    train.main(arguments(tmp_path / 'here', tiny_dataset, max_iters=8, upload_to=url))
+    assert status_of(tmp_path / 'here')['not_uploaded'] == []
+    assert (tmp_path / 'elsewhere/ckpt.pt').read_bytes() == (tmp_path / 'here/ckpt.pt').read_bytes()
+    train.main(arguments(tmp_path / 'there', tiny_dataset, upload_to=url))
+    assert 'resuming at step 8' in capsys.readouterr().out
+    train.main(arguments(tmp_path / 'whole', tiny_dataset))
+    first, second = (checkpoint.load(tmp_path / name / 'ckpt.pt') for name in ('there', 'whole'))
+    assert all(torch.equal(weight, second['model'][name]) for name, weight in first['model'].items())
+    model, state = checkpoint.open_model(url)
+    assert state['iter_num'] == 12
+    assert torch.equal(model.lm_head.weight, second['model']['lm_head.weight'])
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_an_upload_that_fails_is_seen_and_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                              tiny_dataset: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr('remote.PAUSES', (0.01, 0.01))
+    (tmp_path / 'file').write_text('in the way', encoding='utf-8')
+    url = (tmp_path / 'file/run').as_uri()
+    train.main(arguments(tmp_path / 'run', tiny_dataset, upload_to=url, init_from='scratch'))
+    assert 'is not uploaded' in capsys.readouterr().out
+    status = status_of(tmp_path / 'run')
+    assert (status['state'], status['exit_code']) == ('done', 0)
+    assert sorted(status['not_uploaded']) == ['best.pt', 'ckpt.pt']
