@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+import parallel
 import remote
 import tokenizer
 from errors import CHECKPOINT, DATA, DISK_FULL, UserError
@@ -27,6 +29,7 @@ from model import GPT, GPTConfig
 
 State = dict[str, Any]
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
+NOT_SHARED = 'out_dir must be one folder that all machines share, or --upload_to name a place that all can read'
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'gelu', 'tie_weights')  # weights decide it
 
 
@@ -45,8 +48,8 @@ class Saver:
     """Writes the checkpoints of a run while it goes on: it waits for the disk only where the one before is not written
     yet, and at the end. Each new file goes to the uploader, too."""
 
-    def __init__(self, out_dir: Path, keep: int, uploader: remote.Uploader) -> None:
-        self.out_dir, self.keep, self.uploader = out_dir, keep, uploader
+    def __init__(self, out_dir: Path, keep: int, uploader: remote.Uploader, while_waiting: Callable[[], None]) -> None:
+        self.out_dir, self.keep, self.uploader, self.while_waiting = out_dir, keep, uploader, while_waiting
         self.thread: threading.Thread | None = None
         self.error: UserError | None = None
 
@@ -72,8 +75,9 @@ class Saver:
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk. Raises what went wrong with it."""
-        if self.thread:
-            self.thread.join()
+        while self.thread and self.thread.is_alive():
+            self.while_waiting()
+            self.thread.join(1.0)
         self.complain()
 
     def complain(self) -> None:
@@ -277,16 +281,23 @@ def open_model(where: str, dropout: float = 0.0) -> tuple[GPT, State]:
     return model_of(state, dropout), state
 
 
-def start_from(settings: dict[str, Any], given: set[str], n_vocab: int) -> tuple[GPT, State, bool]:
+def start_from(settings: dict[str, Any], given: set[str], n_vocab: int,
+               process: parallel.Process) -> tuple[GPT, State, bool]:
     """The model, for a corpus of n_vocab tokens; the checkpoint that it comes from ({} where there is none); and
-    whether this run continues that one."""
+    whether this run continues that one. Every process must call it."""
     source, run, dropout = settings['init_from'], Path(settings['out_dir']), settings['dropout']
+    if source in ('resume', 'auto') and process.local_rank == 0:
+        fetch_run(run, settings['upload_to'])
+    parallel.wait_for_all(process)
     has_run = holds_run(run)
     if source == 'resume' or (source == 'auto' and has_run):
         state = load_newest(run)
+        parallel.refuse_difference(process, 'checkpoint of step', state['iter_num'], NOT_SHARED)
         model = model_of(state, dropout)
         refuse_other_shape(model.config, settings, given)
         return model, state, True
+    if source == 'auto':
+        parallel.refuse_difference(process, 'checkpoint of step', None, NOT_SHARED)
     if has_run and not (settings['overwrite'] or settings['eval_only'] or settings['overfit_single_batch']):
         raise UserError(f'{run} holds a run already: --init_from=resume continues it, --overwrite=True starts over,\n'
                         'another --out_dir leaves it alone')

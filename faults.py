@@ -81,11 +81,11 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self.ended.set()
         if self.thread.is_alive():
-            self.thread.join(LISTEN * BEAT)
+            self.thread.join((LISTEN + 1) * BEAT)
 
-    def beat(self, step: int) -> None:
-        """Called wherever the main thread gets on: it is at work on `step`."""
-        self.work, self.step = self.work + 1, step
+    def beat(self, step: int | None = None) -> None:
+        """Called wherever the main thread gets on: it is at work on `step`, or waits with good reason."""
+        self.work, self.step = self.work + 1, self.step if step is None else step
 
     def is_up(self) -> None:
         """The first step is done: nothing will be compiled or connected any more."""
@@ -111,7 +111,11 @@ class Watch:
                 self.end(f'torchrun, which started process {self.process.rank} (pid {os.getpid()} on '
                          f'{socket.gethostname()}), has died')
             if time.monotonic() - since > self.limit and not self.ended.is_set():
-                self.end(self.lost(True) or f'nothing has moved for {self.limit:.0f} s, in any process')
+                reason, is_moving = self.listen(slowest=True)
+                if is_moving:  # somebody waits for a slow disk, say, and all others for him
+                    since = time.monotonic()
+                else:
+                    self.end(reason or f'nothing has moved for {self.limit:.0f} s, in any process')
 
     def end(self, reason: str) -> None:
         """The main thread waits for somebody who will not come, so this one ends the process."""
@@ -124,8 +128,9 @@ class Watch:
             self.on_end(errors.PEER_LOST, message)
         os._exit(errors.PEER_LOST)
 
-    def lost(self, slowest: bool = False) -> str:
-        """Who has died, or, asked for the slowest, who hangs; '' if nobody has. It takes LISTEN beats to hear."""
+    def listen(self, slowest: bool = False) -> tuple[str, bool]:
+        """Who has died, or, asked for the slowest, who hangs ('' if nobody has); and whether anybody gets on. It takes
+        LISTEN beats to hear."""
         try:
             before = self.records()
             for _ in range(LISTEN):
@@ -134,16 +139,17 @@ class Watch:
             after = self.records()
             assert self.store is not None, 'only several processes watch each other'
             if self.store.check(['end']):
-                return str(self.store.get('end'), 'utf-8')
+                return str(self.store.get('end'), 'utf-8'), False
         except RuntimeError:
-            return f'the store of the processes, at {os.environ["MASTER_ADDR"]}, is gone, and whoever kept it'
+            return f'the store of the processes, at {os.environ["MASTER_ADDR"]}, is gone, and whoever kept it', False
         silent = [rank for rank, record in after.items() if record['beat'] == before[rank]['beat']]
         least, most = (pick(record['work'] for record in after.values()) for pick in (min, max))
         behind = [rank for rank, record in after.items() if record['work'] == least < most] if slowest else []
         fault = 'is silent: it has died, or was halted' if silent else f'hangs: {self.limit:.0f} s without progress'
         names = [f'process {rank} (pid {after[rank]["pid"]} on {after[rank]["host"]}), at step {after[rank]["step"]}'
                  for rank in silent or behind]
-        return f'{"; ".join(names)}, {fault}' if names else ''
+        is_moving = not silent and any(record['work'] != before[rank]['work'] for rank, record in after.items())
+        return f'{"; ".join(names)}, {fault}' if names else '', is_moving
 
     def records(self) -> dict[int, dict[str, Any]]:
         assert self.store is not None, 'only several processes watch each other'
@@ -173,7 +179,7 @@ def explained(watch: Watch, remedy: str) -> Iterator[None]:
             raise UserError(f'out of memory: {reason}\ntry {remedy}', errors.OUT_OF_MEMORY) from None
         if watch.store is None or not is_of_a_peer(error):
             raise
-        reason = watch.lost() or f'the connection to another process broke: {str(error).splitlines()[0]}'
+        reason = watch.listen()[0] or f'the connection to another process broke: {str(error).splitlines()[0]}'
         raise UserError(f'{reason}\nwhat was saved is whole: run the same command again', errors.PEER_LOST) from None
 
 

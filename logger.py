@@ -268,7 +268,8 @@ class Logger:
         self.close()
 
     def end(self, code: int, message: str) -> None:
-        self.status({DONE: 'done', STOPPED: 'stopped'}.get(code, 'failed'), max(self.step, 0), code, message)
+        state = {DONE: 'done', STOPPED: 'stopped'}.get(code, 'failed')
+        self.status(state, max(self.step, self.first_step), code, message)
 
     def path(self, name: str) -> str:
         return os.path.join(self.out_dir, name)

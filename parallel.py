@@ -1,14 +1,15 @@
 """Machines: who am I among the processes, where do I compute and how precisely, how do we add up."""
 import gc
+import json
 import os
 import re
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -157,6 +158,17 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
     return Process(rank, world_size, torch.device(device), why, local_rank, store)
 
 
+@contextmanager
+def joined(device: str, backend: str = 'auto', deterministic: bool = False, timeout: float = 1800.0,
+           shards: bool = False) -> Iterator[Process]:
+    """What `start` gives, until the block ends."""
+    process = start(device, backend, deterministic, timeout, shards)
+    try:
+        yield process
+    finally:
+        stop()
+
+
 def slurm_as_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables for a process that srun started: {} where there is one process, or torchrun has set them."""
     if 'RANK' in environment or not environment.keys() >= set(SLURM.values()) or environment['SLURM_NTASKS'] == '1':
@@ -210,6 +222,20 @@ def total(numbers: Tensor) -> Tensor:
 def wait_for_all(process: Process) -> None:
     """Until every process is here."""
     total(torch.zeros(1, device=process.device)).item()
+
+
+def refuse_difference(process: Process, what: str, value: Any, remedy: str) -> None:
+    """Machines may not share the folders that they should: every process must have found the same `value`. All of them
+    must call it; each says it in JSON."""
+    if process.store is None:
+        return
+    process.store.set(f'{what}/{process.rank}', json.dumps(value, sort_keys=True))
+    wait_for_all(process)
+    found = process.store.multi_get([f'{what}/{rank}' for rank in range(process.world_size)])
+    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
+    if other is not None:
+        ours, theirs = (str(found[rank], 'utf-8')[:100].replace('null', 'none') for rank in (0, other))
+        raise UserError(f'process 0 has found the {what} {ours}, and process {other} {theirs}\n{remedy}')
 
 
 def name_of(dtype: torch.dtype) -> str:

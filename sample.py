@@ -27,6 +27,7 @@ import remote
 import tokenizer
 import tokens
 from errors import UserError
+from model import GPT
 
 # ------------------------------------------------------------------------------------------------
 # Settings: names, defaults and meanings are nanoGPT's wherever it has them
@@ -89,8 +90,8 @@ def find_run(out_dir: str, is_given: bool) -> str:
         return newest
     names = ', '.join(name for _, name in reversed(runs[-5:]))
     remedy = f'the newest runs here: {names}' if runs else (
-        'train a small model: make train, or python train.py config/train_stdlib.py\n'
-        "or take GPT-2's weights: python sample.py --init_from=gpt2")
+        f'train a small model: make train, or {errors.python()} train.py config/train_stdlib.py\n'
+        f"or take GPT-2's weights: {errors.python()} sample.py --init_from=gpt2")
     raise UserError(f'{out_dir} holds no checkpoint{"" if runs else ", and no other out*/ here does"}\n{remedy}',
                     errors.CHECKPOINT)
 
@@ -132,6 +133,14 @@ def encode_start(text: str, vocabulary: tokenizer.Tokenizer, unseen: tokens.Toke
         ids = []
     line = f'--sample_start={text!r} cannot be written in this vocabulary: samples continue the start of {unseen.path}'
     return (ids, '') if ids else (unseen.read(0, 8).tolist(), line)
+
+
+def continue_text(model: GPT, prompt: list[int], vocabulary: tokenizer.Tokenizer, n_tokens: int, seed: int,
+                  process: parallel.Process) -> str:
+    """What a model makes of a prompt while it is trained. Every process must call it, as each may hold a part of it."""
+    idx = torch.tensor([prompt], device=process.device)  # (1, T)
+    ids = model.generate(idx, n_tokens, temperature=0.8, top_k=200, seed=seed, n_vocab=vocabulary.n_vocab)
+    return vocabulary.decode(ids[0].tolist())
 
 
 def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokenizer.Tokenizer,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import parallel
-from errors import DATA, UserError
+from errors import DATA, UserError, python
 from model import GPTConfig
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -118,8 +118,8 @@ def is_meta(meta: object) -> TypeGuard[dict[str, Any]]:
 def how_to_prepare(folder: Path) -> str:
     """The command that makes this corpus."""
     if (DATA_ROOT / folder.name / 'prepare.py').exists():
-        return f'python data/{folder.name}/prepare.py'
-    return f'python data/text/prepare.py --input=YOUR_TEXT --name={folder.name}'
+        return f'{python()} data/{folder.name}/prepare.py'
+    return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={folder.name}'
 
 
 def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> TokenFile:

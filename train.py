@@ -107,8 +107,8 @@ PATIENCE = 10  # steps in a row that are skipped because something is not finite
 SLOW = 5  # seconds: a longer step shows its micro-batches
 
 
-def check(settings: dict[str, Any]) -> None:
-    """Refuse what can be refused before anything is loaded."""
+def check(settings: dict[str, Any], given: set[str]) -> None:
+    """Refuse what can be refused before anything is loaded, and say what has no effect."""
     configurator.check_range(settings, 'keep', 2)  # the newest may be damaged
     configurator.check_range(settings, 'eval_interval eval_iters log_interval gradient_accumulation_steps batch_size '
                              'block_size n_layer n_head n_embd start_timeout timeout', 1)
@@ -121,6 +121,11 @@ def check(settings: dict[str, Any]) -> None:
                         'give --min_lr=0, or a tenth of the learning rate')
     if settings['overwrite'] and settings['init_from'] in ('resume', 'auto'):
         raise UserError(f'--overwrite=True starts over; --init_from={settings["init_from"]} goes on: give one of them')
+    decides = {'gradient_accumulation_steps': settings['total_batch_size'] and 'total_batch_size',
+               'schedule': '' if settings['decay_lr'] else 'decay_lr=False',
+               'reshard_after_forward': '' if settings['strategy'] == 'fsdp' else f'strategy={settings["strategy"]}'}
+    for name in sorted(name for name in given if decides.get(name)):
+        configurator.say(f'{name} has no effect: {decides[name]} decides')
 
 
 def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, block_size: int) -> int:
@@ -177,21 +182,20 @@ def accumulate_gradient(model: nn.Module, parts: Iterable[tokens.Part], n_parts:
     return loss
 
 
-def train(process: parallel.Process, watch: faults.Watch, settings: dict[str, Any], given: set[str]) -> None:
+def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, settings: dict[str, Any],
+          given: set[str]) -> None:
     """The whole run: load, then step after step evaluate, save, sample and learn."""
     # the corpus, and a model for it
     torch.manual_seed(seed)  # every process draws the same initial weights
-    if init_from in ('resume', 'auto') and process.local_rank == 0:
-        checkpoint.fetch_run(Path(out_dir), upload_to)
-    parallel.wait_for_all(process)
     folder = tokens.data_folder(dataset)
     meta = tokens.read_meta(folder)
-    raw_model, state, is_resumed = checkpoint.start_from(settings, given, meta['vocab_size'])
+    raw_model, state, is_resumed = checkpoint.start_from(settings, given, meta['vocab_size'], process)
     config, T = raw_model.config, raw_model.config.block_size
     corpora = {split: tokens.open_split(folder, split, T, config.vocab_size) for split in ('train', 'val')}
     prints = {split: tokens.fingerprint(corpus, meta) for split, corpus in corpora.items()}
     if is_resumed and not ignore_data_change:
         checkpoint.refuse_other_data(state, prints, folder)
+    parallel.refuse_difference(process, 'corpus', prints, f'{folder} must be the same on all machines')
     vocabulary = checkpoint.vocabulary_of(meta, state, init_from)
     token_sizes = vocabulary.token_sizes() if vocabulary else None
     prompt, no_start = sample.encode_start(sample_start, vocabulary, corpora['val']) if vocabulary else ([], '')
@@ -230,8 +234,7 @@ def train(process: parallel.Process, watch: faults.Watch, settings: dict[str, An
                         state['wandb_run_id'] if is_resumed else '', settings, uploader)
     watch.on_end = log.end
     advice = faults.smaller_batch(batch_size, gradient_accumulation_steps, total_batch_size)
-    with (log, faults.explained(watch, advice), checkpoint.Saver(run, keep, uploader) as saver,
-          faults.Stop(max_hours) as stop):
+    with log, faults.explained(watch, advice), checkpoint.Saver(run, keep, uploader, watch.beat) as saver:
         log.line(f'{compute.line}\n{logger.parameter_lines(optimizer.param_groups)}')
         log.line(f'tokens per iteration will be: {n_windows * T:,} = {n_windows} windows of {T}, in micro-batches of '
                  f'{batch_size}, {n_parts} for each process')
@@ -267,10 +270,13 @@ def train(process: parallel.Process, watch: faults.Watch, settings: dict[str, An
 
         def end_if_asked(step: int) -> None:
             """Save and leave before `step`, on all processes at once, if any of them was asked to."""
+            watch.beat(step)
             if not parallel.total(torch.tensor(float(stop.is_asked()), device=process.device)).item():
                 return
             if not (eval_only or overfit_single_batch or (is_resumed and step == first_step)):
                 save(step, False)
+                saver.wait()
+            parallel.wait_for_all(process)  # torchrun takes the first that leaves for a failure, and ends the others
             raise UserError(f'stopped before step {step} of {last_step} by {stop.reason or "another process"}\n'
                             'the same command goes on from there, with --init_from=auto', errors.STOPPED)
 
@@ -278,7 +284,6 @@ def train(process: parallel.Process, watch: faults.Watch, settings: dict[str, An
             """Evaluate on both splits, and save what has become of the model."""
             def progress(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
                 for item in log.progress(items, total, label, unit):
-                    watch.beat(step)
                     end_if_asked(step)
                     yield item
 
@@ -300,11 +305,8 @@ def train(process: parallel.Process, watch: faults.Watch, settings: dict[str, An
 
         def draw_sample(step: int) -> None:
             if vocabulary:
-                idx = torch.tensor([prompt], device=process.device)
                 with torch.compiler.set_stance('force_eager'), autocast:
-                    ids = raw_model.generate(idx, sample_tokens, temperature=0.8, top_k=200, seed=seed,
-                                             n_vocab=vocabulary.n_vocab)
-                log.sample(step, vocabulary.decode(ids[0].tolist()))
+                    log.sample(step, sample.continue_text(raw_model, prompt, vocabulary, sample_tokens, seed, process))
 
         if eval_only:
             measure(first_step)
@@ -386,13 +388,11 @@ def train(process: parallel.Process, watch: faults.Watch, settings: dict[str, An
 
 def main(args: list[str]) -> None:
     settings, given = configurator.configure(sys.modules[__name__], args)
-    check(settings)
-    process = parallel.start(device, backend, deterministic, start_timeout, shards=strategy == 'fsdp')
-    try:
-        with faults.Watch(process, start_timeout, timeout) as watch:
-            train(process, watch, settings, given)
-    finally:
-        parallel.stop()
+    check(settings, given)
+    with (faults.Stop(max_hours) as stop,
+          parallel.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
+          faults.Watch(process, start_timeout, timeout) as watch):
+        train(process, watch, stop, settings, given)
 
 
 if __name__ == '__main__':

@@ -34,6 +34,7 @@ from errors import CHECK_FAILED, UserError, run
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 kills: int = 200
 processes: int = 0  # that train together; 0: one, and then two
+strategy: str = 'ddp'  # or 'zero1', 'fsdp'
 dataset: str = 'stdlib'
 seed: int = 0  # decides when to kill; 0 takes another one each time
 # ------------------------------------------------------------------------------------------------
@@ -47,7 +48,8 @@ COMPARED = ('step', 'loss', 'val_loss', 'lr', 'grad_norm')
 
 def arguments(out_dir: Path, dataset: str, steps: int) -> list[str]:
     settings = {
-        'out_dir': out_dir, 'dataset': dataset, 'init_from': 'auto', 'device': 'cpu', 'dropout': 0.1,
+        'out_dir': out_dir, 'dataset': dataset, 'init_from': 'auto', 'device': 'cpu', 'strategy': strategy,
+        'dropout': 0.1,
         'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 2, 'gradient_accumulation_steps': 4,
         'max_iters': steps, 'lr_decay_iters': steps, 'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3,
         'eval_interval': 3, 'eval_iters': 2, 'sample_interval': 0, 'timeout': 20,

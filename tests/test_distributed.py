@@ -83,8 +83,8 @@ def main() -> None:
         note_tokens(patch, process.rank)
         for run in plan:
             settings, given = configurator.configure(train, arguments(run))
-            with faults.Watch(process, 300.0, 60.0) as watch:
-                train.train(process, watch, settings, given)
+            with faults.Stop(0.0) as stop, faults.Watch(process, 300.0, 60.0) as watch:
+                train.train(process, watch, stop, settings, given)
     parallel.stop()
 
 

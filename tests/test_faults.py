@@ -23,6 +23,7 @@ import checkpoint
 import errors
 import faults
 import logger
+import parallel
 import tokens
 import train
 
@@ -210,6 +211,25 @@ def test_torchrun_passes_a_signal_on_and_both_processes_stop_at_the_same_step(st
     assert len(set(re.findall(r'stopped before step (\d+)', printed))) == 1
     assert printed.count('stopped before step') == 2
     assert status_of(tmp_path / 'run')['exit_code'] == errors.STOPPED
+
+
+@pytest.mark.slow
+def test_a_stop_under_torchrun_waits_for_a_slow_disk(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    """The time of max_hours is over on all processes; the main one writes for longer than its peers may be silent, and
+    torchrun would end it as soon as another had left."""
+    script = tmp_path / 'slow_disk.py'
+    script.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import os, time, errors, train
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(10 if 'ckpt' in os.readlink(f'/proc/self/fd/{{file}}') else 0), fsync(file))
+{RUN}""", encoding='utf-8')
+    process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script),
+                    *arguments(tmp_path / 'run', tiny_dataset, max_iters=100_000, eval_interval=100_000, timeout=2,
+                               max_hours=4 / 3600))
+    printed = end_of(process)
+    assert checkpoint.load(tmp_path / 'run/ckpt.pt')['iter_num'] > 0, printed[-3000:]
+    assert status_of(tmp_path / 'run')['exit_code'] == errors.STOPPED
+    assert not (tmp_path / 'run/ckpt.new.pt').exists()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -471,8 +491,9 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, tiny_dataset: 
 
 
 @pytest.mark.usefixtures('_no_pictures')
-def test_a_run_goes_on_elsewhere_from_what_it_has_uploaded(tmp_path: Path, tiny_dataset: Path,
-                                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_goes_on_elsewhere_from_what_it_has_uploaded(
+        tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str],
+        run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     url = (tmp_path / 'elsewhere').as_uri()
     train.main(arguments(tmp_path / 'here', tiny_dataset, max_iters=8, upload_to=url))
     assert status_of(tmp_path / 'here')['not_uploaded'] == []
@@ -484,6 +505,8 @@ def test_a_run_goes_on_elsewhere_from_what_it_has_uploaded(tmp_path: Path, tiny_
     assert all(torch.equal(weight, second['model'][name]) for name, weight in first['model'].items())
     model, state = checkpoint.open_model(url)
     assert state['iter_num'] == 12
+    sampled = run_script('sample.py', f'--out_dir={url}', '--num_samples=1', '--max_new_tokens=20', '--start=import')
+    assert sampled.stdout.startswith('import'), sampled.stderr
     assert torch.equal(model.lm_head.weight, second['model']['lm_head.weight'])
 
 
@@ -499,3 +522,105 @@ def test_an_upload_that_fails_is_seen_and_does_not_end_the_run(monkeypatch: pyte
     status = status_of(tmp_path / 'run')
     assert (status['state'], status['exit_code']) == ('done', 0)
     assert sorted(status['not_uploaded']) == ['best.pt', 'ckpt.pt']
+
+
+# ------------------------------------------------------------------------------------------------
+# More of disks, folders and numbers
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(tmp_path: Path, tiny_dataset: Path) -> None:
+    """`ulimit -f`: no file may become larger than half a checkpoint."""
+    subprocess.run([sys.executable, 'train.py', *arguments(tmp_path, tiny_dataset, max_iters=8)], cwd=ROOT, check=True,
+                   capture_output=True)
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+
+    def with_limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    result = subprocess.run([sys.executable, 'train.py', *arguments(tmp_path, tiny_dataset)], cwd=ROOT, timeout=PATIENT,
+                            preexec_fn=with_limit, capture_output=True, text=True, check=False)
+    assert result.returncode == errors.DISK_FULL, result.stdout[-2000:] + result.stderr[-2000:]
+    assert re.search(r'it needs [\d,]{6,} bytes, and [\d,]{6,} are free', result.stderr), result.stderr
+    assert len(result.stderr.splitlines()) <= 3
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+    assert not (tmp_path / 'ckpt.new.pt').exists()
+    assert status_of(tmp_path)['exit_code'] == errors.DISK_FULL
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path: Path, tiny_dataset: Path) -> None:
+    train.main(arguments(tmp_path, tiny_dataset))
+    for path in tmp_path.glob('*.pt'):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.unlink()  # best.pt may be a second name of it
+        path.write_bytes(data)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(errors.UserError, match='is damaged') as caught:
+        train.main(arguments(tmp_path, tiny_dataset, max_iters=16))
+    assert caught.value.code == errors.CHECKPOINT
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_a_folder_are_told_so(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    train.main(arguments(tmp_path / 'here', tiny_dataset, max_iters=4))
+    port = free_port()
+    both = [start('-c', 'import errors, train; ' + RUN, *arguments(tmp_path / name, tiny_dataset), RANK=str(rank),
+                  LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+            for rank, name in enumerate(['here', 'there'])]
+    for process in both:
+        printed = end_of(process)
+        assert process.returncode == errors.COMMAND, printed
+        assert 'process 0 has found the checkpoint of step 4, and process 1 none\nout_dir must be one folder' in printed
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_an_overflow_that_the_scaler_answers_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                            tiny_dataset: Path) -> None:
+    """float16 on the CPU, which only a test asks for, with a scale that overflows for the first steps."""
+    monkeypatch.setattr(parallel, 'pick_dtype', lambda name, device: (torch.float16, 'for a test'))
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device, 2.0**30, enabled=enabled))
+    train.main(arguments(tmp_path, tiny_dataset, max_iters=40, eval_interval=40))
+    rows = rows_of(tmp_path)
+    overflows = [row['step'] for row in rows[:-1] if row['grad_norm'] is None]
+    assert len(overflows) > 10, 'more than would end a run'
+    assert all(row['skipped'] == 0 for row in rows[:-1])
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert all(moments['step'] == 40 - len(overflows) for moments in state['optimizer']['state'].values())
+    assert state['scaler']['scale'] < 2.0**30
+    assert rows[39]['loss'] < rows[0]['loss']
+
+
+@pytest.mark.slow
+def test_no_secret_of_the_environment_is_left_anywhere(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    secrets = {name: f'{name.lower()}-0123456789abcdef0123456789abcdef'[-40:] for name in (
+        'WANDB_API_KEY', 'AWS_SECRET_ACCESS_KEY', 'AWS_SESSION_TOKEN', 'HF_TOKEN', 'MY_PASSWORD')}
+    process = start('train.py', *arguments(tmp_path / 'run', tiny_dataset, wandb_log=True,
+                                           upload_to=(tmp_path / 'elsewhere').as_uri()),
+                    **secrets, WANDB_MODE='offline')
+    printed = end_of(process)
+    assert process.returncode == 0, printed
+    files = [path for path in tmp_path.rglob('*') if path.is_file()]
+    assert any('wandb' in str(path) for path in files)
+    assert any(path.parent.name == 'elsewhere' for path in files)
+    for secret in secrets.values():
+        assert secret not in printed
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_a_corpus_that_is_a_pickle_runs_nothing(tmp_path: Path, tiny_dataset: Path) -> None:
+    """The protocol-0 pickle of a call of os.system, in place of each file of a corpus."""
+    witness = tmp_path / 'it ran'
+    evil = f"cos\nsystem\n(S'touch \"{witness}\"'\ntR.".encode()
+    evil += b' ' * (len(evil) % 2)
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        folder = tmp_path / name
+        shutil.copytree(tiny_dataset, folder)
+        (folder / name).write_bytes(evil * 200)
+        with pytest.raises(errors.UserError, match=re.escape(str(folder))) as caught:
+            train.main(arguments(tmp_path / 'run', folder))
+        assert caught.value.code == errors.DATA
+    assert not witness.exists()

@@ -22,8 +22,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PROSE = re.sub(r'^```.*?^```$', '', README, flags=re.MULTILINE | re.DOTALL)  # without its blocks of code
-PROGRAMS = ('make ', 'python ', 'python3 ', '.venv/bin/python ', 'torchrun ', 'pip ', 'diff ', '. ')
-MARKS = {'a GPU': ('†', 'GPU', 'Apple'), 'a download': ('†', 'download', 'hub')}  # how README says that it needs one
+PROGRAMS = ('make ', 'python ', 'python3 ', '.venv/bin/python ', 'torchrun ', 'pip ', 'diff ', '. ', 'sbatch ', 'srun ',
+            'kubectl ', 'docker ')
+MARKS = {'a GPU': ('†', 'GPU', 'Apple'), 'a download': ('†', 'download', 'hub'),
+         'a cluster': ('machines', 'cluster', 'Slurm')}  # how README says that it needs one
 
 
 class Run(NamedTuple):
@@ -42,7 +44,7 @@ DEFAULT = 'python train.py config/train_stdlib.py'
 RUN = {
     'python data/stdlib/prepare.py': Run('', r'(?m)^train: .* tokens, (\d\.\d+) bytes of text each'),
     f'{DEFAULT} --overwrite=True': Run(TRAIN, r'\n=== step 3 ===\n'),
-    f'{DEFAULT} --init_from=resume': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
+    f'{DEFAULT} --init_from=auto': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
     '.venv/bin/python sample.py --out_dir=out-stdlib --start="def main("': Run(SAMPLE, r'(?m)^def main\('),
     'python evaluate.py --out_dir=out-stdlib': Run('--eval_iters=2', r'bits_per_byte.*\nval +\d+\.\d+ '),
     f'{DEFAULT} --overfit_single_batch=True --max_iters=100': Run('', r'\nPASS: .* in 100 steps\n'),
@@ -60,6 +62,7 @@ RUN = {
     'python sample.py --out_dir=out-mine': Run(SAMPLE, r'-{15}\n'),
     'python train.py --help': Run('', re.escape("out_dir: str = 'out'\n")),
     'python benchmarks/fast_marks.py': Run('', r'(?m)^AdamW +\d'),
+    'python benchmarks/memory.py': Run('--n_layer=1', r'2 processes: ddp 16\.\d\d .*, zero1 1[23]\.\d\d .*, fsdp 8\.'),
     'diff model_trivialised.py model.py || test $? = 1': Run('', r'# fast: '),  # 1: they differ
 }
 GPT2_ON_A_CPU = ('python train.py config/train_gpt2.py --device=cpu --compile=False --block_size=256 --batch_size=4 '
@@ -82,6 +85,23 @@ EXCEPTIONS = {
     'python train.py config/train_gpt2.py --device=cuda': 'a GPU',
     'torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py': 'a GPU',
     'torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py': 'a GPU',
+    'torchrun --standalone --nproc_per_node=gpu --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=120 '
+    'train.py config/train_gpt2.py --init_from=auto': 'a GPU',
+    **{f'torchrun --nnodes=2 {more} train.py config/train_gpt2.py': 'a cluster' for more in (
+        '--node_rank=0 --nproc_per_node=8 --master_addr=HOST', '--node_rank=1 --nproc_per_node=8 --master_addr=HOST',
+        '--nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500')},
+    'srun python train.py config/train_gpt2.py': 'a cluster',
+    'sbatch launch/slurm.sbatch config/train_gpt2.py --out_dir=/shared/out-gpt2': 'a cluster',
+    'sbatch --nodes=4 --partition=gpu launch/slurm.sbatch config/train_gpt2.py --out_dir=/shared/out-gpt2': 'a cluster',
+    'sbatch --nodes=2 launch/slurm.sbatch config/train_gpt2.py --out_dir=/fsx/out-gpt2': 'a cluster',
+    'pip install aws-parallelcluster': 'a cluster',
+    'pcluster create-cluster --cluster-name=plaingpt --cluster-configuration=launch/aws-cluster.yaml': 'a cluster',
+    'pcluster ssh --cluster-name=plaingpt -i KEY.pem': 'a cluster',
+    'pcluster delete-cluster --cluster-name=plaingpt': 'a cluster',
+    'docker build -f launch/Dockerfile -t REGISTRY/plaingpt:1 . && docker push REGISTRY/plaingpt:1': 'a cluster',
+    'kubectl create secret generic plaingpt --from-env-file=secrets.env': 'a cluster',
+    'kubectl apply -f launch/kubernetes.yaml': 'a cluster',
+    'kubectl logs -f job/plaingpt': 'a cluster',
 }
 SHORT_GPT2 = '--n_embd=32 --max_iters=2 --gradient_accumulation_steps=2 --eval_iters=1 --sample_tokens=5'
 
@@ -236,10 +256,42 @@ def is_used(name: str, sources: list[str]) -> bool:
     return any(name in (getattr(node, 'id', ''), getattr(node, 'attr', '')) for node in read)
 
 
+FAULTS = {  # what holds each row of the table of faults, in tests/
+    'SIGTERM, SIGUSR1, Ctrl-C': 'test_faults.test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on',
+    'a second Ctrl-C': 'test_faults.test_a_second_interrupt_leaves_at_once',
+    '`--max_hours` are over': 'test_faults.test_a_run_ends_when_its_time_is_over',
+    'SIGKILL at any moment, also while saving': 'test_faults.test_twenty_kills_change_nothing',
+    'a process dies, freezes or hangs': 'test_faults.test_a_process_that_is_lost_is_named_and_the_others_end',
+    'torchrun dies on one of two machines':
+        'test_faults.test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goes_on',
+    '`ckpt.pt` is damaged, cut off or empty':
+        'test_train.test_a_damaged_checkpoint_gives_way_to_the_one_before_it_with_one_line',
+    'every checkpoint is damaged': 'test_faults.test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over',
+    'the disk is full': 'test_faults.test_a_full_disk_ends_the_run_and_leaves_what_was_saved',
+    'the disk would become full': 'test_faults.test_a_run_that_would_fill_the_disk_does_not_begin',
+    'a loss or gradient that is not finite':
+        'test_faults.test_an_infinite_loss_on_one_of_two_processes_skips_the_step_on_both',
+    'ten of them in a row': 'test_faults.test_ten_steps_in_a_row_that_are_not_finite_end_the_run',
+    'memory runs out': 'test_faults.test_a_batch_that_is_too_large_is_answered_with_the_settings_that_fit',
+    'the corpus has changed since': 'test_train.test_a_resume_on_another_corpus_is_refused_unless_asked_for',
+    'the corpus shrinks while it is read': 'test_tokens.test_a_file_that_shrinks_while_it_is_read_ends_in_a_message',
+    'two machines do not share `out_dir`': 'test_faults.test_processes_that_do_not_share_a_folder_are_told_so',
+    'an upload fails': 'test_faults.test_an_upload_that_fails_is_seen_and_does_not_end_the_run',
+    'a checkpoint, config or corpus that would run code': 'test_faults.test_a_corpus_that_is_a_pickle_runs_nothing',
+}
+
+
+def test_every_row_of_the_table_of_faults_has_its_test() -> None:
+    assert [row[0] for row in tables(README)['fault']] == list(FAULTS)
+    for where in FAULTS.values():
+        file, _, name = where.partition('.')
+        assert f'def {name}(' in (ROOT / f'tests/{file}.py').read_text(encoding='utf-8')
+
+
 def test_the_table_of_files_names_every_file_once() -> None:
     named = [span for row in tables(README)['file'] for span in spans(row[0])]
     assert sorted(name for name in named if '/' not in name) == top_level_files()
-    assert {name for name in named if '/' in name} == {'data/<name>/prepare.py', 'config/'}
+    assert {name for name in named if '/' in name} == {'data/<name>/prepare.py', 'config/', 'launch/'}
 
 
 def test_every_file_that_is_named_or_linked_is_there() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import errors
 import parallel
 import tokenizer
 import tokens
@@ -301,7 +302,7 @@ def test_a_file_of_another_size_than_it_was_made_with_is_refused(copy: Path) -> 
     path.write_bytes(path.read_bytes()[:-10])
     message = refused(open_split, copy, 'train', 16, 128)
     assert f'{path} has {n - 5} tokens, and meta.json says {n}' in message
-    assert 'rebuild the corpus: python data/' in message
+    assert f'rebuild the corpus: {errors.python()} data/' in message
 
 
 @pytest.mark.parametrize('position', [0, 4095, -4096, -1])
@@ -356,6 +357,7 @@ def test_a_corpus_that_is_not_prepared_names_the_command_that_does_it(tmp_path: 
     for name, command in [('openwebtext', 'python data/openwebtext/prepare.py'),
                           ('stdlib', 'python data/stdlib/prepare.py'),
                           ('mine', 'python data/text/prepare.py --input=YOUR_TEXT --name=mine')]:
+        command = command.replace('python', errors.python(), 1)
         assert refused(read_meta, tmp_path / name).endswith(f'first run: {command}')
 
 

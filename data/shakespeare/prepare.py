@@ -29,8 +29,8 @@ def main(args: list[str]) -> None:
     text = documents.read_tiny_shakespeare(input, FOLDER)
     encoder = tokenizers.build('gpt2', lambda: [text], eot=True)
     corpus.write_corpus(FOLDER, corpus.Packer(encoder, eot=None), *corpus.split_text(text, 0.1), 'tiny Shakespeare')
-    print('next:\n    python train.py config/finetune_shakespeare.py\n'
-          '    python sample.py --out_dir=out-shakespeare')
+    print(f'next:\n    {errors.python()} train.py config/finetune_shakespeare.py\n'
+          f'    {errors.python()} sample.py --out_dir=out-shakespeare')
 
 
 if __name__ == '__main__':

@@ -55,7 +55,8 @@ def main(args: list[str]) -> None:
     texts, validation = [text for _, text in files], np.flatnonzero([is_val for is_val, _ in files])
     encoder = corpus.build_tokenizer(tokenizer, [texts], validation, eot=True)
     corpus.write_corpus(FOLDER, corpus.Packer(encoder, encoder.eot), [texts], validation, source)
-    print('next:\n    python train.py config/train_stdlib.py\n    python sample.py --out_dir=out-stdlib')
+    print(f'next:\n    {errors.python()} train.py config/train_stdlib.py\n'
+          f'    {errors.python()} sample.py --out_dir=out-stdlib')
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ import numpy as np
 import configurator
 import corpus
 import documents
-from errors import COMMAND, DATA, UserError, run
+from errors import COMMAND, DATA, UserError, python, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -66,8 +66,8 @@ def main(args: list[str]) -> None:
     encoder = corpus.build_tokenizer(tokenizer, parts, validation, eot=n_train > 1 or n_val > 1)
     packer = corpus.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
     corpus.write_corpus(folder, packer, parts, validation, input, num_proc)
-    print(f'next:\n    python train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'
-          f'    python sample.py --out_dir=out-{name}')
+    print(f'next:\n    {python()} train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'
+          f'    {python()} sample.py --out_dir=out-{name}')
 
 
 if __name__ == '__main__':

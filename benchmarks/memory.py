@@ -1,0 +1,101 @@
+"""
+What a process holds of a model that several train, by strategy: bytes for each parameter, beside what to expect.
+
+    python benchmarks/memory.py
+
+Weights, gradients and AdamW's two moments, all float32, are four times 4 bytes. ddp: each of N processes has all, 16.
+zero1: the moments in parts, 8 + 8/N. fsdp: all in parts, 16/N. Counted after a step, on gloo and CPU: the tensors
+themselves. Activations, and what is gathered for a moment, come on top.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+
+import configurator
+import parallel
+import sharding
+import train
+from errors import run
+from model import GPT, GPTConfig
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the annotated names from here to the next rule. Nothing below assigns to them.
+n_layer: int = 4
+n_embd: int = 128
+answer: str = ''  # a file for the result of one launch, which this script starts itself
+# ------------------------------------------------------------------------------------------------
+
+STRATEGIES: tuple[sharding.Strategy, ...] = ('ddp', 'zero1', 'fsdp')
+PROCESSES = (1, 2, 4)
+
+
+def expected(strategy: sharding.Strategy, n: int) -> float:
+    return {'ddp': 16.0, 'zero1': 8 + 8 / n, 'fsdp': 16 / n}[strategy]
+
+
+def held(tensors: Iterator[Tensor]) -> int:
+    """Bytes of memory behind the tensors, of this process alone, each counted once."""
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in local}.values())
+
+
+def tensors_of(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for p in model.parameters():
+        yield p.data
+        if p.grad is not None:
+            yield p.grad
+    inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer  # its part
+    yield from (value for moments in inner.state.values() for value in moments.values())
+
+
+def measure(strategy: sharding.Strategy, process: parallel.Process) -> float:
+    """The most bytes that a process holds for a parameter."""
+    config = GPTConfig(n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=64, vocab_size=1024)
+    model = GPT(config)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    wrapped = sharding.distribute(model, model.transformer.h, process, strategy, torch.float32, True, False)
+    optimizer = train.make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), strategy == 'zero1' and process.world_size > 1)
+    ids = torch.randint(1024, (2, 65))
+    _, loss = wrapped(ids[:, :-1], ids[:, 1:], logits='none')
+    loss.backward()
+    optimizer.step()
+    mine = torch.zeros(process.world_size)
+    mine[process.rank] = held(tensors_of(model, optimizer)) / n_parameters
+    return float(parallel.total(mine).max())
+
+
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    if answer:
+        process = parallel.start('cpu', shards=True)
+        results = {strategy: measure(strategy, process) for strategy in STRATEGIES}
+        if process.is_main:
+            Path(answer).write_text(json.dumps(results), encoding='utf-8')
+        parallel.stop()
+        return
+    print('bytes for each parameter, in the process that holds most (expected)')
+    for n in PROCESSES:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, 'answer.json')
+            torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
+            command = [*torchrun, __file__, f'--answer={file}', f'--n_layer={n_layer}', f'--n_embd={n_embd}']
+            environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+            subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+            results = json.loads(file.read_text(encoding='utf-8'))
+        shown = [f'{name} {results[name]:.2f} ({expected(name, n):.2f})' for name in STRATEGIES]
+        print(f'{n} processes: {", ".join(shown)}', flush=True)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,465 @@
+"""launch/ under stand-ins for the schedulers, which start real processes and signal them as the real ones do, and what
+its files promise to Slurm, Kubernetes and Docker."""
+import fnmatch
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import checkpoint
+import errors
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / 'launch'
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--dropout=0.1', '--batch_size=2',
+        '--gradient_accumulation_steps=2', '--eval_iters=1', '--eval_interval=100000', '--sample_interval=0',
+        '--log_interval=10', '--warmup_iters=2', '--device=cpu', '--timeout=20']
+
+# Slurm starts the processes of a step on the nodes, not below the batch shell, and so does this: in sessions of their
+# own. It honours the options that decide who is killed when, and returns the highest code, or 128 + the signal.
+SRUN = r"""
+import os, subprocess, sys, time
+options = dict(word.partition('=')[::2] for word in sys.argv[1:sys.argv.index('python')])
+command = sys.argv[sys.argv.index('python'):]
+known = {'--kill-on-bad-exit', '--wait', '--cpus-per-task'}
+assert options.keys() <= known, options
+here = os.environ['STAND_IN']
+tasks = []
+for rank in range(2):
+    more = {'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank), 'SLURM_NTASKS': '2',
+            'SLURM_STEP_NODELIST': 'localhost'}
+    tasks.append(subprocess.Popen(command, env=os.environ | more, start_new_session=True))
+with open(here + '/step.new', 'w') as file:
+    file.write(' '.join(str(task.pid) for task in tasks))
+os.replace(here + '/step.new', here + '/step')
+is_killed = False
+while any(task.poll() is None for task in tasks):
+    if options.get('--kill-on-bad-exit', '1') == '1' and not is_killed and any(task.poll() for task in tasks):
+        is_killed = True
+        for task in tasks:
+            task.poll() is None and task.kill()
+    time.sleep(0.01)
+codes = [task.returncode if task.returncode >= 0 else 128 - task.returncode for task in tasks]
+with open(here + '/codes', 'a') as file:
+    print(*codes, file=file)
+sys.exit(max(codes))
+"""
+SCONTROL = r"""
+import os, sys
+with open(os.environ['STAND_IN'] + '/scontrol', 'a') as file:
+    print(*sys.argv[1:], file=file)
+"""
+
+
+class Slurm:
+    """A cluster of this machine alone, which runs batch scripts and signals them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.job = folder, free_port() - 20000  # parallel.py takes the port from the job's number
+        programs = folder / 'bin'
+        programs.mkdir()
+        for name, source in {'srun': SRUN, 'scontrol': SCONTROL}.items():
+            (programs / name).write_text(f'#!{sys.executable}\n{source}', encoding='utf-8')
+            (programs / name).chmod(0o755)
+        path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ['PATH']])
+        self.environment = {**os.environ, 'PATH': path, 'STAND_IN': str(folder), 'SLURM_JOB_ID': str(self.job),
+                            'SLURM_CPUS_PER_TASK': '1', 'PYTHONUNBUFFERED': '1'}
+        self.log = folder / 'slurm.out'
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        (self.folder / 'step').unlink(missing_ok=True)
+        with open(self.log, 'ab') as log:  # --open-mode=append
+            return subprocess.Popen(['bash', str(LAUNCH / 'slurm.sbatch'), *arguments], cwd=ROOT, stdout=log,
+                                    stderr=log, stdin=subprocess.DEVNULL, env=self.environment)
+
+    def warn(self, shell: subprocess.Popen[bytes]) -> None:
+        """What comes before the end of the time limit: the signal of the script's directive, to the processes of the
+        step, or with B: to the batch shell alone."""
+        where, _, name = directives()['signal'].partition('@')[0].rpartition(':')
+        pids = [shell.pid] if where == 'B' else [int(pid) for pid in self.read('step')[0].split()]
+        for pid in pids:
+            os.kill(pid, signal.Signals[f'SIG{name}'])
+
+    def read(self, name: str) -> list[str]:
+        path = self.folder / name
+        return path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+
+
+def free_port() -> int:
+    """One of those that parallel.py takes with Slurm."""
+    for port in count(20000 + os.getpid() % 10000):
+        with socket.socket() as test:
+            if test.connect_ex(('localhost', port)):
+                return port
+    raise AssertionError('count ends never')
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f'{what}: not in {seconds} s'
+        time.sleep(0.02)
+
+
+def only(pattern: str, text: str) -> str:
+    """The group of a pattern that fits in one place."""
+    found: list[str] = re.findall(pattern, text, re.MULTILINE)
+    assert len(found) == 1, f'{pattern}: {found}'
+    return found[0]
+
+
+def directives() -> dict[str, str]:
+    """The #SBATCH lines. sbatch reads them up to the first command."""
+    lines = (LAUNCH / 'slurm.sbatch').read_text(encoding='utf-8').splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith('#'))
+    found = [line.removeprefix('#SBATCH --') for line in lines[:first_command] if line.startswith('#SBATCH')]
+    assert len(found) == sum('#SBATCH --' in line for line in lines), 'one stands where sbatch does not read it'
+    return {name: value for name, _, value in (line.partition('=') for line in found)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Slurm
+
+
+@pytest.mark.slow
+def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_goes_on_to_its_end(tiny_dataset: Path,
+                                                                                 tmp_path: Path) -> None:
+    slurm, out = Slurm(tmp_path), tmp_path / 'out'
+    command = ['config/train_gpt2.py', '--wandb_log=False', f'--dataset={tiny_dataset}', f'--out_dir={out}', *TINY,
+               '--max_iters=800', '--lr_decay_iters=800']
+    shell = slurm.start(*command)
+    wait_until(lambda: 'iter 20: ' in ' '.join(slurm.read('slurm.out')), 'twenty steps')
+    slurm.warn(shell)
+    assert shell.wait(60) == errors.STOPPED, slurm.read('slurm.out')[-20:]
+    assert slurm.read('codes') == ['75 75'], 'the exit codes of both processes'
+    status = json.loads((out / 'status.json').read_text(encoding='utf-8'))
+    stopped = checkpoint.load(out / 'ckpt.pt')['iter_num']
+    assert (status['state'], status['exit_code']) == ('stopped', errors.STOPPED)
+    assert 20 < stopped < 800
+    assert f'stopped before step {stopped} of 800' in '\n'.join(slurm.read('slurm.out'))
+    assert slurm.read('scontrol') == [f'requeue {slurm.job}']
+
+    assert slurm.start(*command).wait(120) == errors.DONE, slurm.read('slurm.out')[-20:]
+    log = '\n'.join(slurm.read('slurm.out'))
+    assert f'resuming at step {stopped}' in log
+    assert log.index('iter 20: ') < log.index('resuming at step'), 'the log of the first start is still there'
+    assert slurm.read('scontrol') == [f'requeue {slurm.job}'], 'a run that is done is not requeued'
+    assert checkpoint.load(out / 'ckpt.pt')['iter_num'] == 800
+    steps = [json.loads(line)['step'] for line in (out / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert len(steps) == len(set(steps))
+
+
+@pytest.mark.slow
+def test_a_slurm_job_with_a_wrong_setting_is_not_requeued(tmp_path: Path) -> None:
+    slurm = Slurm(tmp_path)
+    assert slurm.start('config/train_gpt2.py', '--learning_rte=1').wait(60) == errors.COMMAND
+    assert slurm.read('codes') == ['2 2']
+    assert slurm.read('scontrol') == []
+
+
+def test_the_slurm_script_asks_for_what_requeueing_needs() -> None:
+    asked = directives()
+    assert 'requeue' in asked
+    assert asked['open-mode'] == 'append', 'a requeued job would begin its log anew'
+    lead = int(asked['signal'].partition('@')[2])
+    assert lead >= 120, 'seconds for a step and a save; Slurm may send the signal late by none, and early by 60'
+    assert asked['ntasks-per-node'] == asked['gpus-per-node'], 'one process for each GPU'
+    wait = only(r'--wait=(\d+)', (LAUNCH / 'slurm.sbatch').read_text(encoding='utf-8'))
+    timeout = only(r'^timeout: float = ([\d.]+)', (ROOT / 'train.py').read_text(encoding='utf-8'))
+    assert int(wait) > float(timeout), 'train.py names a lost process before srun ends the step'
+
+
+def test_the_cluster_on_aws_has_what_the_slurm_script_asks_for() -> None:
+    cluster = yaml_of('aws-cluster.yaml')[0]
+    queue, storage = cluster['Scheduling']['SlurmQueues'][0], cluster['SharedStorage'][0]
+    assert storage['FsxLustreSettings']['DeletionPolicy'] == 'Retain', 'checkpoints outlive the cluster'
+    assert storage['StorageType'] == 'FsxLustre'
+    assert queue['ComputeResources'][0]['MinCount'] == 0, 'no GPU is paid for while no job runs'
+    cpus = {'p4d.24xlarge': 96}[queue['ComputeResources'][0]['InstanceType']]
+    assert int(directives()['gpus-per-node']) * int(directives()['cpus-per-task']) <= cpus
+    text = (LAUNCH / 'aws-cluster.yaml').read_text(encoding='utf-8')
+    assert f'--out_dir={storage["MountDir"]}/' in text, 'all nodes see the run'
+    assert not re.search(SECRET, text)
+
+
+# ------------------------------------------------------------------------------------------------
+# Kubernetes
+
+SECRET = re.compile(r'AKIA[0-9A-Z]{16}|(SECRET|TOKEN|PASSWORD|_KEY)\w*[ \t]*[=:][ \t]*\S', re.IGNORECASE)
+
+
+def yaml_of(name: str) -> list[Any]:
+    yaml = importlib.import_module('yaml')
+    return list(yaml.safe_load_all((LAUNCH / name).read_text(encoding='utf-8')))
+
+
+@pytest.fixture
+def manifest() -> dict[str, Any]:
+    return {document['kind']: document for document in yaml_of('kubernetes.yaml')}
+
+
+def test_the_pods_of_a_run_find_each_other(manifest: dict[str, Any]) -> None:
+    job, service = manifest['Job'], manifest['Service']
+    pod = job['spec']['template']['spec']
+    arguments = pod['containers'][0]['args']
+    nodes = job['spec']['completions']
+    assert job['spec']['completionMode'] == 'Indexed', 'a pod that fails comes back under its own number'
+    assert job['spec']['parallelism'] == nodes, 'all at once, or they wait for each other for ever'
+    assert f'--nnodes={nodes}' in arguments
+    assert '--node_rank=$(JOB_COMPLETION_INDEX)' in arguments
+    assert service['spec']['clusterIP'] == 'None', 'pods have names only behind a headless service'
+    assert service['spec']['publishNotReadyAddresses'] is True
+    assert service['spec']['selector'] == {'batch.kubernetes.io/job-name': job['metadata']['name']}
+    assert pod['subdomain'] == service['metadata']['name']
+    assert f'--master_addr={job["metadata"]["name"]}-0.{pod["subdomain"]}' in arguments
+    assert '--master_port=29500' in arguments
+
+
+def test_torchrun_and_train_take_what_kubernetes_gives_them(manifest: dict[str, Any]) -> None:
+    container = manifest['Job']['spec']['template']['spec']['containers'][0]
+    assert container['command'] == ['python', 'launch/torchrun.py'], 'no shell between Kubernetes and torchrun'
+    given = [argument.replace('$(JOB_COMPLETION_INDEX)', '1') for argument in container['args']]
+    options = importlib.import_module('torch.distributed.run').parse_args(given)
+    assert (options.node_rank, options.rdzv_backend, options.max_restarts) == (1, 'static', 0)
+    assert [options.training_script, *options.training_script_args][:2] == ['train.py', 'config/train_gpt2.py']
+    assert 'train.py config/train_gpt2.py' in (ROOT / 'README.md').read_text(encoding='utf-8')
+    settings, _ = importlib.import_module('configurator').configure(
+        importlib.import_module('train'), [str(ROOT / 'config/train_gpt2.py'), *options.training_script_args[1:]])
+    assert settings['init_from'] == 'auto', 'a pod that comes back goes on'
+    mounts = {mount['mountPath'] for mount in container['volumeMounts']}
+    assert {'/' + settings[name].split('/')[1] for name in ('dataset', 'out_dir')} <= mounts, 'what must outlive a pod'
+
+
+def test_kubernetes_gives_a_run_the_time_to_save(manifest: dict[str, Any]) -> None:
+    pod = manifest['Job']['spec']['template']['spec']
+    options = importlib.import_module('torch.distributed.run').parse_args(
+        [argument for argument in pod['containers'][0]['args'] if '$' not in argument])
+    assert 30 < options.shutdown_timeout < pod['terminationGracePeriodSeconds'], 'torchrun must not be killed first'
+    assert {'SIGTERM', 'SIGINT', 'SIGUSR1'} <= set(options.signals_to_handle.split(','))
+    assert int(options.rdzv_conf.removeprefix('timeout=')) > 360, 'the longest pause of a Job between two attempts'
+
+
+def outcome(policy: dict[str, Any], code: int, conditions: list[str]) -> str:
+    """What Kubernetes does with a pod that failed: the first rule that fits, or else it counts."""
+    for rule in policy['rules']:
+        codes = rule.get('onExitCodes')
+        if codes and (code in codes['values']) == (codes['operator'] == 'In'):
+            return rule['action']
+        if any(pattern['type'] in conditions for pattern in rule.get('onPodConditions', [])):
+            return rule['action']
+    return 'Count'
+
+
+@pytest.mark.parametrize(('code', 'conditions', 'expected'), [
+    (errors.STOPPED, [], 'Ignore'),
+    (143, ['DisruptionTarget'], 'Ignore'),
+    (errors.PEER_LOST, ['DisruptionTarget'], 'Ignore'),
+    (errors.PEER_LOST, [], 'Count'),
+    (errors.CHECK_FAILED, [], 'Count'),
+    (137, [], 'Count'),
+    *((code, [], 'FailJob') for code in (errors.COMMAND, errors.DATA, errors.CHECKPOINT, errors.NOT_FINITE,
+                                         errors.OUT_OF_MEMORY, errors.DISK_FULL)),
+])
+def test_a_stop_does_not_count_a_failure_does_and_a_mistake_ends_the_job(
+        manifest: dict[str, Any], code: int, conditions: list[str], expected: str) -> None:
+    job = manifest['Job']['spec']
+    pod = job['template']['spec']
+    assert outcome(job['podFailurePolicy'], code, conditions) == expected
+    assert pod['restartPolicy'] == 'Never', 'podFailurePolicy asks for it'
+    assert job['backoffLimit'] > 2 * job['completions']
+    assert job['podReplacementPolicy'] == 'Failed', 'the old pod may still write its checkpoint'
+    for rule in job['podFailurePolicy']['rules']:
+        assert rule.get('onExitCodes', {}).get('containerName', 'train') == pod['containers'][0]['name']
+
+
+def test_a_pod_is_not_root_and_holds_no_secret(manifest: dict[str, Any]) -> None:
+    pod = manifest['Job']['spec']['template']['spec']
+    container = pod['containers'][0]
+    assert pod['securityContext']['runAsNonRoot'] is True
+    assert pod['securityContext']['runAsUser'] == int(only(r'--uid=(\d+)', dockerfile())) > 0
+    assert pod['securityContext']['fsGroup'] == pod['securityContext']['runAsGroup']
+    assert container['securityContext']['allowPrivilegeEscalation'] is False
+    assert container['securityContext']['capabilities'] == {'drop': ['ALL']}
+    assert 'env' not in container, 'what a container is given by name is there to be read'
+    assert [source.keys() for source in container['envFrom']] == [{'secretRef'}]
+    assert 'Secret' not in manifest
+    assert not re.search(SECRET, (LAUNCH / 'kubernetes.yaml').read_text(encoding='utf-8'))
+    memory = {volume['name']: volume.get('emptyDir', {}).get('medium') for volume in pod['volumes']}
+    at = {mount['mountPath']: mount['name'] for mount in container['volumeMounts']}
+    assert memory[at['/dev/shm']] == 'Memory'
+    claims = [volume['persistentVolumeClaim']['claimName'] for volume in pod['volumes'] if 'emptyDir' not in volume]
+    assert claims == [manifest['PersistentVolumeClaim']['metadata']['name']]
+    assert manifest['PersistentVolumeClaim']['spec']['accessModes'] == ['ReadWriteMany'], 'all pods mount it'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('ends', 'expected'), [('sys.exit(75)', 75), ('os.kill(os.getpid(), 9)', 137)])
+def test_our_torchrun_ends_as_the_process_that_ended_first(tmp_path: Path, ends: str, expected: int) -> None:
+    """And not as the other one, which torchrun kills then, while it still saves, say."""
+    (tmp_path / 'work.py').write_text(
+        f"import os, sys, time\ntime.sleep(60) if os.environ['RANK'] == '0' else {ends}", encoding='utf-8')
+    command = [sys.executable, str(LAUNCH / 'torchrun.py'), '--standalone', '--nproc_per_node=2', 'work.py']
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60).returncode == expected
+
+
+class Pods:
+    """Two machines with a process each, all of them this one. A pod that ended is started again, as a Job would."""
+
+    def __init__(self, folder: Path, *command: str) -> None:
+        self.folder, self.command, self.port = folder, command, free_port()
+        self.pods: dict[int, subprocess.Popen[bytes]] = {}
+        self.codes: list[tuple[int, int]] = []  # pod, exit code
+
+    def start(self, pod: int) -> None:
+        container = yaml_of('kubernetes.yaml')[2]['spec']['template']['spec']['containers'][0]
+        arguments = [text for text in container['args'] if re.match('--(nnodes|rdzv|signals|shutdown)', text)]
+        with open(self.folder / f'pod{pod}.log', 'ab') as log:
+            self.pods[pod] = subprocess.Popen(
+                [sys.executable, 'launch/torchrun.py', *arguments, '--nproc_per_node=1', f'--node_rank={pod}',
+                 '--master_addr=localhost', f'--master_port={self.port}', *self.command],
+                cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, 'PYTHONUNBUFFERED': '1'})
+
+    def lose(self, pod: int) -> None:
+        """Its node is gone: nothing of it says a word."""
+        session = self.pods[pod].pid
+        listing = subprocess.run(['ps', '-e', '-o', 'pid=,sess='], capture_output=True, text=True, check=True).stdout
+        for pid, its_session in (map(int, line.split()) for line in listing.splitlines()):
+            if its_session == session:
+                os.kill(pid, signal.SIGKILL)
+        self.pods[pod].wait(10)
+
+    def collect(self) -> list[int]:
+        """The pods that have ended since."""
+        ended = [pod for pod, process in self.pods.items() if process.poll() is not None]
+        self.codes += [(pod, self.pods.pop(pod).returncode) for pod in ended]
+        return ended
+
+    def end(self) -> None:
+        for pod in list(self.pods):
+            self.lose(pod)
+
+
+@pytest.fixture
+def pods(tmp_path: Path, tiny_dataset: Path) -> Iterator[Pods]:
+    """They train for so long that they are interrupted."""
+    group = Pods(tmp_path, 'train.py', f'--dataset={tiny_dataset}', f'--out_dir={tmp_path / "out"}', *TINY,
+                 '--eval_interval=100', '--max_iters=2000', '--lr_decay_iters=2000', '--init_from=auto')
+    yield group
+    group.end()
+
+
+@pytest.mark.slow
+def test_pods_meet_again_after_one_was_lost_and_a_stop_of_one_is_the_stop_of_all(pods: Pods, tmp_path: Path) -> None:
+    for pod in (0, 1):
+        pods.start(pod)
+    wait_until((tmp_path / 'out/ckpt.pt').exists, 'a checkpoint')
+    pods.lose(1)
+    pods.collect()
+    pods.start(1)  # at once: the other one has hardly noticed
+    wait_until(pods.collect, 'the end of the other pod')
+    assert pods.codes == [(1, -signal.SIGKILL), (0, errors.PEER_LOST)]
+    pods.start(0)
+    log = tmp_path / 'pod0.log'
+    wait_until(lambda: re.search(r'(?s)resuming at step.*\niter \d+0: ', log.read_text(encoding='utf-8')),
+               'what both learn after they have met again')
+
+    pods.pods[1].send_signal(signal.SIGTERM)  # its node is drained
+    wait_until(lambda: pods.collect() and not pods.pods, 'the end of both')
+    assert sorted(pods.codes[2:]) == [(0, errors.STOPPED), (1, errors.STOPPED)]
+    status = json.loads((tmp_path / 'out/status.json').read_text(encoding='utf-8'))
+    stopped = checkpoint.load(tmp_path / 'out/ckpt.pt')['iter_num']
+    assert status['state'] == 'stopped'
+    assert status['message'].startswith(f'stopped before step {stopped} of 2000')
+
+
+# ------------------------------------------------------------------------------------------------
+# Docker
+
+
+def dockerfile() -> str:
+    """Its instructions, one in a line."""
+    lines = (LAUNCH / 'Dockerfile').read_text(encoding='utf-8').splitlines()
+    return '\n'.join(line for line in lines if not line.startswith('#')).replace('\\\n', ' ')
+
+
+def copies() -> Iterator[tuple[list[str], str]]:
+    """What COPY takes, and where it goes."""
+    for line in re.findall(r'^(?:COPY|ADD) (.*)$', dockerfile(), re.MULTILINE):
+        *sources, target = shlex.split(line)
+        yield sources, target
+
+
+def is_sent(path: str) -> bool:
+    """Whether .dockerignore lets the builder see it: the last pattern that fits it, or a folder of it, decides."""
+    parts = path.split('/')
+    heads = ['/'.join(parts[:i + 1]) for i in range(len(parts))]
+    sent = True
+    for line in (ROOT / '.dockerignore').read_text(encoding='utf-8').splitlines():
+        pattern = line.removeprefix('!')
+        if line and not line.startswith('#') and any(
+                head.count('/') == pattern.count('/') and fnmatch.fnmatchcase(head, pattern) for head in heads):
+            sent = line.startswith('!')
+    return sent
+
+
+def test_the_image_holds_named_files_that_exist_and_no_secret() -> None:
+    for sources, _ in copies():
+        for source in sources:
+            assert (ROOT / source).is_file(), f'{source}: COPY names files, so that no other gets into the image'
+            assert is_sent(source), f'{source} is kept out by .dockerignore'
+    rest = re.sub(r'^COPY.*', '', dockerfile(), flags=re.MULTILINE)  # it names tokens.py
+    assert not re.search(r'SECRET|TOKEN|PASSWORD|API_KEY|CREDENTIAL|\bAWS_|netrc|wandb login', rest, re.IGNORECASE)
+    assert not re.search(r'curl|wget|\| *(ba)?sh\b', dockerfile()), 'nothing is run that was just downloaded'
+
+
+@pytest.mark.parametrize('path', [
+    '.git/config', '.env', 'secrets.env', 'config/secrets.env', 'credentials', '.aws/credentials', 'wandbcreds',
+    'KEY.pem', '.netrc', 'out/ckpt.pt', 'out-gpt2/ckpt.pt', 'data/openwebtext/train.bin', 'data/stdlib/val.bin',
+    'wandb/run.log', '.venv/bin/python', 'launch/kubernetes.yaml',
+])
+def test_the_builder_never_sees(path: str) -> None:
+    assert not is_sent(path)
+
+
+def test_the_image_has_a_fixed_base_and_its_process_is_python_and_not_root() -> None:
+    text = dockerfile()
+    assert re.search(r'^FROM python:3\.1[1-4]\.\d+-[\w-]+$', text, re.MULTILINE), 'a version, not a moving name'
+    users = re.findall(r'^USER (.*)$', text, re.MULTILINE)
+    assert users and users[-1] not in ('root', '0')
+    assert re.search(rf'useradd .*{users[-1]}', text)
+    assert text.index('RUN pip install') < text.index(f'USER {users[-1]}'), 'the run cannot change what is installed'
+    entry = re.findall(r'^ENTRYPOINT (.*)$', text, re.MULTILINE)
+    assert [json.loads(words) for words in entry] == [['python']], 'a list: signals reach Python, not a shell'
+    assert '-r requirements.txt' in text
+
+
+@pytest.mark.slow
+def test_what_the_image_holds_is_enough_to_train(tmp_path: Path) -> None:
+    """Every file is where COPY puts it, and none is missing: the command that the image runs by default, and torchrun's
+    stand-in, import all of them."""
+    for sources, target in copies():
+        (tmp_path / target).mkdir(parents=True, exist_ok=True)
+        for source in sources:
+            shutil.copy(ROOT / source, tmp_path / target)
+    modules = ', '.join(sorted(path.stem for path in tmp_path.glob('*.py')))
+    for command in (json.loads(only(r'^CMD (.*)$', dockerfile())), ['-c', f'import {modules}'],
+                    ['launch/torchrun.py', '--standalone', 'train.py', 'config/train_gpt2.py', '--learning_rte=1']):
+        result = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
+                                encoding='utf-8', timeout=120)
+        expected = errors.COMMAND if '--learning_rte=1' in command else errors.DONE
+        assert result.returncode == expected, result.stderr
+        assert 'ModuleNotFoundError' not in result.stderr
