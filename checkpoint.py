@@ -14,6 +14,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +43,7 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # rename(2) does nothing where both are names of one file
 
 
 class Saver:
@@ -51,9 +53,13 @@ class Saver:
     def __init__(self, out_dir: Path, keep: int, uploader: remote.Uploader, while_waiting: Callable[[], None]) -> None:
         self.out_dir, self.keep, self.uploader, self.while_waiting = out_dir, keep, uploader, while_waiting
         self.thread: threading.Thread | None = None
-        self.error: UserError | None = None
+        self.error: BaseException | None = None
 
     def __enter__(self) -> Self:
+        """What a run that goes on has saved may not have reached its other place."""
+        for path in (self.out_dir / 'ckpt.pt', self.out_dir / 'best.pt'):
+            if path.exists():
+                self.uploader.put(path)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -70,7 +76,7 @@ class Saver:
             write(self.out_dir, state, self.keep, is_best)
             for name in ('ckpt.pt', 'best.pt') if is_best else ('ckpt.pt',):
                 self.uploader.put(self.out_dir / name)
-        except UserError as error:
+        except BaseException as error:  # which wait() or complain() raises where it is seen
             self.error = error
 
     def wait(self) -> None:
@@ -102,20 +108,20 @@ def write(out_dir: Path, state: State, keep: int, is_best: bool) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        for age in range(keep - 1, 1, -1):
+            if older(newest, age - 1).exists():
+                os.replace(older(newest, age - 1), older(newest, age))
+        if newest.exists() and keep > 1:
+            link(newest, older(newest, 1))  # it has two names for a moment, so that there is a ckpt.pt at every moment
+        os.replace(new, newest)
+        if is_best:
+            link(newest, out_dir / 'best.pt')
     except (OSError, RuntimeError) as error:  # a full disk is either, by the moment at which torch meets it
-        new.unlink(missing_ok=True)
-        free = shutil.disk_usage(out_dir).free
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
         raise UserError(f'{new} cannot be written: {str(error).splitlines()[0]}\n'
-                        f'it needs {n_bytes(state):,} bytes, and {free:,} are free\n'
+                        f'it needs {n_bytes(state):,} bytes, and {shutil.disk_usage(out_dir).free:,} are free\n'
                         f'{newest}, if it is there, is whole: make room, and resume', DISK_FULL) from None
-    for age in range(keep - 1, 1, -1):
-        if older(newest, age - 1).exists():
-            os.replace(older(newest, age - 1), older(newest, age))
-    if newest.exists() and keep > 1:
-        link(newest, older(newest, 1))  # it has two names for a moment, so that there is a ckpt.pt at every moment
-    os.replace(new, newest)
-    if is_best:
-        link(newest, out_dir / 'best.pt')
 
 
 def n_bytes(tree: Any) -> int:
@@ -126,21 +132,24 @@ def n_bytes(tree: Any) -> int:
     return sum(map(n_bytes, values))
 
 
-def make_ready(out_dir: Path, is_new: bool, model: GPT, keep: int) -> None:
-    """Before a run begins: its folder, without what a kill left half written and, for a new run, without the
-    checkpoints of another. `keep` of them, the best one and the one that is being written must find room."""
+def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int) -> None:
+    """Before a run begins: its folder, without what a kill left half written or, for a new run, the checkpoints of
+    another, and with best.pt where the newest is the best. `keep` of them, the best and a new one must find room."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--out_dir={out_dir} cannot be made a folder: {error.strerror}') from None
-    patterns = ('*.tmp', 'ckpt.new.pt', *(('ckpt*.pt', 'best.pt') if is_new else ()))
+    patterns = ('*.tmp', '.*.fetching', '.*.uploading', 'ckpt.new.pt', *(('ckpt*.pt', 'best.pt') if is_new else ()))
     for path in {path for pattern in patterns for path in out_dir.glob(pattern)}:
-        path.unlink()
+        path.unlink(missing_ok=True)
+    if is_best and (out_dir / 'ckpt.pt').exists():
+        link(out_dir / 'ckpt.pt', out_dir / 'best.pt')  # a kill may have come between the two
     n_parameters = sum(p.numel() for p in model.parameters())
     need = (keep + 2) * 3 * 4 * n_parameters  # bytes: a float32 for a weight, and two for AdamW's moments
-    free = shutil.disk_usage(out_dir).free + sum(path.stat().st_size for path in out_dir.glob('*.pt'))
-    if need > free:
-        raise UserError(f'{out_dir} needs {need:,} bytes for {keep + 2} checkpoints, and there is room for {free:,}\n'
+    ours = {path.stat().st_ino: path.stat().st_size for path in [*out_dir.glob('ckpt*.pt'), *out_dir.glob('best.pt')]}
+    room = shutil.disk_usage(out_dir).free + sum(ours.values())
+    if need > room:
+        raise UserError(f'{out_dir} needs {need:,} bytes for {keep + 2} checkpoints, and there is room for {room:,}\n'
                         'make room, or give another --out_dir', DISK_FULL)
 
 
@@ -289,15 +298,20 @@ def start_from(settings: dict[str, Any], given: set[str], n_vocab: int,
     if source in ('resume', 'auto') and process.local_rank == 0:
         fetch_run(run, settings['upload_to'])
     parallel.wait_for_all(process)
-    has_run = holds_run(run)
+    has_run, state, error = holds_run(run), State(), None
     if source == 'resume' or (source == 'auto' and has_run):
-        state = load_newest(run)
-        parallel.refuse_difference(process, 'checkpoint of step', state['iter_num'], NOT_SHARED)
+        try:
+            state = load_newest(run)
+        except UserError as caught:
+            error = caught
+    if source in ('resume', 'auto'):
+        parallel.refuse_difference(process, 'checkpoint of step', state.get('iter_num'), NOT_SHARED)
+    if error:
+        raise error
+    if state:
         model = model_of(state, dropout)
         refuse_other_shape(model.config, settings, given)
         return model, state, True
-    if source == 'auto':
-        parallel.refuse_difference(process, 'checkpoint of step', None, NOT_SHARED)
     if has_run and not (settings['overwrite'] or settings['eval_only'] or settings['overfit_single_batch']):
         raise UserError(f'{run} holds a run already: --init_from=resume continues it, --overwrite=True starts over,\n'
                         'another --out_dir leaves it alone')

@@ -1,10 +1,12 @@
 """What a user sees when something is wrong: one message that says what to do next, and an exit code that scripts can
 read."""
+import errno
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 DONE = 0
 CHECK_FAILED = 1  # for example, overfit_single_batch did not overfit
@@ -43,12 +45,18 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def code_of(error: BaseException) -> int:
     """The exit code of a process that this error ends."""
     if isinstance(error, UserError):
         return error.code
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
+    if is_disk_full(error):
+        return DISK_FULL
     return {KeyboardInterrupt: INTERRUPTED, BrokenPipeError: BROKEN_PIPE}.get(type(error), 1)
 
 
@@ -58,17 +66,31 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.stdout.flush()
-        print(error, file=sys.stderr)
-        sys.exit(error.code)
+        leave(str(error), error.code)
+    except KeyboardInterrupt:
+        leave('interrupted', INTERRUPTED)
     except BrokenPipeError as error:  # `python train.py | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor complains of what is left in the buffer
+        drop_output()
         sys.exit(code_of(error))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f'out of memory: {str(error).splitlines()[0] if str(error) else "main memory"}', file=sys.stderr)
-        sys.exit(OUT_OF_MEMORY)
-    except KeyboardInterrupt as error:
-        print('interrupted', file=sys.stderr)
-        sys.exit(code_of(error))
+    except (OSError, RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or ['main memory'])[0]
+        if is_out_of_memory(error):
+            leave(f'out of memory: {reason}', OUT_OF_MEMORY)
+        if is_disk_full(error):
+            leave(f'the disk is full: {reason}\nmake room, and run the same command again', DISK_FULL)
+        raise
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """The last words of a process; whoever read them may be gone."""
+    try:
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        drop_output()
+    sys.exit(code)
+
+
+def drop_output() -> None:
+    """Nobody reads it, and nobody shall complain of what is left in the buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,42 +22,74 @@ from errors import UserError
 from parallel import Process
 from tokenizer import Tokenizer
 
+T = TypeVar('T')
+
 SIGNALS = ('SIGTERM', 'SIGUSR1', 'SIGINT')  # Kubernetes and torchrun, Slurm, Ctrl-C; a system need not have them all
 AGAIN = 1.0  # seconds: a second Ctrl-C sooner than that is the first one, passed on by torchrun
 BEAT = 1.0  # seconds between two signs of life
 LISTEN = 4  # beats in which a living process gives a sign
+PATIENCE = 5.0  # seconds in which a living store answers
 
 
 class Stop:
     """Asks for a run to save and end: after a signal, or after `max_hours` (0 sets no end). A second Ctrl-C ends it at
-    once."""
+    once, and so does the first signal before it has begun, since there is nothing to save then.
+
+    Python runs handlers between two operations of the main thread, which may wait in C++ for other processes. So the
+    handlers do nothing; a thread reads the number of each signal from the pipe into which the interpreter writes it."""
 
     def __init__(self, max_hours: float) -> None:
         self.end = time.monotonic() + 3600 * max_hours if max_hours else math.inf
         self.reason, self.since, self.before = '', 0.0, dict[int, Any]()
+        self.has_begun = False  # there is something to save
 
     def __enter__(self) -> Self:
+        reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        self.pipe_before = signal.set_wakeup_fd(self.writer)
+        threading.Thread(target=self.read, args=(reader,), daemon=True).start()
         for number in (getattr(signal, name) for name in SIGNALS if name in vars(signal)):
-            self.before[number] = signal.signal(number, self.take)
+            self.before[number] = signal.signal(number, leave_to_the_thread)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self.pipe_before)
+        os.close(self.writer)  # which ends the thread
 
-    def take(self, number: int, frame: FrameType | None) -> None:
-        """The handler: it runs between two operations of the main thread, and so it only takes a note."""
-        now = time.monotonic()
-        if self.reason and number == signal.SIGINT and now - self.since > AGAIN:
-            os._exit(errors.INTERRUPTED)
+    def read(self, reader: int) -> None:
+        """The thread."""
+        while number := os.read(reader, 1):
+            if number[0] in self.before:
+                self.ask(signal.Signals(number[0]).name)
+        os.close(reader)
+
+    def ask(self, reason: str) -> None:
+        now, is_interrupt = time.monotonic(), reason == 'SIGINT'
+        if not self.has_begun or (is_interrupt and self.reason and now - self.since > AGAIN):
+            os._exit(errors.INTERRUPTED if is_interrupt else errors.STOPPED)
         if not self.reason:
-            self.reason, self.since = signal.Signals(number).name, now
-            print(f'{self.reason}: saving after this step', file=sys.stderr, flush=True)
+            self.reason, self.since = reason, now
+            with suppress(OSError):  # whoever read it may have got the same signal
+                os.write(sys.stderr.fileno(), f'{reason}: saving after this step\n'.encode())
 
     def is_asked(self) -> bool:
         if not self.reason and time.monotonic() > self.end:
             self.reason = 'the end of max_hours'
-        return self.reason != ''
+        return self.has_begun and self.reason != ''
+
+
+def leave_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """A handler, without which there would be nothing to read."""
+
+
+class News(NamedTuple):
+    """What a process hears of the others."""
+
+    reason: str = ''  # who is lost, and why; '' where nobody is known to be
+    code: int = errors.PEER_LOST  # the exit code for it
+    is_moving: bool = False  # somebody gets on
 
 
 class Watch:
@@ -69,6 +101,7 @@ class Watch:
         self.on_end: Callable[[int, str], None] | None = None  # what is done with an exit code and last words
         self.work, self.step, self.beats, self.ended = 0, 0, 0, threading.Event()
         self.store = process.store
+        self.me = f'process {process.rank} (pid {os.getpid()} on {socket.gethostname()})'
         self.parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -78,24 +111,29 @@ class Watch:
             self.thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.ended.set()
-        if self.thread.is_alive():
-            self.thread.join((LISTEN + 1) * BEAT)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.rest()
+        if error and errors.code_of(error) not in (errors.STOPPED, errors.PEER_LOST):
+            is_expected = isinstance(error, UserError) or errors.code_of(error) != errors.CHECK_FAILED
+            self.say_last(errors.code_of(error) if is_expected else errors.PEER_LOST, f'{self.me}: {error}')
 
     def beat(self, step: int | None = None) -> None:
         """Called wherever the main thread gets on: it is at work on `step`, or waits with good reason."""
         self.work, self.step = self.work + 1, self.step if step is None else step
 
     def is_up(self) -> None:
-        """The first step is done: nothing will be compiled or connected any more."""
+        """The first step is done: nearly everything is compiled and connected now."""
         self.limit = self.timeout
+
+    def rest(self) -> None:
+        """The work is done: from here on each process may take its time."""
+        self.ended.set()
 
     def tell(self) -> None:
         assert self.store is not None, 'only several processes watch each other'
         self.beats += 1
         self.store.set(str(self.process.rank), json.dumps({'beat': self.beats, 'work': self.work, 'step': self.step,
-                                                           'host': socket.gethostname(), 'pid': os.getpid()}))
+                                                           'name': self.me}))
 
     def run(self) -> None:
         """The thread: tell, and see whether the main thread gets on."""
@@ -108,53 +146,71 @@ class Watch:
             if work != self.work:
                 work, since = self.work, time.monotonic()
             if self.parent not in (None, os.getppid()):
-                self.end(f'torchrun, which started process {self.process.rank} (pid {os.getpid()} on '
-                         f'{socket.gethostname()}), has died')
-            if time.monotonic() - since > self.limit and not self.ended.is_set():
-                reason, is_moving = self.listen(slowest=True)
-                if is_moving:  # somebody waits for a slow disk, say, and all others for him
+                self.end(News(f'torchrun, which started {self.me}, has died'))
+            if time.monotonic() - since > self.limit:
+                news = self.listen(slowest=True)
+                if news.is_moving:  # somebody waits for a slow disk, say, and all others for him
                     since = time.monotonic()
-                else:
-                    self.end(reason or f'nothing has moved for {self.limit:.0f} s, in any process')
+                elif not self.ended.is_set():
+                    self.end(news if news.reason else News(f'nothing has moved for {self.limit:.0f} s, in any process'))
 
-    def end(self, reason: str) -> None:
+    def end(self, news: News) -> None:
         """The main thread waits for somebody who will not come, so this one ends the process."""
-        message = f'{reason}\nwhat was saved is whole: run the same command again'
-        with suppress(RuntimeError):
-            assert self.store is not None, 'only several processes watch each other'
-            self.store.set('end', reason)  # the others need not find out for themselves
-        print(message, file=sys.stderr, flush=True)
+        message = f'{news.reason}\nwhat was saved is whole: run the same command again'
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), f'{message}\n'.encode())
         if self.on_end:
-            self.on_end(errors.PEER_LOST, message)
-        os._exit(errors.PEER_LOST)
+            self.on_end(news.code, message)
+        self.say_last(news.code, news.reason)
+        os._exit(news.code)
 
-    def listen(self, slowest: bool = False) -> tuple[str, bool]:
-        """Who has died, or, asked for the slowest, who hangs ('' if nobody has); and whether anybody gets on. It takes
-        LISTEN beats to hear."""
-        try:
-            before = self.records()
-            for _ in range(LISTEN):
-                time.sleep(BEAT)
-                self.tell()
-            after = self.records()
-            assert self.store is not None, 'only several processes watch each other'
-            if self.store.check(['end']):
-                return str(self.store.get('end'), 'utf-8'), False
-        except RuntimeError:
-            return f'the store of the processes, at {os.environ["MASTER_ADDR"]}, is gone, and whoever kept it', False
+    def say_last(self, code: int, reason: str) -> None:
+        """Leave word in the store, so that the others need not find out for themselves."""
+        store, word = self.store, json.dumps({'code': code, 'reason': reason})
+        if store:
+            answer(lambda: store.set('end', word))
+
+    def listen(self, slowest: bool = False) -> News:
+        """Who has died, or, asked for the slowest, who hangs. It takes LISTEN beats to hear."""
+        before = answer(self.records)
+        for _ in range(LISTEN):
+            time.sleep(BEAT)
+            answer(self.tell)
+        after = answer(self.records)
+        if before is None or after is None:
+            keeper = 'process 0' if self.parent is None else 'torchrun, or the machine of process 0'
+            return News(f'{keeper}, at {os.environ["MASTER_ADDR"]}, is silent: it has died, or was halted')
+        if -1 in after:
+            return News(after[-1]['reason'], after[-1]['code'])
         silent = [rank for rank, record in after.items() if record['beat'] == before[rank]['beat']]
         least, most = (pick(record['work'] for record in after.values()) for pick in (min, max))
         behind = [rank for rank, record in after.items() if record['work'] == least < most] if slowest else []
         fault = 'is silent: it has died, or was halted' if silent else f'hangs: {self.limit:.0f} s without progress'
-        names = [f'process {rank} (pid {after[rank]["pid"]} on {after[rank]["host"]}), at step {after[rank]["step"]}'
-                 for rank in silent or behind]
+        names = '; '.join(f'{after[rank]["name"]}, at step {after[rank]["step"]}' for rank in silent or behind)
         is_moving = not silent and any(record['work'] != before[rank]['work'] for rank, record in after.items())
-        return f'{"; ".join(names)}, {fault}' if names else '', is_moving
+        return News(f'{names}, {fault}' if names else '', is_moving=is_moving)
 
     def records(self) -> dict[int, dict[str, Any]]:
+        """What each process has told last; as number -1 the last words of one that has failed, if there are any."""
         assert self.store is not None, 'only several processes watch each other'
-        ranks = range(self.process.world_size)
-        return dict(enumerate(map(json.loads, self.store.multi_get([str(rank) for rank in ranks]))))
+        keys = [str(rank) for rank in range(self.process.world_size)]
+        found = dict(enumerate(map(json.loads, self.store.multi_get(keys))))
+        return found | ({-1: json.loads(self.store.get('end'))} if self.store.check(['end']) else {})
+
+
+def answer(question: Callable[[], T]) -> T | None:
+    """What it gives, or None where that takes longer than PATIENCE: a store whose keeper was halted would be waited for
+    without end."""
+    answers: list[T] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # the keeper has died
+            answers.append(question())
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return answers[0] if answers else None
 
 
 def smaller_batch(batch_size: int, accumulation: int, total_batch_size: int) -> str:
@@ -169,18 +225,21 @@ def smaller_batch(batch_size: int, accumulation: int, total_batch_size: int) -> 
 
 
 @contextmanager
-def explained(watch: Watch, remedy: str) -> Iterator[None]:
-    """An error of another process, or of the memory, becomes one that says so; `remedy` is for the memory."""
+def explained(watch: Watch, settings: dict[str, Any]) -> Iterator[None]:
+    """An error of another process, or of the memory, becomes one that says so, and what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if errors.is_out_of_memory(error):
             reason = (str(error).splitlines() or ['main memory'])[0]
+            remedy = smaller_batch(*(settings[name] for name in (
+                'batch_size', 'gradient_accumulation_steps', 'total_batch_size')))
             raise UserError(f'out of memory: {reason}\ntry {remedy}', errors.OUT_OF_MEMORY) from None
         if watch.store is None or not is_of_a_peer(error):
             raise
-        reason = watch.listen()[0] or f'the connection to another process broke: {str(error).splitlines()[0]}'
-        raise UserError(f'{reason}\nwhat was saved is whole: run the same command again', errors.PEER_LOST) from None
+        news = watch.listen()
+        reason = news.reason or f'the connection to another process broke: {str(error).splitlines()[0]}'
+        raise UserError(f'{reason}\nwhat was saved is whole: run the same command again', news.code) from None
 
 
 def is_of_a_peer(error: BaseException) -> bool:

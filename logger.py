@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from errors import DONE, STOPPED, code_of
+import console
+from errors import DONE, STOPPED, code_of, drop_output
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -29,43 +30,7 @@ NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
 UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 SAMPLE_HEADER = re.compile(r'^=== step (\d+) ===\n', re.MULTILINE)
-CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')  # what may steer a terminal
 SECRET = re.compile(r'key|secret|password|token(?!s|iz)', re.IGNORECASE)  # in the name of a setting
-
-def iter_line(
-    step: int, loss: float, ms: float, mfu: float | None, lr: float, norm: float | None, tokens_per_second: float
-) -> str:
-    """nanoGPT's line, which people parse, and what it lacks after that. mfu is a fraction; None leaves it out."""
-    parts = [f'iter {step}: loss {loss:.4f}', f'time {ms:.2f}ms']
-    if mfu is not None:
-        parts.append(f'mfu {100 * mfu:.2f}%')
-    parts.append(f'lr {lr:.2e}')
-    if norm is not None:
-        parts.append(f'norm {norm:.4f}')
-    return ', '.join([*parts, f'tok/s {tokens_per_second:.0f}'])
-
-
-def parameter_lines(groups: Iterable[dict[str, Any]]) -> str:
-    """nanoGPT's lines on the two groups of weights that an optimizer has."""
-    counts = [(len(group['params']), sum(p.numel() for p in group['params'])) for group in groups]
-    lines = [f'num {kind} parameter tensors: {tensors}, with {numbers:,} parameters'
-             for (tensors, numbers), kind in zip(counts, ('decayed', 'non-decayed'), strict=True)]
-    total = sum(numbers for _, numbers in counts)
-    return '\n'.join([f'number of parameters: {total / 1e6:.2f}M', *lines, 'using fused AdamW: True'])
-
-
-def step_line(step: int, train_loss: float, val_loss: float) -> str:
-    """nanoGPT's line of an evaluation."""
-    return f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}'
-
-
-def short(number: float) -> str:
-    """1234567 as 1.23M: three digits, so that it fits into a bar and under an axis."""
-    for size, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
-        if abs(number) >= 0.9995 * size:
-            return f'{number / size:.3g}{letter}'
-    return f'{number:.3g}'
-
 
 @contextmanager
 def replacing(path: str) -> Iterator[IO[bytes]]:
@@ -190,39 +155,6 @@ class Expendable:
         return True
 
 
-class Pace:
-    """How fast a training is. `flops` is what a token takes of all that the cards can do in a second; 0: not known."""
-
-    def __init__(self, tokens_per_step: int, flops: float, step: int) -> None:
-        self.tokens_per_step, self.flops = tokens_per_step, flops
-        self.start(step)
-
-    def start(self, step: int) -> None:
-        """The clock runs from here, before `step`."""
-        self.clock, self.step = time.perf_counter(), step
-
-    def lap(self, step: int) -> dict[str, float]:
-        """The mean since the clock started, which starts anew: ms of a step, tokens per second and, where it is known,
-        the utilisation of the cards (Chowdhery et al. 2022: MFU)."""
-        seconds = (time.perf_counter() - self.clock) / (step - self.step)
-        self.start(step)
-        speed = self.tokens_per_step / seconds
-        lap = {'ms': 1000 * seconds, 'tokens_per_second': speed}
-        return lap | {'mfu': speed * self.flops} if self.flops else lap
-
-
-def say(text: str) -> None:
-    """One line on the console, above the bars."""
-    tqdm.write(printable(text), file=sys.stdout)
-    sys.stdout.flush()
-
-
-def printable(text: str) -> str:
-    """`text` as this console can show it: nothing that steers a terminal, nothing that its encoding lacks."""
-    encoding = sys.stdout.encoding or 'utf-8'
-    return CONTROL.sub('\ufffd', text).encode(encoding, 'replace').decode(encoding)
-
-
 class Logger:
     """Called alike by every process; only the main one writes. Rows and samples of steps from `first_step` on, which an
     interrupted run left in `out_dir`, are dropped, so that each step stands there once. Without an out_dir it writes
@@ -245,6 +177,7 @@ class Logger:
         self.has_bars = is_main and sys.stderr.isatty()
         self.step, self.values, self.last_kept, self.row_start = -1, dict[str, float](), -1, NO_ROW
         self.exit_code, self.uploader = 0, uploader
+        self.on_closed: Callable[[str], None] | None = None  # who is told that nobody reads the console any more
         self.writes = is_main and out_dir != ''
         if self.writes:
             os.makedirs(out_dir, exist_ok=True)
@@ -255,6 +188,7 @@ class Logger:
                 self.wandb = start_wandb(wandb_project, wandb_run_name, self.wandb_run_id, out_dir, settings or {})
 
     def __enter__(self) -> Self:
+        self.status('running', self.first_step, DONE)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -275,14 +209,21 @@ class Logger:
         return os.path.join(self.out_dir, name)
 
     def line(self, text: str) -> None:
-        if self.is_main:
-            say(text)
+        if not self.is_main:
+            return
+        try:
+            console.say(text)
+        except BrokenPipeError:
+            if self.on_closed is None:
+                raise
+            drop_output()
+            self.on_closed('a closed output')
 
     def iteration(self, step: int, row: dict[str, float], lap: dict[str, float]) -> None:
         """A step of the training: its row, its line, and the bar. `lap` is Pace's."""
         speed, mfu = lap['tokens_per_second'], lap.get('mfu')
         self.row(step, **row, **{name: value for name, value in lap.items() if name != 'ms'})
-        self.line(iter_line(step, row['loss'], lap['ms'], mfu, row['lr'], row['grad_norm'], speed))
+        self.line(console.iter_line(step, row['loss'], lap['ms'], mfu, row['lr'], row['grad_norm'], speed))
         self.update(step + 1, loss=f'{row["loss"]:.3f}', speed=f'{speed:,.0f} tok/s')
 
     def row(self, step: int, **values: float) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from errors import PEER_LOST, UserError
+from errors import PEER_LOST, STOPPED, UserError
 
 # What srun says, under the names of torchrun.
 SLURM = {'RANK': 'SLURM_PROCID', 'LOCAL_RANK': 'SLURM_LOCALID', 'WORLD_SIZE': 'SLURM_NTASKS'}
@@ -108,7 +108,7 @@ class Compute(NamedTuple):
     dtype: torch.dtype  # of matrix products
     autocast: AbstractContextManager[None]  # in which they have it; weights, sums and the loss stay in float32
     compiles: bool
-    peak: float | None  # FLOP/s that the card promises in them, if that is known
+    peak: float | None  # FLOP/s that all cards together promise in them, if that is known
     line: str  # for people: all this, and why
 
 
@@ -118,8 +118,8 @@ def choose(process: Process, dtype: str, compile: bool | str) -> Compute:
     compiles, why_compile = pick_compile(compile, process.device.type)
     line = (f'{describe(process)}; {name_of(precision)}, {why_precision}; '
             f'{"compiled" if compiles else "not compiled"}, {why_compile}')
-    return Compute(precision, autocast(process.device, precision), compiles,
-                   peak_flops(card(process), name_of(precision)), line)
+    peak = peak_flops(card(process), name_of(precision))
+    return Compute(precision, autocast(process.device, precision), compiles, peak and peak * process.world_size, line)
 
 
 def start(device: str, backend: str = 'auto', deterministic: bool = False, timeout: float = 1800.0,
@@ -161,12 +161,21 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
 @contextmanager
 def joined(device: str, backend: str = 'auto', deterministic: bool = False, timeout: float = 1800.0,
            shards: bool = False) -> Iterator[Process]:
-    """What `start` gives, until the block ends."""
-    process = start(device, backend, deterministic, timeout, shards)
+    """What `start` gives, until the block ends. Where it ends well, or to stop, all processes leave together: torchrun
+    takes the first that goes for a failure, and ends the others."""
+    process, has_failed = start(device, backend, deterministic, timeout, shards), True
     try:
         yield process
+        has_failed = False
+    except UserError as error:
+        has_failed = error.code != STOPPED
+        raise
     finally:
-        stop()
+        if not has_failed:
+            with suppress(RuntimeError):
+                wait_for_all(process)
+        if not (has_failed and process.device.type == 'cuda'):  # NCCL might wait for what a lost process owes
+            stop()
 
 
 def slurm_as_torchrun(environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
-from logger import short
+from console import short
 
 Values = NDArray[np.float64]
 Columns = Mapping[str, Values]  # of the same length: one value for each row, NaN where it was not measured

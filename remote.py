@@ -7,6 +7,7 @@ service's own tools look for them; none is taken from a URL, since URLs end up i
 import itertools
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,7 @@ def fetch(url: str, folder: Path) -> list[Path]:
         raise UserError(f'no checkpoint at {shown(url)}', CHECKPOINT)
     targets = [folder / Path(source).name for source in sources]
     for source, target in zip(sources, targets, strict=True):
-        temporary = target.with_name(f'.{target.name}.fetching')
+        temporary = target.with_name(f'.{target.name}.{secrets.token_hex(4)}.fetching')  # machines may share the folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             files.get_file(source, str(temporary))

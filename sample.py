@@ -10,7 +10,7 @@ The samples go to stdout, and nothing else does.
 import codecs
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +20,8 @@ from torch import Tensor
 
 import checkpoint
 import configurator
+import console
 import errors
-import logger
 import parallel
 import remote
 import tokenizer
@@ -122,9 +122,11 @@ def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> lis
     return ids
 
 
-def encode_start(text: str, vocabulary: tokenizer.Tokenizer, unseen: tokens.TokenFile) -> tuple[list[int], str]:
+def encode_start(text: str, vocabulary: tokenizer.Tokenizer | None, unseen: tokens.TokenFile) -> tuple[list[int], str]:
     """The ids that the samples of a training continue, and a line to say where that is not `text`: what the vocabulary
     cannot write gives way to the beginning of the validation text, and an empty text to the beginning of a document."""
+    if vocabulary is None:
+        return [], f'the tokenizer of {unseen.path} cannot be had here: no samples, and no bits per byte'
     if not text and vocabulary.eot is not None:
         return [vocabulary.eot], ''
     try:
@@ -136,11 +138,14 @@ def encode_start(text: str, vocabulary: tokenizer.Tokenizer, unseen: tokens.Toke
 
 
 def continue_text(model: GPT, prompt: list[int], vocabulary: tokenizer.Tokenizer, n_tokens: int, seed: int,
-                  process: parallel.Process) -> str:
-    """What a model makes of a prompt while it is trained. Every process must call it, as each may hold a part of it."""
-    idx = torch.tensor([prompt], device=process.device)  # (1, T)
-    ids = model.generate(idx, n_tokens, temperature=0.8, top_k=200, seed=seed, n_vocab=vocabulary.n_vocab)
-    return vocabulary.decode(ids[0].tolist())
+                  process: parallel.Process, beat: Callable[[], None]) -> str:
+    """What a model makes of a prompt while it is trained. Every process must call it, as each may hold a part of it;
+    `beat` is called for each token."""
+    idx, ids = torch.tensor([prompt], device=process.device), list(prompt)  # (1, T)
+    for token in model.stream(idx, n_tokens, temperature=0.8, top_k=200, seed=seed, n_vocab=vocabulary.n_vocab):
+        ids.append(int(token))
+        beat()
+    return vocabulary.decode(ids)
 
 
 def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokenizer.Tokenizer,
@@ -171,7 +176,7 @@ def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokeniz
 def show(pieces: Iterable[str]) -> None:
     """Print each piece the moment it is there, without what would steer the terminal."""
     for piece in pieces:
-        sys.stdout.write(logger.printable(piece))
+        sys.stdout.write(console.printable(piece))
         sys.stdout.flush()
 
 

@@ -39,8 +39,9 @@ def distribute(model: nn.Module, blocks: Iterable[nn.Module], process: Process, 
                         '--dtype=float32, or another --strategy')
     mesh = dist.init_device_mesh(process.device.type, (process.world_size,))
     offload = CPUOffloadPolicy(pin_memory=process.device.type == 'cuda') if cpu_offload else OffloadPolicy()
-    # weights travel in `dtype`, gradients are added in float32, and autocast sees to the rest as it does for ddp
-    travels = None if dtype == torch.float32 else dtype
+    # weights travel in `dtype`, gradients are added in float32, and autocast sees to the rest as it does for ddp; but a
+    # CPU's autocast would leave a LayerNorm with float32 numbers and bfloat16 gains
+    travels = dtype if process.device.type == 'cuda' and dtype != torch.float32 else None
     precision = MixedPrecisionPolicy(travels, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)

@@ -21,6 +21,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import checkpoint
 import configurator
+import console
 import errors
 import evaluate
 import faults
@@ -115,8 +116,7 @@ def check(settings: dict[str, Any], given: set[str]) -> None:
     configurator.check_range(settings, 'total_batch_size max_iters max_epochs warmup_iters lr_decay_iters max_hours '
                              'sample_interval sample_tokens vocab_size grad_clip learning_rate min_lr weight_decay', 0)
     configurator.check_range(settings, 'dropout beta1 beta2 decay_fraction', 0, below=1)
-    falls = settings['decay_lr'] and settings['schedule'] != 'constant'
-    if falls and settings['min_lr'] > settings['learning_rate']:
+    if settings['decay_lr'] and settings['schedule'] != 'constant' and settings['min_lr'] > settings['learning_rate']:
         raise UserError(f'--min_lr={settings["min_lr"]} is above --learning_rate={settings["learning_rate"]}:\n'
                         'give --min_lr=0, or a tenth of the learning rate')
     if settings['overwrite'] and settings['init_from'] in ('resume', 'auto'):
@@ -198,7 +198,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
     parallel.refuse_difference(process, 'corpus', prints, f'{folder} must be the same on all machines')
     vocabulary = checkpoint.vocabulary_of(meta, state, init_from)
     token_sizes = vocabulary.token_sizes() if vocabulary else None
-    prompt, no_start = sample.encode_start(sample_start, vocabulary, corpora['val']) if vocabulary else ([], '')
+    prompt, no_start = sample.encode_start(sample_start, vocabulary, corpora['val'])
 
     # how much there is to do
     order = tokens.Order(len(corpora['train']), T, seed)
@@ -227,35 +227,33 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
     run = Path(out_dir, 'overfit') if overfit_single_batch else Path(out_dir)
     writes = process.is_main and not eval_only
     if writes:
-        checkpoint.make_ready(run, overwrite and not overfit_single_batch, raw_model, keep)
-    uploader = remote.Uploader(upload_to if writes and not overfit_single_batch else '', logger.say)
+        is_best = bool(best) and best['loss'][1] == first_step > 0
+        checkpoint.make_ready(run, overwrite and not overfit_single_batch, is_best, raw_model, keep)
+    uploader = remote.Uploader(upload_to if writes and not overfit_single_batch else '', console.say)
     log = logger.Logger('' if eval_only else str(run), process.is_main, first_step, last_step,
                         wandb_project if wandb_log else '', wandb_run_name,
                         state['wandb_run_id'] if is_resumed else '', settings, uploader)
-    watch.on_end = log.end
-    advice = faults.smaller_batch(batch_size, gradient_accumulation_steps, total_batch_size)
-    with log, faults.explained(watch, advice), checkpoint.Saver(run, keep, uploader, watch.beat) as saver:
-        log.line(f'{compute.line}\n{logger.parameter_lines(optimizer.param_groups)}')
+    watch.on_end, log.on_closed = log.end, stop.ask
+    with log, faults.explained(watch, settings), checkpoint.Saver(run, keep, uploader, watch.beat) as saver:
+        log.line(f'{compute.line}\n{console.parameter_lines(optimizer.param_groups)}')
         log.line(f'tokens per iteration will be: {n_windows * T:,} = {n_windows} windows of {T}, in micro-batches of '
                  f'{batch_size}, {n_parts} for each process')
         log.line(f'{last_step:,} iterations are {last_step * n_windows / order.epoch:.2f} epochs')
-        if vocabulary is None:
-            log.line(f'the tokenizer {meta["tokenizer"]["name"]} cannot be had here: no samples, and no bits per byte')
-        if no_start and sample_interval:
+        if no_start and (sample_interval or not vocabulary):
             log.line(no_start)
         if is_resumed:
             log.line(checkpoint.describe(state, settings))
         state = {}  # its memory is free again
-        log.status('running', first_step, errors.DONE)
 
         def read(step: int) -> Iterator[tokens.Part]:
-            starts = order.starts(step * n_windows, n_windows)
+            starts = order.starts(0 if overfit_single_batch else step * n_windows, n_windows)
             for part in tokens.parts_of(corpora['train'], starts, batch_size, config, process):
                 watch.beat(step)
                 yield part
 
         def save(step: int, is_best: bool) -> None:
             """Every process gives its part; the main one writes the file, while all go on."""
+            saver.wait()
             weights, moments = sharding.gather(raw_model, optimizer, process)
             if process.is_main:
                 log.flush()
@@ -263,7 +261,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
                 saver.save(is_best, {
                     'model': weights, 'optimizer': moments, 'model_args': checkpoint.model_args(config),
                     'config': settings | {name: getattr(config, name) for name in checkpoint.SHAPE},
-                    'iter_num': step, 'best_val_loss': best['loss'][0] if best else math.inf, 'best': best,
+                    'iter_num': step, 'best_val_loss': best['loss'][0] if best else math.inf, 'best': dict(best),
                     'tokenizer': vocabulary.state() if vocabulary else None, 'skipped': skipped,
                     'scaler': scaler.state_dict(), 'wandb_run_id': log.wandb_run_id, 'data': prints,
                 })
@@ -273,10 +271,10 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
             watch.beat(step)
             if not parallel.total(torch.tensor(float(stop.is_asked()), device=process.device)).item():
                 return
-            if not (eval_only or overfit_single_batch or (is_resumed and step == first_step)):
+            if not (is_resumed and step == first_step):
                 save(step, False)
                 saver.wait()
-            parallel.wait_for_all(process)  # torchrun takes the first that leaves for a failure, and ends the others
+            watch.rest()
             raise UserError(f'stopped before step {step} of {last_step} by {stop.reason or "another process"}\n'
                             'the same command goes on from there, with --init_from=auto', errors.STOPPED)
 
@@ -290,13 +288,13 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
             n, was_measured = eval_iters * batch_size, bool(best) and best['loss'][1] == step
             results = {split: evaluate.evaluate(model, config, corpus, n, batch_size, token_sizes, process, autocast,
                                                 progress) for split, corpus in corpora.items()}
-            train_loss, val = results['train']['loss'], results['val']
+            val = results['val']
             if not math.isfinite(val['loss']):
                 faults.give_up(step, 0, model, (), autocast, vocabulary)
             is_best = evaluate.keep_best(best, val, step)
-            log.line(logger.step_line(step, train_loss, val['loss']))
+            log.line(console.step_line(step, results['train']['loss'], val['loss']))
             log.line(evaluate.table(results, best))
-            log.row(step, train_loss=train_loss, **{f'val_{name}': value for name, value in val.items()})
+            log.row(step, train_loss=results['train']['loss'], **{f'val_{name}': value for name, value in val.items()})
             is_new = step > first_step or (step > 0 and is_best and not was_measured)
             if is_new and (is_best or always_save_checkpoint) and not eval_only:
                 save(step, is_best)
@@ -306,12 +304,14 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
         def draw_sample(step: int) -> None:
             if vocabulary:
                 with torch.compiler.set_stance('force_eager'), autocast:
-                    log.sample(step, sample.continue_text(raw_model, prompt, vocabulary, sample_tokens, seed, process))
+                    log.sample(step, sample.continue_text(raw_model, prompt, vocabulary, sample_tokens, seed, process,
+                                                          watch.beat))
 
         if eval_only:
             measure(first_step)
             return
 
+        stop.has_begun = not overfit_single_batch
         # one micro-batch tells how long a step will take; when it compiles, the second one does
         for _ in range(1 + compute.compiles):
             started = time.perf_counter()
@@ -322,8 +322,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
             log.line(f'one iteration, {n_windows * T:,} tokens, takes about {seconds:.0f} s on this machine')
 
         first_loss = loss = math.nan
-        flops = raw_model.flops_per_token() / compute.peak / process.world_size if compute.peak else 0.0
-        pace = logger.Pace(n_windows * T, flops, first_step)
+        pace = console.Pace(n_windows * T, raw_model.flops_per_token(), compute.peak, first_step)
         for step in range(first_step, last_step + 1):
             # look: measure, save, sample
             is_last = step == last_step
@@ -344,15 +343,16 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
                 lr = lr_at(step, schedule, learning_rate, min_lr, warmup_iters, decay_steps, decay_fraction)
             for group in optimizer.param_groups:
                 group['lr'] = lr
-            parts = read(0 if overfit_single_batch else step)
+            parts = read(step)
             if seconds > SLOW:
                 parts = log.progress(parts, n_parts, f'step {step}', 'micro-batches')
             step_loss = accumulate_gradient(model, parts, n_parts, step, process, autocast, scaler, seed)
             scaler.unscale_(optimizer)
             grad_norm = sharding.clip(raw_model.parameters(), grad_clip)
+            watch.beat(step)
             loss = parallel.total(step_loss).item()
             # the same on every process; an overflow of float16 is for the scaler, which then updates nothing either
-            if math.isfinite(loss) and (math.isfinite(grad_norm) or scaler.is_enabled()):
+            if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() > 1)):
                 scaler.step(optimizer)
                 skipped_in_a_row = 0
             else:
@@ -374,14 +374,14 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
 
         log.plot()
         saver.wait()
+        watch.rest()
         if overfit_single_batch:
-            n_steps = last_step - first_step
-            verdict = f'the loss on one batch went from {first_loss:.4f} to {loss:.4f} in {n_steps} steps'
+            verdict = f'the loss on one batch went from {first_loss:.4f} to {loss:.4f} in {last_step} steps'
             if not loss < LEARNED_BY_HEART * first_loss:
                 raise UserError(f'FAIL: {verdict}, not below {LEARNED_BY_HEART} of the first', errors.CHECK_FAILED)
             log.line(f'PASS: {verdict}')
         elif process.is_main:
-            log.line(f'peak memory: {logger.short(parallel.peak_memory(process.device.type))} bytes')
+            log.line(f'peak memory: {console.short(parallel.peak_memory(process.device.type))} bytes')
             log.line(f'{run} holds {", ".join(sorted(path.name for path in run.iterdir()))}')
             log.line(f'try next: {errors.python()} sample.py --out_dir={run}')
 
@@ -391,7 +391,7 @@ def main(args: list[str]) -> None:
     check(settings, given)
     with (faults.Stop(max_hours) as stop,
           parallel.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
-          faults.Watch(process, start_timeout, timeout) as watch):
+          faults.Watch(process, start_timeout, timeout) as watch, faults.explained(watch, settings)):
         train(process, watch, stop, settings, given)
 
 

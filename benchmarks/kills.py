@@ -28,7 +28,7 @@ import torch
 
 import checkpoint
 import configurator
-from errors import CHECK_FAILED, UserError, run
+from errors import CHECK_FAILED, DONE, PEER_LOST, UserError, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -52,7 +52,7 @@ def arguments(out_dir: Path, dataset: str, steps: int) -> list[str]:
         'dropout': 0.1,
         'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 2, 'gradient_accumulation_steps': 4,
         'max_iters': steps, 'lr_decay_iters': steps, 'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3,
-        'eval_interval': 3, 'eval_iters': 2, 'sample_interval': 0, 'timeout': 20,
+        'eval_interval': 3, 'eval_iters': 2, 'sample_interval': 0, 'timeout': 20, 'start_timeout': 20,
     }
     return [f'--{name}={value}' for name, value in settings.items()]
 
@@ -95,6 +95,9 @@ def live_and_die(world_size: int, train_arguments: list[str], log: Path, random_
     for life in victims:
         life.send_signal(signal.SIGKILL)
     codes = [life.wait() for life in lives]
+    if not {*codes} <= {DONE, -signal.SIGKILL, PEER_LOST}:
+        printed = log.read_text(encoding='utf-8', errors='replace')
+        raise UserError(f'a life ended with {codes}:\n{printed[-2000:]}', CHECK_FAILED)
     return -signal.SIGKILL in codes
 
 

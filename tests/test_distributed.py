@@ -206,6 +206,18 @@ def test_what_saves_memory_changes_nothing_that_is_learned(alone: Path, tiny_dat
 
 
 @pytest.mark.slow
+def test_bfloat16_means_the_same_to_each_strategy(tiny_dataset: Path, tmp_path: Path) -> None:
+    plan = [RUNS['three micro-batches'] | {'strategy': strategy, 'dtype': 'bfloat16', 'dataset': str(tiny_dataset),
+                                           'out_dir': str(tmp_path / strategy)} for strategy in STRATEGIES]
+    (tmp_path / 'plan.json').write_text(json.dumps(plan), encoding='utf-8')
+    torchrun(2, __file__, str(tmp_path / 'plan.json'))
+    for strategy in STRATEGIES[1:]:
+        for mine, other in zip(rows_of(tmp_path / strategy), rows_of(tmp_path / 'ddp'), strict=True):
+            assert mine['step'] == other['step']
+            assert mine.get('loss', 0.0) == pytest.approx(other.get('loss', 0.0), rel=2e-3)
+
+
+@pytest.mark.slow
 def test_the_command_of_the_readme_runs_on_two_processes(alone: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     name = 'three micro-batches'
     printed = torchrun(2, 'train.py', str(ROOT / 'config/train_gpt2.py'), *arguments(

@@ -1,5 +1,6 @@
 """What befalls a run from outside: signals, kills, processes that die or hang, numbers that are not finite, too little
 memory, full disks. Real signals to real processes; where a number is broken on purpose, it is in a real run."""
+import errno
 import json
 import math
 import os
@@ -125,6 +126,12 @@ def start_two(start: Start, code: str, out_dir: Path, dataset: Path, **changes: 
                   WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for rank in range(2)]
 
 
+def freezing(rank: int, out_dir: Path) -> str:
+    """The process of this rank halts itself (SIGSTOP) in a step after the first checkpoint."""
+    is_time = f"os.environ['RANK'] == '{rank}' and os.path.exists('{out_dir}/ckpt.pt')"
+    return SLOWLY.replace('time.sleep(0.1)', f'if {is_time}: os.kill(os.getpid(), 19)')
+
+
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture costs as much time as a hundred steps of these runs."""
@@ -178,13 +185,47 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(start: Start, t
 @pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
     process = start('-c', SLOWLY.replace('0.1', '30') + RUN, *arguments(tmp_path, tiny_dataset))
-    wait_for(process, 'tokens per iteration')
+    wait_for(process, 'iterations are')
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     wait_for(process, 'saving after this step')
     time.sleep(faults.AGAIN + 0.2)
     process.send_signal(signal.SIGINT)
     end_of(process)
     assert process.returncode == errors.INTERRUPTED
+
+
+@pytest.mark.slow
+def test_signals_are_heard_by_a_process_that_waits_for_others(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    """Python's own handlers would have to wait as long: for peers that never come, or one that is frozen in a step."""
+    for number, code in [(signal.SIGTERM, errors.STOPPED), (signal.SIGINT, errors.INTERRUPTED)]:
+        alone = start('-c', 'import errors, train; ' + RUN, *arguments(tmp_path / 'alone', tiny_dataset),
+                      RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+        wait_for(alone, 'Overriding: dataset')
+        time.sleep(3)
+        alone.send_signal(number)
+        end_of(alone)
+        assert alone.returncode == code
+    both = start_two(start, freezing(1, tmp_path / 'frozen') + RUN, tmp_path / 'frozen', tiny_dataset, eval_interval=2)
+    wait_for(both[0], 'saving checkpoint')
+    time.sleep(2)
+    both[0].send_signal(signal.SIGINT)
+    wait_for(both[0], 'saving after this step')
+    time.sleep(faults.AGAIN + 0.2)
+    both[0].send_signal(signal.SIGINT)
+    assert both[0].wait(PATIENT) == errors.INTERRUPTED
+
+
+@pytest.mark.slow
+def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    """`python train.py | tee log`: Ctrl-C ends tee as well, and nobody reads any more."""
+    process = start('-c', SLOWLY + RUN, *arguments(tmp_path, tiny_dataset))
+    wait_for(process, 'iter ')
+    assert process.stdout is not None, 'it is a pipe'
+    process.stdout.close()
+    assert process.wait(PATIENT) == errors.STOPPED
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] > 0
+    assert status_of(tmp_path)['state'] == 'stopped'
 
 
 @pytest.mark.usefixtures('_no_pictures')
@@ -237,13 +278,16 @@ os.fsync = lambda file: (time.sleep(10 if 'ckpt' in os.readlink(f'/proc/self/fd/
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('processes', [1, 2])
-def test_twenty_kills_change_nothing(tiny_dataset: Path, processes: int,
+@pytest.mark.parametrize(('processes', 'strategy', 'kills'), [(1, 'ddp', 20), (2, 'ddp', 20), (2, 'fsdp', 4)])
+def test_twenty_kills_change_nothing(tiny_dataset: Path, processes: int, strategy: str, kills: int,
                                      run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    result = run_script('benchmarks/kills.py', '--kills=20', f'--processes={processes}', f'--dataset={tiny_dataset}')
+    result = run_script('benchmarks/kills.py', f'--kills={kills}', f'--processes={processes}', f'--strategy={strategy}',
+                        f'--dataset={tiny_dataset}')
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r'killed (\d+) times', result.stdout), 'it counts'
+    count = re.search(r'killed (\d+) times', result.stdout)
+    assert count is not None, result.stdout
+    assert int(count[1]) >= kills
 
 
 def hang(start: Start, tmp_path: Path, dataset: Path, what: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
@@ -261,7 +305,7 @@ def hang(start: Start, tmp_path: Path, dataset: Path, what: str) -> tuple[list[s
 @pytest.mark.slow
 @pytest.mark.parametrize(('what', 'word'), [
     ('os.kill(os.getpid(), signal.SIGKILL)', 'is silent'), ('os.kill(os.getpid(), signal.SIGSTOP)', 'is silent'),
-    ('time.sleep(1000)', 'hangs'), ('raise ValueError("planted")', 'is silent'),
+    ('time.sleep(1000)', 'hangs'),
 ])
 def test_a_process_that_is_lost_is_named_and_the_others_end(start: Start, tmp_path: Path, tiny_dataset: Path, what: str,
                                                             word: str) -> None:
@@ -271,6 +315,31 @@ def test_a_process_that_is_lost_is_named_and_the_others_end(start: Start, tmp_pa
     assert status_of(tmp_path)['exit_code'] == errors.PEER_LOST
     assert 'process 1' in status_of(tmp_path)['message']
     assert 'Traceback' not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('error', 'codes', 'words'), [
+    ('raise ValueError("planted")', [errors.PEER_LOST, 1], 'planted'),
+    ('raise RuntimeError("cannot allocate: not enough memory")', [errors.OUT_OF_MEMORY] * 2, '--batch_size=2'),
+])
+def test_what_ends_one_process_is_said_by_the_others(start: Start, tmp_path: Path, tiny_dataset: Path, error: str,
+                                                     codes: list[int], words: str) -> None:
+    both, (printed,) = hang(start, tmp_path, tiny_dataset, error)
+    end_of(both[1])
+    assert [process.returncode for process in both] == codes, printed
+    assert re.search(rf'process 1 \(pid {both[1].pid} on .*\): .*', printed), printed
+    assert words in printed
+    assert status_of(tmp_path)['exit_code'] == codes[0]
+    assert words in status_of(tmp_path)['message']
+
+
+@pytest.mark.slow
+def test_a_frozen_process_that_keeps_the_store_is_noticed(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    both = start_two(start, freezing(0, tmp_path / 'frozen') + RUN, tmp_path / 'frozen', tiny_dataset, eval_interval=2,
+                     timeout=5, start_timeout=30)
+    printed = end_of(both[1])
+    assert both[1].returncode == errors.PEER_LOST, printed
+    assert 'process 0, at 127.0.0.1, is silent' in printed
 
 
 @pytest.mark.slow
@@ -333,12 +402,12 @@ def break_steps(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool], 
 @pytest.mark.parametrize('number', [math.nan, math.inf])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                           tiny_dataset: Path, number: float) -> None:
-    seen: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    updates: list[int] = []
     make_optimizer = train.make_optimizer
 
     def watched(*rest: Any) -> torch.optim.Optimizer:
         optimizer = make_optimizer(*rest)
-        optimizer.register_step_post_hook(lambda *_: seen.append(({}, {})))
+        optimizer.register_step_post_hook(lambda *_: updates.append(1))
         return optimizer
 
     monkeypatch.setattr(train, 'make_optimizer', watched)
@@ -348,7 +417,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.Mo
     assert [row['skipped'] for row in rows] == [0] * 5 + [1] * 7 + [None]
     assert rows[5]['loss'] is None
     assert all(row['loss'] > 0 for row in rows[:5] + rows[6:12])
-    assert len(seen) == 11, 'updates'
+    assert sum(updates) == 11
     state = checkpoint.load(tmp_path / 'ckpt.pt')
     assert state['skipped'] == 1
     assert all(moments['step'] == 11 for moments in state['optimizer']['state'].values())
@@ -522,6 +591,10 @@ def test_an_upload_that_fails_is_seen_and_does_not_end_the_run(monkeypatch: pyte
     status = status_of(tmp_path / 'run')
     assert (status['state'], status['exit_code']) == ('done', 0)
     assert sorted(status['not_uploaded']) == ['best.pt', 'ckpt.pt']
+    (tmp_path / 'file').unlink()
+    train.main(arguments(tmp_path / 'run', tiny_dataset, upload_to=url))  # there is nothing to do but that
+    assert status_of(tmp_path / 'run')['not_uploaded'] == []
+    assert (tmp_path / 'file/run/ckpt.pt').read_bytes() == (tmp_path / 'run/ckpt.pt').read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -546,6 +619,34 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(tmp_path: Path, tiny
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
     assert not (tmp_path / 'ckpt.new.pt').exists()
     assert status_of(tmp_path)['exit_code'] == errors.DISK_FULL
+
+
+@pytest.mark.slow
+def test_a_disk_that_has_no_room_for_a_row_is_full_in_one_line(tmp_path: Path, tiny_dataset: Path) -> None:
+    def with_limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+
+    result = subprocess.run([sys.executable, 'train.py', *arguments(tmp_path, tiny_dataset, eval_interval=1000)],
+                            cwd=ROOT, preexec_fn=with_limit, capture_output=True, text=True, check=False)
+    assert result.returncode == errors.DISK_FULL, result.stdout[-2000:] + result.stderr[-2000:]
+    assert result.stderr.startswith('the disk is full'), result.stderr
+
+
+@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.parametrize('what', ['link', 'write'])
+def test_what_goes_wrong_behind_training_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                      tiny_dataset: Path, what: str) -> None:
+    """In the thread that writes: when the files are renamed, and where nobody would expect it."""
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, 'planted')
+
+    def surprise(*_: Any) -> None:
+        raise ArithmeticError('planted')
+
+    monkeypatch.setattr(checkpoint, what, {'link': fail, 'write': surprise}[what])
+    with pytest.raises((errors.UserError, ArithmeticError), match='planted'):
+        train.main(arguments(tmp_path, tiny_dataset))
+    assert status_of(tmp_path)['state'] == 'failed'
 
 
 @pytest.mark.usefixtures('_no_pictures')
@@ -592,6 +693,22 @@ def test_an_overflow_that_the_scaler_answers_does_not_count(monkeypatch: pytest.
     assert all(moments['step'] == 40 - len(overflows) for moments in state['optimizer']['state'].values())
     assert state['scaler']['scale'] < 2.0**30
     assert rows[39]['loss'] < rows[0]['loss']
+
+
+@pytest.mark.usefixtures('_no_pictures')
+def test_gradients_that_no_scale_makes_finite_end_a_run_in_float16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                                   tiny_dataset: Path) -> None:
+    make_optimizer = train.make_optimizer
+
+    def breaking(model: torch.nn.Module, *rest: Any) -> torch.optim.Optimizer:
+        next(model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+        return make_optimizer(model, *rest)
+
+    monkeypatch.setattr(train, 'make_optimizer', breaking)
+    monkeypatch.setattr(parallel, 'pick_dtype', lambda name, device: (torch.float16, 'for a test'))
+    with pytest.raises(errors.UserError, match='10 steps in a row') as caught:
+        train.main(arguments(tmp_path, tiny_dataset, max_iters=60, eval_interval=60))
+    assert caught.value.code == errors.NOT_FINITE
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+import console
 import logger
 import parallel
 from errors import DATA, UserError
@@ -281,19 +282,19 @@ NANOGPT_STEP = re.compile(r'^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\
 
 
 def test_lines_are_nanogpts() -> None:
-    known = logger.iter_line(12, 3.14159, 45.678, 0.4321, 6e-4, 1.5, 12345.6)
+    known = console.iter_line(12, 3.14159, 45.678, 0.4321, 6e-4, 1.5, 12345.6)
     assert known == 'iter 12: loss 3.1416, time 45.68ms, mfu 43.21%, lr 6.00e-04, norm 1.5000, tok/s 12346'
     match = NANOGPT_ITER.match(known)
     assert match and match.groups() == ('12', '3.1416', '45.68', '43.21')
-    unknown = logger.iter_line(12, 3.14159, 45.678, None, 6e-4, None, 12345.6)
+    unknown = console.iter_line(12, 3.14159, 45.678, None, 6e-4, None, 12345.6)
     assert unknown == 'iter 12: loss 3.1416, time 45.68ms, lr 6.00e-04, tok/s 12346'
-    match = NANOGPT_STEP.match(logger.step_line(250, 1.23456, 2.0))
+    match = NANOGPT_STEP.match(console.step_line(250, 1.23456, 2.0))
     assert match and match.groups() == ('250', '1.2346', '2.0000')
 
 
 def test_numbers_are_short() -> None:
     numbers = (0, 0.00042, 7, 999.4, 999.6, 1234567, 9_999_999, 6.5e10, 1e13)
-    assert ' '.join(map(logger.short, numbers)) == '0 0.00042 7 999 1k 1.23M 10M 65B 10T'
+    assert ' '.join(map(console.short, numbers)) == '0 0.00042 7 999 1k 1.23M 10M 65B 10T'
 
 
 # ------------------------------------------------------------------------------------------------ the machine
