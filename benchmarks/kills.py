@@ -42,7 +42,7 @@ seed: int = 0  # decides when to kill; 0 takes another one each time
 ROOT = Path(__file__).resolve().parents[1]
 STEPS_PER_LIFE = 25  # on average, or a little less
 LATEST = 0.5  # seconds after the first step of a life
-TRAIN = 'import logger, sys, train; logger.Logger.plot = lambda log: None; train.main(sys.argv[1:])'  # no pictures
+TRAIN = 'import errors, logger, train; logger.Logger.plot = lambda log: None; errors.run(train.main)'  # no pictures
 COMPARED = ('step', 'loss', 'val_loss', 'lr', 'grad_norm')
 
 

@@ -274,20 +274,7 @@ os.fsync = lambda file: (time.sleep(10 if 'ckpt' in os.readlink(f'/proc/self/fd/
 
 
 # ------------------------------------------------------------------------------------------------
-# Kills, and processes that are lost
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(('processes', 'strategy', 'kills'), [(1, 'ddp', 20), (2, 'ddp', 20), (2, 'fsdp', 4)])
-def test_twenty_kills_change_nothing(tiny_dataset: Path, processes: int, strategy: str, kills: int,
-                                     run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    result = run_script('benchmarks/kills.py', f'--kills={kills}', f'--processes={processes}', f'--strategy={strategy}',
-                        f'--dataset={tiny_dataset}')
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout + result.stderr
-    count = re.search(r'killed (\d+) times', result.stdout)
-    assert count is not None, result.stdout
-    assert int(count[1]) >= kills
+# Processes that are lost
 
 
 def hang(start: Start, tmp_path: Path, dataset: Path, what: str) -> tuple[list[subprocess.Popen[str]], list[str]]:

@@ -109,6 +109,26 @@ def test_what_is_put_arrives_bit_for_bit_though_the_file_is_renamed_at_once(
 
 
 @needs_s3
+@pytest.mark.slow
+def test_a_run_goes_on_and_is_sampled_from_what_is_in_s3(
+        server: Server, tmp_path: Path, tiny_dataset: Path,
+        run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    settings = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--eval_iters=1',
+                '--gradient_accumulation_steps=1', '--sample_interval=0', '--device=cpu', '--init_from=auto',
+                f'--dataset={tiny_dataset}', '--upload_to=s3://bucket/real']
+    for machine, steps in [('one', 4), ('another', 8)]:
+        result = run_script('train.py', *settings, f'--max_iters={steps}', f'--out_dir={tmp_path / machine}')
+        assert result.returncode == 0, result.stderr
+        assert '"not_uploaded": []' in (tmp_path / machine / 'status.json').read_text(encoding='utf-8')
+    assert 'ckpt.pt comes from s3://bucket/real' in result.stdout
+    assert 'resuming at step 4' in result.stdout
+    result = run_script('sample.py', '--out_dir=s3://bucket/real', '--start=import', '--num_samples=1',
+                        '--max_new_tokens=8', '--device=cpu')
+    assert result.stdout.startswith('import'), result.stderr
+    assert SECRET not in result.stdout + result.stderr
+
+
+@needs_s3
 def test_a_bucket_that_is_not_there_is_visible_and_not_fatal(server: Server, tmp_path: Path, lines: list[str]) -> None:
     uploader = remote.Uploader('s3://nowhere/run', lines.append)
     uploader.put(write(tmp_path / 'ckpt.pt', b'one'))
