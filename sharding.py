@@ -39,10 +39,10 @@ def distribute(model: nn.Module, blocks: Iterable[nn.Module], process: Process, 
                         '--dtype=float32, or another --strategy')
     mesh = dist.init_device_mesh(process.device.type, (process.world_size,))
     offload = CPUOffloadPolicy(pin_memory=process.device.type == 'cuda') if cpu_offload else OffloadPolicy()
-    # weights travel in `dtype`, gradients are added in float32, and autocast sees to the rest as it does for ddp; but a
-    # CPU's autocast would leave a LayerNorm with float32 numbers and bfloat16 gains
-    travels = dtype if process.device.type == 'cuda' and dtype != torch.float32 else None
-    precision = MixedPrecisionPolicy(travels, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Weights travel in `dtype`, gradients are added in float32, and autocast sees to the rest as it does for ddp. But a
+    # CPU's autocast cannot give bfloat16 gains to float32 numbers: there a block gets bfloat16, and returns float32.
+    precision = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(
+        dtype, torch.float32, torch.float32, cast_forward_inputs=process.device.type == 'cpu')
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
     fully_shard(model, mesh=mesh, offload_policy=offload)
