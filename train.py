@@ -215,6 +215,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
     for block in blocks if compute.compiles else ():
         block.compile()  # fast: one graph that serves all blocks; in place, so that the names of the weights stay
     model = sharding.distribute(raw_model, blocks, process, strategy, compute.dtype, reshard_after_forward, cpu_offload)
+    watch.follow(model)
     shards = strategy == 'zero1' and process.world_size > 1
     optimizer = make_optimizer(raw_model, learning_rate, weight_decay, (beta1, beta2), shards)
     scaler = torch.amp.GradScaler(process.device.type, enabled=compute.dtype == torch.float16)
@@ -244,7 +245,6 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
         if is_resumed:
             log.line(checkpoint.describe(state, settings))
         state = {}  # its memory is free again
-
         def read(step: int) -> Iterator[tokens.Part]:
             starts = order.starts(0 if overfit_single_batch else step * n_windows, n_windows)
             for part in tokens.parts_of(corpora['train'], starts, batch_size, config, process):

@@ -305,6 +305,34 @@ def test_a_process_that_is_lost_is_named_and_the_others_end(start: Start, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('where', ['forward', 'backward'])
+def test_a_process_that_hangs_in_the_model_is_named(start: Start, tmp_path: Path, tiny_dataset: Path,
+                                                    where: str) -> None:
+    code = f"""import errors, model, os, time, torch, train
+calls = 0
+def sleep(*_):
+    global calls
+    calls += 1
+    if calls == 8 and os.environ['RANK'] == '1':
+        time.sleep(1000)
+forward = model.MLP.forward
+def hanging(self, x):
+    y = forward(self, x)
+    if '{where}' == 'forward':
+        sleep()
+    elif y.requires_grad:
+        y.register_hook(sleep)
+    return y
+model.MLP.forward = hanging
+"""
+    both = start_two(start, code + RUN, tmp_path, tiny_dataset, timeout=6, start_timeout=20, eval_interval=100,
+                     gradient_accumulation_steps=4)
+    printed = end_of(both[0])
+    assert both[0].returncode == errors.PEER_LOST, printed
+    assert re.search(rf'process 1 \(pid {both[1].pid} on .*\), at step \d+, hangs', printed), printed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(('error', 'codes', 'words'), [
     ('raise ValueError("planted")', [errors.PEER_LOST, 1], 'planted'),
     ('raise RuntimeError("cannot allocate: not enough memory")', [errors.OUT_OF_MEMORY] * 2, '--batch_size=2'),
