@@ -121,9 +121,12 @@ class Watch:
         """Called wherever the main thread gets on: it is at work on `step`, or waits with good reason."""
         self.work, self.step = self.work + 1, self.step if step is None else step
 
-    def follow(self, model: nn.Module) -> None:
-        """Beat after each forward pass, and once the first weight has its gradient, which is the last to get one: with
-        ddp and zero1, which exchange gradients after that, a process that hangs in between falls behind."""
+    def follow(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """Beat wherever the forward and the backward pass leave a block, and at their ends: a process that hangs in
+        between falls behind those that wait for it in the next exchange."""
+        for block in blocks:
+            block.register_forward_hook(lambda *_: self.beat())
+            block.register_full_backward_hook(lambda *_: self.beat())
         model.register_forward_hook(lambda *_: self.beat())
         next(model.parameters()).register_post_accumulate_grad_hook(lambda _: self.beat())
 

@@ -215,7 +215,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
     for block in blocks if compute.compiles else ():
         block.compile()  # fast: one graph that serves all blocks; in place, so that the names of the weights stay
     model = sharding.distribute(raw_model, blocks, process, strategy, compute.dtype, reshard_after_forward, cpu_offload)
-    watch.follow(model)
+    watch.follow(model, () if compute.compiles else blocks)  # a compiled block is one operation
     shards = strategy == 'zero1' and process.world_size > 1
     optimizer = make_optimizer(raw_model, learning_rate, weight_decay, (beta1, beta2), shards)
     scaler = torch.amp.GradScaler(process.device.type, enabled=compute.dtype == torch.float16)

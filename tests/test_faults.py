@@ -305,9 +305,10 @@ def test_a_process_that_is_lost_is_named_and_the_others_end(start: Start, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('where', ['forward', 'backward'])
-def test_a_process_that_hangs_in_the_model_is_named(start: Start, tmp_path: Path, tiny_dataset: Path,
-                                                    where: str) -> None:
+@pytest.mark.parametrize(('where', 'strategy'), [('forward', 'ddp'), ('backward', 'ddp'), ('forward', 'fsdp'),
+                                                 ('backward', 'fsdp')])
+def test_a_process_that_hangs_in_the_model_is_named(start: Start, tmp_path: Path, tiny_dataset: Path, where: str,
+                                                    strategy: str) -> None:
     code = f"""import errors, model, os, time, torch, train
 calls = 0
 def sleep(*_):
@@ -326,7 +327,7 @@ def hanging(self, x):
 model.MLP.forward = hanging
 """
     both = start_two(start, code + RUN, tmp_path, tiny_dataset, timeout=6, start_timeout=20, eval_interval=100,
-                     gradient_accumulation_steps=4)
+                     gradient_accumulation_steps=4, strategy=strategy)
     printed = end_of(both[0])
     assert both[0].returncode == errors.PEER_LOST, printed
     assert re.search(rf'process 1 \(pid {both[1].pid} on .*\), at step \d+, hangs', printed), printed
