@@ -124,6 +124,8 @@ class Watch:
     def follow(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         """Beat wherever the forward and the backward pass leave a block, and at their ends: a process that hangs in
         between falls behind those that wait for it in the next exchange."""
+        if self.store is None:
+            return
         for block in blocks:
             block.register_forward_hook(lambda *_: self.beat())
             block.register_full_backward_hook(lambda *_: self.beat())
