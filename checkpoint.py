@@ -38,10 +38,7 @@ def link(source: Path, target: Path) -> None:
     """Give the file `source` a second name, in place of what had it: without a copy where the file system can."""
     temporary = target.with_name(target.name + '.tmp')
     temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
+    remote.link_or_copy(source, temporary)
     os.replace(temporary, target)
     temporary.unlink(missing_ok=True)  # rename(2) does nothing where both are names of one file
 
@@ -111,7 +108,7 @@ def write(out_dir: Path, state: State, keep: int, is_best: bool) -> None:
         for age in range(keep - 1, 1, -1):
             if older(newest, age - 1).exists():
                 os.replace(older(newest, age - 1), older(newest, age))
-        if newest.exists() and keep > 1:
+        if newest.exists():
             link(newest, older(newest, 1))  # it has two names for a moment, so that there is a ckpt.pt at every moment
         os.replace(new, newest)
         if is_best:

@@ -168,8 +168,7 @@ def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if batch_size < 1 or eval_iters < 0:
         raise UserError(f'--batch_size={batch_size} must be 1 or more, and --eval_iters={eval_iters} 0 or more')
-    process = parallel.start(device, backend)
-    try:
+    with parallel.joined(device, backend) as process:
         precision, _ = parallel.pick_dtype(dtype, process.device.type)
         model, state = checkpoint.open_model(init_from or out_dir)
         model.to(process.device)
@@ -183,8 +182,6 @@ def main(args: list[str]) -> None:
                            logger.Logger('', process.is_main, 0, 0).progress)
         if process.is_main:
             print(table({split: results}, {}))
-    finally:
-        parallel.stop()
 
 
 if __name__ == '__main__':

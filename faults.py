@@ -132,8 +132,8 @@ class Watch:
         model.register_forward_hook(lambda *_: self.beat())
         next(model.parameters()).register_post_accumulate_grad_hook(lambda _: self.beat())
 
-    def is_up(self) -> None:
-        """The first step is done: nearly everything is compiled and connected now."""
+    def tighten(self) -> None:
+        """The first step is done, nearly everything is compiled and connected: from here on `timeout` counts."""
         self.limit = self.timeout
 
     def rest(self) -> None:

@@ -132,6 +132,8 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
     kind = torch.device(device).type
+    if kind == 'mps' and shards:
+        raise UserError('fsdp cannot divide a model on mps: give --strategy=ddp, or --device=cpu')
     if kind != 'cuda' and backend == 'nccl':
         why += ', and gloo takes the place of nccl, which needs cuda'  # nanoGPT's configurations name it
     if kind != 'cuda' or backend == 'auto':

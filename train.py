@@ -234,7 +234,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
     log = logger.Logger('' if eval_only else str(run), process.is_main, first_step, last_step,
                         wandb_project if wandb_log else '', wandb_run_name,
                         state['wandb_run_id'] if is_resumed else '', settings, uploader)
-    watch.on_end, log.on_closed = log.end, stop.ask
+    watch.on_end = log.end
     with log, faults.explained(watch, settings), checkpoint.Saver(run, keep, uploader, watch.beat) as saver:
         log.line(f'{compute.line}\n{console.parameter_lines(optimizer.param_groups)}')
         log.line(f'tokens per iteration will be: {n_windows * T:,} = {n_windows} windows of {T}, in micro-batches of '
@@ -311,7 +311,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
             measure(first_step)
             return
 
-        stop.has_begun = not overfit_single_batch
+        stop.has_begun, log.on_closed = not overfit_single_batch, None if overfit_single_batch else stop.ask
         # one micro-batch tells how long a step will take; when it compiles, the second one does
         for _ in range(1 + compute.compiles):
             started = time.perf_counter()
@@ -360,7 +360,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
                 log.line(f'step {step} is skipped: loss {loss}, gradient norm {grad_norm}; skipped so far: {skipped}')
             scaler.update()
             optimizer.zero_grad()
-            watch.is_up()
+            watch.tighten()
             if skipped_in_a_row == PATIENCE:
                 faults.give_up(step, PATIENCE, model, read(step), autocast, vocabulary)
 

@@ -10,8 +10,10 @@ saves or evaluates, and started again with the same command. In the end its weig
 of metrics.jsonl must equal those of a run that nobody killed, bit for bit. Exit code 1 says what differs.
 """
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -40,8 +42,8 @@ seed: int = 0  # decides when to kill; 0 takes another one each time
 # ------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS_PER_LIFE = 25  # on average, or a little less
-LATEST = 0.5  # seconds after the first step of a life
+STEPS_PER_LIFE = 25  # on average
+LATEST = 0.02  # seconds after the step that decides: in the middle of another one, of a save, of an evaluation
 TRAIN = 'import errors, logger, train; logger.Logger.plot = lambda log: None; errors.run(train.main)'  # no pictures
 COMPARED = ('step', 'loss', 'val_loss', 'lr', 'grad_norm')
 
@@ -81,16 +83,21 @@ def finish(lives: list[subprocess.Popen[bytes]], log: Path) -> None:
         raise UserError(f'the run ended with {codes}:\n{printed[-2000:]}', CHECK_FAILED)
 
 
-def live_and_die(world_size: int, train_arguments: list[str], log: Path, random_moment: random.Random) -> bool:
-    """Start the run, and kill it at some moment: now and then before its first step, and now and then one process of
-    several, without which the others must end by themselves. False if the run was over before."""
+def last_step(log: Path) -> int:
+    return max((int(step) for step in re.findall(rb'iter (\d+)', log.read_bytes())), default=-1)
+
+
+def live_and_die(world_size: int, train_arguments: list[str], log: Path, random_moment: random.Random,
+                 fate: int) -> bool:
+    """Start the run, and kill it around step `fate`, however fast the machine: now and then before its first step,
+    and now and then one process of several, without which the others must end by themselves. False if the run was over
+    before."""
     lives = start(world_size, train_arguments, log)
-    if random_moment.random() < 0.1:
-        time.sleep(4 * random_moment.random())
-    else:
-        while b'iter ' not in log.read_bytes() and all(life.poll() is None for life in lives):
-            time.sleep(0.01)
-        time.sleep(LATEST * random_moment.random())
+    limit = 4 * random_moment.random() if random_moment.random() < 0.1 else math.inf  # seconds
+    end = time.monotonic() + limit
+    while last_step(log) < fate and time.monotonic() < end and all(life.poll() is None for life in lives):
+        time.sleep(0.002)
+    time.sleep(LATEST * random_moment.random())
     victims = [random_moment.choice(lives)] if random_moment.random() < 0.1 else lives
     for life in victims:
         life.send_signal(signal.SIGKILL)
@@ -121,11 +128,12 @@ def differences(tree: Any, other: Any, name: str) -> list[str]:
 def check(world_size: int, folder: Path, seed: int) -> str:
     """A line on a run that survived; UserError on one that did not."""
     whole, killed, log = folder / 'whole', folder / 'killed', folder / 'log'
-    steps = kills * STEPS_PER_LIFE
+    steps = (kills + 4) * STEPS_PER_LIFE  # so many that the last one, too, is killed
     finish(start(world_size, arguments(whole, dataset, steps), log), log)
     random_moment, done = random.Random(seed), 0
-    for _ in range(kills):
-        done += live_and_die(world_size, arguments(killed, dataset, steps), log, random_moment)
+    for number in range(kills):
+        fate = int(STEPS_PER_LIFE * (number + random_moment.random()))
+        done += live_and_die(world_size, arguments(killed, dataset, steps), log, random_moment, fate)
     finish(start(world_size, arguments(killed, dataset, steps), log), log)
     ours, theirs = checkpoint.load(killed / 'ckpt.pt'), checkpoint.load(whole / 'ckpt.pt')
     wrong = [what for part in ('model', 'optimizer', 'iter_num', 'best')
