@@ -26,11 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 
 import checkpoint
 import configurator
 from errors import CHECK_FAILED, DONE, PEER_LOST, UserError, run
+from tests.comparing import differences
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -113,18 +113,6 @@ def rows(out_dir: Path) -> list[dict[str, Any]]:
     return [{name: row.get(name) for name in COMPARED} for row in map(json.loads, lines)]
 
 
-def differences(tree: Any, other: Any, name: str) -> list[str]:
-    """The names of what is not the same, bit for bit."""
-    if isinstance(tree, torch.Tensor):
-        return [] if isinstance(other, torch.Tensor) and torch.equal(tree, other) else [name]
-    if isinstance(tree, dict) and isinstance(other, dict) and tree.keys() == other.keys():
-        return [what for key in tree for what in differences(tree[key], other[key], f'{name}.{key}')]
-    if isinstance(tree, list) and isinstance(other, list) and len(tree) == len(other):
-        pairs = zip(tree, other, strict=True)
-        return [what for number, pair in enumerate(pairs) for what in differences(*pair, f'{name}.{number}')]
-    return [] if tree == other else [name]
-
-
 def check(world_size: int, folder: Path, seed: int) -> str:
     """A line on a run that survived; UserError on one that did not."""
     whole, killed, log = folder / 'whole', folder / 'killed', folder / 'log'
@@ -137,7 +125,7 @@ def check(world_size: int, folder: Path, seed: int) -> str:
     finish(start(world_size, arguments(killed, dataset, steps), log), log)
     ours, theirs = checkpoint.load(killed / 'ckpt.pt'), checkpoint.load(whole / 'ckpt.pt')
     wrong = [what for part in ('model', 'optimizer', 'iter_num', 'best')
-             for what in differences(ours[part], theirs[part], part)]
+             for what in [part + path for path in differences(ours[part], theirs[part])]]
     wrong += [f'row {mine["step"]}' for mine, other in zip(rows(killed), rows(whole), strict=False) if mine != other]
     if len(rows(killed)) != len(rows(whole)):
         wrong.append(f'{len(rows(killed))} rows, not {len(rows(whole))}')

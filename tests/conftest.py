@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,17 @@ def _seeds() -> None:
     random.seed(0)
     if 'torch' in sys.modules:
         sys.modules['torch'].manual_seed(0)
+
+
+@pytest.fixture(scope='module')
+def no_pictures() -> Iterator[None]:
+    """Runs of this file draw no loss.png, which costs as much time as a hundred of their steps."""
+    def draw_nothing(log: object) -> None:
+        """In place of Logger.plot."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('logger.Logger.plot', draw_nothing)
+        yield
 
 
 @pytest.fixture(scope='session')

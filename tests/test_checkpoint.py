@@ -15,11 +15,11 @@ from torch import Tensor
 
 import checkpoint
 import errors
-import logger
 import tokens
 import train
 from errors import UserError
 from model import GPT, GPTConfig
+from tests.comparing import differences, leaves, refused
 
 SETTINGS: dict[str, Any] = {
     'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 1,
@@ -28,15 +28,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _no_pictures() -> Iterator[None]:
-    """A picture costs as much time as a hundred steps of these runs."""
-    def draw_nothing(log: logger.Logger) -> None:
-        """In place of Logger.plot."""
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logger.Logger, 'plot', draw_nothing)
-        yield
+pytestmark = pytest.mark.usefixtures('no_pictures')
 
 
 @pytest.fixture
@@ -57,31 +49,6 @@ def ours(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = SETTINGS | {'out_dir': folder, 'dataset': tiny_dataset, 'gelu': 'exact'}
     train.main([f'--{name}={value}' for name, value in settings.items()])
     return folder / 'ckpt.pt'
-
-
-def refused(call: Callable[..., Any], *positional: Any, code: int = errors.CHECKPOINT, **named: Any) -> str:
-    """The message, of at most three lines, with which a call refuses what it was given."""
-    with pytest.raises(UserError) as caught:
-        call(*positional, **named)
-    assert caught.value.code == code
-    assert str(caught.value).count('\n') < 3
-    return str(caught.value)
-
-
-def leaves(tree: Any, name: str = '') -> Iterator[tuple[str, Any]]:
-    """Everything in a checkpoint that is neither a dict nor a list, by its path."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
-    if items is None:
-        yield name, tree
-    else:
-        for key, value in items:
-            yield from leaves(value, f'{name}/{key}')
-
-
-def are_equal(first: Any, second: Any) -> bool:
-    one, two = dict(leaves(first)), dict(leaves(second))
-    return one.keys() == two.keys() and all(
-        torch.equal(x, two[name]) if isinstance(x, Tensor) else x == two[name] for name, x in one.items())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -255,7 +222,7 @@ def test_prefixes_are_stripped_in_any_order_and_only_in_front(ours: Path, tmp_pa
     for prefix in ('', '_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.'):
         weights = {prefix + name: weight for name, weight in state['model'].items()}
         torch.save(state | {'model': weights}, tmp_path / 'a')
-        assert are_equal(checkpoint.load(tmp_path / 'a')['model'], clean)
+        assert not differences(checkpoint.load(tmp_path / 'a')['model'], clean)
     odd = {'transformer.module.x': torch.ones(1), 'transformer._orig_mod.y': torch.ones(1)}
     torch.save(state | {'model': odd}, tmp_path / 'a')
     assert checkpoint.load(tmp_path / 'a')['model'].keys() == odd.keys()
@@ -358,7 +325,7 @@ def test_no_damage_ever_loads_other_values(ours: Path, tmp_path: Path) -> None:
         else:
             message = str(path)
         assert str(path) in message, what
-        assert are_equal(state, right), what
+        assert not differences(state, right), what
     assert refusals > 250
 
 
@@ -369,7 +336,7 @@ def test_every_bit_of_the_weights_counts(ours: Path, tmp_path: Path) -> None:
     for at in random.Random(2).choices(range(first, first + len(weights)), k=60):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
         assert torch.load(path)['iter_num'] == 4, 'torch itself does not notice'
-        assert f'{path} is damaged' in refused(checkpoint.load, path)
+        assert f'{path} is damaged' in refused(checkpoint.load, path, code=errors.CHECKPOINT)
 
 
 class Evil:
@@ -390,7 +357,7 @@ def test_a_file_that_would_run_a_command_is_refused_whatever_the_environment_say
     for zipped in (True, False):
         torch.save(torch.load(ours, weights_only=True) | {where: Evil(witness)}, tmp_path / 'evil.pt',
                    _use_new_zipfile_serialization=zipped)
-        assert str(tmp_path / 'evil.pt') in refused(checkpoint.load, tmp_path / 'evil.pt')
+        assert str(tmp_path / 'evil.pt') in refused(checkpoint.load, tmp_path / 'evil.pt', code=errors.CHECKPOINT)
         assert not witness.exists()
     torch.load(tmp_path / 'evil.pt', weights_only=False)
     assert witness.exists(), 'it would have run'
@@ -398,16 +365,16 @@ def test_a_file_that_would_run_a_command_is_refused_whatever_the_environment_say
 
 def test_what_is_no_checkpoint_is_refused_by_name(ours: Path, tmp_path: Path) -> None:
     path = tmp_path / 'ckpt.pt'
-    assert refused(checkpoint.load, path) == f'no checkpoint at {path}'
-    assert f'no checkpoint at {tmp_path}' in refused(checkpoint.load, tmp_path)
+    assert refused(checkpoint.load, path, code=errors.CHECKPOINT) == f'no checkpoint at {path}'
+    assert f'no checkpoint at {tmp_path}' in refused(checkpoint.load, tmp_path, code=errors.CHECKPOINT)
     for content in (b'', b'text', b'PK\x03\x04' + bytes(100)):
         path.write_bytes(content)
-        assert f'{path} is damaged, or not a checkpoint' in refused(checkpoint.load, path)
+        assert f'{path} is damaged, or not a checkpoint' in refused(checkpoint.load, path, code=errors.CHECKPOINT)
     trees: list[Any] = [[1, 2], {'model': {}}, {'model': [1], 'model_args': {}}, torch.ones(3),
                         torch.load(ours)['model']]
     for tree in trees:
         torch.save(tree, path)
-        assert f"{path} has no 'model' and 'model_args'" in refused(checkpoint.load, path)
+        assert f"{path} has no 'model' and 'model_args'" in refused(checkpoint.load, path, code=errors.CHECKPOINT)
 
 
 def test_a_file_whose_entries_are_of_the_wrong_kind_is_refused(ours: Path, tmp_path: Path) -> None:
@@ -419,7 +386,7 @@ def test_a_file_whose_entries_are_of_the_wrong_kind_is_refused(ours: Path, tmp_p
         {'model_args': state['model_args'] | {'n_layer': 3}}, {'model_args': [1]}, {'model': [1]}]
     for change in changes:
         torch.save(state | change, path)
-        refused(checkpoint.open_model, str(path))
+        refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
 
 
 def test_weights_without_an_optimizer_can_be_fine_tuned_and_not_resumed(ours: Path, tmp_path: Path,
@@ -428,18 +395,18 @@ def test_weights_without_an_optimizer_can_be_fine_tuned_and_not_resumed(ours: Pa
     del state['optimizer']
     torch.save(state, tmp_path / 'ckpt.pt')
     assert checkpoint.load(run(tmp_path / 'new', init_from=tmp_path / 'ckpt.pt', max_iters=1))['iter_num'] == 1
-    assert 'optimizer' in refused(run, tmp_path, init_from='resume', max_iters=6)
+    assert 'optimizer' in refused(run, tmp_path, init_from='resume', max_iters=6, code=errors.CHECKPOINT)
 
 
 def test_moments_of_another_model_are_refused(ours: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
     state = torch.load(ours)
     state['optimizer']['param_groups'][0]['params'].pop()
     torch.save(state, tmp_path / 'ckpt.pt')
-    assert 'another model' in refused(run, tmp_path, init_from='resume', max_iters=6)
+    assert 'another model' in refused(run, tmp_path, init_from='resume', max_iters=6, code=errors.CHECKPOINT)
 
 
 def test_resuming_needs_something_to_resume(run: Callable[..., Path], tmp_path: Path) -> None:
-    message = refused(run, tmp_path / 'nothing', init_from='resume')
+    message = refused(run, tmp_path / 'nothing', init_from='resume', code=errors.CHECKPOINT)
     assert f'no checkpoint at {tmp_path}/nothing/ckpt.pt' in message
     assert '--init_from=scratch' in message
 
@@ -449,6 +416,6 @@ def test_a_model_is_opened_by_its_file_its_folder_or_its_name(ours: Path, tmp_pa
         model, state = checkpoint.open_model(str(path), dropout=0.2)
         assert (model.config.dropout, model.config.gelu, state['iter_num']) == (0.2, 'exact', 4)
     for where in ('nonsense', str(tmp_path / 'nothing'), str(tmp_path)):
-        assert where in refused(checkpoint.open_model, where)
+        assert where in refused(checkpoint.open_model, where, code=errors.CHECKPOINT)
     shutil.copy(ours, tmp_path / 'ckpt.1.pt')
     assert checkpoint.open_model(str(tmp_path))[1]['iter_num'] == 4, 'a run whose newest file is gone'

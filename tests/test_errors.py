@@ -112,11 +112,8 @@ ALL = [pytest.param(wrong, id=wrong.command.replace(TINY, '').replace('--dataset
 
 
 @pytest.fixture(scope='module')
-def files(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory, no_pictures: None) -> dict[str, Path]:
     """What the commands name in braces."""
-    def draw_nothing(log: logger.Logger) -> None:
-        """The picture of this run would take longer than the run."""
-
     folder = tmp_path_factory.mktemp('files')
     names = ('empty', 'pickled', 'odd', 'run', 'damaged', 'gpt2_corpus', 'imports', 'typo', 'gpt2')
     paths = {name: folder / name for name in names} | {'corpus': tiny_dataset}
@@ -132,9 +129,7 @@ def files(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for split in ('train', 'val'):
         np.arange(5000, dtype='<u2').tofile(paths['gpt2_corpus'] / f'{split}.bin')
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logger.Logger, 'plot', draw_nothing)
-        train.main([*TINY.split(), f'--dataset={tiny_dataset}', f'--out_dir={paths["run"]}'])
+    train.main([*TINY.split(), f'--dataset={tiny_dataset}', f'--out_dir={paths["run"]}'])
     paths['damaged'].mkdir()
     whole = (paths['run'] / 'ckpt.pt').read_bytes()
     (paths['damaged'] / 'ckpt.pt').write_bytes(whole[:len(whole) // 2])

@@ -132,15 +132,6 @@ def freezing(rank: int, out_dir: Path) -> str:
     return SLOWLY.replace('time.sleep(0.1)', f'if {is_time}: os.kill(os.getpid(), 19)')
 
 
-@pytest.fixture
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture costs as much time as a hundred steps of these runs."""
-    def draw_nothing(log: logger.Logger) -> None:
-        """In place of Logger.plot."""
-
-    monkeypatch.setattr(logger.Logger, 'plot', draw_nothing)
-
-
 # ------------------------------------------------------------------------------------------------
 # Signals and time
 
@@ -228,7 +219,7 @@ def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_
     assert status_of(tmp_path)['state'] == 'stopped'
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_a_run_ends_when_its_time_is_over(tmp_path: Path, tiny_dataset: Path) -> None:
     with pytest.raises(errors.UserError, match='max_hours') as caught:
         train.main(arguments(tmp_path, tiny_dataset, max_hours=1e-9))
@@ -414,7 +405,7 @@ def break_steps(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool], 
     monkeypatch.setattr(tokens, 'parts_of', breaking)
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 @pytest.mark.parametrize('number', [math.nan, math.inf])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                           tiny_dataset: Path, number: float) -> None:
@@ -440,7 +431,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.Mo
     assert all(weight.isfinite().all() for weight in state['model'].values())
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                             tiny_dataset: Path) -> None:
     train.main(arguments(tmp_path, tiny_dataset, max_iters=4))
@@ -453,7 +444,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(monkeypatch: pytest.
     assert (status_of(tmp_path)['exit_code'], status_of(tmp_path)['step']) == (errors.NOT_FINITE, 12)
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_the_text_on_which_the_loss_is_not_finite_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                            tiny_dataset: Path, tiny_text: str) -> None:
     """One position has an embedding that overflows: every window has a loss that is not finite."""
@@ -525,7 +516,7 @@ def test_the_advice_keeps_the_tokens_of_a_step(batch_size: int, accumulation: in
         assert int(new['batch_size']) * int(new['gradient_accumulation_steps']) == batch_size * accumulation
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_a_run_that_would_fill_the_disk_does_not_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                        tiny_dataset: Path) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -536,7 +527,7 @@ def test_a_run_that_would_fill_the_disk_does_not_begin(monkeypatch: pytest.Monke
     assert not (tmp_path / 'run/metrics.jsonl').exists()
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                         tiny_dataset: Path) -> None:
     """The disk waits until two more steps are done; the checkpoint holds the weights of its own step all the same."""
@@ -567,7 +558,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
     assert_same_run(tmp_path / 'slow', tmp_path / 'resumed')
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, tiny_dataset: Path) -> None:
     for name in ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp'):
         (tmp_path / name).write_bytes(b'half')
@@ -575,7 +566,7 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, tiny_dataset: 
     assert not list(tmp_path.glob('*.tmp')) + list(tmp_path.glob('*new*'))
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_a_run_goes_on_elsewhere_from_what_it_has_uploaded(
         tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str],
         run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
@@ -595,7 +586,7 @@ def test_a_run_goes_on_elsewhere_from_what_it_has_uploaded(
     assert torch.equal(model.lm_head.weight, second['model']['lm_head.weight'])
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_an_upload_that_fails_is_seen_and_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                               tiny_dataset: Path,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
@@ -648,7 +639,7 @@ def test_a_disk_that_has_no_room_for_a_row_is_full_in_one_line(tmp_path: Path, t
     assert result.stderr.startswith('the disk is full'), result.stderr
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 @pytest.mark.parametrize('what', ['link', 'write'])
 def test_what_goes_wrong_behind_training_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                       tiny_dataset: Path, what: str) -> None:
@@ -665,7 +656,7 @@ def test_what_goes_wrong_behind_training_ends_the_run(monkeypatch: pytest.Monkey
     assert status_of(tmp_path)['state'] == 'failed'
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path: Path, tiny_dataset: Path) -> None:
     train.main(arguments(tmp_path, tiny_dataset))
     for path in tmp_path.glob('*.pt'):
@@ -693,7 +684,7 @@ def test_processes_that_do_not_share_a_folder_are_told_so(start: Start, tmp_path
         assert 'process 0 has found the checkpoint of step 4, and process 1 none\nout_dir must be one folder' in printed
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_an_overflow_that_the_scaler_answers_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                             tiny_dataset: Path) -> None:
     """float16 on the CPU, which only a test asks for, with a scale that overflows for the first steps."""
@@ -711,7 +702,7 @@ def test_an_overflow_that_the_scaler_answers_does_not_count(monkeypatch: pytest.
     assert rows[39]['loss'] < rows[0]['loss']
 
 
-@pytest.mark.usefixtures('_no_pictures')
+@pytest.mark.usefixtures('no_pictures')
 def test_gradients_that_no_scale_makes_finite_end_a_run_in_float16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                                    tiny_dataset: Path) -> None:
     make_optimizer = train.make_optimizer

@@ -11,13 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import checkpoint
 import errors
@@ -26,8 +25,8 @@ import logger
 import parallel
 import tokens
 import train
-from errors import UserError
 from model import GPT, GPTConfig
+from tests.comparing import differences, refused
 
 ROOT = Path(__file__).parents[1]
 Rows = list[dict[str, Any]]
@@ -52,15 +51,7 @@ def rows_of(out_dir: Path) -> Rows:
     return [{name: x for name, x in json.loads(line).items() if name not in CLOCK} for line in lines]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _no_pictures() -> Iterator[None]:
-    """A picture costs as much time as a hundred steps of these runs."""
-    def draw_nothing(log: logger.Logger) -> None:
-        """In place of Logger.plot."""
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logger.Logger, 'plot', draw_nothing)
-        yield
+pytestmark = pytest.mark.usefixtures('no_pictures')
 
 
 @pytest.fixture
@@ -75,32 +66,6 @@ def run(tiny_dataset: Path) -> Run:
 
 def losses(rows: Rows, name: str = 'loss') -> list[float]:
     return [row[name] for row in rows if name in row]
-
-
-def refused(call: Callable[..., Any], *positional: Any, code: int = errors.COMMAND, **named: Any) -> str:
-    """The message, of at most three lines, with which a call refuses what it was given."""
-    with pytest.raises(UserError) as caught:
-        call(*positional, **named)
-    assert caught.value.code == code
-    assert str(caught.value).count('\n') < 3
-    return str(caught.value)
-
-
-def tensors(tree: Any, name: str = '') -> Iterator[tuple[str, Any]]:
-    """Every leaf of a checkpoint, by its path."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
-    if items is None:
-        yield name, tree
-    else:
-        for key, value in items:
-            yield from tensors(value, f'{name}/{key}')
-
-
-def differences(first: Any, second: Any) -> list[str]:
-    """The paths at which two checkpoints, or parts of them, are not bit for bit the same."""
-    one, two = dict(tensors(first)), dict(tensors(second))
-    return [name for name in one.keys() | two.keys() if name not in one or name not in two or not (
-        torch.equal(one[name], two[name]) if isinstance(one[name], Tensor) else one[name] == two[name])]
 
 
 def last(out_dir: Path) -> checkpoint.State:
@@ -167,7 +132,7 @@ def test_matrices_decay_and_vectors_do_not(tie: bool) -> None:
 
 @pytest.mark.parametrize(('total', 'nearest'), [(1000, '992 and 1008'), (5, '16'), (17, '16 and 32')])
 def test_a_total_batch_size_that_is_no_multiple_of_the_block_names_the_nearest(total: int, nearest: str) -> None:
-    message = refused(train.windows_in_step, total, 40, 12, 16)
+    message = refused(train.windows_in_step, total, 40, 12, 16, code=errors.COMMAND)
     assert f'total_batch_size={total} must be a multiple of block_size=16' in message
     assert message.endswith(f'the nearest are {nearest}')
     assert train.windows_in_step(1008, 40, 12, 16) == 63
@@ -641,7 +606,7 @@ def test_to_start_over_a_run_must_be_asked_for(run: Run, tmp_path: Path) -> None
     rows = run(tmp_path, sample_interval=5, sample_tokens=2)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for init_from in ('scratch', 'start', str(tmp_path / 'ckpt.pt')):
-        message = refused(run, tmp_path, init_from=init_from)
+        message = refused(run, tmp_path, init_from=init_from, code=errors.COMMAND)
         assert str(tmp_path) in message
         assert '--init_from=resume' in message
         assert '--overwrite=True' in message
@@ -664,7 +629,7 @@ def test_resume_takes_the_shape_from_the_checkpoint_and_refuses_another(run: Run
     others: dict[str, Any] = {'n_layer': 3, 'n_head': 4, 'n_embd': 32, 'block_size': 8, 'bias': False, 'gelu': 'tanh',
                               'vocab_size': 512, 'tie_weights': True}
     for name, value in others.items():
-        message = refused(run, tmp_path, init_from='resume', max_iters=14, **{name: value})
+        message = refused(run, tmp_path, init_from='resume', max_iters=14, **{name: value}, code=errors.COMMAND)
         assert f'{name}={value} was given' in message
         assert f' has {getattr(config, name)}\n' in message
     assert last(tmp_path)['iter_num'] == 12
@@ -708,7 +673,7 @@ def test_a_path_starts_from_the_weights_that_it_holds(run: Run, tmp_path: Path) 
     assert ours['model_args']['block_size'] == 8
     assert torch.equal(ours['model']['transformer.wpe.weight'], theirs['model']['transformer.wpe.weight'][:8])
     assert torch.equal(ours['model']['lm_head.weight'], theirs['model']['lm_head.weight'])
-    message = refused(run, tmp_path / 'longer', init_from=tmp_path / 'first', block_size=32)
+    message = refused(run, tmp_path / 'longer', init_from=tmp_path / 'first', block_size=32, code=errors.COMMAND)
     assert 'block_size=32' in message
     assert '--block_size=16' in message
 
