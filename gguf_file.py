@@ -11,6 +11,7 @@ from errors import UserError
 from model import GPTConfig
 from tokenizer import END_OF_TEXT, Tokenizer
 
+NO_MERGES = ['Ā Ā']  # there must be one: two NULs, which no text has, would be merged, and cut again, being no token
 MODELFILE = '''# ollama create NAME -f Modelfile && ollama run NAME
 FROM ./model.gguf
 # It continues a text, and has no notion of a conversation.
@@ -26,7 +27,7 @@ def check(vocabulary: Tokenizer) -> None:
     """Refuse what llama.cpp cannot say: it knows the pattern of words of each tokenizer by name, and no characters."""
     if not tokenizer.is_gpt2_like(vocabulary):
         raise UserError(f"the tokenizer '{vocabulary.name}' cannot be written as GGUF: llama.cpp knows GPT-2's way to "
-                        'cut a text into words and to merge bytes\ntake a model with bpe:N or gpt2, or --to=hf')
+                        'cut a text into words and to merge bytes\ntake a model with byte, bpe:N or gpt2, or --to=hf')
 
 
 def write(folder: Path, name: str, config: GPTConfig, weights: dict[str, Tensor], vocabulary: Tokenizer,
@@ -57,10 +58,11 @@ def write(folder: Path, name: str, config: GPTConfig, weights: dict[str, Tensor]
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
                             for i in range(vocabulary.n_vocab)])
-    writer.add_token_merges([' '.join(pair) for pair in json.loads(library.to_str())['model']['merges']])
-    if vocabulary.eot is not None:
-        writer.add_bos_token_id(vocabulary.eot)
-        writer.add_eos_token_id(vocabulary.eot)
+    merges = [' '.join(pair) for pair in json.loads(library.to_str())['model']['merges']]
+    writer.add_token_merges(merges or NO_MERGES)
+    end = vocabulary.pieces.index(b'\0') if vocabulary.eot is None else vocabulary.eot  # there must be one, too
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)
 
     name_of = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)

@@ -233,10 +233,11 @@ def bytes_of_printable_alphabet() -> dict[str, int]:
 
 
 def is_gpt2_like(vocabulary: Tokenizer) -> bool:
-    """Whether text is cut into words as GPT-2 cuts it, and words are then merged from bytes."""
+    """Whether text is cut into words as GPT-2 cuts it, and words are then merged from bytes; or if that makes no
+    difference, since bytes stay bytes."""
     if isinstance(vocabulary, Tiktoken):
         return vocabulary.library._pat_str in GPT2_PATTERNS
-    return isinstance(vocabulary, TrainedBPE)
+    return isinstance(vocabulary, TrainedBPE | Bytes)
 
 
 def byte_level(ids: dict[str, int], merges: list[tuple[str, str]],

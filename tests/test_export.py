@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -323,11 +324,49 @@ def test_its_tokenizer_is_gpt2s_kind(tiny_text: str, tmp_path: Path) -> None:
     assert 'PARAMETER stop "<|endoftext|>"\n' in modelfile
 
 
-@pytest.mark.parametrize('spec', ['char', 'byte'])
-def test_what_gguf_cannot_say_is_refused_before_anything_is_written(spec: str, tmp_path: Path) -> None:
-    vocabulary = build(spec)
+@pytest.mark.slow
+@pytest.mark.parametrize(('spec', 'eot', 'bias', 'tied'), [('byte', False, False, True), ('byte', True, True, True),
+                                                           ('bpe:300', True, False, False), ('gpt2', True, True, True)])
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_llama_cpp_reads_the_same_tokens_and_predicts_the_same(spec: str, eot: bool, bias: bool, tied: bool,
+                                                               documents: list[str], tmp_path: Path) -> None:
+    """llama.cpp itself, which lends a server to this process."""
+    llama = pytest.importorskip('xllamacpp', reason='needs llama.cpp: pip install xllamacpp')
+    texts = [text.replace('\0', '') for text in (*documents, *EDGES)]
+    vocabulary = build(spec, eot, tuple(texts))
+    n_vocab = vocabulary.n_vocab
+    config = replace(SHAPE, n_embd=64, vocab_size=n_vocab + 47, bias=bias, tie_weights=tied)
+    model = random_model(config)
+    folder = run(write_run(tmp_path, model, vocabulary), to='gguf')
+    settings = llama.CommonParams()
+    settings.model.path, settings.n_ctx, settings.warmup = str(folder / 'model.gguf'), 256, False
+    settings.n_parallel = settings.cpuparams.n_threads = 1
+    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    server = llama.Server(settings)
+
+    def ask(where: str, **question: Any) -> Any:
+        request = urllib.request.Request(f'{server.listening_address}/{where}', json.dumps(question).encode(),
+                                         {'Content-Type': 'application/json'})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    for text in texts:
+        assert ask('tokenize', content=text, parse_special=True)['tokens'] == vocabulary.encode_prompt(text), text[:80]
+    ids = vocabulary.encode('The quick brown fox')[:12]
+    answer = ask('completion', prompt=ids, n_predict=1, temperature=0, n_probs=50, ignore_eos=True)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0][0, -1, :n_vocab].log_softmax(dim=-1)
+    top = answer['completion_probabilities'][0]['top_logprobs']
+    assert len(top) == 50 and top[0]['id'] == expected.argmax()
+    theirs = torch.tensor([token['logprob'] for token in top])
+    # it looks GELU up in a table of float16
+    torch.testing.assert_close(theirs, expected[[token['id'] for token in top]], rtol=0, atol=2e-2)
+
+
+def test_what_gguf_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    vocabulary = build('char')
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary)
-    assert f"'{spec}' cannot be written as GGUF" in refused(run, folder, to='gguf')
+    assert "'char' cannot be written as GGUF" in refused(run, folder, to='gguf')
     assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
 
 
