@@ -320,6 +320,19 @@ def test_a_config_with_odd_fields_is_asked_about_or_refused(tmp_path: Path, monk
         assert 'n_head' in refused(checkpoint.open_model, str(path))
 
 
+def test_only_one_class_and_only_a_config_is_read_as_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, theirs = gpt_from_scratch(tmp_path / 'theirs.pt', monkeypatch)
+    tree = {'model': theirs.state_dict(), 'config': config_of('gone', {'n_heads': 4})}
+    type(tree['config']).__qualname__ = type(tree['config']).__name__ = 'Optimizer'
+    vars(sys.modules['gone'])['Optimizer'] = type(tree['config'])
+    torch.save(tree, path)
+    assert 'could run any code' in refused(checkpoint.open_model, str(path))
+    torch.save({**tree, 'config': config_of('gone', {'n_heads': 4}), 'other': config_of('elsewhere', {'a': 1})}, path)
+    assert 'could run any code' in refused(checkpoint.open_model, str(path))
+    for name in ('gone', 'elsewhere'):
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_export_says_no_to_an_answer_that_does_not_fit(tmp_path: Path) -> None:
     torch.save(GPT(GPTConfig(16, 128, 1, 2, 8)).state_dict(), tmp_path / 'theirs.pt')
     arguments = [f'--init_from={tmp_path}/theirs.pt', f'--out_dir={tmp_path}/new', '--to=ckpt', '--gelu=tanh']
