@@ -50,6 +50,7 @@ dataset: str = ''  # the corpus whose tokenizer it has learned: a folder in data
 DTYPES = {'hf': ('float32', 'float16', 'bfloat16'), 'gguf': ('float32', 'float16'), 'llmc': ('float32', 'bfloat16'),
           'ckpt': ('float32',)}
 WITHOUT_BIAS = ('wte.weight', 'wpe.weight', 'lm_head.weight')
+UNFINISHED = '.exporting'  # a folder that is not whole yet
 PROGRAMS = {'gguf': 'llama.cpp', 'llmc': 'llm.c'}  # which compute GELU by tanh
 CARD = """---
 library_name: transformers
@@ -112,12 +113,12 @@ def card(name: str, config: GPTConfig, weights: dict[str, Tensor], state: checkp
          vocabulary: Tokenizer) -> str:
     """The README.md of a Hugging Face folder: what the model is, and the numbers of its run."""
     settings, best = state.get('config', {}), state.get('best', {})
-    windows = settings.get('total_batch_size', 0) or math.prod(
+    tokens_in_step = settings.get('total_batch_size', 0) or math.prod(
         settings.get(part, 0) for part in ('gradient_accumulation_steps', 'batch_size', 'block_size'))
     numbers = {
         'corpus': Path(settings.get('dataset', '')).name,
         'steps': f'{state.get("iter_num", 0):,}',
-        'tokens seen': f'{state.get("iter_num", 0) * windows:,}' if windows else '',
+        'tokens seen': f'{state.get("iter_num", 0) * tokens_in_step:,}' if tokens_in_step else '',
         'tokens of the corpus': f'{state["data"]["train"]["tokens"]:,}' if state.get('data') else '',
         'validation loss, nats per token': f'{best["loss"][0]:.4f}, at step {best["loss"][1]:,}' if best else '',
         'bits per byte': f'{best["bits_per_byte"][0]:.4f}' if 'bits_per_byte' in best else ''}
@@ -146,12 +147,16 @@ def folder_to_fill(target: Path, overwrite: bool) -> Iterator[Path]:
     replaced; what somebody else has put there is not, unless told so."""
     if target.exists() and not target.is_dir():
         raise UserError(f'{target} is a file: give another --to_dir')
-    if not overwrite and target.is_dir() and any(target.iterdir()) and not (target / huggingface.ORIGIN).exists():
+    others = [path for path in target.glob('*') if path.name != UNFINISHED]
+    if others and not overwrite and target / huggingface.ORIGIN not in others:
         raise UserError(f'{target} holds files that this script did not write: give another --to_dir, or '
                         '--overwrite=True to write among them')
-    temporary = target.with_name(f'.{target.name}.exporting')
+    temporary = target / UNFINISHED if target.is_dir() else target.with_name(f'.{target.name}{UNFINISHED}')
     shutil.rmtree(temporary, ignore_errors=True)  # what a kill has left
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f'{target} cannot be written: {error.strerror}') from None
     try:
         yield temporary
         if not target.exists():
@@ -181,36 +186,54 @@ def write_run(folder: Path, model: GPT, state: checkpoint.State, vocabulary: Tok
         'tokenizer': vocabulary.state() if vocabulary else None}), 2, False)
 
 
-def vocabulary_of(state: checkpoint.State, vocab_size: int) -> Tokenizer | None:
+def vocabulary_of(state: checkpoint.State, vocab_size: int, is_needed: bool) -> Tokenizer | None:
     """The tokenizer that the model has learned. A checkpoint of our own may do without, where that is not to be
     had."""
     try:
         return sample.vocabulary_of(state, vocab_size)
     except UserError as error:
-        if to != 'ckpt':
+        if is_needed:
             raise
         print(f'the tokenizer stays behind: {error}')
         return None
 
 
-def export(source: str, target: Path) -> list[str]:
+def next_step(to: str, target: Path, name: str, prompt: str) -> str:
+    """What to type where the export is wanted."""
+    if to == 'gguf':
+        modelfile = shlex.quote(f'{target}/Modelfile')
+        return f'ollama create {name} -f {modelfile} && ollama run {name} {shlex.quote(prompt)}'
+    if to == 'llmc':
+        model = shlex.quote(f'{target.resolve()}/model.bin')
+        return f'./train_gpt2cu -e {model}    # in llm.c'
+    program = (f'from transformers import pipeline; '
+               f"print(pipeline('text-generation', {str(target)!r})({prompt!r})[0]['generated_text'])")
+    is_plain = re.fullmatch(r"[\w ;(),.'/\[\]-]+", program)
+    return f'{errors.python()} -c ' + (f'"{program}"' if is_plain else shlex.quote(program))
+
+
+def export(source: str, target: Path) -> str:
     """Write the model that `source` names to `target`, in the form that `to` asks for. Returns what to type next."""
     answers = {name: value for name, value in (('n_head', n_head), ('gelu', gelu)) if value}
     model, state = checkpoint.open_model(source, answers=answers)
+    if n_head and n_head != model.config.n_head:
+        raise UserError(f'--n_head={n_head} was given, and the model in {source} has {model.config.n_head}: leave it '
+                        'out')
     if gelu and gelu != model.config.gelu:
         model = GPT.from_weights(replace(model.config, gelu=gelu), model.state_dict())
     check(to, dtype, model.config)
     if dataset:
         state = state | {'tokenizer': None, 'config': state.get('config', {}) | {'dataset': dataset}}
-    vocabulary = vocabulary_of(state, model.config.vocab_size)
+    vocabulary = vocabulary_of(state, model.config.vocab_size, to != 'ckpt')
     if to == 'ckpt' or vocabulary is None:
         write_run(target, model, state, vocabulary)
-        return [f'{errors.python()} sample.py --out_dir={target}']
+        return f'{errors.python()} sample.py --out_dir={target}'
     if dtype == 'float16' and any(p.abs().max() > torch.finfo(torch.float16).max for p in model.parameters()):
         raise UserError('this model has weights that float16 cannot hold: give another --dtype')
     config, weights = complete(model, vocabulary.n_vocab)
     config = replace(config, dropout=state.get('model_args', {}).get('dropout', 0.0))  # for those who train on
-    name, precision, prompt = Path(out_dir).name, getattr(torch, dtype), prompt_for(vocabulary)
+    name = re.sub(r'[^\w.-]', '-', Path(out_dir).resolve().name)
+    precision, prompt = getattr(torch, dtype), prompt_for(vocabulary)
     with folder_to_fill(target, overwrite) as folder:
         if to == 'hf':
             huggingface.write(folder, config, weights, vocabulary, precision)
@@ -221,24 +244,19 @@ def export(source: str, target: Path) -> list[str]:
             llmc.write(folder, config, weights, vocabulary, precision)
         origin = json.dumps(origin_of(state, vocabulary))
         (folder / huggingface.ORIGIN).write_text(origin, encoding='utf-8')
-    program = (f'from transformers import pipeline; '
-               f"print(pipeline('text-generation', {str(target)!r})({prompt!r})[0]['generated_text'])")
-    is_plain = re.fullmatch(r"[\w ;(),.'/\[\]-]+", program)
-    return {'hf': [f'{errors.python()} -c ' + (f'"{program}"' if is_plain else shlex.quote(program))],
-            'gguf': [f'ollama create {name} -f {target}/Modelfile && ollama run {name} {shlex.quote(prompt)}'],
-            'llmc': [f'./train_gpt2cu -e {target.absolute()}/model.bin    # in llm.c']}[to]
+    return next_step(to, target, name, prompt)
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if remote.is_url(to_dir or out_dir):
         raise UserError(f'{remote.shown(to_dir or out_dir)} is no folder of this machine: give one as --to_dir')
-    target = Path(to_dir) if to_dir else Path(out_dir) if to == 'ckpt' else Path(out_dir, to)
-    lines = export(init_from or out_dir, target)
+    target = Path(to_dir).resolve() if to_dir else Path(out_dir) if to == 'ckpt' else Path(out_dir, to)
+    next_line = export(init_from or out_dir, target)
     for path in sorted(target.iterdir()):
         if path.is_file():
             print(f'{path.stat().st_size:15,} bytes  {path}')
-    print('\n'.join(['next:', *(f'    {line}' for line in lines)]))
+    print(f'next:\n    {next_line}')
 
 
 if __name__ == '__main__':

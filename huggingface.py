@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from errors import CHECKPOINT, UserError
+from errors import CHECKPOINT, DISK_FULL, UserError
 from model import GPTConfig
 from tokenizer import END_OF_TEXT, Tokenizer
 
@@ -96,12 +96,17 @@ def write(folder: Path, config: GPTConfig, weights: dict[str, Tensor], vocabular
     """Weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them. The model must
     have biases, and a token for each of its ids."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError('safetensors, which writes these weights, is not here: pip install safetensors') from None
     theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(dtype).contiguous() for name, p in weights.items()
               if not (config.tie_weights and name == 'lm_head.weight')}
-    save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
+    try:
+        save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
+    except SafetensorError as error:
+        raise UserError(f'{folder} cannot be written: {error}\nmake room, and run the same command again',
+                        DISK_FULL) from None
     end = vocabulary.eot
     tokens = {'bos_token_id': end, 'eos_token_id': end}
     gelu = next(name for name, kind in GELU.items() if kind == config.gelu)

@@ -481,6 +481,7 @@ def test_an_export_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in other.iterdir()) == ['README.md', 'thesis.txt']
     run(source, to_dir=other, overwrite=True)
     assert (other / 'config.json').exists() and (other / 'thesis.txt').exists()
+    assert sorted(path.name for path in other.iterdir() if path.name.startswith('.')) == []
     assert 'is a file' in refused(run, source, to_dir=other / 'thesis.txt')
 
 
@@ -525,6 +526,9 @@ def test_a_damaged_origin_is_one_line(damage: str | bytes, tmp_path: Path) -> No
 
 def test_wrong_commands_are_answered_in_a_line_or_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
+    assert 'has 2: leave it out' in refused(run, folder, n_head=4)
+    (tmp_path / 'file').write_text('', encoding='utf-8')
+    assert 'cannot be written' in refused(run, folder, to_dir=tmp_path / 'file/hf')
     assert 'float32 or float16' in refused(run, folder, to='gguf', dtype='bfloat16')
     assert 'float32 or bfloat16' in refused(run, folder, to='llmc', dtype='float16')
     assert 'to must be' in refused(run, folder, to='onnx')
