@@ -338,3 +338,28 @@ def test_export_says_no_to_an_answer_that_does_not_fit(tmp_path: Path) -> None:
     arguments = [f'--init_from={tmp_path}/theirs.pt', f'--out_dir={tmp_path}/new', '--to=ckpt', '--gelu=tanh']
     assert 'multiple of n_head=3' in refused(export.main, [*arguments, '--n_head=3'], code=errors.COMMAND)
     assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_a_run_without_a_tokenizer_is_made_with_a_line_and_a_corpus_brings_one(
+        tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(GPT(GPTConfig(16, 128, 1, 2, 8)).state_dict(), tmp_path / 'theirs.pt')
+    arguments = [f'--init_from={tmp_path}/theirs.pt', '--to=ckpt', '--gelu=exact', '--n_head=4']
+    export.main([*arguments, f'--out_dir={tmp_path}/without'])
+    assert 'the tokenizer stays behind: the model knows 128 tokens' in capsys.readouterr().out
+    model, state = checkpoint.open_model(f'{tmp_path}/without')
+    assert (model.config.n_head, model.config.gelu, state['tokenizer']) == (4, 'exact', None)
+    export.main([*arguments, f'--out_dir={tmp_path}/with', f'--dataset={tiny_dataset}'])
+    assert checkpoint.open_model(f'{tmp_path}/with')[1]['tokenizer']['name'] == 'char'
+    without = [f'--init_from={tmp_path}/without', f'--out_dir={tmp_path}/new', '--to=hf']
+    assert 'has learned another one' in refused(export.main, without)
+
+
+def test_nanogpts_gelu_is_the_exact_one_unless_somebody_knows_better(tmp_path: Path) -> None:
+    """Its files do not say; those of its relatives, which have its names and the other GELU, do not either."""
+    args = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'block_size': 16, 'bias': True, 'vocab_size': 64, 'dropout': 0.0}
+    tree = {'model': GPT(GPTConfig(16, 64, 1, 2, 8)).state_dict(), 'model_args': args, 'iter_num': 3}
+    torch.save(tree, tmp_path / 'ckpt.pt')
+    assert checkpoint.open_model(str(tmp_path / 'ckpt.pt'))[0].config.gelu == 'exact'
+    export.main([f'--init_from={tmp_path}/ckpt.pt', f'--out_dir={tmp_path}/new', '--to=ckpt', '--gelu=tanh'])
+    assert checkpoint.open_model(f'{tmp_path}/new')[0].config.gelu == 'tanh'
