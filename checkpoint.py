@@ -5,7 +5,6 @@ evaluating or training on needs. It is a superset of nanoGPT's, and nanoGPT's lo
 It is written under a temporary name and renamed, so a kill at any moment leaves the previous one; the zip's checksums
 are compared on loading, so that no damage is ever taken for weights.
 """
-import math
 import os
 import platform
 import shutil
@@ -22,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+import foreign
+import huggingface
+import llmc
 import parallel
 import remote
 import tokenizer
@@ -154,8 +156,9 @@ def older(newest: Path, age: int) -> Path:
     return newest.with_name(f'ckpt.{age}.pt')
 
 
-def load(path: Path) -> State:
-    """What a file holds, in this project's form. Raises UserError for a missing, damaged or foreign file."""
+def load(path: Path, answers: dict[str, Any] | None = None) -> State:
+    """What a file holds, in this project's form, also where another project wrote it: `answers` gives the n_head and
+    gelu that it may not say. Raises UserError for a file that is missing, damaged, or of another model."""
     if not path.is_file():
         raise UserError(f'no checkpoint at {path}', CHECKPOINT)
     try:
@@ -165,31 +168,7 @@ def load(path: Path) -> State:
         raise UserError(f'{path} is damaged, or not a checkpoint: {error}', CHECKPOINT) from None
     if damaged:
         raise UserError(f'{path} is damaged: the checksum of its part {damaged} does not fit', CHECKPOINT)
-    try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception:  # torch's own reader raises several kinds
-        raise UserError(f'{path} holds more than tensors and plain values, which could run any code: it is not loaded',
-                        CHECKPOINT) from None
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in ('model', 'model_args')):
-        raise UserError(f"{path} has no 'model' and 'model_args': neither plainGPT nor nanoGPT wrote it", CHECKPOINT)
-    return from_nanogpt(state)
-
-
-def from_nanogpt(state: State) -> State:
-    """nanoGPT's files lack some keys, compiled models prefix their names, and old ones carry the causal mask as a
-    buffer."""
-    weights = {}
-    for name, tensor in state['model'].items():
-        while name.startswith(('_orig_mod.', 'module.')):
-            name = name.partition('.')[2]
-        if not name.endswith(('.attn.bias', '.attn.masked_bias')):
-            weights[name] = tensor
-    settings = {'gelu': 'exact', 'tie_weights': True} | state.get('config', {})
-    best_val_loss = float(state.get('best_val_loss', 'inf'))  # a tensor in nanoGPT's
-    best = {'loss': [best_val_loss, state.get('iter_num', 0)]} if math.isfinite(best_val_loss) else {}
-    rest: State = {'iter_num': 0, 'skipped': 0, 'tokenizer': None, 'scaler': {}, 'wandb_run_id': '', 'data': {},
-                   'best': best}
-    return rest | state | {'model': weights, 'config': settings, 'best_val_loss': best_val_loss}
+    return foreign.adopt(foreign.read(path), path, answers or {})
 
 
 def load_newest(out_dir: Path) -> State:
@@ -268,20 +247,24 @@ def fetch_run(out_dir: Path, url: str) -> None:
             print(f'{path} comes from {remote.shown(url)}', flush=True)
 
 
-def open_model(where: str, dropout: float = 0.0) -> tuple[GPT, State]:
-    """The model that `where` names: a checkpoint file or the folder of a run, here or at a URL, a Hugging Face folder,
-    or a GPT-2 of the hub; and its checkpoint, which is empty for the last two."""
+def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None = None) -> tuple[GPT, State]:
+    """The model that `where` names: a checkpoint file or the folder of a run, here or at a URL, llm.c's model file, a
+    Hugging Face folder, or a GPT-2 of the hub; and its checkpoint, of which the last three have little or nothing.
+    `answers` are those of `load`."""
     path = Path(where)
     if remote.is_url(where):
         with tempfile.TemporaryDirectory() as folder:
-            state = load(*remote.fetch(where if where.endswith('.pt') else f'{where}/ckpt.pt', Path(folder)))
+            [file] = remote.fetch(where if where.endswith('.pt') else f'{where}/ckpt.pt', Path(folder))
+            state = load(file, answers)
     elif holds_run(path):
         state = load_newest(path)
-    elif path.is_file() or path.suffix == '.pt':
-        state = load(path)
+    elif path.is_file() and llmc.is_model(path):
+        return GPT.from_weights(*llmc.load(path, dropout)), huggingface.read_origin(path.parent)
+    elif path.is_file() or path.suffix in ('.pt', '.pth'):
+        state = load(path, answers)
     elif (path / 'config.json').exists() or (where.startswith('gpt2') and not path.exists()) or (
             where.count('/') == 1 and not path.parent.exists()):
-        return GPT.from_pretrained(where, dropout), {}
+        return GPT.from_pretrained(where, dropout), huggingface.read_origin(path)
     else:
         raise UserError(f'{where!r} is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2', CHECKPOINT)
     return model_of(state, dropout), state
@@ -313,7 +296,8 @@ def start_from(settings: dict[str, Any], given: set[str], n_vocab: int,
         raise UserError(f'{run} holds a run already: --init_from=resume continues it, --overwrite=True starts over,\n'
                         'another --out_dir leaves it alone')
     if source not in ('scratch', 'start', 'auto'):
-        model, state = open_model(source, dropout)
+        answers = {name: settings[name] for name in given & {'n_head', 'gelu'}}
+        model, state = open_model(source, dropout, answers)
         refuse_other_shape(model.config, settings, given - {'block_size'})
         return model.crop_block_size(settings['block_size']) if 'block_size' in given else model, state, False
     shape = {name: settings[name] for name in SHAPE}

@@ -1,4 +1,5 @@
-"""GPT-2's weights as Hugging Face keeps them: under the same names, with four kinds of matrices transposed."""
+"""Hugging Face's form of a GPT-2, in and out: the same names, with four kinds of matrices transposed."""
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from errors import CHECKPOINT, UserError
+from errors import CHECKPOINT, DISK_FULL, UserError
 from model import GPTConfig
+from tokenizer import END_OF_TEXT, Tokenizer
 
 if TYPE_CHECKING:
+    import tokenizers
     import transformers
 
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) there
 GELU: dict[str, Literal['tanh', 'exact']] = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
+ORIGIN = 'plaingpt.json'  # beside what export.py writes: what no other format has room for, such as the tokenizer
 
 
 def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -71,3 +75,74 @@ def readable_errors(name_or_folder: str) -> Iterator[None]:
     except Exception as error:  # of four libraries
         raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {(str(error).splitlines() or [repr(error)])[0]}\n'
                         'without network, give a local folder that save_pretrained wrote', CHECKPOINT) from None
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """What export.py has left of the checkpoint that it exported to this folder; {} where it did not write it."""
+    path = folder / ORIGIN
+    if not path.is_file():
+        return {}
+    try:
+        origin = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise UserError(f'{path} is damaged: {error}', CHECKPOINT) from None
+    if not isinstance(origin, dict) or not isinstance(origin.get('tokenizer'), dict):
+        raise UserError(f'{path} is damaged: it has no tokenizer', CHECKPOINT)
+    return origin
+
+
+def write(folder: Path, config: GPTConfig, weights: dict[str, Tensor], vocabulary: Tokenizer,
+          dtype: torch.dtype) -> None:
+    """Weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them. The model must
+    have biases, and a token for each of its ids."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError('safetensors, which writes these weights, is not here: pip install safetensors') from None
+    theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(dtype).contiguous() for name, p in weights.items()
+              if not (config.tie_weights and name == 'lm_head.weight')}
+    try:
+        save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
+    except SafetensorError as error:
+        raise UserError(f'{folder} cannot be written: {error}\nmake room, and run the same command again',
+                        DISK_FULL) from None
+    end = vocabulary.eot
+    tokens = {'bos_token_id': end, 'eos_token_id': end}
+    gelu = next(name for name, kind in GELU.items() if kind == config.gelu)
+    write_json(folder / 'config.json', {
+        'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2',
+        'dtype': str(dtype).removeprefix('torch.'),
+        'vocab_size': config.vocab_size, 'n_positions': config.block_size, 'n_ctx': config.block_size,
+        'n_embd': config.n_embd, 'n_layer': config.n_layer, 'n_head': config.n_head, 'n_inner': None,
+        'activation_function': gelu, 'layer_norm_epsilon': 1e-5, 'initializer_range': 0.02,
+        'tie_word_embeddings': config.tie_weights,
+        **dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), config.dropout), **tokens})
+    write_json(folder / 'generation_config.json', {  # as sample.py draws
+        'do_sample': True, 'temperature': 0.8, 'top_k': min(200, config.vocab_size), 'max_length': config.block_size,
+        **tokens, 'pad_token_id': end})
+    tokenizer_of(vocabulary).save(str(folder / 'tokenizer.json'))
+    names = {} if end is None else {'bos_token': END_OF_TEXT, 'eos_token': END_OF_TEXT}
+    write_json(folder / 'tokenizer_config.json', {
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,
+        'clean_up_tokenization_spaces': False, 'add_prefix_space': False, **names})
+
+
+def tokenizer_of(vocabulary: Tokenizer) -> 'tokenizers.Tokenizer':
+    """Their form of our tokenizer, which has been tried: it gives the same ids for the text of all tokens."""
+    refusal = UserError(f"the tokenizer '{vocabulary.name}' gives other ids in the form of Hugging Face's tokenizers: "
+                        'it is not exported')
+    try:
+        library = vocabulary.to_huggingface()
+    except Exception:  # whatever the library finds wrong with the pattern
+        raise refusal from None
+    text = vocabulary.decode(i for i, size in enumerate(vocabulary.token_sizes()) if size)
+    library.encode_special_tokens = True  # as ordinary text
+    if library.encode(text).ids != vocabulary.encode(text):
+        raise refusal
+    library.encode_special_tokens = False
+    return library
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

@@ -5,8 +5,10 @@
     tokenizer.reference()                  is what meta.json keeps: the same, but only the name of a tiktoken vocabulary
 """
 import base64
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = '<|endoftext|>'
 SMALLEST_BPE = 257  # every byte, and the end of a text
+GPT2_PATTERNS = (  # two ways to write it: the published one, and tiktoken's, which is faster
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+)
 
 
 class Tokenizer(ABC):
@@ -69,6 +75,11 @@ class Tokenizer(ABC):
         """What meta.json keeps, in values that JSON has."""
         return self.state()
 
+    @abstractmethod
+    def to_huggingface(self) -> 'tokenizers.Tokenizer':
+        """The same vocabulary in the form that Hugging Face's libraries load. As in `encode_prompt`, the name of a
+        special token stands for its id."""
+
 
 class Characters(Tokenizer):
     """One id for every character that the text holds, in the order of their code points, as nanoGPT has it."""
@@ -91,6 +102,17 @@ class Characters(Tokenizer):
     def state(self) -> dict[str, Any]:
         return {'name': self.name, 'characters': self.characters, 'eot': self.eot is not None}
 
+    def to_huggingface(self) -> 'tokenizers.Tokenizer':
+        """An unknown character is an error there, too: it has no id."""
+        from tokenizers import Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Library
+
+        library = Library(models.WordLevel(self.id_of, unk_token=END_OF_TEXT * 2))  # which no character is
+        library.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+        library.decoder = decoders.Fuse()
+        library.add_special_tokens([END_OF_TEXT] if self.eot is not None else [])
+        return library
+
 
 class Bytes(Tokenizer):
     """The 256 bytes of UTF-8: any text, nothing to train, long sequences."""
@@ -103,6 +125,12 @@ class Bytes(Tokenizer):
 
     def state(self) -> dict[str, Any]:
         return {'name': self.name, 'eot': self.eot is not None}
+
+    def to_huggingface(self) -> 'tokenizers.Tokenizer':
+        """A byte-pair encoding without any pair."""
+        library = byte_level(bytes_of_printable_alphabet(), [])
+        library.add_special_tokens([END_OF_TEXT] if self.eot is not None else [])
+        return library
 
 
 class TrainedBPE(Tokenizer):
@@ -140,6 +168,10 @@ class TrainedBPE(Tokenizer):
     def state(self) -> dict[str, Any]:
         return {'name': self.name, 'json': self.library.to_str()}
 
+    def to_huggingface(self) -> 'tokenizers.Tokenizer':
+        from tokenizers import Tokenizer as Library
+        return Library.from_str(self.library.to_str())
+
 
 class Tiktoken(Tokenizer):
     """A published vocabulary: 'gpt2', 'cl100k_base', ... Ids that it leaves unused stand for no bytes."""
@@ -173,6 +205,19 @@ class Tiktoken(Tokenizer):
     def reference(self) -> dict[str, Any]:
         return {'name': self.name}
 
+    def to_huggingface(self) -> 'tokenizers.Tokenizer':
+        """Its pattern is written in another dialect of regular expressions: there, {1,3}+ repeats what {1,3} has
+        repeated, and $ is the end of a line."""
+        symbol_of = {byte: symbol for symbol, byte in bytes_of_printable_alphabet().items()}
+        ranks, special = self.library._mergeable_ranks, self.library._special_tokens
+        names = {token: ''.join(symbol_of[byte] for byte in token) for token in ranks}
+        merges = [(names[left], names[right]) for left, right in merges_of(ranks)]
+        pattern = re.sub(r'(\{\d+,\d+\})\+', r'\1', self.library._pat_str).replace('$', r'\z')
+        library = byte_level({names[token]: rank for token, rank in ranks.items()} | special, merges,
+                             '' if is_gpt2_like(self) else pattern)
+        library.add_special_tokens(list(special))
+        return library
+
 
 def model_vocab_size(n_vocab: int) -> int:
     """The ids that a model provides for: a large vocabulary is rounded up to a multiple of 128, since matrices of round
@@ -185,6 +230,45 @@ def bytes_of_printable_alphabet() -> dict[str, int]:
     printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def is_gpt2_like(vocabulary: Tokenizer) -> bool:
+    """Whether text is cut into words as GPT-2 cuts it, and words are then merged from bytes; or if that makes no
+    difference, since bytes stay bytes."""
+    if isinstance(vocabulary, Tiktoken):
+        return vocabulary.library._pat_str in GPT2_PATTERNS
+    return isinstance(vocabulary, TrainedBPE | Bytes)
+
+
+def byte_level(ids: dict[str, int], merges: list[tuple[str, str]],
+               pattern: str | None = None) -> 'tokenizers.Tokenizer':
+    """A byte-pair encoding on GPT-2's way to write bytes. `pattern` matches the words that are encoded each for itself;
+    '' is GPT-2's, and None takes the text as one."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE(vocab=ids, merges=merges, ignore_merges=pattern is not None))
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == '')
+    library.pre_tokenizer = bytes_of
+    if pattern:
+        library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'isolated'), bytes_of])
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+def merges_of(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
+    """The two parts that each token of a byte-pair encoding was made of, in the order of its learning: what is left of
+    the token when all that was learned before it is merged."""
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+            first = pairs.index(min(pairs))
+            if pairs[first] == rank:
+                break  # no merges lead there: such a token is only ever a whole word
+            parts[first:first + 2] = [parts[first] + parts[first + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
 
 
 def load_tiktoken(name: str) -> Tiktoken:

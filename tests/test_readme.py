@@ -47,6 +47,11 @@ RUN = {
     f'{DEFAULT} --init_from=auto': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
     '.venv/bin/python sample.py --out_dir=out-stdlib --start="def main("': Run(SAMPLE, r'(?m)^def main\('),
     'python evaluate.py --out_dir=out-stdlib': Run('--eval_iters=2', r'bits_per_byte.*\nval +\d+\.\d+ '),
+    'python export.py --out_dir=out-stdlib --to=hf': Run('', r' out-stdlib/hf/model\.safetensors\n(?s:.*)\nnext:\n'),
+    'python export.py --out_dir=out-stdlib --to=gguf': Run('', r' out-stdlib/gguf/model\.gguf\n(?s:.*)ollama create'),
+    'python export.py --out_dir=out-stdlib --to=llmc': Run('', r' out-stdlib/llmc/model\.bin\n(?s:.*)train_gpt2cu'),
+    'python export.py --init_from=THEIRS.pt --out_dir=out-theirs --to=ckpt --n_head=12 --gelu=tanh':
+        Run('--n_head=4 --dataset=stdlib', r' out-theirs/ckpt\.pt\n'),
     f'{DEFAULT} --overfit_single_batch=True --max_iters=100': Run('', r'\nPASS: .* in 100 steps\n'),
     'torchrun --standalone --nproc_per_node=2 train.py config/train_stdlib.py --device=cpu --out_dir=out-two '
     '--overwrite=True':
@@ -196,6 +201,8 @@ def test_the_commands_do_what_readme_says(clone: Path, tiny_text: str) -> None:
     (clone / 'texts').mkdir()
     for number, text in enumerate(tiny_text.split('\nclass ')):
         (clone / f'texts/{number}.txt').write_text(text, encoding='utf-8')
+    torch, model = importlib.import_module('torch'), importlib.import_module('model')
+    torch.save(model.GPT(model.GPTConfig(16, 1024, 1, 4, 16)).state_dict(), clone / 'THEIRS.pt')
     for command, (more, expected) in RUN.items():
         output = shell(clone, ACTIVATE, f'{command.replace("PATH", "texts")} {more}')
         found = re.search(expected, output)
@@ -229,7 +236,8 @@ def test_no_number_is_missing() -> None:
 
 def test_the_settings_are_those_of_the_scripts_line_for_line() -> None:
     shown = re.findall(r'^### Settings of (\S+)$(.*?)(?=^##)', README, re.MULTILINE | re.DOTALL)
-    assert [script for script, _ in shown] == ['train.py', 'sample.py', 'evaluate.py', 'data/text/prepare.py']
+    assert [script for script, _ in shown] == ['train.py', 'sample.py', 'evaluate.py', 'export.py',
+                                                'data/text/prepare.py']
     for script, section in shown:
         _, lines, _ = (ROOT / script).read_text(encoding='utf-8').split(f'# {"-" * 96}\n')
         settings = section.partition('```python\n')[2].partition('```')[0]

@@ -21,7 +21,7 @@ UNSAFE_MODULES = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'marshal', 'shelve
 UNSAFE_CALLS = {'eval', 'exec', 'os.system', 'os.popen', 'yaml.load'}
 UNSAFE_ARGUMENTS = {'shell=True', 'weights_only=False', 'trust_remote_code=True', 'trust_remote_code=False'}
 SUPPRESSIONS = re.compile(r'type: *ignore|noqa|pylint:|pyright:|mypy:|pragma:|\b(TODO|FIXME|XXX)\b', re.IGNORECASE)
-OPTIONAL = ['aiohttp', 'datasets', 'fsspec', 'matplotlib', 'pyarrow', 'requests', 'tiktoken', 'tokenizers',
+OPTIONAL = ['aiohttp', 'datasets', 'fsspec', 'gguf', 'matplotlib', 'pyarrow', 'requests', 'tiktoken', 'tokenizers',
             'transformers', 'wandb']
 TEXT_METHODS = {'read_text', 'write_text'}
 

@@ -1,0 +1,542 @@
+"""Exports: the programs that others load a model with find the same weights, logits, tokens and text in them."""
+import json
+import os
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import checkpoint
+import errors
+import export
+import huggingface
+import llmc
+import sample
+import tokenizer as tokenizers
+from errors import UserError
+from model import GPT, GPTConfig
+
+SHAPE = GPTConfig(block_size=16, vocab_size=0, n_layer=2, n_head=2, n_embd=8, bias=False)
+ODD = 'naïve café\n\tdef f(x): return "日本語 🙂"\r\n\x00 <|endoftext|> end  of   text\n\n'
+EDGES = ['', ' ', '   ', '\n', ' \n \n', '\t', "it's WE'LL", '12345 6', '<|endoftext|>', 'a<|endoftext|>',
+         'of one\nof two', ODD]
+CL100K = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|"""
+          r"""\s*[\r\n]|\s+(?!\S)|\s""")
+
+
+def random_model(config: GPTConfig) -> GPT:
+    """Weights so large, and biases so far from zero, that every one of them matters."""
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.dim() == 1 else 0.0, 0.3)
+    return model.eval()
+
+
+def write_run(folder: Path, model: GPT, vocabulary: tokenizers.Tokenizer | None, **more: Any) -> Path:
+    """A checkpoint such as train.py leaves."""
+    config = {name: getattr(model.config, name) for name in checkpoint.SHAPE}
+    state = {'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config), 'iter_num': 7,
+             'config': config | {'dataset': '/home/somebody/data/novels', 'batch_size': 2, 'block_size': 16,
+                                 'gradient_accumulation_steps': 3, 'total_batch_size': 0},
+             'best': {'loss': [1.25, 6], 'bits_per_byte': [0.75, 6]},
+             'tokenizer': vocabulary.state() if vocabulary else None, **more}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / 'ckpt.pt')
+    return folder
+
+
+def run(folder: Path, **settings: Any) -> Path:
+    """python export.py, in this process; the folder that it fills."""
+    settings = {'to': 'hf'} | settings
+    export.main([f'--out_dir={folder}', *(f'--{name}={value}' for name, value in settings.items())])
+    return Path(settings.get('to_dir') or folder / settings['to'])
+
+
+def refused(call: Callable[..., Any], *positional: Any, code: int = errors.COMMAND, **named: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*positional, **named)
+    assert caught.value.code == code, caught.value
+    assert str(caught.value).count('\n') < 3
+    return str(caught.value)
+
+
+@pytest.fixture(scope='module')
+def documents(shared_data: Path) -> list[str]:
+    """Real web pages."""
+    with open(shared_data / 'openwebtext/openwebtext-1000.jsonl', encoding='utf-8') as file:
+        return [json.loads(line)['text'] for line in file][:200]
+
+
+def build(spec: str, eot: bool = True, texts: tuple[str, ...] = (ODD,)) -> tokenizers.Tokenizer:
+    return tokenizers.build(spec, lambda: texts, eot)
+
+
+VOCABULARIES = [('char', False), ('char', True), ('byte', False), ('byte', True), ('bpe:300', True), ('gpt2', True)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Hugging Face
+
+
+@pytest.mark.parametrize(('bias', 'gelu', 'tied'), [(False, 'tanh', True), (True, 'exact', True), (True, 'tanh', False),
+                                                    (False, 'exact', False)])
+def test_transformers_computes_the_same_logits(bias: bool, gelu: Any, tied: bool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip('transformers')
+    vocabulary = build('byte')
+    config = replace(SHAPE, vocab_size=384, bias=bias, gelu=gelu, tie_weights=tied)  # of which 127 are padding
+    model = random_model(config)
+    folder = run(write_run(tmp_path, model, vocabulary))
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    idx = torch.randint(257, (3, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, model(idx)[0][:, :, :257], rtol=0, atol=1e-5)
+    assert theirs.config.n_ctx == theirs.config.n_positions == 16
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.vocab_size) == (256, 256, 257)
+    assert (theirs.lm_head.weight is theirs.transformer.wte.weight) == tied
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize(('spec', 'eot'), VOCABULARIES)
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_a_model_and_its_tokenizer_come_back_from_hugging_face_bit_for_bit(
+        spec: str, eot: bool, bias: bool, tmp_path: Path) -> None:
+    pytest.importorskip('transformers')
+    vocabulary = build(spec, eot)
+    before = random_model(replace(SHAPE, vocab_size=-(-vocabulary.n_vocab // 128) * 128, bias=bias))
+    folder = run(write_run(tmp_path, before, vocabulary))
+    after, state = checkpoint.open_model(str(folder))
+    assert_same_weights(before, after, vocabulary.n_vocab)
+    learned = sample.vocabulary_of(state, after.config.vocab_size)
+    assert learned.state() == vocabulary.state()
+    assert (state['iter_num'], state['best']['loss'], state['config']['dataset']) == (7, [1.25, 6], 'novels')
+
+
+def assert_same_weights(before: GPT, after: GPT, n_vocab: int) -> None:
+    """Bit for bit, but for the padding of the vocabulary; biases that were not there are zero. So are the logits."""
+    old, new = before.state_dict(), after.state_dict()
+    assert old.keys() <= new.keys()
+    for name, tensor in new.items():
+        if name in old:
+            rows = n_vocab if name.endswith(('wte.weight', 'lm_head.weight')) else None
+            assert torch.equal(tensor, old[name][:rows]), name
+        else:
+            assert name.endswith('.bias') and not tensor.any(), name
+    assert replace(after.config, bias=before.config.bias, vocab_size=before.config.vocab_size) == before.config
+    idx = torch.randint(n_vocab, (2, 16))
+    with torch.no_grad():
+        assert torch.equal(after.eval()(idx)[0], before(idx)[0][:, :, :n_vocab])
+
+
+@pytest.mark.parametrize(('spec', 'eot'), VOCABULARIES)
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_autotokenizer_gives_the_same_ids_and_text(spec: str, eot: bool, documents: list[str], tmp_path: Path) -> None:
+    transformers = pytest.importorskip('transformers')
+    texts = [*documents, *EDGES]
+    vocabulary = build(spec, eot, tuple(texts))
+    model = random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab))
+    theirs = transformers.AutoTokenizer.from_pretrained(run(write_run(tmp_path, model, vocabulary)))
+    for text in texts:
+        ids = vocabulary.encode_prompt(text)
+        assert theirs(text)['input_ids'] == ids, repr(text[:80])
+        assert theirs.decode(ids) == text
+        assert theirs(text, split_special_tokens=True)['input_ids'] == vocabulary.encode(text)
+    assert len(theirs) == vocabulary.n_vocab
+    assert theirs.eos_token_id == theirs.bos_token_id == vocabulary.eot
+    assert theirs.unk_token is None and theirs.model_max_length == 16
+    if spec != 'char':
+        cut = vocabulary.encode('é日')[:-1]  # in the middle of a character
+        assert theirs.decode(cut) == vocabulary.decode(cut)
+
+
+def test_an_unknown_character_has_no_id_there_either(tmp_path: Path) -> None:
+    transformers = pytest.importorskip('transformers')
+    vocabulary = build('char', False, ('abc',))
+    folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=3)), vocabulary))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs('cab')['input_ids'] == [2, 0, 1]
+    with pytest.raises(Exception, match='UNK'):
+        theirs('cabz')
+    assert 'refuses any other' in (folder / 'README.md').read_text(encoding='utf-8')
+
+
+def test_the_merges_of_gpt2_are_recovered_in_the_published_order(tiktoken_cache: Path) -> None:
+    lines = (tiktoken_cache / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').read_text(encoding='utf-8').splitlines()
+    library = json.loads(build('gpt2').to_huggingface().to_str())
+    assert [' '.join(pair) for pair in library['model']['merges']] == lines[1:]
+    published = json.loads((tiktoken_cache / '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6').read_text(encoding='utf-8'))
+    assert library['model']['vocab'] == published
+
+
+@pytest.mark.parametrize('pattern', [CL100K, r' \w+$|\w+|[\s\S]'])
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_another_pattern_of_tiktokens_cuts_words_in_the_same_places(pattern: str, documents: list[str]) -> None:
+    """cl100k_base's, and one that asks for the end of the text, with GPT-2's tokens in place of their own."""
+    import tiktoken
+
+    gpt2 = tokenizers.load_tiktoken('gpt2').library
+    vocabulary = tokenizers.Tiktoken(tiktoken.Encoding(
+        'other', pat_str=pattern, mergeable_ranks=gpt2._mergeable_ranks,
+        special_tokens={'<|endoftext|>': 50300, '<|endofprompt|>': 50310}))
+    library = huggingface.tokenizer_of(vocabulary)
+    for text in [*documents, *EDGES]:
+        assert library.encode(text).ids == vocabulary.encode_prompt(text), repr(text[:80])
+    differ = [text for text in documents if vocabulary.encode(text) != gpt2.encode_ordinary(text)]
+    assert differ, 'the pattern matters'
+
+
+def test_a_tokenizer_that_cannot_be_said_in_their_form_is_refused(tiktoken_cache: Path) -> None:
+    import tiktoken
+
+    gpt2 = tokenizers.load_tiktoken('gpt2').library
+    for pattern in (r'\p{L}{2}+\p{L}|[\s\S]', r'(?s).\w*'):  # which means something else there, or nothing
+        odd = tiktoken.Encoding('odd', pat_str=pattern, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={})
+        with pytest.raises(UserError, match="'odd' gives other ids"):
+            huggingface.tokenizer_of(tokenizers.Tiktoken(odd))
+
+
+def test_the_model_card_has_the_numbers_of_the_run(tmp_path: Path) -> None:
+    model = random_model(replace(SHAPE, vocab_size=257))
+    marks = {'train': {'tokens': 12345, 'sha256': ''}}
+    folder = run(write_run(tmp_path / 'my-run', model, build('byte'), data=marks))
+    text = (folder / 'README.md').read_text(encoding='utf-8')
+    n_parameters = sum(p.numel() for p in GPT(replace(model.config, bias=True)).parameters())
+    for part in ('# my-run', f'{n_parameters:,} parameters', '| corpus | novels |', '| steps | 7 |',
+                 '| tokens seen | 672 |', '| tokens of the corpus | 12,345 |',
+                 '| validation loss, nats per token | 1.2500, at step 6 |', '| bits per byte | 0.7500 |', "'byte'"):
+        assert part in text, part
+    assert 'somebody' not in text + (folder / 'plaingpt.json').read_text(encoding='utf-8')
+    assert 'license' in text and '@' not in text
+
+
+@pytest.mark.slow
+def test_the_commands_that_it_prints_and_the_card_make_text(tmp_path: Path) -> None:
+    """In processes of their own, in the folder of a user, without network."""
+    pytest.importorskip('transformers')
+    run(write_run(tmp_path / 'my run', random_model(replace(SHAPE, vocab_size=257)), build('byte')))
+    root = str(Path(export.__file__).parent)
+    answer = subprocess.run([sys.executable, f'{root}/export.py', '--out_dir=my run'], cwd=tmp_path, text=True,
+                            capture_output=True, encoding='utf-8', check=True).stdout
+    command = shlex.split(answer.partition('next:')[2])
+    assert command[1] == '-c' and len(command) == 3
+    text = (tmp_path / 'my run/hf/README.md').read_text(encoding='utf-8')
+    code = text.partition('```python\n')[2].partition('```')[0]
+    for program, cwd in ((command[2], tmp_path), (code, tmp_path / 'my run/hf')):
+        result = subprocess.run([sys.executable, '-c', program], cwd=cwd, capture_output=True, text=True,
+                                encoding='utf-8', errors='replace', check=False)
+        assert result.returncode == 0, result.stderr
+        assert 'The' in result.stdout
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_weights_are_rounded_as_asked(dtype: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip('transformers')
+    model = random_model(replace(SHAPE, vocab_size=256))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        run(write_run(tmp_path, model, build('byte', False)), dtype=dtype))
+    assert str(theirs.dtype) == f'torch.{dtype}'
+    assert torch.equal(theirs.transformer.wte.weight, model.transformer.wte.weight.to(getattr(torch, dtype)))
+    with torch.no_grad():
+        model.transformer.wte.weight[0, 0] = 1e6
+    if dtype == 'float16':
+        folder = write_run(tmp_path / 'large', model, build('byte', False))
+        assert 'float16 cannot hold' in refused(run, folder, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# GGUF
+
+NAMES = {  # llama.cpp's, as its own gpt2 files have them
+    'transformer.wte': 'token_embd', 'transformer.wpe': 'position_embd', 'transformer.ln_f': 'output_norm',
+    'lm_head': 'output', 'ln_1': 'attn_norm', 'attn.c_attn': 'attn_qkv', 'attn.c_proj': 'attn_output',
+    'ln_2': 'ffn_norm', 'mlp.c_fc': 'ffn_up', 'mlp.c_proj': 'ffn_down'}
+
+
+def their_name(name: str) -> str:
+    module, _, kind = name.rpartition('.')
+    if module in NAMES:
+        return f'{NAMES[module]}.{kind}'
+    _, _, layer, inner = module.split('.', 3)
+    return f'blk.{layer}.{NAMES[inner]}.{kind}'
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
+    """Its settings, and its tensors, by the gguf package's own reader."""
+    gguf = pytest.importorskip('gguf')
+    reader = gguf.GGUFReader(path)
+    return ({name: field.contents() for name, field in reader.fields.items()},
+            {tensor.name: tensor.data for tensor in reader.tensors})
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+@pytest.mark.parametrize(('bias', 'tied', 'spec'), [(False, True, 'bpe:300'), (True, False, 'gpt2')])
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_gguf_reads_back_every_weight(bias: bool, tied: bool, spec: str, dtype: str, tmp_path: Path) -> None:
+    vocabulary = build(spec)
+    n_vocab = vocabulary.n_vocab
+    model = random_model(replace(SHAPE, vocab_size=n_vocab + 47, bias=bias, tie_weights=tied))
+    folder = run(write_run(tmp_path, model, vocabulary), to='gguf', dtype=dtype)
+    settings, tensors = read_gguf(folder / 'model.gguf')
+    expected = {their_name(name): tensor for name, tensor in model.state_dict().items()}
+    if tied:
+        del expected['output.weight']
+    without_bias = {'token_embd', 'position_embd', 'output'}
+    modules = {name.rpartition('.')[0] for name in expected}
+    assert tensors.keys() == expected.keys() | {f'{module}.bias' for module in modules - without_bias}
+    for name, data in tensors.items():
+        is_vector = data.ndim == 1 or name == 'position_embd.weight'
+        assert data.dtype == ('float32' if is_vector else dtype), name
+        ours = expected.get(name, torch.zeros(data.shape))[:n_vocab if name.startswith(('token', 'output.')) else None]
+        assert np.array_equal(data, ours.numpy().astype(data.dtype)), name
+    assert settings['general.file_type'] == {'float32': 0, 'float16': 1}[dtype]
+    assert settings['gpt2.context_length'] == 16 and settings['gpt2.attention.head_count'] == 2
+    assert settings['gpt2.block_count'] == 2 and settings['gpt2.embedding_length'] == 8
+    assert settings['gpt2.feed_forward_length'] == 32
+    assert settings['gpt2.attention.layer_norm_epsilon'] == pytest.approx(1e-5)
+
+
+def test_its_tokenizer_is_gpt2s_kind(tiny_text: str, tmp_path: Path) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+
+    vocabulary = build('bpe:400', True, (tiny_text,))
+    folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=400)), vocabulary), to='gguf')
+    settings, _ = read_gguf(folder / 'model.gguf')
+    assert (settings['tokenizer.ggml.model'], settings['tokenizer.ggml.pre']) == ('gpt2', 'gpt-2')
+    assert settings['tokenizer.ggml.bos_token_id'] == settings['tokenizer.ggml.eos_token_id'] == 399
+    assert settings['tokenizer.ggml.add_bos_token'] is False
+    assert settings['tokenizer.ggml.token_type'] == [1] * 399 + [3]
+    tokens, merges = settings['tokenizer.ggml.tokens'], settings['tokenizer.ggml.merges']
+    rebuilt = ByteLevelBPETokenizer({token: i for i, token in enumerate(tokens)},
+                                    [tuple(merge.split(' ')) for merge in merges])
+    assert rebuilt.encode(tiny_text).ids == vocabulary.encode(tiny_text)
+    modelfile = (folder / 'Modelfile').read_text(encoding='utf-8')
+    assert 'FROM ./model.gguf\n' in modelfile and 'TEMPLATE """{{ .Prompt }}"""\n' in modelfile
+    assert 'PARAMETER stop "<|endoftext|>"\n' in modelfile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('spec', 'eot', 'bias', 'tied'), [('byte', False, False, True), ('byte', True, True, True),
+                                                           ('bpe:300', True, False, False), ('gpt2', True, True, True)])
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_llama_cpp_reads_the_same_tokens_and_predicts_the_same(spec: str, eot: bool, bias: bool, tied: bool,
+                                                               documents: list[str], tmp_path: Path) -> None:
+    """llama.cpp itself, which lends a server to this process."""
+    llama = pytest.importorskip('xllamacpp', reason='needs llama.cpp: pip install xllamacpp')
+    texts = [text.replace('\0', '') for text in (*documents, *EDGES)]
+    vocabulary = build(spec, eot, tuple(texts))
+    n_vocab = vocabulary.n_vocab
+    config = replace(SHAPE, n_embd=64, vocab_size=n_vocab + 47, bias=bias, tie_weights=tied)
+    model = random_model(config)
+    folder = run(write_run(tmp_path, model, vocabulary), to='gguf')
+    settings = llama.CommonParams()
+    settings.model.path, settings.n_ctx, settings.warmup = str(folder / 'model.gguf'), 256, False
+    settings.n_parallel = settings.cpuparams.n_threads = 1
+    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    server = llama.Server(settings)
+
+    def ask(where: str, **question: Any) -> Any:
+        request = urllib.request.Request(f'{server.listening_address}/{where}', json.dumps(question).encode(),
+                                         {'Content-Type': 'application/json'})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    for text in texts:
+        assert ask('tokenize', content=text, parse_special=True)['tokens'] == vocabulary.encode_prompt(text), text[:80]
+    for text in documents:
+        ids = vocabulary.encode(text)[:12]
+        with torch.no_grad():
+            expected = model(torch.tensor([ids]))[0][0, -1, :n_vocab].log_softmax(dim=-1)
+        if vocabulary.pieces[expected.argmax()].strip().isalnum():  # of ASCII
+            break  # it says nothing of half a character, or of the end
+    answer = ask('completion', prompt=ids, n_predict=1, temperature=0, n_probs=50)
+    top = answer['completion_probabilities'][0]['top_logprobs']
+    assert len(top) == 50 and top[0]['id'] == expected.argmax()
+    theirs = torch.tensor([token['logprob'] for token in top])
+    # it looks GELU up in a table of float16
+    torch.testing.assert_close(theirs, expected[[token['id'] for token in top]], rtol=0, atol=2e-2)
+
+
+def test_what_gguf_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    vocabulary = build('char')
+    folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary)
+    assert "'char' cannot be written as GGUF" in refused(run, folder, to='gguf')
+    assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
+
+
+@pytest.mark.parametrize('to', ['gguf', 'llmc'])
+def test_the_exact_gelu_is_refused_where_it_would_be_another(to: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=300, gelu='exact')), build('bpe:300'))
+    assert '--gelu=tanh' in refused(run, folder, to=to)
+    assert run(folder, to=to, gelu='tanh').is_dir()
+
+
+# ------------------------------------------------------------------------------------------------
+# llm.c
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize(('spec', 'eot'), VOCABULARIES)
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_a_model_and_its_tokenizer_come_back_from_llmc_bit_for_bit(spec: str, eot: bool, bias: bool,
+                                                                   tmp_path: Path) -> None:
+    vocabulary = build(spec, eot)
+    before = random_model(replace(SHAPE, vocab_size=-(-vocabulary.n_vocab // 128) * 128, bias=bias))
+    folder = run(write_run(tmp_path, before, vocabulary), to='llmc')
+    after, state = checkpoint.open_model(str(folder / 'model.bin'))
+    assert_same_weights(before, after, vocabulary.n_vocab)
+    assert sample.vocabulary_of(state, after.config.vocab_size).state() == vocabulary.state()
+    (folder / 'plaingpt.json').unlink()
+    assert checkpoint.open_model(str(folder / 'model.bin'))[1] == {}, 'as llm.c itself leaves it'
+
+
+def test_the_file_of_llmc_is_what_its_format_says(tmp_path: Path) -> None:
+    """Written by hand, tensor after tensor, in llm.c's order."""
+    model = random_model(replace(SHAPE, vocab_size=257, bias=True))
+    folder = run(write_run(tmp_path, model, build('byte')), to='llmc')
+    w = model.state_dict()
+    expected = struct.pack('<256i', 20240326, 3, 16, 257, 2, 2, 8, 384, *[0] * 248)
+
+    def add(tensor: Tensor) -> bytes:
+        return struct.pack(f'<{tensor.numel()}f', *tensor.flatten().tolist())
+
+    expected += add(w['transformer.wte.weight']) + bytes(4 * 127 * 8) + add(w['transformer.wpe.weight'])
+    for module in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj'):
+        for kind in ('weight', 'bias'):
+            expected += b''.join(add(w[f'transformer.h.{layer}.{module}.{kind}']) for layer in range(2))
+    expected += add(w['transformer.ln_f.weight']) + add(w['transformer.ln_f.bias'])
+    assert (folder / 'model.bin').read_bytes() == expected
+    tokens = b''.join(bytes([1, byte]) for byte in range(256)) + b'\x0d<|endoftext|>'
+    assert (folder / 'tokenizer.bin').read_bytes() == struct.pack('<256i', 20240328, 2, 257, 256, *[0] * 252) + tokens
+
+
+def test_bfloat16_weights_of_llmc_are_read_without_a_change(tmp_path: Path) -> None:
+    model = random_model(replace(SHAPE, vocab_size=257, bias=True))
+    path = run(write_run(tmp_path, model, build('byte')), to='llmc', dtype='bfloat16') / 'model.bin'
+    assert struct.unpack('<2i', path.read_bytes()[:8]) == (20240326, 5)
+    after = checkpoint.open_model(str(path))[0].state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(after[name], tensor.bfloat16().float()), name
+
+
+def test_a_damaged_file_of_llmcs_is_refused(tmp_path: Path) -> None:
+    model = random_model(replace(SHAPE, vocab_size=257))
+    whole = (run(write_run(tmp_path, model, build('byte')), to='llmc') / 'model.bin').read_bytes()
+    path = tmp_path / 'model.bin'
+    negative = struct.pack('<8i', 20240326, 3, 16, 257, 2, 2, -8, 384)
+    versions = [struct.pack('<2i', 20240326, version) + whole[8:] for version in (1, 4, -1)]
+    for data in (whole[:-1], whole + b'\0', whole[:2000], whole[:100], negative + whole[32:], *versions):
+        path.write_bytes(data)
+        assert str(path) in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+
+
+def test_llmc_has_no_untied_head(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257, tie_weights=False)), build('byte'))
+    assert 'another matrix' in refused(run, folder, to='llmc')
+
+
+def test_a_token_file_of_llmcs_is_left_out_where_it_cannot_be(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=256)), build('byte', False))
+    assert not (run(folder, to='llmc') / 'tokenizer.bin').exists()
+    assert 'no tokenizer.bin' in capsys.readouterr().out
+
+
+def test_gpt2_has_the_size_of_the_published_file() -> None:
+    """gpt2_124M.bin has 497,904,640 bytes: 124,475,904 float32 with the padded table, and the header."""
+    shape = llmc.Shape(1024, 50257, 12, 12, 768, 50304)
+    assert 4 * sum(torch.Size(size).numel() for _, size in shape.tensors()) + 1024 == 497_904_640
+
+
+# ------------------------------------------------------------------------------------------------
+# The folder, and a checkpoint of our own
+
+
+def test_an_export_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
+    source = write_run(tmp_path / 'run', random_model(replace(SHAPE, vocab_size=256)), build('byte', False))
+    folder = run(source)
+    (folder / '.git').mkdir()
+    old = (folder / 'model.safetensors').read_bytes()
+    write_run(source, random_model(replace(SHAPE, vocab_size=256)), build('byte', False))
+    assert (run(source) / 'model.safetensors').read_bytes() != old
+    assert (folder / '.git').is_dir(), 'what a user keeps there stays'
+
+    other = tmp_path / 'other'
+    other.mkdir()
+    (other / 'thesis.txt').write_text('x', encoding='utf-8')
+    (other / 'README.md').write_text('x', encoding='utf-8')
+    assert '--overwrite=True' in refused(run, source, to_dir=other)
+    assert sorted(path.name for path in other.iterdir()) == ['README.md', 'thesis.txt']
+    run(source, to_dir=other, overwrite=True)
+    assert (other / 'config.json').exists() and (other / 'thesis.txt').exists()
+    assert sorted(path.name for path in other.iterdir() if path.name.startswith('.')) == []
+    assert 'is a file' in refused(run, source, to_dir=other / 'thesis.txt')
+
+
+def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> None:
+    source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
+    code = ('import export, huggingface, sys, time\n'
+            'def hang(*_): print("writing", flush=True); time.sleep(100)\n'
+            'huggingface.write_json = hang\n'
+            'export.main(sys.argv[1:])')
+    process = subprocess.Popen([sys.executable, '-c', code, f'--out_dir={source}'], stdout=subprocess.PIPE, text=True,
+                               cwd=Path(export.__file__).parent)
+    assert process.stdout
+    while 'writing' not in process.stdout.readline():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (tmp_path / '.hf.exporting/model.safetensors').exists() and not (tmp_path / 'hf').exists()
+    run(source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['ckpt.pt', 'hf']
+
+
+def test_an_export_becomes_a_run_again(tmp_path: Path, run_script: Callable[..., Any]) -> None:
+    vocabulary = build('char', False, (ODD,))
+    before = random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab))
+    folder = run(write_run(tmp_path / 'old', before, vocabulary), to='llmc')
+    run(tmp_path / 'new', init_from=folder / 'model.bin', to='ckpt')
+    after, state = checkpoint.open_model(str(tmp_path / 'new'))
+    assert_same_weights(before, after, vocabulary.n_vocab)
+    assert state['tokenizer'] == vocabulary.state()
+    assert 'holds a run already' in refused(run, tmp_path / 'new', init_from=folder / 'model.bin', to='ckpt')
+    result = run_script('sample.py', f'--out_dir={tmp_path}/new', '--num_samples=1', '--max_new_tokens=3')
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize('damage', ['{', '[]', '{"tokenizer": 3}', b'\xff'])
+def test_a_damaged_origin_is_one_line(damage: str | bytes, tmp_path: Path) -> None:
+    folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte')), to='llmc')
+    (folder / 'plaingpt.json').write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    message = refused(checkpoint.open_model, str(folder / 'model.bin'), code=errors.CHECKPOINT)
+    assert 'plaingpt.json is damaged' in message
+
+
+def test_wrong_commands_are_answered_in_a_line_or_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
+    assert 'has 2: leave it out' in refused(run, folder, n_head=4)
+    (tmp_path / 'file').write_text('', encoding='utf-8')
+    assert 'cannot be written' in refused(run, folder, to_dir=tmp_path / 'file/hf')
+    assert 'float32 or float16' in refused(run, folder, to='gguf', dtype='bfloat16')
+    assert 'float32 or bfloat16' in refused(run, folder, to='llmc', dtype='float16')
+    assert 'to must be' in refused(run, folder, to='onnx')
+    assert '--to_dir' in refused(export.main, ['--out_dir=s3://bucket/run'])
+    assert 'nothing' in refused(run, tmp_path / 'nothing', code=errors.CHECKPOINT)
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    assert 'pip install safetensors' in refused(run, folder)
+    monkeypatch.setitem(sys.modules, 'gguf', None)
+    bpe = write_run(tmp_path / 'bpe', random_model(replace(SHAPE, vocab_size=300)), build('bpe:300'))
+    assert 'pip install gguf' in refused(run, bpe, to='gguf')
+    assert not [name for name in os.listdir(tmp_path) if name.endswith('.exporting')]
