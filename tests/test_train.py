@@ -24,6 +24,7 @@ import errors
 import evaluate
 import logger
 import parallel
+import plan
 import tokens
 import train
 from errors import UserError
@@ -167,11 +168,11 @@ def test_matrices_decay_and_vectors_do_not(tie: bool) -> None:
 
 @pytest.mark.parametrize(('total', 'nearest'), [(1000, '992 and 1008'), (5, '16'), (17, '16 and 32')])
 def test_a_total_batch_size_that_is_no_multiple_of_the_block_names_the_nearest(total: int, nearest: str) -> None:
-    message = refused(train.windows_in_step, total, 40, 12, 16)
+    message = refused(plan.windows_in_step, total, 40, 12, 16)
     assert f'total_batch_size={total} must be a multiple of block_size=16' in message
     assert message.endswith(f'the nearest are {nearest}')
-    assert train.windows_in_step(1008, 40, 12, 16) == 63
-    assert train.windows_in_step(0, 40, 12, 16) == 480
+    assert plan.windows_in_step(1008, 40, 12, 16) == 63
+    assert plan.windows_in_step(0, 40, 12, 16) == 480
 
 
 def batch(n_windows: int, corpus: tokens.TokenFile, config: GPTConfig, batch_size: int) -> list[tokens.Part]:
