@@ -116,5 +116,5 @@ def peak(config: GPTConfig, held: Held, needs: Activations, accumulates: bool, r
     at_loss = base + needs.around + needs.loss
     in_block = base + needs.block * recomputes + needs.within + table  # the gradient of the head is there
     at_end = held.weights + held.moments + held.gathered + held.gradients
-    at_end += table * (1 + accumulates)  # a tied table gets gradients as a table and as a head
+    at_end += table * (accumulates + config.tie_weights)  # a tied table gets two gradients: as a table and as a head
     return max(at_loss, in_block, at_end)

@@ -247,7 +247,7 @@ def uses_of(file: str) -> set[str]:
 def test_every_setting_is_read_somewhere() -> None:
     names = block_of_settings()
     assert {'out_dir', 'seed', 'deterministic', 'n_layer'} <= set(names)
-    read = uses_of('train.py') | uses_of('checkpoint.py') | set(checkpoint.SHAPE)
+    read = uses_of('train.py') | uses_of('plan.py') | uses_of('checkpoint.py') | set(checkpoint.SHAPE)
     assert [name for name in names if name not in read] == []
     assert set(checkpoint.SHAPE) <= set(names)
 
