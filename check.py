@@ -177,8 +177,8 @@ def initial_loss(w: Wiring) -> Result:
 
 
 def causality(w: Wiring) -> Result:
-    """A token must not change what is predicted before it, and must change what is predicted from it on: an additive
-    mask that holds ones and zeros, say, masks nothing."""
+    """A token must not change what is predicted before it, and must change what is predicted from it on: a mask of ones
+    and zeros that is added to the scores, say, masks nothing."""
     name, x, T = 'causality', w.part.x, w.config.block_size
     if T == 1:
         return Result(name, None, 'a window of one token has no future')
@@ -188,10 +188,10 @@ def causality(w: Wiring) -> Result:
         other[:, t] = (other[:, t] + 1) % w.config.vocab_size
         change = (w.logits(other) - logits).abs().amax(dim=(0, 2))  # (T,)
         leaks = max(leaks, change[:t].max().item())
-        deaf |= change[t].item() == 0
+        deaf |= change[t:].max().item() == 0 or (t < T - 1 and change[t + 1:].max().item() == 0)
     is_tight = leaks <= 1e-5 * logits.abs().max().item()  # the same sums, in another order perhaps
-    seen = f'a changed token changes logits before it by {leaks:.1e}' + ', and none of its own' * deaf
-    return Result(name, is_tight and not deaf, seen, "attention's mask lets tokens see later ones, or themselves not")
+    seen = f'a changed token changes logits before it by {leaks:.1e}' + ', and none after it' * deaf
+    return Result(name, is_tight and not deaf, seen, "attention's mask lets tokens see later ones, or not earlier ones")
 
 
 def nonlinearity(w: Wiring) -> Result:
