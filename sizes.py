@@ -18,7 +18,8 @@ SMALL = {  # minGPT's, on the 65 characters of tiny Shakespeare
     'gpt-micro': GPTConfig(128, 65, 4, 4, 128, tie_weights=False),
     'gpt-nano': GPTConfig(128, 65, 3, 3, 48, tie_weights=False)}
 FLOAT = 4  # bytes
-RECORD = 500  # bytes that a checkpoint takes for each tensor beside its numbers: a name, a shape, a checksum
+RECORD = 350  # bytes that a checkpoint takes for each tensor beside its numbers: a name, a shape, a checksum
+REST = 4000  # bytes that it takes for settings and the like
 
 
 def on_meta(config: GPTConfig) -> GPT:
@@ -43,7 +44,7 @@ def n_parameters(model: GPT) -> int:
 
 def checkpoint_bytes(model: GPT, tokenizer_bytes: int) -> int:
     """A file with each weight and AdamW's two moments of it, all float32, and the tokenizer."""
-    return 3 * FLOAT * n_parameters(model) + 3 * RECORD * len(list(model.parameters())) + tokenizer_bytes
+    return 3 * FLOAT * n_parameters(model) + 3 * RECORD * len(list(model.parameters())) + REST + tokenizer_bytes
 
 
 class Held(NamedTuple):
@@ -110,11 +111,12 @@ def peak(config: GPTConfig, held: Held, needs: Activations, accumulates: bool, r
     """The most bytes of tensors that a process holds in a step: at the loss, in the last block on the way back, or at
     the end. The gradients of a step that `accumulates` are there all the time, and so are those of several processes;
     others come as activations go. With activation checkpointing one block at a time `recomputes` what it keeps."""
-    table = FLOAT * config.vocab_size * config.n_embd
     base = held.weights + held.moments + held.gathered + held.gradients * accumulates
     base += needs.inputs if recomputes else needs.blocks
     at_loss = base + needs.around + needs.loss
-    in_block = base + needs.block * recomputes + needs.within + table  # the gradient of the head is there
+    in_block = base + needs.block * recomputes + needs.within
     at_end = held.weights + held.moments + held.gathered + held.gradients
-    at_end += table * (accumulates + config.tie_weights)  # a tied table gets two gradients: as a table and as a head
+    # The last gradient is that of the token table. A new one is added to what is there; that of a tied table is the sum
+    # of two, since it is the head as well, and for a moment all three are there.
+    at_end += FLOAT * config.vocab_size * config.n_embd * (accumulates + 2 * config.tie_weights)
     return max(at_loss, in_block, at_end)

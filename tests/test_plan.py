@@ -124,11 +124,11 @@ def counted_peak(config: GPTConfig, batch_size: int, n_parts: int, recomputes: b
     (GPTConfig(128, 1000, 12, 4, 64), 4, 1, True),
     (GPTConfig(128, 100, 6, 4, 128, bias=False), 4, 2, True),
     (GPTConfig(16, 1000, 4, 4, 256), 1, 1, False),  # little text: the most is at the end, gradients and moments
+    (GPTConfig(16, 5000, 1, 4, 64), 1, 2, False),
     (GPTConfig(16, 5000, 1, 4, 64, tie_weights=False), 1, 2, False),
 ])
 def test_the_predicted_peak_is_what_a_profiler_counts(config: GPTConfig, batch_size: int, n_parts: int,
                                                       recomputes: bool) -> None:
-    """The contract is 15 %; on these it is within 2."""
     held, needs = sizes.held(sizes.on_meta(config), 'ddp', 1, 4), sizes.activations(config, batch_size, 4)
     predicted = sizes.peak(config, held, needs, n_parts > 1, recomputes)
     assert predicted == pytest.approx(counted_peak(config, batch_size, n_parts, recomputes), rel=0.05)
@@ -183,9 +183,9 @@ TINY = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_
 
 @pytest.fixture(scope='module')
 def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
-    """A run of three steps, with a model that is large enough for a per cent to mean something."""
+    """A run of three steps."""
     folder = tmp_path_factory.mktemp('planned') / 'run'
-    train.main([*TINY, '--n_embd=128', f'--dataset={tiny_dataset}', f'--out_dir={folder}'])
+    train.main([*TINY, f'--dataset={tiny_dataset}', f'--out_dir={folder}'])
     return folder
 
 
