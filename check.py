@@ -188,7 +188,7 @@ def causality(w: Wiring) -> Result:
         other[:, t] = (other[:, t] + 1) % w.config.vocab_size
         change = (w.logits(other) - logits).abs().amax(dim=(0, 2))  # (T,)
         leaks = max(leaks, change[:t].max().item())
-        deaf |= change[t:].max().item() == 0 or (t < T - 1 and change[t + 1:].max().item() == 0)
+        deaf |= change[min(t + 1, T - 1):].max().item() == 0
     is_tight = leaks <= 1e-5 * logits.abs().max().item()  # the same sums, in another order perhaps
     seen = f'a changed token changes logits before it by {leaks:.1e}' + ', and none after it' * deaf
     return Result(name, is_tight and not deaf, seen, "attention's mask lets tokens see later ones, or not earlier ones")
@@ -265,16 +265,16 @@ def processes(w: Wiring) -> Result:
 
 def overfit(w: Wiring) -> Result:
     """A model that cannot learn one window by heart learns nothing else."""
-    name = f'{w.config.block_size} tokens'
     if w.is_stuck:
-        return Result(name, None, 'there is no gradient')
+        return Result('overfit', None, 'there is no gradient')
     with dropout_of(w.raw_model, 0.0):
         for step in range(STEPS):
             loss = w.learn(step)
             if loss < LEARNED * w.first_loss or (step == STILL and not loss < 0.98 * w.first_loss):
                 break
-    return Result(name, loss < LEARNED * w.first_loss, f'learned by heart, from {w.first_loss:.2f} to {loss:.2f} in '
-                  f'{step + 1} steps', 'targets do not belong to these inputs, or the gradient to this loss')
+    seen = f'from {w.first_loss:.2f} to {loss:.2f} in {step + 1} steps on {w.config.block_size} tokens'
+    return Result('overfit', loss < LEARNED * w.first_loss, seen,
+                  'targets do not belong to these inputs, or the gradient to this loss')
 
 
 def saved(w: Wiring) -> Result:
@@ -302,6 +302,8 @@ def run_checks(w: Wiring) -> None:
     """All checks, each with a line. Every process must call it. Raises UserError that names those that failed, on any
     process."""
     failed, done = [], 0
+    if w.process.is_main:
+        console.say(w.compute.line)
     with torch.compiler.set_stance('force_eager'):  # what is compiled is the same function
         for check in CHECKS:
             w.beat()

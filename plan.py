@@ -220,6 +220,7 @@ def about_memory(plan: Plan) -> Iterator[str]:
         part = sizes.held(plan.model, strategy, n, 4, not plan.settings['reshard_after_forward'])
         peaks = [plan.peak(strategy, n, width, recomputes) for width in (4, 2) for recomputes in (False, True)]
         yield row(label, *map(size, part), *map(size, peaks))
+    yield 'of tensors, uncompiled; a card needs some more for itself'
 
 
 def about_time(plan: Plan) -> Iterator[str]:
@@ -292,6 +293,9 @@ def describe(settings: dict[str, Any], given: set[str], world_size: int) -> Iter
     plan = Plan(settings, sizes.on_meta(config), corpus, order.epoch if corpus.tokens else 0, first_step, world_size)
     yield from about_the_model(plan)
     yield f'\n{corpus.line}'
+    if settings['eval_only']:
+        yield f'eval_only=True: nothing is trained; weights are {size(sizes.held(plan.model, "ddp", 1, 4).weights)}'
+        return
     yield from about_the_work(plan)
     for about in (about_memory(plan), about_time(plan), others()):
         yield ''

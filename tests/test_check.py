@@ -32,7 +32,7 @@ from errors import UserError
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 32, 'batch_size': 4,
                             'gradient_accumulation_steps': 2, 'device': 'cpu', 'check': True}
-NAMES = ['ids', 'initial loss', 'causality', 'MLP', 'evaluation', 'gradient', 'update', 'processes', '32 tokens',
+NAMES = ['ids', 'initial loss', 'causality', 'MLP', 'evaluation', 'gradient', 'update', 'processes', 'overfit',
          'checkpoint']
 Patch = pytest.MonkeyPatch
 
@@ -209,11 +209,11 @@ BUGS = {
     'no model.eval()': Bug(plant_training_mode, 'evaluation'),
     'a misplaced GELU': Bug(plant_mlp(LateGelu), 'MLP'),
     'no GELU': Bug(plant_mlp(NoGelu), 'MLP'),
-    'an optimizer built before fsdp': Bug(plant_early_optimizer, 'update', '32 tokens', strategy='fsdp'),
+    'an optimizer built before fsdp': Bug(plant_early_optimizer, 'update', 'overfit', strategy='fsdp'),
     'large weights': Bug(plant_large_weights, 'initial loss'),
     'a wrong divisor': Bug(plant_wrong_divisor, 'initial loss'),
     'targets that are not next': Bug(plant_same_targets, 'ids'),
-    'steps up the gradient': Bug(plant_ascent, '32 tokens'),
+    'steps up the gradient': Bug(plant_ascent, 'overfit'),
     'something unsaved': Bug(plant_attention(Unsaved), 'checkpoint'),
 }
 BUGS_OF_TWO = {
@@ -292,7 +292,7 @@ def test_a_healthy_run_passes(name: str, tiny_dataset: Path, tmp_path: Path,
     assert failures(printed) == []
     skipped = ['causality', 'processes'] if name == 'one token' else ['processes']
     assert [check for check, word in found.items() if word == 'SKIP'] == skipped
-    assert list(found) == [*NAMES[:-2], '1 tokens' if name == 'one token' else NAMES[-2], NAMES[-1]]
+    assert list(found) == NAMES
     assert printed.endswith(f'\n{len(NAMES) - len(skipped)} checks passed\n')
     assert not out.exists(), 'nothing is written'
 
@@ -372,7 +372,7 @@ def test_two_processes_pass_and_fail_together(tiny_dataset: Path, tmp_path: Path
             assert code == (errors.CHECK_FAILED if fails else errors.DONE), (name, message)
             assert message.endswith(', '.join(fails))
         skipped = [check for check, word in verdicts(text).items() if word == 'SKIP']
-        assert skipped == {'one token': ['causality'], 'an unused projection': ['update', '32 tokens']}.get(name, [])
+        assert skipped == {'one token': ['causality'], 'an unused projection': ['update', 'overfit']}.get(name, [])
     assert {path.suffix for path in tmp_path.iterdir()} == {'.json'}, 'no checkpoint, no log'
 
 

@@ -240,6 +240,12 @@ def test_a_run_that_goes_on_and_gpt2s_weights_are_planned_without_a_download(run
         lines_of('--init_from=gpt2', '--n_layer=3')
 
 
+def test_an_evaluation_is_planned_as_one() -> None:
+    lines = lines_of(str(ROOT / 'config/eval_gpt2_medium.py'))
+    assert lines[0].startswith(f'{PUBLISHED["gpt2-medium"]:,} parameters')
+    assert lines[-1] == 'eval_only=True: nothing is trained; weights are 1.42 GB'
+
+
 def test_several_processes_share_the_micro_batches_of_a_step() -> None:
     assert any('40 for one process' in line for line in lines_of())
     lines = lines_of(world_size=16)
