@@ -73,7 +73,7 @@ class Wiring:
         order = tokens.Order(len(corpus), self.config.block_size, self.seed)
         starts = order.starts(0, self.process.world_size)  # a window for each process
         self.part = next(tokens.parts_of(corpus, starts, 1, self.config, self.process))
-        self.first_loss = math.nan  # of training
+        self.first_loss = 0.0  # in training
         self.is_stuck = False  # several processes wait for a gradient that one parameter will never have
         for group in self.optimizer.param_groups:
             group['lr'] = min(1e-2, 1 / config.n_embd)  # constant; the wider a model, the smaller its steps
@@ -101,17 +101,18 @@ class Wiring:
                                     self.process, self.compute.autocast, unseen)
         return results['loss']
 
-    def learn(self, step: int) -> float:
-        """One update on the window, as training makes it. Returns the loss before it."""
+    def differentiate(self, step: int) -> float:
+        """Leave the gradient in the parameters, as training does. Returns the loss over all processes."""
         self.beat()
-        loss = parallel.total(self.backward([self.part], step)).item()
+        return parallel.total(self.backward([self.part], step)).item()
+
+    def apply(self) -> None:
+        """Update the weights, as training does."""
         self.scaler.unscale_(self.optimizer)
         sharding.clip(self.raw_model.parameters(), self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.first_loss = loss if math.isnan(self.first_loss) else self.first_loss
-        return loss
 
 
 def unseen(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
@@ -225,14 +226,12 @@ def evaluation(w: Wiring) -> Result:
 
 def gradient(w: Wiring) -> Result:
     """A parameter without a gradient is not used, and learns nothing."""
-    w.beat()
-    w.backward([w.part], 0)
+    w.first_loss = w.differentiate(0)
     found = torch.zeros(len(list(w.raw_model.parameters())), device=w.process.device)
     for i, p in enumerate(w.raw_model.parameters()):
         if p.grad is not None:
             found[i] = (p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad).count_nonzero()
     found = parallel.total(found)
-    w.optimizer.zero_grad()
     none = [name for (name, _), n in zip(w.raw_model.named_parameters(), found.tolist(), strict=True) if n == 0]
     w.is_stuck = none != [] and isinstance(w.model, DistributedDataParallel)
     return Result('gradient', not none, f'none for {names(none)}' if none else f'all {len(found)} parameters have one',
@@ -244,8 +243,10 @@ def update(w: Wiring) -> Result:
     if w.is_stuck:
         return Result('update', None, 'there is no gradient')
     before = prints(w.raw_model)
-    for step in range(1 + 10 * w.scaler.is_enabled()):  # with float16 the scale comes down first, and nothing moves
-        w.learn(step)
+    w.apply()  # the gradient of the check before this one
+    for step in range(1, 10 * w.scaler.is_enabled()):  # with float16 nothing moves until the scale has come down
+        w.differentiate(step)
+        w.apply()
     stays = (prints(w.raw_model) == before).all(dim=1).tolist()
     still = [name for (name, _), stay in zip(w.raw_model.named_parameters(), stays, strict=True) if stay]
     seen = f'nothing moves {names(still)}' if still else 'one step moves each parameter'
@@ -269,7 +270,8 @@ def overfit(w: Wiring) -> Result:
         return Result('overfit', None, 'there is no gradient')
     with dropout_of(w.raw_model, 0.0):
         for step in range(STEPS):
-            loss = w.learn(step)
+            loss = w.differentiate(step)
+            w.apply()
             if loss < LEARNED * w.first_loss or (step == STILL and not loss < 0.98 * w.first_loss):
                 break
     seen = f'from {w.first_loss:.2f} to {loss:.2f} in {step + 1} steps on {w.config.block_size} tokens'

@@ -211,9 +211,8 @@ def test_the_disk_that_is_planned_is_what_a_run_asks_for(tiny_dataset: Path, tmp
 
 def test_steps_tokens_and_epochs_are_those_that_the_run_prints(run_dir: Path, tiny_dataset: Path, tmp_path: Path,
                                                                capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*TINY, f'--dataset={tiny_dataset}', f'--out_dir={tmp_path}', '--max_epochs=1.5', '--max_iters=100000',
-                 '--eval_only=True']
-    train.main(arguments)
+    arguments = [*TINY, f'--dataset={tiny_dataset}', f'--out_dir={tmp_path}', '--max_epochs=1.5', '--max_iters=100000']
+    train.main([*arguments, '--eval_only=True'])
     printed = capsys.readouterr().out
     planned = '\n'.join(lines_of(*arguments))
     iterations, epochs = re.findall(r'(?m)^([\d,]+) iterations are ([\d.]+) epochs', printed)[0]
