@@ -230,6 +230,15 @@ def total(numbers: Tensor) -> Tensor:
     return numbers
 
 
+def agree(numbers: Tensor) -> Tensor:
+    """Which of the numbers are the same on all processes, bit for bit. Every process must call it."""
+    least, most = numbers.clone(), numbers.clone()
+    if dist.is_initialized():
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    return least == most
+
+
 def wait_for_all(process: Process) -> None:
     """Until every process is here."""
     total(torch.zeros(1, device=process.device)).item()

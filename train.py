@@ -31,7 +31,9 @@ import remote
 import sample
 import sharding
 import tokens
+from check import Wiring, run_checks
 from errors import UserError
+from plan import amount, refuse, show
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them. Names, defaults and meanings
@@ -44,6 +46,9 @@ init_from: str = 'scratch'  # 'scratch' ('start'), 'resume' from out_dir, 'auto'
 overwrite: bool = False  # start over in an out_dir that holds a run: its files are deleted
 ignore_data_change: bool = False  # resume although the corpus is another one than before
 upload_to: str = ''  # a folder that gets a copy of each checkpoint: 's3://bucket/run', or another URL that fsspec knows
+# before a run
+plan: bool = False  # say what the run amounts to, parameters, bytes and hours, and leave
+check: bool = False  # try whether model and run are wired right, on one short window, and leave with 0 or 1
 # evaluation, logging and samples
 eval_interval: int = 2000  # steps
 eval_iters: int = 200  # batches of batch_size that an evaluation reads, in all
@@ -108,37 +113,6 @@ PATIENCE = 10  # steps in a row that are skipped because something is not finite
 SLOW = 5  # seconds: a longer step shows its micro-batches
 
 
-def check(settings: dict[str, Any], given: set[str]) -> None:
-    """Refuse what can be refused before anything is loaded, and say what has no effect."""
-    configurator.check_range(settings, 'keep', 2)  # the newest may be damaged
-    configurator.check_range(settings, 'eval_interval eval_iters log_interval gradient_accumulation_steps batch_size '
-                             'block_size n_layer n_head n_embd start_timeout timeout', 1)
-    configurator.check_range(settings, 'total_batch_size max_iters max_epochs warmup_iters lr_decay_iters max_hours '
-                             'sample_interval sample_tokens vocab_size grad_clip learning_rate min_lr weight_decay', 0)
-    configurator.check_range(settings, 'dropout beta1 beta2 decay_fraction', 0, below=1)
-    if settings['decay_lr'] and settings['schedule'] != 'constant' and settings['min_lr'] > settings['learning_rate']:
-        raise UserError(f'--min_lr={settings["min_lr"]} is above --learning_rate={settings["learning_rate"]}:\n'
-                        'give --min_lr=0, or a tenth of the learning rate')
-    if settings['overwrite'] and settings['init_from'] in ('resume', 'auto'):
-        raise UserError(f'--overwrite=True starts over; --init_from={settings["init_from"]} goes on: give one of them')
-    decides = {'gradient_accumulation_steps': settings['total_batch_size'] and 'total_batch_size',
-               'schedule': '' if settings['decay_lr'] else 'decay_lr=False',
-               'reshard_after_forward': '' if settings['strategy'] == 'fsdp' else f'strategy={settings["strategy"]}'}
-    for name in sorted(name for name in given if decides.get(name)):
-        configurator.say(f'{name} has no effect: {decides[name]} decides')
-
-
-def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, block_size: int) -> int:
-    """Windows that all processes together read for one update."""
-    if not total_batch_size:
-        return micro_batches * batch_size
-    if total_batch_size % block_size:
-        below = total_batch_size // block_size * block_size
-        raise UserError(f'total_batch_size={total_batch_size} must be a multiple of block_size={block_size}: '
-                        f'the nearest are {f"{below} and " if below else ""}{below + block_size}')
-    return total_batch_size // block_size
-
-
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float],
                    shards: bool = False) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2017). Matrices are pulled towards zero; vectors, which are biases and LayerNorm
@@ -189,7 +163,8 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
     torch.manual_seed(seed)  # every process draws the same initial weights
     folder = tokens.data_folder(dataset)
     meta = tokens.read_meta(folder)
-    raw_model, state, is_resumed = checkpoint.start_from(settings, given, meta['vocab_size'], process)
+    raw_model, state, is_resumed = checkpoint.start_from(settings | {'eval_only': eval_only or check}, given,
+                                                          meta['vocab_size'], process)
     config, T = raw_model.config, raw_model.config.block_size
     corpora = {split: tokens.open_split(folder, split, T, config.vocab_size) for split in ('train', 'val')}
     prints = {split: tokens.fingerprint(corpus, meta) for split, corpus in corpora.items()}
@@ -202,11 +177,8 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
 
     # how much there is to do
     order = tokens.Order(len(corpora['train']), T, seed)
-    n_windows = windows_in_step(total_batch_size, gradient_accumulation_steps, batch_size, T)
-    n_parts = math.ceil(n_windows / (batch_size * process.world_size))  # micro-batches of each process in a step
     first_step = state['iter_num'] if is_resumed else 0
-    end_of_epochs = math.ceil(max_epochs * order.epoch / n_windows) if max_epochs else sys.maxsize  # step
-    last_step, decay_steps = max(first_step, min(max_iters, end_of_epochs)), min(lr_decay_iters, end_of_epochs)
+    n_windows, n_parts, last_step, decay_steps = amount(settings, T, order.epoch, process.world_size, first_step)
 
     # the model and its optimizer, on their device
     compute = parallel.choose(process, dtype, compile)
@@ -223,6 +195,14 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
     skipped, skipped_in_a_row = state['skipped'] if is_resumed else 0, 0  # steps
     if is_resumed:
         checkpoint.restore(optimizer, scaler, state)
+
+    if check:
+        def backward(parts: Iterable[tokens.Part], step: int) -> Tensor:
+            return accumulate_gradient(model, parts, 1, step, process, autocast, scaler, seed)
+
+        is_new = init_from in ('scratch', 'start', 'auto') and not is_resumed
+        return run_checks(Wiring(raw_model, model, optimizer, scaler, process, compute, corpora, vocabulary, is_new,
+                                 seed, grad_clip, backward, watch.beat))
 
     # where the results go
     run = Path(out_dir, 'overfit') if overfit_single_batch else Path(out_dir)
@@ -388,7 +368,9 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
 
 def main(args: list[str]) -> None:
     settings, given = configurator.configure(sys.modules[__name__], args)
-    check(settings, given)
+    refuse(settings, given)
+    if plan:
+        return show(settings, given)
     with (faults.Stop(max_hours) as stop,
           parallel.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
           faults.Watch(process, start_timeout, timeout) as watch, faults.explained(watch, settings)):

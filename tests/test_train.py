@@ -23,6 +23,7 @@ import errors
 import evaluate
 import logger
 import parallel
+import plan
 import tokens
 import train
 from model import GPT, GPTConfig
@@ -132,11 +133,11 @@ def test_matrices_decay_and_vectors_do_not(tie: bool) -> None:
 
 @pytest.mark.parametrize(('total', 'nearest'), [(1000, '992 and 1008'), (5, '16'), (17, '16 and 32')])
 def test_a_total_batch_size_that_is_no_multiple_of_the_block_names_the_nearest(total: int, nearest: str) -> None:
-    message = refused(train.windows_in_step, total, 40, 12, 16, code=errors.COMMAND)
+    message = refused(plan.windows_in_step, total, 40, 12, 16, code=errors.COMMAND)
     assert f'total_batch_size={total} must be a multiple of block_size=16' in message
     assert message.endswith(f'the nearest are {nearest}')
-    assert train.windows_in_step(1008, 40, 12, 16) == 63
-    assert train.windows_in_step(0, 40, 12, 16) == 480
+    assert plan.windows_in_step(1008, 40, 12, 16) == 63
+    assert plan.windows_in_step(0, 40, 12, 16) == 480
 
 
 def batch(n_windows: int, corpus: tokens.TokenFile, config: GPTConfig, batch_size: int) -> list[tokens.Part]:
@@ -211,7 +212,7 @@ def uses_of(file: str) -> set[str]:
 def test_every_setting_is_read_somewhere() -> None:
     names = block_of_settings()
     assert {'out_dir', 'seed', 'deterministic', 'n_layer'} <= set(names)
-    read = uses_of('train.py') | uses_of('checkpoint.py') | set(checkpoint.SHAPE)
+    read = uses_of('train.py') | uses_of('plan.py') | uses_of('checkpoint.py') | set(checkpoint.SHAPE)
     assert [name for name in names if name not in read] == []
     assert set(checkpoint.SHAPE) <= set(names)
 

@@ -1,0 +1,400 @@
+"""--check=True finds the bugs that it exists for, each planted in a real run, and none in a healthy run. This file is
+also the script that torchrun starts: it checks a list of runs, one after the other, in one group of processes."""
+import json
+import math
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import configurator
+import errors
+import evaluate
+import faults
+import model
+import parallel
+import sharding
+import tokens
+import train
+from errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SETTINGS: dict[str, Any] = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 32, 'batch_size': 4,
+                            'gradient_accumulation_steps': 2, 'device': 'cpu', 'check': True}
+NAMES = ['ids', 'initial loss', 'causality', 'MLP', 'evaluation', 'gradient', 'update', 'processes', 'overfit',
+         'checkpoint']
+Patch = pytest.MonkeyPatch
+
+
+# ------------------------------------------------------------------------------------------------
+# The bugs
+
+
+class Plain(model.Attention):
+    """Attention as in model.py, in parts that a bug can take the place of."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def forward(self, x: Tensor, cache: model.Cache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).chunk(3, dim=-1))
+        return self.project(self.mix(q, k, v).transpose(1, 2).reshape(B, T, C))
+
+    def project(self, y: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(y))
+
+
+class AdditiveMask(Plain):
+    """A table of ones and zeros, which is added to the scores: it masks nothing."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(q.size(2), q.size(2)).tril())
+
+
+class Blind(Plain):
+    """A mask that leaves each token to itself."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.eye(q.size(2)).bool())
+
+
+class Unprojected(Plain):
+    """The output projection is created, and never applied."""
+
+    def project(self, y: Tensor) -> Tensor:
+        return self.dropout(y)
+
+
+class AlwaysDropping(Plain):
+    """Attention's dropout does not ask whether the model is in training."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout.p)
+
+
+class Unsaved(Plain):
+    """It computes with a number that is drawn anew in each model, and is in no checkpoint."""
+
+    def __init__(self, config: model.GPTConfig) -> None:
+        super().__init__(config)
+        self.scale = 1 + 30 * random.random()
+
+    def project(self, y: Tensor) -> Tensor:
+        return super().project(y * self.scale)
+
+
+class LateGelu(model.MLP):
+    """GELU after the second Linear, and nothing between the two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(F.gelu(self.c_proj(self.c_fc(x))))
+
+
+class NoGelu(model.MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.c_fc(x)))
+
+
+def plant_attention(kind: type[model.Attention]) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(model, 'Attention', kind)
+
+
+def plant_mlp(kind: type[model.MLP]) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(model, 'MLP', kind)
+
+
+def plant_early_optimizer(patch: Patch) -> None:
+    """The optimizer is built before the model is divided."""
+    distribute, make_optimizer, early = sharding.distribute, train.make_optimizer, list[torch.optim.Optimizer]()
+
+    def distribute_late(raw_model: nn.Module, *arguments: Any) -> nn.Module:
+        early.append(make_optimizer(raw_model, 1e-3, 0.1, (0.9, 0.95)))
+        return distribute(raw_model, *arguments)
+
+    patch.setattr(sharding, 'distribute', distribute_late)
+    patch.setattr(train, 'make_optimizer', lambda *_: early[-1])
+
+
+def plant_no_exchange(patch: Patch) -> None:
+    """Each process trains a model of its own."""
+    patch.setattr(sharding, 'distribute', lambda raw_model, *_: raw_model)
+
+
+def plant_training_mode(patch: Patch) -> None:
+    """Evaluation does not end dropout."""
+    patch.setattr(model.GPT, 'eval', lambda self: self)
+
+
+def plant_large_weights(patch: Patch) -> None:
+    def init_weights(self: model.GPT) -> None:
+        with torch.no_grad():
+            for p in self.parameters():
+                p.normal_(0.0, 1.0)
+
+    patch.setattr(model.GPT, 'init_weights', init_weights)
+
+
+def plant_same_targets(patch: Patch) -> None:
+    """The target of a token is the token itself."""
+    read_batch = tokens.read_batch
+
+    def read_same(*arguments: Any) -> tuple[Tensor, Tensor]:
+        x, _ = read_batch(*arguments)
+        return x, x
+
+    patch.setattr(tokens, 'read_batch', read_same)
+
+
+def plant_ascent(patch: Patch) -> None:
+    """Steps go up the gradient."""
+    make_optimizer = train.make_optimizer
+
+    def make_climber(*arguments: Any) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(*arguments)
+        for group in optimizer.param_groups:
+            group['maximize'] = True
+        return optimizer
+
+    patch.setattr(train, 'make_optimizer', make_climber)
+
+
+def plant_wrong_divisor(patch: Patch) -> None:
+    """The loss that evaluation reports is per window, not per token."""
+    right = evaluate.evaluate
+
+    def wrong(*arguments: Any) -> dict[str, float]:
+        results = right(*arguments)
+        return results | {'loss': results['loss'] * 32}
+
+    patch.setattr(evaluate, 'evaluate', wrong)
+
+
+def plant_crash(patch: Patch) -> None:
+    """A name that only the main process has, as in a log line."""
+    clip = sharding.clip
+
+    def clip_and_log(*arguments: Any) -> float:
+        if os.environ.get('RANK', '0') != '0':
+            raise NameError("name 'losses' is not defined")
+        return clip(*arguments)
+
+    patch.setattr(sharding, 'clip', clip_and_log)
+
+
+class Bug(dict[str, Any]):
+    """How a bug is planted, the settings of its run, and the checks that must fail."""
+
+    def __init__(self, plant: Callable[[Patch], None], *fails: str, **settings: Any) -> None:
+        super().__init__(settings)
+        self.plant, self.fails = plant, list(fails)
+
+
+BUGS = {
+    'an additive mask': Bug(plant_attention(AdditiveMask), 'causality'),
+    'a mask that hides all others': Bug(plant_attention(Blind), 'causality'),
+    'an unused projection': Bug(plant_attention(Unprojected), 'gradient', 'update'),
+    'dropout in evaluation': Bug(plant_attention(AlwaysDropping), 'evaluation'),
+    'no model.eval()': Bug(plant_training_mode, 'evaluation'),
+    'a misplaced GELU': Bug(plant_mlp(LateGelu), 'MLP'),
+    'no GELU': Bug(plant_mlp(NoGelu), 'MLP'),
+    'an optimizer built before fsdp': Bug(plant_early_optimizer, 'update', 'overfit', strategy='fsdp'),
+    'large weights': Bug(plant_large_weights, 'initial loss'),
+    'a wrong divisor': Bug(plant_wrong_divisor, 'initial loss'),
+    'targets that are not next': Bug(plant_same_targets, 'ids'),
+    'steps up the gradient': Bug(plant_ascent, 'overfit'),
+    'something unsaved': Bug(plant_attention(Unsaved), 'checkpoint'),
+}
+BUGS_OF_TWO = {
+    'no exchange': Bug(plant_no_exchange, 'processes'),
+    'an optimizer built before fsdp': BUGS['an optimizer built before fsdp'],
+    'an unused projection': Bug(plant_attention(Unprojected), 'gradient'),
+    'an additive mask': Bug(plant_attention(AdditiveMask), 'causality', strategy='zero1'),
+}
+HEALTHY: dict[str, dict[str, Any]] = {
+    'ddp': {'dropout': 0.2}, 'zero1': {'strategy': 'zero1', 'bias': True},
+    'fsdp': {'strategy': 'fsdp', 'tie_weights': False, 'dropout': 0.1, 'bias': True},
+    'recomputing': {'activation_checkpointing': True, 'gelu': 'exact'}, 'one token': {'block_size': 1},
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Running them
+
+
+def arguments_of(settings: dict[str, Any]) -> list[str]:
+    return [f'--{name}={value}' for name, value in (SETTINGS | settings).items()]
+
+
+def answer(settings: dict[str, Any], bug: Bug | None = None,
+           process: parallel.Process | None = None) -> tuple[int, str]:
+    """The exit code of a check, and what it raises; in a group of processes, or alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        if bug is not None:
+            bug.plant(patch)
+        try:
+            if process is None:
+                train.main(arguments_of(settings))
+            else:
+                values, given = configurator.configure(train, arguments_of(settings))
+                with faults.Stop(0.0) as stop, faults.Watch(process, 300.0, 60.0) as watch:
+                    train.train(process, watch, stop, values, given)
+        except UserError as error:
+            return error.code, str(error)
+    return errors.DONE, ''
+
+
+def verdicts(printed: str) -> dict[str, str]:
+    """PASS, FAIL or SKIP for each check, in the order of the lines."""
+    return {name: word for word, name in re.findall(r'^(PASS|FAIL|SKIP) ([^:]+): ', printed, re.MULTILINE)}
+
+
+def failures(printed: str) -> list[str]:
+    return [name for name, word in verdicts(printed).items() if word == 'FAIL']
+
+
+def main() -> None:
+    """Check each of the runs for two processes, or, if the command line says so, one whose second process crashes."""
+    folder, dataset, *crash = sys.argv[1:]
+    common = {'dataset': dataset, 'out_dir': folder}
+    if crash:
+        with pytest.MonkeyPatch.context() as patch:
+            plant_crash(patch)
+            errors.run(lambda _: train.main(arguments_of(common)))
+        return
+    process = parallel.start('cpu', shards=True)
+    for name, settings in [*HEALTHY.items(), *BUGS_OF_TWO.items()]:
+        if process.is_main:
+            print(f'=== {name}', flush=True)
+        code, message = answer(settings | common, BUGS_OF_TWO.get(name), process)
+        Path(folder, f'{name}.{process.rank}.json').write_text(json.dumps([code, message]), encoding='utf-8')
+    parallel.stop()
+
+
+@pytest.mark.parametrize('name', HEALTHY)
+def test_a_healthy_run_passes(name: str, tiny_dataset: Path, tmp_path: Path,
+                              capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / 'out'
+    assert answer(HEALTHY[name] | {'dataset': tiny_dataset, 'out_dir': out}) == (errors.DONE, '')
+    printed = capsys.readouterr().out
+    found = verdicts(printed)
+    assert failures(printed) == []
+    skipped = ['causality', 'processes'] if name == 'one token' else ['processes']
+    assert [check for check, word in found.items() if word == 'SKIP'] == skipped
+    assert list(found) == NAMES
+    assert printed.endswith(f'\n{len(NAMES) - len(skipped)} checks passed\n')
+    assert not out.exists(), 'nothing is written'
+
+
+@pytest.mark.parametrize('name', BUGS)
+def test_a_planted_bug_is_named(name: str, tiny_dataset: Path, tmp_path: Path,
+                                capsys: pytest.CaptureFixture[str]) -> None:
+    bug = BUGS[name]
+    code, message = answer(bug | {'dataset': tiny_dataset, 'out_dir': tmp_path / 'out'}, bug)
+    printed = capsys.readouterr().out
+    assert len(verdicts(printed)) == len(NAMES), 'all are run, although one fails'
+    assert failures(printed) == bug.fails
+    assert code == errors.CHECK_FAILED and message.endswith(f' checks failed: {", ".join(bug.fails)}')
+
+
+def test_ln_v_is_what_new_weights_cost(tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer({'dataset': tiny_dataset, 'out_dir': tmp_path, 'vocab_size': 1000})
+    found = re.findall(r'initial loss: ([\d.]+), ln 1000 is ([\d.]+)', capsys.readouterr().out)[0]
+    loss, guess = map(float, found)
+    assert guess == pytest.approx(math.log(1000), abs=0.005) and loss == pytest.approx(guess, abs=0.1)
+
+
+def test_each_parameter_without_a_gradient_is_named(tiny_dataset: Path, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    answer({'dataset': tiny_dataset, 'out_dir': tmp_path}, BUGS['an unused projection'])
+    printed = capsys.readouterr().out
+    weights = ', '.join(f'transformer.h.{i}.attn.c_proj.weight' for i in range(2))
+    assert f'FAIL gradient: none for {weights}\n' in printed and f'FAIL update: nothing moves {weights}\n' in printed
+
+
+def test_an_id_beyond_the_vocabulary_is_found_wherever_it_stands(tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """In a corpus without meta.json, where nobody has noted the largest one."""
+    for split, ids in (('train', [5] * 5000 + [50304] + [5] * 40), ('val', [5] * 500)):
+        (tmp_path / f'{split}.bin').write_bytes(b''.join(i.to_bytes(2, 'little') for i in ids))
+    code, _ = answer({'dataset': tmp_path, 'out_dir': tmp_path / 'out'})
+    assert code == errors.CHECK_FAILED
+    assert re.search(r'FAIL ids: at most 50304, of 50304\b', capsys.readouterr().out)
+
+
+def test_a_run_that_exists_is_checked_as_it_would_go_on_and_left_alone(
+        tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Resumed, from its weights, and before it is started over; new weights alone have a loss that is known."""
+    common = {'dataset': tiny_dataset, 'out_dir': tmp_path}
+    train.main([*arguments_of(common), '--check=False', '--max_iters=30', '--eval_iters=1', '--warmup_iters=0',
+                '--sample_interval=0', '--learning_rate=1e-2'])
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in tmp_path.iterdir()}
+    for more, is_new in (({'init_from': 'resume'}, False), ({'init_from': 'auto'}, False), ({}, True),
+                         ({'init_from': tmp_path, 'out_dir': tmp_path / 'new'}, False), ({'overwrite': True}, True)):
+        capsys.readouterr()
+        assert answer(common | more) == (errors.DONE, ''), more
+        assert verdicts(capsys.readouterr().out)['initial loss'] == ('PASS' if is_new else 'SKIP'), more
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in tmp_path.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', __file__]
+    return subprocess.run([*launch, *arguments], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=300,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8')
+
+
+@pytest.mark.slow
+def test_two_processes_pass_and_fail_together(tiny_dataset: Path, tmp_path: Path) -> None:
+    result = torchrun(str(tmp_path), str(tiny_dataset))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    printed = dict(section.split('\n', 1) for section in result.stdout.split('=== ')[1:])
+    assert list(printed) == [*HEALTHY, *BUGS_OF_TWO]
+    for name, text in printed.items():
+        fails = BUGS_OF_TWO[name].fails if name in BUGS_OF_TWO else []
+        assert failures(text) == fails, text
+        for rank in range(2):
+            code, message = json.loads((tmp_path / f'{name}.{rank}.json').read_text(encoding='utf-8'))
+            assert code == (errors.CHECK_FAILED if fails else errors.DONE), (name, message)
+            assert message.endswith(', '.join(fails))
+        skipped = [check for check, word in verdicts(text).items() if word == 'SKIP']
+        assert skipped == {'one token': ['causality'], 'an unused projection': ['update', 'overfit']}.get(name, [])
+    assert {path.suffix for path in tmp_path.iterdir()} == {'.json'}, 'no checkpoint, no log'
+
+
+@pytest.mark.slow
+def test_a_process_that_crashes_alone_is_named(tiny_dataset: Path, tmp_path: Path) -> None:
+    """As where only the main process has made a variable: the other would wait for it without end. Without torchrun,
+    which kills the other before it can speak, and shows the traceback of the first."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    both = [subprocess.Popen([sys.executable, __file__, str(tmp_path), str(tiny_dataset), 'crash'], text=True, cwd=ROOT,
+                             env={**os.environ, 'PYTHONPATH': str(ROOT), 'RANK': str(rank), 'LOCAL_RANK': str(rank),
+                                  'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port},
+                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8')
+            for rank in range(2)]
+    (out, said), (_, traceback) = (process.communicate(timeout=120) for process in both)
+    assert [process.returncode for process in both] == [errors.PEER_LOST, 1]
+    assert re.search(rf"(?m)^process 1 \(pid {both[1].pid} on .*\): name 'losses' is not defined$", said), said
+    assert "NameError: name 'losses' is not defined" in traceback
+    assert list(verdicts(out)) == NAMES[:6], 'up to the step in which it crashed'
+    assert list(tmp_path.iterdir()) == []
+
+
+if __name__ == '__main__':
+    main()
