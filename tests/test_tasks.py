@@ -3,6 +3,9 @@ import functools
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -192,6 +195,43 @@ def test_a_run_notes_the_completion_style_under_the_name_of_its_text() -> None:
     assert row == {f'hellaswag_{name}': value for name, value in tasks.choices(questions, nats).items()}
     cleaned = [{name: value for name, value in row.items() if name not in ('ctx_a', 'ctx_b')} for row in RAW]
     assert 'hellaswag_cleaned_acc_norm' in tasks.training_row(cleaned, questions, scorer_of(model))
+
+
+TRAINING = """
+import sys, torch, parallel, sharding, tasks, test_tasks
+with parallel.joined('cpu', shards=True) as process:
+    torch.manual_seed(0)
+    model, raw = test_tasks.make_model(), test_tasks.make_model()
+    raw.load_state_dict(model.state_dict())
+    blocks = model.transformer.h
+    for block in blocks:
+        block.compile()
+    distributed = sharding.distribute(model, blocks, process, sys.argv[1], torch.float32, True, False)
+    pairs = tasks.completion(test_tasks.RAW, test_tasks.BYTES).pairs
+    alone = test_tasks.scorer_of(raw)(pairs, '')
+    together = tasks.score(distributed, model.config, 3, process, parallel.autocast(process.device, torch.float32),
+                           test_tasks.silent, pairs, '')
+    assert torch.equal(alone[0], together[0]) and torch.equal(alone[1], together[1])
+    assert not torch._dynamo.utils.counters['frames'], 'nothing was compiled'
+    with torch.compiler.set_stance('force_eager'):
+        x = torch.arange(16).view(2, 8)
+        distributed(x, x, logits='none')[1].backward()
+    print('equal on', process.rank)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_a_model_that_several_processes_train_is_asked_as_if_by_one(strategy: str, tmp_path: Path) -> None:
+    """With blocks to compile: the many lengths of the questions compile nothing. And training goes on."""
+    root = Path(tasks.__file__).parent
+    (tmp_path / 'ask.py').write_text(TRAINING, encoding='utf-8')
+    asked = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'ask.py'),
+         strategy],
+        env={**os.environ, 'PYTHONPATH': f'{root}{os.pathsep}{root / "tests"}'}, capture_output=True, text=True,
+        encoding='utf-8', timeout=300)
+    assert sorted(asked.stdout.splitlines()) == ['equal on 0', 'equal on 1'], asked.stderr
 
 
 # ------------------------------------------------------------------------------------------------
