@@ -274,6 +274,41 @@ def test_any_number_of_processes_writes_the_same_file(trained: Path, questions: 
     assert len(json.loads(files[0])['measured'][0]) == 7
 
 
+def test_the_file_of_figures_stands_beside_the_checkpoints_or_under_their_name(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ('out-a', 'out-b'):
+        Path(run).mkdir()
+        Path(run, 'ckpt.pt').touch()
+    for where, found, expected in (
+            ('out-a', ['out-a'], 'out-a/evaluation.json'),
+            ('out-a/ckpt.pt', ['out-a/ckpt.pt'], 'out-a/evaluation.json'),
+            ('out-*', ['out-a', 'out-b'], 'evaluation.json'), ('gpt2-xl', ['gpt2-xl'], 'evaluation-gpt2-xl.json'),
+            ('out-*/ckpt.pt', ['out-a/ckpt.pt', 'out-b/ckpt.pt'], 'evaluation.json'),
+            ('s3://bucket/run/best.pt', ['s3://bucket/run/best.pt'], 'evaluation-best.json')):
+        assert evaluate.find_checkpoints(where) == found
+        assert evaluate.json_file(where, found) == expected
+
+
+def test_what_is_not_finite_is_null_in_the_file() -> None:
+    figures = {'loss': math.nan, 'perplexity': math.inf, 'accuracy': 0.5}
+    measured = evaluate.Measured('a.pt', None, 'x', {'val': figures})
+    row, = json.loads(evaluate.as_json([measured], {}))['measured']
+    assert row == {'checkpoint': 'a.pt', 'step': None, 'dataset': 'x',
+                   'val': {'loss': None, 'perplexity': None, 'accuracy': 0.5}}
+
+
+def test_weights_without_a_tokenizer_have_that_of_gpt2_or_of_their_corpus(
+        tiny_dataset: Path, tiktoken_cache: Path, tmp_path: Path) -> None:
+    small, padded = GPTConfig(T, V, 1, 1, 8), GPTConfig(T, 50304, 1, 1, 8)
+    assert evaluate.vocabulary_for({}, padded, tmp_path).name == 'gpt2'
+    assert evaluate.vocabulary_for({'tokenizer': {'name': 'byte', 'eot': False}}, padded, tmp_path).name == 'byte'
+    assert evaluate.vocabulary_for({}, small, tiny_dataset).name == 'char'
+    fewer = GPTConfig(T, 50, 1, 1, 8)
+    assert '--dataset=' in refused(evaluate.vocabulary_for, {}, fewer, tiny_dataset, code=errors.DATA)
+    assert 'prepare.py' in refused(evaluate.vocabulary_for, {}, small, tmp_path, code=errors.DATA)
+
+
 @pytest.mark.parametrize('size', ['', '_medium', '_large', '_xl'])
 def test_the_commands_for_gpt2_give_what_transformers_gives(
         size: str, shared_data: Path, tiktoken_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

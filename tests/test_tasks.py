@@ -131,14 +131,15 @@ def test_each_ending_costs_what_a_plain_computation_says() -> None:
 
 
 def test_the_answer_is_the_cheapest_ending_and_the_cheapest_for_its_length() -> None:
-    questions = tasks.Questions([], [1, 2, 4, 8, 1, 2, 4, 8, 1, 2, 4, 8], [0, 3, 1])
-    nats = torch.tensor([1.0, 4.0, 9.0, 16.0, 2.0, 6.0, 9.0, 8.0, 5.0, 2.0, 5.0, 4.0])
-    #    per length      1.0, 2.0, 2.25, 2.0, 2.0, 3.0, 2.25, 1.0, 5.0, 1.0, 1.25, 0.5
+    questions = tasks.Questions([], 3 * [1, 2, 4, 8], [3, 0, 3])
+    nats = torch.tensor([5.0, 6.0, 7.0, 8.0, 1.0, 3.0, 9.0, 9.0, 5.0, 2.0, 5.0, 4.0])
+    #    per length      5.0, 3.0, 1.7, 1.0, 1.0, 1.5, 2.2, 1.1, 5.0, 1.0, 1.2, 0.5
     results = tasks.choices(questions, nats)
-    assert results == pytest.approx({'acc': 2 / 3, 'acc_norm': 2 / 3, 'acc_stderr': 1 / 3, 'acc_norm_stderr': 1 / 3})
-    nats[0], nats[8] = 3.0, 2.0  # 'a' is now only as cheap for its length as others; the first of equals is taken
+    assert results == pytest.approx({'acc': 1 / 3, 'acc_stderr': 1 / 3, 'acc_norm': 1.0, 'acc_norm_stderr': 0.0})
+    nats[5] = 1.0  # as cheap as the right one: the first of equals is taken
     assert tasks.choices(questions, nats)['acc'] == 1 / 3
-    assert tasks.choices(questions, nats)['acc_norm'] == 1 / 3
+    nats[4] = 1.5
+    assert tasks.choices(questions, nats)['acc'] == 0
 
 
 def test_of_a_long_context_the_end_is_read_and_a_long_ending_is_told_in_pieces() -> None:
@@ -179,10 +180,10 @@ def test_a_model_that_knows_the_texts_by_heart_gives_the_right_answers() -> None
 
 
 def test_a_last_word_counts_when_each_of_its_tokens_is_the_first_choice() -> None:
-    model = learn(['She asked for bread and he gave her bread', 'Two and two is five'])
+    model = learn(['She asked for bread and he gave her bread', 'Two and two is foul'])
     figures = tasks.measure_lambada(WORDS, BYTES, scorer_of(model))['lambada_openai']
     nats = [sum(plain_nats(model, context + word, len(word))) for context, word in tasks.last_words(WORDS, BYTES)]
-    assert nats[0] < 0.2 < 3 < nats[1], "of 'four' it knows only how it begins"
+    assert nats[0] < 0.2 < 3 < nats[1], "of 'four' it knows all but the last letter"
     assert figures['acc'] == 0.5
     assert figures['acc_stderr'] == 0.5
     assert figures['perplexity'] == pytest.approx(math.exp(sum(nats) / 2), rel=1e-4), 'of words, not of tokens'
