@@ -123,8 +123,10 @@ def read(task: str, path: str, limit: int = 0) -> Iterator[Row]:
 
 def is_hellaswag(row: object) -> bool:
     match row:
-        case {'activity_label': str(), 'ctx': str(context), 'endings': [*endings], 'label': int() | str() as label}:
-            return context.strip() != '' and str(label) in LABELS and [type(ending) for ending in endings] == 4 * [str]
+        case {'activity_label': str(), 'ctx': str(context), 'endings': [*endings], 'label': label, **more}:
+            texts = [*endings, more.get('ctx_a', ''), more.get('ctx_b', '')]
+            is_complete = context.strip() != '' and len(endings) == len(LABELS) and str(label) in LABELS
+            return is_complete and all(isinstance(text, str) for text in texts)
     return False
 
 
@@ -141,7 +143,7 @@ def is_lambada(row: object) -> bool:
 def is_raw(rows: Sequence[Row]) -> bool:
     """Whether this is HellaSwag as published, rather than one of the files that others have cleaned: these have joined
     the two parts of the context."""
-    return all('ctx_a' in row and 'ctx_b' in row for row in rows)
+    return all('ctx_a' in row for row in rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def lm_eval(rows: Iterable[Row], vocabulary: Tokenizer) -> Questions:
     begins, which lm-eval capitalises: there it stays as it is."""
     pairs, lengths, labels = [], [], []
     for row in rows:
-        context = f'{row["ctx_a"]} {row["ctx_b"].capitalize()}' if 'ctx_a' in row else row['ctx']
+        context = f'{row["ctx_a"]} {row.get("ctx_b", "").capitalize()}' if 'ctx_a' in row else row['ctx']
         query = cleaned(f'{row["activity_label"]}: {context}')
         endings = [cleaned(ending) for ending in row['endings']]
         pairs += [encode_together(query, f' {ending}', vocabulary) for ending in endings]

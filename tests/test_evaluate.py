@@ -290,6 +290,13 @@ def test_the_file_of_figures_stands_beside_the_checkpoints_or_under_their_name(
         assert evaluate.json_file(where, found) == expected
 
 
+def test_losses_are_compared_with_published_ones_of_the_same_text_only() -> None:
+    for dataset, split, there in (('openwebtext', 'val', True), ('openwebtext', 'train', False), ('x', 'val', False)):
+        shown = evaluate.report([evaluate.Measured('a.pt', None, dataset, {split: {'loss': 3.0}})], {})
+        assert shown.startswith(f'{split} of {dataset}\n')
+        assert (re.search(r'\nGPT-2 1558M +2\.5400$', shown) is not None) == there
+
+
 def test_what_is_not_finite_is_null_in_the_file() -> None:
     figures = {'loss': math.nan, 'perplexity': math.inf, 'accuracy': 0.5}
     measured = evaluate.Measured('a.pt', None, 'x', {'val': figures})

@@ -263,7 +263,8 @@ def test_only_the_first_examples_are_read_when_so_many_are_asked_for(tmp_path: P
 @pytest.mark.parametrize(('task', 'row'), [
     ('hellaswag', {**RAW[0], 'label': 4}), ('hellaswag', {**RAW[0], 'label': ''}), ('hellaswag', {**RAW[0], 'ctx': ''}),
     ('hellaswag', {**RAW[0], 'endings': ['a', 'b', 'c']}), ('hellaswag', {**RAW[0], 'endings': ['a', 'b', 'c', 4]}),
-    ('hellaswag', WORDS[0]), ('hellaswag', [1]), ('lambada', {'text': 'one'}), ('lambada', {'text': ' one'}),
+    ('hellaswag', {**RAW[0], 'ctx_b': None}), ('hellaswag', WORDS[0]), ('hellaswag', [1]),
+    ('lambada', {'text': 'one'}), ('lambada', {'text': ' one'}),
     ('lambada', {'text': 'one '}), ('lambada', {'context': '', 'continuation': 'word'}), ('lambada', RAW[0]),
 ])
 def test_what_is_no_example_is_refused_with_its_line(task: str, row: Any, tmp_path: Path) -> None:
