@@ -51,7 +51,7 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
 
     if path.startswith(('http://', 'https://')):
         name = PurePosixPath(path.partition('?')[0]).name
-        return [str(download(path, folder / f'{option.removeprefix("--")}-{name}'))]
+        return [str(download(path, folder / f'{option.removeprefix("--")}-{name}', option=option))]
     try:
         files, root = fsspec.url_to_fs(path)
         is_folder = files.isdir(root)
@@ -216,8 +216,9 @@ def missing_column(where: str, column: str, there_are: list[str]) -> UserError:
 # Downloading
 
 
-def download(url: str, path: Path, sha256: str = '') -> Path:
-    """`path`, fetched from `url` unless it is there with that sha256. It never appears with wrong or missing bytes."""
+def download(url: str, path: Path, sha256: str = '', option: str = '--input') -> Path:
+    """`path`, fetched from `url` unless it is there with that sha256. It never appears with wrong or missing bytes. The
+    `option` takes a file that was got in another way."""
     if sha256 and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
     temporary, digest = path.with_name(path.name + '.tmp'), hashlib.sha256()
@@ -234,7 +235,7 @@ def download(url: str, path: Path, sha256: str = '') -> Path:
         temporary.replace(path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f'{url} cannot be used: {error}\n'
-                        'get the file in another way, and name it with --input=PATH', DATA) from error
+                        f'get the file in another way, and name it with {option}=PATH', DATA) from error
     finally:
         with suppress(OSError):
             temporary.unlink()

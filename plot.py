@@ -3,6 +3,7 @@ import io
 from collections.abc import Mapping
 from functools import partial
 from operator import itemgetter
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from console import short
+from tasks import PUBLISHED
 
 Values = NDArray[np.float64]
 Columns = Mapping[str, Values]  # of the same length: one value for each row, NaN where it was not measured
 
 PANELS = {'lr': 'learning rate', 'grad_norm': 'gradient norm', 'tokens_per_second': 'tokens per second'}
-COLUMNS = ('step', 'tokens', 'loss', 'val_loss', 'val_loss_stderr', 'val_bits_per_byte', *PANELS)
+HELLASWAG = ('hellaswag_acc_norm', 'hellaswag_cleaned_acc_norm')  # in completion style; the text as it is, or cleaned
+COLUMNS = ('step', 'tokens', 'loss', 'val_loss', 'val_loss_stderr', 'val_bits_per_byte', *PANELS,
+           *HELLASWAG, *(f'{name}_stderr' for name in HELLASWAG))
 TRAIN, VALIDATION, INK, FAINT, GRID = '#3b6ea8', '#d1495b', '#2b2b2b', '#7f7f7f', '#ececec'
 
 
@@ -91,6 +95,35 @@ def draw_losses(axes: Axes, columns: Columns) -> None:
         )
 
 
+def draw_hellaswag(axes: Axes, columns: Columns, name: str, tokens_per_step: float) -> None:
+    """Accuracy against tokens, within its standard error, and those published figures which it has passed or may pass
+    next. They stand for the whole set, of its own text."""
+    steps, y = measured(columns, name)
+    x, error = steps * tokens_per_step, columns[f'{name}_stderr'][np.isfinite(columns[name])]
+    figures = {model: row['acc_norm'] for model, row in PUBLISHED['hellaswag_completion'].items()}
+    to_pass = sorted(figure for figure in figures.values() if figure > y.max())[:2]
+    low, high = min(0.24, y.min() - 0.01), max(*to_pass, y.max(), 0.25) + 0.015
+    axes.set(xlim=(0, columns['step'][-1] * tokens_per_step), ylim=(low, high))
+    for model, figure in {'chance': 0.25, **figures}.items():
+        if figure > high:
+            continue
+        colour, style = (INK, 'dashed') if model.startswith('GPT-2') else (FAINT, 'dotted')
+        axes.axhline(figure, color=colour, linewidth=0.8, linestyle=style)
+        close = [other for other in figures.values() if 0 < abs(other - figure) < 0.04 * (high - low)]  # to its name
+        place: Literal['center', 'top', 'bottom'] = 'center'
+        if close:
+            place = 'top' if close[0] > figure else 'bottom'
+        axes.annotate(model, (1.02, figure), xycoords=('axes fraction', 'data'), va=place, fontsize=8, color=colour)
+    axes.fill_between(x, y - error, y + error, color=TRAIN, alpha=0.2, linewidth=0)
+    axes.plot(x, y, color=TRAIN, linewidth=1.8, marker='o', markersize=3 if len(x) < 60 else 0)
+    axes.annotate(f'{y[-1]:.3f} ± {error[-1]:.3f}', (x[-1], (y + error)[x >= 0.7 * x[-1]].max()), xytext=(-2, 5),
+                  textcoords='offset points', ha='right', color=TRAIN, fontsize=10)
+    text = ', of cleaned text: not comparable' if 'cleaned' in name else ''
+    axes.set_title(f'HellaSwag acc_norm, completion style{text}', loc='left', fontsize=9, color=FAINT, pad=8)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    clean(axes, '0 tokens')
+
+
 def best(columns: Columns) -> str:
     """The lowest validation loss of the run, in words."""
     x, y = measured(columns, 'val_loss')
@@ -102,22 +135,25 @@ def best(columns: Columns) -> str:
     return f'best validation loss {y[at]:.3f}{per_byte}, at step {x[at]:,.0f}'
 
 
-def draw(columns: Columns, title: str) -> bytes:
-    """The PNG of a run: losses against steps (above: against tokens), and a panel for each of PANELS that was measured.
-    Some loss must be there."""
+def picture(columns: Columns, title: str) -> Figure:
+    """Losses against steps (above: against tokens), below them a panel for each of PANELS that was measured, and beside
+    them HellaSwag."""
     steps, tokens = measured(columns, 'tokens')
+    tokens_per_step = tokens[-1] / steps[-1] if len(tokens) and steps[-1] > 0 else 0.0
     panels = [name for name in PANELS if np.isfinite(columns[name]).any()]
-    figure = Figure(figsize=(9, 5.2 if panels else 3.8), dpi=150, layout='constrained')
-    grid = figure.add_gridspec(2 if panels else 1, max(1, len(panels)), height_ratios=(3, 1) if panels else None)
+    hellaswag = [name for name in HELLASWAG if np.isfinite(columns[name]).any() and tokens_per_step]
+    figure = Figure(figsize=(9 + 5 * bool(hellaswag), 5.2 if panels else 3.8), dpi=150, layout='constrained')
+    halves = figure.add_gridspec(1, 2, width_ratios=(9, 5)) if hellaswag else figure.add_gridspec(1, 1)
+    ratios = {'height_ratios': (3, 1)} if panels else {}
+    grid = halves[0].subgridspec(2 if panels else 1, max(1, len(panels)), **ratios)
 
     losses = figure.add_subplot(grid[0, :])
     draw_losses(losses, columns)
     clean(losses, 'step 0')
     losses.set_title(title, loc='left', fontsize=12, fontweight='bold', color=INK, pad=8)
     losses.set_title(best(columns), loc='right', fontsize=9, color=FAINT, pad=8)
-    if len(tokens) and steps[-1] > 0:
-        per_step = tokens[-1] / steps[-1]
-        there, back = partial(np.multiply, per_step), partial(np.multiply, 1 / per_step)
+    if tokens_per_step:
+        there, back = partial(np.multiply, tokens_per_step), partial(np.multiply, 1 / tokens_per_step)
         above = losses.secondary_xaxis('top', functions=(there, back))
         above.spines['top'].set_visible(False)
         above.tick_params(length=0, colors=FAINT, labelsize=9)
@@ -137,7 +173,14 @@ def draw(columns: Columns, title: str) -> bytes:
         clean(panel, '0')
     for axes in figure.axes:
         axes.set_xlim(0, max(columns['step'][-1], 1))
+    if hellaswag:
+        draw_hellaswag(figure.add_subplot(halves[1]), columns, hellaswag[0], tokens_per_step)
+    return figure
 
+
+def draw(columns: Columns, title: str) -> bytes:
+    """The PNG of a run, some loss of which must be there."""
+    figure = picture(columns, title)
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format='png', facecolor='white')
     Image.open(full).convert('RGB').quantize(64).save(small, format='png', optimize=True)  # in 64 colours

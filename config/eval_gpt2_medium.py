@@ -1,5 +1,6 @@
 # command:  python train.py config/eval_gpt2_medium.py
 #           (first python data/openwebtext/prepare.py; the weights are downloaded)
+#           or, for more than the loss: python evaluate.py --init_from=gpt2-medium --dataset=openwebtext
 # device:   one GPU, or a CPU with patience and --eval_iters=20
 # duration: not measured here
 # expected: not measured here; nanoGPT reports a validation loss of 2.84 (355M parameters). OpenAI trained them on

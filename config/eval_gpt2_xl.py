@@ -1,5 +1,6 @@
 # command:  python train.py config/eval_gpt2_xl.py
 #           (first python data/openwebtext/prepare.py; the weights are downloaded)
+#           or, for more than the loss: python evaluate.py --init_from=gpt2-xl --dataset=openwebtext
 # device:   one GPU, or a CPU with patience and --eval_iters=20
 # duration: not measured here
 # expected: not measured here; nanoGPT reports a validation loss of 2.54 (1558M parameters). OpenAI trained them on

@@ -1,6 +1,9 @@
 """Evaluation: what the table says is what a plain computation gives, whatever the batches."""
 import json
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,8 +117,8 @@ def test_a_metric_is_one_more_line(model: GPT, corpus: tokens.TokenFile, monkeyp
     best: evaluate.Best = {}
     evaluate.keep_best(best, results['val'], 5)
     table = evaluate.table(results, best).splitlines()
-    column = table[0].split().index('confidence')
-    assert table[1].split()[1 + column] == f'{results["val"]["confidence"]:.4f}'
+    assert table[0].split()[-1] == 'confidence'
+    assert table[1].split()[-1] == f'{results["val"]["confidence"]:.4f}'
     assert best['confidence'] == [results['val']['confidence'], 5]
 
 
@@ -136,6 +139,10 @@ def test_the_table_shows_each_row_and_the_best() -> None:
         ['at', 'step', '40']]
     assert len({len(line) for line in lines}) == 1, 'columns are aligned'
     assert len(evaluate.table(rows, {}).splitlines()) == 3
+    rows['val']['loss_stderr'] = 0.0625
+    lines = evaluate.table(rows, {}).splitlines()
+    assert [line.split() for line in lines[1:]] == [['train', '3.0000'], ['val', '3.2500', '±', '0.0625', '0.5000']]
+    assert lines[1].index('3.0000') == lines[2].index('3.2500'), 'decimals are aligned'
 
 
 def test_a_loss_beyond_all_bounds_has_an_infinite_perplexity() -> None:
@@ -164,34 +171,177 @@ def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, float]]:
-    """The table on the console: a dict for each row."""
-    lines = capsys.readouterr().out.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.split()[:1] == ['loss'])
-    names = lines[first].split()
-    return {line.split()[0]: dict(zip(names, map(float, line.split()[1:]), strict=True)) for line in lines[first + 1:]}
+def figures(folder: Path) -> Any:
+    """What the script leaves beside a checkpoint."""
+    return json.loads((folder / 'evaluation.json').read_text(encoding='utf-8'))
 
 
 def test_the_script_says_what_training_said(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last row of metrics.jsonl is of the same eight windows."""
     row = json.loads((trained / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()[-1])
+    expected = {name.removeprefix('val_'): value for name, value in row.items() if name.startswith('val_')}
     for where in (f'--out_dir={trained}', f'--init_from={trained}', f'--init_from={trained}/best.pt'):
         evaluate.main([where, '--eval_iters=2', '--batch_size=4', '--device=cpu'])
-        assert shown(capsys) == {'val': {
-            name.removeprefix('val_'): round(value, 4) for name, value in row.items() if name.startswith('val_')}}
+        measured, = figures(trained)['measured']
+        assert measured['val'] == expected
+        assert measured['step'] == 30
+        numbers = fr'{expected["loss"]:.4f} ± {expected["loss_stderr"]:.4f} .* {expected["bits_per_byte"]:.4f}'
+        assert re.search(fr', step 30 +{numbers}\n', capsys.readouterr().out)
     evaluate.main([f'--out_dir={trained}', '--eval_iters=2', '--batch_size=4', '--device=cpu', '--split=train'])
-    assert shown(capsys)['train']['loss'] == round(row['train_loss'], 4)
+    assert figures(trained)['measured'][0]['train']['loss'] == row['train_loss']
 
 
-def test_without_a_number_of_batches_the_whole_split_is_read(trained: Path, corpus: tokens.TokenFile,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_number_of_batches_the_whole_split_is_read(trained: Path, corpus: tokens.TokenFile) -> None:
     evaluate.main([f'--out_dir={trained}', '--device=cpu', '--batch_size=100'])
     model, state = checkpoint.open_model(str(trained))
     sizes = tokenizer.from_state(state['tokenizer']).token_sizes()
     expected = measured(model, corpus, len(corpus), 32, sizes)
-    assert shown(capsys)['val'] == pytest.approx(expected, abs=2e-4)
+    assert figures(trained)['measured'][0]['val'] == pytest.approx(expected, rel=1e-5)
     assert expected['loss'] < 4.2 < math.log(len(sizes)), 'it has learned something'
     assert expected['bits_per_byte'] == pytest.approx(expected['loss'] / math.log(2), rel=0.01), 'one byte each'
+
+
+def test_checkpoints_that_a_glob_matches_are_rows_in_the_order_of_their_steps(
+        trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (trained / 'a-later-copy.pt').write_bytes((trained / 'ckpt.pt').read_bytes())
+    evaluate.main([f'--init_from={trained}/*.pt', '--eval_iters=2', '--batch_size=4', '--device=cpu'])
+    rows = figures(trained)['measured']
+    assert [(Path(row['checkpoint']).name, row['step']) for row in rows] == [
+        ('ckpt.1.pt', 15), ('a-later-copy.pt', 30), ('best.pt', 30), ('ckpt.pt', 30)]
+    assert rows[0]['val']['loss'] > rows[1]['val']['loss'] == rows[3]['val']['loss']
+    shown = capsys.readouterr().out
+    assert [shown.index(f'{row["checkpoint"]}, step {row["step"]} ') for row in rows] == sorted(
+        shown.index(f'{row["checkpoint"]}, step {row["step"]} ') for row in rows)
+    (trained / 'a-later-copy.pt').unlink()
+
+
+QUESTIONS = [{'ind': i, 'activity_label': 'Reading', 'ctx_a': f'def read{i}(self):', 'ctx_b': 'return', 'label': i % 4,
+              'ctx': f'def read{i}(self): return', 'endings': ['self', 'None', 'a string', f'{i} tokens and more']}
+             for i in range(5)]
+LAST_WORDS = [{'text': 'import json and import json'}, {'text': f'return {json.__name__} or raise'}]
+
+
+@pytest.fixture(scope='module')
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What the script is told to ask: few examples, in characters that the run knows."""
+    folder = tmp_path_factory.mktemp('questions')
+    for name, rows in (('hellaswag', QUESTIONS), ('lambada', LAST_WORDS)):
+        (folder / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    return ['--tasks=val,hellaswag,lambada', *(f'--{name}={folder}/{name}.jsonl' for name in ('hellaswag', 'lambada'))]
+
+
+def test_each_task_has_its_table_and_the_published_figures_stand_below(
+        trained: Path, questions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [f'--out_dir={trained}', *questions, '--eval_iters=1', '--device=cpu', '--limit=4']
+    evaluate.main([*command, f'--json={tmp_path}/figures.json'])
+    results = json.loads((tmp_path / 'figures.json').read_text(encoding='utf-8'))
+    measured, = results['measured']
+    tables = capsys.readouterr().out.partition('val of ')[2].split('\n\n')
+    assert len(tables) == 5
+    for table, name in zip(tables[1:], ('hellaswag_completion', 'hellaswag_lm_eval', 'lambada_openai'), strict=False):
+        title, columns, ours, *theirs = table.splitlines()
+        metrics = columns.split()
+        assert f'{measured[name]["acc"]:.4f} ± {measured[name]["acc_stderr"]:.4f}' in ours
+        assert set(metrics) == {metric for metric in measured[name] if not metric.endswith('_stderr')}
+        assert [row.split('  ')[0] for row in theirs] == list(results['published'][name])
+        assert f'{results["published"][name]["GPT-2 124M"]["acc"]:.4f}' in theirs[0]
+        assert title.endswith(f'; {2 if name == "lambada_openai" else 4} examples')
+    assert (measured['step'], results['device'], results['dtype']) == (30, 'cpu', 'float32')
+    assert results['settings']['limit'] == 4
+    assert set(results['published']['hellaswag_completion']) > set(results['published']['hellaswag_lm_eval'])
+
+
+def test_text_that_was_cleaned_is_not_taken_for_that_of_the_published_figures(
+        trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{name: value for name, value in row.items() if name not in ('ctx_a', 'ctx_b')} for row in QUESTIONS]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
+    evaluate.main([f'--out_dir={trained}', '--tasks=hellaswag', f'--hellaswag={tmp_path}/a.jsonl', '--device=cpu'])
+    assert capsys.readouterr().out.count('5 examples, of cleaned text: not comparable') == 2
+    assert all('cleaned' in note for note in figures(trained)['notes'].values())
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_writes_the_same_file(trained: Path, questions: list[str], tmp_path: Path) -> None:
+    """Three have too little to do: the last of them gets no batch in some rounds."""
+    files, command = [], [f'--init_from={trained}', *questions, '--device=cpu', '--batch_size=3']
+    for processes in (1, 2, 3):
+        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+        subprocess.run([sys.executable, *(launcher if processes > 1 else []), 'evaluate.py', *command,
+                        f'--json={tmp_path}/all.json'],
+                       cwd=Path(evaluate.__file__).parent, check=True, capture_output=True, timeout=300)
+        files.append((tmp_path / 'all.json').read_bytes())
+    assert files[0] == files[1] == files[2]
+    assert len(json.loads(files[0])['measured'][0]) == 7
+
+
+def test_the_file_of_figures_stands_beside_the_checkpoints_or_under_their_name(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ('out-a', 'out-b'):
+        Path(run).mkdir()
+        Path(run, 'ckpt.pt').touch()
+    for where, found, expected in (
+            ('out-a', ['out-a'], 'out-a/evaluation.json'),
+            ('out-a/ckpt.pt', ['out-a/ckpt.pt'], 'out-a/evaluation.json'),
+            ('out-*', ['out-a', 'out-b'], 'evaluation.json'), ('gpt2-xl', ['gpt2-xl'], 'evaluation-gpt2-xl.json'),
+            ('out-*/ckpt.pt', ['out-a/ckpt.pt', 'out-b/ckpt.pt'], 'evaluation.json'),
+            ('s3://bucket/run/best.pt', ['s3://bucket/run/best.pt'], 'evaluation-best.json')):
+        assert evaluate.find_checkpoints(where) == found
+        assert evaluate.json_file(where, found) == expected
+
+
+def test_losses_are_compared_with_published_ones_of_the_same_text_only() -> None:
+    for dataset, split, there in (('openwebtext', 'val', True), ('openwebtext', 'train', False), ('x', 'val', False)):
+        shown = evaluate.report([evaluate.Measured('a.pt', None, dataset, {split: {'loss': 3.0}})], {})
+        assert shown.startswith(f'{split} of {dataset}\n')
+        assert (re.search(r'\nGPT-2 1558M +2\.5400$', shown) is not None) == there
+
+
+def test_what_is_not_finite_is_null_in_the_file() -> None:
+    figures = {'loss': math.nan, 'perplexity': math.inf, 'accuracy': 0.5}
+    measured = evaluate.Measured('a.pt', None, 'x', {'val': figures})
+    row, = json.loads(evaluate.as_json([measured], {}))['measured']
+    assert row == {'checkpoint': 'a.pt', 'step': None, 'dataset': 'x',
+                   'val': {'loss': None, 'perplexity': None, 'accuracy': 0.5}}
+
+
+def test_weights_without_a_tokenizer_have_that_of_gpt2_or_of_their_corpus(
+        tiny_dataset: Path, tiktoken_cache: Path, tmp_path: Path) -> None:
+    small, padded = GPTConfig(T, V, 1, 1, 8), GPTConfig(T, 50304, 1, 1, 8)
+    assert evaluate.vocabulary_for({}, padded, tmp_path).name == 'gpt2'
+    assert evaluate.vocabulary_for({'tokenizer': {'name': 'byte', 'eot': False}}, padded, tmp_path).name == 'byte'
+    assert evaluate.vocabulary_for({}, small, tiny_dataset).name == 'char'
+    fewer = GPTConfig(T, 50, 1, 1, 8)
+    assert '--dataset=' in refused(evaluate.vocabulary_for, {}, fewer, tiny_dataset, code=errors.DATA)
+    assert 'prepare.py' in refused(evaluate.vocabulary_for, {}, small, tmp_path, code=errors.DATA)
+
+
+@pytest.mark.parametrize('size', ['', '_medium', '_large', '_xl'])
+def test_the_commands_for_gpt2_give_what_transformers_gives(
+        size: str, shared_data: Path, tiktoken_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """On real tokens of OpenWebText, in nanoGPT's files, with a small random GPT-2 in place of OpenAI's."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    shape = transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
+    theirs = transformers.GPT2LMHeadModel(shape).eval()
+    theirs.save_pretrained(tmp_path / 'gpt2')
+    lines = (shared_data / 'openwebtext/openwebtext-1000.jsonl').read_text(encoding='utf-8').splitlines()
+    ids = tokenizer.load_tiktoken('gpt2').encode(json.loads(lines[0])['text'] + json.loads(lines[1])['text'])
+    for split in ('train', 'val'):
+        np.array(ids, dtype='<u2').tofile(tmp_path / f'{split}.bin')
+    monkeypatch.chdir(Path(evaluate.__file__).parent)
+    more = [f'--init_from={tmp_path}/gpt2', f'--dataset={tmp_path}', '--device=cpu', '--eval_iters=3', '--batch_size=2']
+    train.main([f'config/eval_gpt2{size}.py', *more, f'--out_dir={tmp_path}/out'])
+    printed = re.findall(r'val loss (\d+\.\d+)', capsys.readouterr().out)
+    evaluate.main([*more, '--tasks=val'])
+
+    windows = torch.tensor([ids[start:start + 65] for start in tokens.fixed_starts(len(ids), 64, 6).tolist()])
+    with torch.no_grad():
+        scores = theirs(windows[:, :-1]).logits.log_softmax(dim=-1)
+    expected = -scores.gather(2, windows[:, 1:, None]).mean().item()
+    assert figures(tmp_path / 'gpt2')['measured'][0]['val']['loss'] == pytest.approx(expected, rel=1e-5)
+    assert printed == [f'{expected:.4f}']
 
 
 def refused(call: Callable[..., Any], *positional: Any, code: int) -> str:
@@ -209,6 +359,14 @@ def test_what_cannot_be_evaluated_is_refused(trained: Path, tiny_dataset: Path, 
     assert '--eval_iters=-1' in refused(evaluate.main, [where, '--eval_iters=-1'], code=errors.COMMAND)
     assert "'float64'" in refused(evaluate.main, [where, '--dtype=float64'], code=errors.COMMAND)
     assert "'test'" in refused(evaluate.main, [where, '--split=test'], code=errors.COMMAND)
+    assert "'piqa'" in refused(evaluate.main, [where, '--tasks=val,piqa'], code=errors.COMMAND)
+    assert '--limit=-1' in refused(evaluate.main, [where, '--limit=-1'], code=errors.COMMAND)
+    assert 'matches no' in refused(evaluate.main, [f'--init_from={tmp_path}/*.pt'], code=errors.CHECKPOINT)
+    assert '--json=' in refused(
+        evaluate.main, [where, '--eval_iters=1', '--device=cpu', f'--json={tmp_path}/no/a'], code=errors.COMMAND)
+    (tmp_path / 'odd.jsonl').write_text(json.dumps({'text': 'words in 中文'}), encoding='utf-8')
+    odd = [where, '--tasks=lambada', f'--lambada={tmp_path}/odd.jsonl', '--device=cpu']
+    assert "character '中'" in refused(evaluate.main, odd, code=errors.DATA)
     message = refused(evaluate.main, [where, f'--dataset={tmp_path}/mine'], code=errors.DATA)
     assert 'prepare.py' in message
 

@@ -49,12 +49,14 @@ RUN = {
     f'{DEFAULT} --overwrite=True': Run(TRAIN, r'\n=== step 3 ===\n'),
     f'{DEFAULT} --init_from=auto': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
     '.venv/bin/python sample.py --out_dir=out-stdlib --start="def main("': Run(SAMPLE, r'(?m)^def main\('),
-    'python evaluate.py --out_dir=out-stdlib': Run('--eval_iters=2', r'bits_per_byte.*\nval +\d+\.\d+ '),
     'python export.py --out_dir=out-stdlib --to=hf': Run('', r' out-stdlib/hf/model\.safetensors\n(?s:.*)\nnext:\n'),
     'python export.py --out_dir=out-stdlib --to=gguf': Run('', r' out-stdlib/gguf/model\.gguf\n(?s:.*)ollama create'),
     'python export.py --out_dir=out-stdlib --to=llmc': Run('', r' out-stdlib/llmc/model\.bin\n(?s:.*)train_gpt2cu'),
     'python export.py --init_from=THEIRS.pt --out_dir=out-theirs --to=ckpt --n_head=12 --gelu=tanh':
         Run('--n_head=4 --dataset=stdlib', r' out-theirs/ckpt\.pt\n'),
+    'python evaluate.py --out_dir=out-stdlib': Run('--eval_iters=2', r'bits_per_byte\nout-stdlib, step \d+ +\d+\.\d+ '),
+    'python evaluate.py --init_from="out-stdlib/ckpt*.pt"':
+        Run('--eval_iters=1', r'\nout-stdlib/ckpt\.1\.pt, step \d .*\nout-stdlib/ckpt\.pt, step \d '),
     f'{DEFAULT} --overfit_single_batch=True --max_iters=100': Run('', r'\nPASS: .* in 100 steps\n'),
     'torchrun --standalone --nproc_per_node=2 train.py config/train_stdlib.py --device=cpu --out_dir=out-two '
     '--overwrite=True':
@@ -87,6 +89,8 @@ EXCEPTIONS = {
     'python train.py config/finetune_shakespeare.py': 'a download',
     'python train.py config/finetune_shakespeare.py --init_from=gpt2': 'a download',
     'python train.py config/eval_gpt2.py': 'a download',
+    'python evaluate.py --out_dir=out-stdlib --tasks=val,hellaswag,lambada --limit=200': 'a download',
+    'torchrun --standalone --nproc_per_node=gpu evaluate.py --init_from=gpt2-xl --tasks=hellaswag,lambada': 'a GPU',
     'python train.py config/gpt_nano.py': 'a download',
     'python train.py config/train_shakespeare_char.py': 'a GPU',
     'python train.py config/train_gpt2.py --device=mps --compile=False --batch_size=4': 'a GPU',

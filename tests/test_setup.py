@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))
 PINS = {canonicalize_name(name): version for name, version in
         re.findall(r'^([\w.-]+)==(\S+)$', (ROOT / 'requirements.txt').read_text(encoding='utf-8'), re.MULTILINE)}
-BOUNDS = [Requirement(text) for group in (PROJECT['project']['dependencies'],
-                                          *PROJECT['project']['optional-dependencies'].values()) for text in group]
+EXTRAS = {name: group for name, group in PROJECT['project']['optional-dependencies'].items()
+          if name != 'lm-eval'}  # a test's reference, which brings many packages of its own
+BOUNDS = [Requirement(text) for group in (PROJECT['project']['dependencies'], *EXTRAS.values()) for text in group]
 OF_TORCH = re.compile(r'nvidia|cuda|triton')  # libraries that torch pins itself, other ones on each platform
 
 

@@ -1,0 +1,135 @@
+"""EleutherAI's lm-eval, run as its users run it on an exported model, agrees with evaluate.py over the same files.
+
+    pip install -e '.[lm-eval]'
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import documents
+import evaluate
+import huggingface
+import tasks
+import tokenizer
+from model import GPT, GPTConfig
+
+N = 240  # examples of each task
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(not find_spec('lm_eval'), reason="needs lm-eval: pip install -e '.[lm-eval]'")]
+
+
+def as_published(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """A row of the cleaned HellaSwag as the original has it: the context in two parts, and with WikiHow's marks."""
+    first, _, second = row['ctx'].rpartition('. ')
+    if row['source'] == 'activitynet':
+        parts, endings = (f'{first}.', second), row['endings']
+    else:
+        headings = '[header] ' + row['ctx'].replace('. ', ' [title] ', 1).replace('. ', '. [step] ', 1)
+        parts, endings = (headings, ''), [ending.replace('. ', '. [substeps] ', 1) for ending in row['endings']]
+    return {'ind': number, 'activity_label': row['activity_label'], 'ctx_a': parts[0], 'ctx_b': parts[1],
+            'ctx': ' '.join(parts).strip(), 'endings': endings, 'label': row['label'], 'source_id': row['source']}
+
+
+@pytest.fixture(scope='module')
+def files(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Real examples of either task, as they are downloaded."""
+    with documents.opened(str(shared_data / 'hellaswag/hellaswag_val.jsonl.xz')) as file:
+        cleaned = [json.loads(line) for line in file]
+    films, wikihow = ([row for row in cleaned if row['source'] == source] for source in ('activitynet', 'wikihow'))
+    hellaswag = map(as_published, [*films[:N // 2], *wikihow[:N // 2]], range(N))
+    passages = [json.loads(line) for line in (shared_data / 'lambada/lambada_openai.jsonl').open(encoding='utf-8')]
+    lambada = ({'text': f'{row["context"]} {row["continuation"]}'} for row in passages[:N])
+    folder = tmp_path_factory.mktemp('examples')
+    for name, rows in (('hellaswag', hellaswag), ('lambada', lambada)):
+        (folder / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n', encoding='utf-8')
+    return {name: folder / f'{name}.jsonl' for name in ('hellaswag', 'lambada')}
+
+
+def learn(files: dict[str, Path]) -> GPT:
+    """A small GPT with GPT-2's vocabulary that has learned the right answers of a fourth of the examples."""
+    gpt2, model = tokenizer.load_tiktoken('gpt2'), GPT(GPTConfig(128, 50257, 1, 2, 32))
+    questions = tasks.lm_eval(tasks.read('hellaswag', str(files['hellaswag'])), gpt2)
+    right = [questions.pairs[4 * i + label] for i, label in enumerate(questions.labels)]
+    words = tasks.last_words(tasks.read('lambada', str(files['lambada'])), gpt2)
+    batches = [tasks.to_batch(list(tasks.pieces(pairs[::4], model.config.block_size))) for pairs in (right, words)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        for x, y in batches:
+            F.cross_entropy(model.lm_head(model.transformer(x)[y >= 0]), y[y >= 0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def export(model: GPT, vocabulary: Path, folder: Path) -> None:
+    """What lm-eval reads: weights and tokenizer as transformers keeps them."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=50257, n_positions=model.config.block_size, n_embd=model.config.n_embd, n_layer=model.config.n_layer,
+        n_head=model.config.n_head)
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.load_state_dict({name: p.t() if name.endswith(huggingface.TRANSPOSED) else p
+                            for name, p in model.state_dict().items()})
+    theirs.save_pretrained(folder)
+    merges, ids = sorted(vocabulary.iterdir(), key=lambda path: path.read_bytes()[:1] == b'{')  # as tiktoken keeps them
+    shutil.copy(ids, folder / 'vocab.json')
+    shutil.copy(merges, folder / 'merges.txt')
+    transformers.GPT2TokenizerFast.from_pretrained(folder).save_pretrained(folder)
+
+
+def run_lm_eval(model: Path, files: dict[str, Path], folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The results and the samples of its own tasks hellaswag and lambada_openai, which read our files instead of the
+    hub's. It runs away from this folder, whose evaluate.py it would take for a package of that name."""
+    spec = find_spec('lm_eval')
+    assert spec and spec.origin
+    theirs = Path(spec.origin).parent / 'tasks'
+    for name, path in (('hellaswag/hellaswag', files['hellaswag']), ('lambada/lambada_openai', files['lambada'])):
+        task = (theirs / f'{name}.yaml').read_text(encoding='utf-8')
+        splits = json.dumps(dict.fromkeys(('train', 'validation', 'test'), str(path)))
+        task = re.sub(r'^dataset_path:.*', f'dataset_path: json\ndataset_kwargs: {{data_files: {splits}}}', task,
+                      flags=re.MULTILINE)
+        task = re.sub(r'^(task: .*)', r'\1_here', re.sub(r'^dataset_name:.*\n', '', task, flags=re.MULTILINE),
+                      flags=re.MULTILINE)
+        (folder / f'{Path(name).name}.yaml').write_text(task, encoding='utf-8')
+    shutil.copy(theirs / 'hellaswag/utils.py', folder)
+    subprocess.run(
+        [sys.executable, '-m', 'lm_eval', 'run', '--model', 'hf', '--model_args', f'pretrained={model},dtype=float32',
+         '--tasks', 'hellaswag_here,lambada_openai_here', '--include_path', str(folder), '--device', 'cpu',
+         '--batch_size', '16', '--output_path', str(folder / 'out'), '--log_samples'],
+        cwd=folder, check=True, timeout=600, env={**os.environ, 'HF_HOME': str(folder / 'cache')})
+    results, = (folder / 'out').glob('*/results_*.json')
+    samples = {task: [json.loads(line) for line in next((folder / 'out').glob(f'*/samples_{task}_here_*')).open(
+        encoding='utf-8')] for task in ('hellaswag', 'lambada_openai')}
+    return json.loads(results.read_text(encoding='utf-8'))['results'], samples
+
+
+def test_lm_eval_gives_the_same_figures(files: dict[str, Path], tiktoken_cache: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    exported = tmp_path / 'model'
+    export(learn(files), tiktoken_cache, exported)
+    evaluate.main([f'--init_from={exported}', '--tasks=hellaswag,lambada', '--device=cpu', '--dtype=float32',
+                   *(f'--{name}={path}' for name, path in files.items())])
+    ours, = json.loads((exported / 'evaluation.json').read_text(encoding='utf-8'))['measured']
+    theirs, samples = run_lm_eval(exported, files, tmp_path)
+
+    assert [len(of_task) for of_task in samples.values()] == [N, N]
+    for name in ('acc', 'acc_norm'):
+        assert ours['hellaswag_lm_eval'][name] == theirs['hellaswag_here'][f'{name},none']
+        assert 0.3 < ours['hellaswag_lm_eval'][name] < 0.9, 'it knows some of them'
+    assert ours['hellaswag_lm_eval']['acc_stderr'] == pytest.approx(theirs['hellaswag_here']['acc_stderr,none'])
+    assert ours['hellaswag_completion'] != ours['hellaswag_lm_eval']
+    assert ours['lambada_openai']['acc'] == theirs['lambada_openai_here']['acc,none']
+    assert 0.1 < ours['lambada_openai']['acc'] < 0.9
+    perplexity = theirs['lambada_openai_here']['perplexity,none']
+    assert ours['lambada_openai']['perplexity'] == pytest.approx(perplexity, rel=1e-4)

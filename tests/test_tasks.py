@@ -1,0 +1,322 @@
+"""HellaSwag and LAMBADA: the questions are those that others ask, and the answers those of a plain computation."""
+import functools
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import errors
+import parallel
+import tasks
+import tokenizer
+import tokens
+from errors import UserError
+from model import GPT, GPTConfig
+
+ALONE = parallel.Process(0, 1, torch.device('cpu'), '')
+BYTES = tokenizer.Bytes(eot=False)
+# Two rows as HellaSwag has them, one from a film and one from WikiHow, and two as LAMBADA has them
+RAW: list[dict[str, Any]] = [
+    {'ind': 24, 'activity_label': 'Roof shingle removal', 'ctx_a': 'A man is sitting on a roof.', 'ctx_b': 'he',
+     'ctx': 'A man is sitting on a roof. he', 'split': 'val', 'split_type': 'indomain', 'label': 3, 'source_id': 'a',
+     'endings': ['is using wrap to wrap skis.', 'is ripping tiles off.', 'holds a cube.', 'starts pulling it up.']},
+    {'ind': 43, 'activity_label': 'Health', 'ctx_a': '[header] How to rest [title] Lie down. [step] Find a bed.',
+     'ctx_b': '', 'ctx': '[header] How to rest [title] Lie down. [step] Find a bed.', 'split': 'val', 'label': '0',
+     'split_type': 'zeroshot', 'source_id': 'wikihow~1',
+     'endings': ['[substeps] Sleep. [title] Wake up.', 'Run.', ' Jump  twice.', 'Sit [substeps] up.']},
+]
+WORDS = [{'text': 'She asked for bread and he gave her bread'}, {'context': 'Two and two is', 'continuation': 'four'}]
+
+
+def silent(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
+    yield from items
+
+
+def scorer_of(model: GPT, batch_size: int = 3) -> tasks.Scorer:
+    autocast = parallel.autocast(ALONE.device, torch.float32)
+    return functools.partial(tasks.score, model, model.config, batch_size, ALONE, autocast, silent)
+
+
+def make_model(block_size: int = 128) -> GPT:
+    """Weights so large that its predictions differ from token to token."""
+    model = GPT(GPTConfig(block_size, 256, 2, 2, 16, dropout=0.3))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.dim() == 1 else 0.0, 0.1)
+    return model
+
+
+def plain_nats(model: GPT, ids: list[int], n_told: int) -> list[float]:
+    """The cost of each of the last n_told tokens, one at a time, in float64, each after at most block_size others."""
+    double = GPT.from_weights(model.config, {name: p.double() for name, p in model.state_dict().items()}).eval()
+    costs = []
+    for place in range(len(ids) - n_told, len(ids)):
+        with torch.no_grad():
+            logits, _ = double(torch.tensor([ids[max(0, place - model.config.block_size):place]]))
+        costs.append(-logits[0, -1].log_softmax(dim=0)[ids[place]].item())
+    return costs
+
+
+# ------------------------------------------------------------------------------------------------
+# What is asked
+
+
+def texts(pairs: Iterable[tasks.Pair]) -> list[tuple[str, str]]:
+    return [(BYTES.decode(context), BYTES.decode(ending)) for context, ending in pairs]
+
+
+def test_completion_asks_with_the_text_as_it_stands() -> None:
+    questions = tasks.completion(RAW, BYTES)
+    assert questions.labels == [3, 0]
+    assert texts(questions.pairs[:2]) == [('A man is sitting on a roof. he', ' is using wrap to wrap skis.'),
+                                          ('A man is sitting on a roof. he', ' is ripping tiles off.')]
+    assert texts(questions.pairs[4:5]) == [('[header] How to rest [title] Lie down. [step] Find a bed.',
+                                            ' [substeps] Sleep. [title] Wake up.')]
+    assert questions.lengths == [len(ending) for _, ending in questions.pairs], 'one token for each byte'
+
+
+def test_lm_eval_asks_with_the_activity_and_without_the_marks_of_wikihow() -> None:
+    questions = tasks.lm_eval(RAW, BYTES)
+    assert texts(questions.pairs[:1]) == [
+        ('Roof shingle removal: A man is sitting on a roof. He', ' is using wrap to wrap skis.')]
+    assert texts(questions.pairs[4:]) == [
+        ('Health: How to rest. Lie down. Find a bed.', ending) for ending in (
+            '  Sleep.. Wake up.', ' Run.', ' Jump twice.', ' Sit up.')]
+    assert questions.lengths[4:] == [17, 4, 11, 7], 'characters, without the space in front'
+
+
+def test_a_file_that_others_have_cleaned_is_known_as_such_and_scored_as_far_as_it_goes() -> None:
+    cleaned = {'row': 0, 'activity_label': 'Canoeing', 'ctx': 'Two women paddle. the child', 'label': 2,
+               'endings': ['a.', 'b.', 'c.', 'd.'], 'source': 'activitynet'}
+    assert tasks.is_raw(RAW) and not tasks.is_raw([*RAW, cleaned])
+    assert texts(tasks.lm_eval([cleaned], BYTES).pairs[:1]) == [('Canoeing: Two women paddle. the child', ' a.')]
+
+
+def test_the_last_word_is_asked_for_with_the_space_before_it() -> None:
+    assert texts(tasks.last_words(WORDS, BYTES)) == [
+        ('She asked for bread and he gave her', ' bread'), ('Two and two is', ' four')]
+
+
+def test_a_word_is_told_in_the_tokens_that_it_has_in_the_text(tiktoken_cache: Path) -> None:
+    gpt2 = tokenizer.load_tiktoken('gpt2')
+    context, ending = tasks.encode_together('It is in the  ', ' house', gpt2)
+    assert gpt2.decode(context) == 'It is in the', 'spaces belong to what follows'
+    assert gpt2.decode(ending) == '   house'
+    assert [*context, *ending] == gpt2.encode('It is in the   house')
+    assert [gpt2.decode([i]) for i in ending] == [' ', ' ', ' house']
+
+
+# ------------------------------------------------------------------------------------------------
+# What is answered
+
+
+def test_each_ending_costs_what_a_plain_computation_says() -> None:
+    model = make_model()
+    pairs = tasks.completion(RAW, BYTES).pairs
+    expected = [sum(plain_nats(model, context + ending, len(ending))) for context, ending in pairs]
+    for batch_size in (1, 3, 50):
+        nats, _ = scorer_of(model, batch_size)(pairs, '')
+        assert nats.tolist() == pytest.approx(expected, rel=1e-5)
+    assert model.training, 'the mode is what it was'
+
+
+def test_the_answer_is_the_cheapest_ending_and_the_cheapest_for_its_length() -> None:
+    questions = tasks.Questions([], 3 * [1, 2, 4, 8], [3, 0, 3])
+    nats = torch.tensor([5.0, 6.0, 7.0, 8.0, 1.0, 3.0, 9.0, 9.0, 5.0, 2.0, 5.0, 4.0])
+    #    per length      5.0, 3.0, 1.7, 1.0, 1.0, 1.5, 2.2, 1.1, 5.0, 1.0, 1.2, 0.5
+    results = tasks.choices(questions, nats)
+    assert results == pytest.approx({'acc': 1 / 3, 'acc_stderr': 1 / 3, 'acc_norm': 1.0, 'acc_norm_stderr': 0.0})
+    nats[5] = 1.0  # as cheap as the right one: the first of equals is taken
+    assert tasks.choices(questions, nats)['acc'] == 1 / 3
+    nats[4] = 1.5
+    assert tasks.choices(questions, nats)['acc'] == 0
+
+
+def test_of_a_long_context_the_end_is_read_and_a_long_ending_is_told_in_pieces() -> None:
+    model = make_model(block_size=8)
+    ids = BYTES.encode('The quick brown fox jumps over the lazy dog')
+    assert [(piece.ids, piece.n_told) for piece in tasks.pieces([(ids[:30], ids[30:34])], 8)] == [(ids[25:34], 4)]
+    assert [(piece.ids, piece.n_told) for piece in tasks.pieces([(ids[:30], ids[30:])], 8)] == [
+        (ids[-9:], 8), (ids[-17:-8], 5)], 'every token once, after at least one other'
+    assert [(piece.ids, piece.n_told) for piece in tasks.pieces([(ids[:1], ids[1:18])], 8)] == [
+        (ids[9:18], 8), (ids[1:10], 8), (ids[:2], 1)]
+
+    nats, _ = scorer_of(model)([(ids[:30], ids[30:34]), (ids[:30], ids[30:])], '')
+    first = sum(plain_nats(model, ids[25:34], 4))
+    second = sum(plain_nats(model, ids[-17:-8], 5)) + sum(plain_nats(model, ids[-9:], 8))
+    assert nats.tolist() == pytest.approx([first, second], rel=1e-5)
+
+
+def learn(texts: Iterable[str]) -> GPT:
+    """A small model that knows these texts by heart."""
+    model = GPT(GPTConfig(128, 256, 1, 2, 32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batch = [torch.tensor(BYTES.encode(text)) for text in texts]
+    for _ in range(150):
+        losses = [model(ids[None, :-1], ids[None, 1:], logits='none')[1] for ids in batch]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_a_model_that_knows_the_texts_by_heart_gives_the_right_answers() -> None:
+    right = [f'{row["ctx"]} {row["endings"][int(row["label"])]}' for row in RAW]
+    figures = tasks.measure_hellaswag(RAW, BYTES, scorer_of(learn(right)))
+    assert figures['hellaswag_completion'] == {'acc': 1.0, 'acc_norm': 1.0, 'acc_stderr': 0.0, 'acc_norm_stderr': 0.0}
+    wrong = [f'{row["ctx"]} {row["endings"][1]}' for row in RAW]
+    assert tasks.measure_hellaswag(RAW, BYTES, scorer_of(learn(wrong)))['hellaswag_completion']['acc_norm'] == 0
+    assert list(figures) == ['hellaswag_completion', 'hellaswag_lm_eval'], 'one is never taken for the other'
+
+
+def test_a_last_word_counts_when_each_of_its_tokens_is_the_first_choice() -> None:
+    model = learn(['She asked for bread and he gave her bread', 'Two and two is foul'])
+    figures = tasks.measure_lambada(WORDS, BYTES, scorer_of(model))['lambada_openai']
+    nats = [sum(plain_nats(model, context + word, len(word))) for context, word in tasks.last_words(WORDS, BYTES)]
+    assert nats[0] < 0.2 < 3 < nats[1], "of 'four' it knows all but the last letter"
+    assert figures['acc'] == 0.5
+    assert figures['acc_stderr'] == 0.5
+    assert figures['perplexity'] == pytest.approx(math.exp(sum(nats) / 2), rel=1e-4), 'of words, not of tokens'
+
+
+def test_a_run_notes_the_completion_style_under_the_name_of_its_text() -> None:
+    questions, model = tasks.completion(RAW, BYTES), make_model()
+    row = tasks.training_row(RAW, questions, scorer_of(model))
+    nats, _ = scorer_of(model)(questions.pairs, '')
+    assert row == {f'hellaswag_{name}': value for name, value in tasks.choices(questions, nats).items()}
+    cleaned = [{name: value for name, value in row.items() if name not in ('ctx_a', 'ctx_b')} for row in RAW]
+    assert 'hellaswag_cleaned_acc_norm' in tasks.training_row(cleaned, questions, scorer_of(model))
+
+
+TRAINING = """
+import sys, torch, parallel, sharding, tasks, test_tasks
+with parallel.joined('cpu', shards=True) as process:
+    torch.manual_seed(0)
+    model, raw = test_tasks.make_model(), test_tasks.make_model()
+    raw.load_state_dict(model.state_dict())
+    blocks = model.transformer.h
+    for block in blocks:
+        block.compile()
+    distributed = sharding.distribute(model, blocks, process, sys.argv[1], torch.float32, True, False)
+    pairs = tasks.completion(test_tasks.RAW, test_tasks.BYTES).pairs
+    alone = test_tasks.scorer_of(raw)(pairs, '')
+    together = tasks.score(distributed, model.config, 3, process, parallel.autocast(process.device, torch.float32),
+                           test_tasks.silent, pairs, '')
+    assert torch.equal(alone[0], together[0]) and torch.equal(alone[1], together[1])
+    assert not torch._dynamo.utils.counters['frames'], 'nothing was compiled'
+    with torch.compiler.set_stance('force_eager'):
+        x = torch.arange(16).view(2, 8)
+        distributed(x, x, logits='none')[1].backward()
+    print('equal on', process.rank)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_a_model_that_several_processes_train_is_asked_as_if_by_one(strategy: str, tmp_path: Path) -> None:
+    """With blocks to compile: the many lengths of the questions compile nothing. And training goes on."""
+    root = Path(tasks.__file__).parent
+    (tmp_path / 'ask.py').write_text(TRAINING, encoding='utf-8')
+    asked = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'ask.py'),
+         strategy],
+        env={**os.environ, 'PYTHONPATH': f'{root}{os.pathsep}{root / "tests"}'}, capture_output=True, text=True,
+        encoding='utf-8', timeout=300)
+    assert sorted(asked.stdout.splitlines()) == ['equal on 0', 'equal on 1'], asked.stderr
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+def write(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text('\n'.join(map(json.dumps, rows)) + '\n', encoding='utf-8')
+    return path
+
+
+def test_the_files_that_are_around_are_read(shared_data: Path) -> None:
+    questions = list(tasks.read('hellaswag', str(shared_data / 'hellaswag/hellaswag_val.jsonl.xz')))
+    assert len(questions) == 10042
+    assert not tasks.is_raw(questions)
+    passages = list(tasks.read('lambada', str(shared_data / 'lambada/lambada_openai.jsonl')))
+    assert len(passages) == 5153
+    assert texts(tasks.last_words(passages[:1], BYTES))[0][1] == ' signs'
+
+
+def test_only_the_first_examples_are_read_when_so_many_are_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / 'a.jsonl', [*RAW, 'no example'])
+    assert tasks.load('hellaswag', str(path), 2, ALONE) == RAW
+    with pytest.raises(UserError, match='line 3'):
+        tasks.load('hellaswag', str(path), 0, ALONE)
+
+
+@pytest.mark.parametrize(('task', 'row'), [
+    ('hellaswag', {**RAW[0], 'label': 4}), ('hellaswag', {**RAW[0], 'label': ''}), ('hellaswag', {**RAW[0], 'ctx': ''}),
+    ('hellaswag', {**RAW[0], 'endings': ['a', 'b', 'c']}), ('hellaswag', {**RAW[0], 'endings': ['a', 'b', 'c', 4]}),
+    ('hellaswag', {**RAW[0], 'ctx_b': None}), ('hellaswag', WORDS[0]), ('hellaswag', [1]),
+    ('lambada', {'text': 'one'}), ('lambada', {'text': ' one'}),
+    ('lambada', {'text': 'one '}), ('lambada', {'context': '', 'continuation': 'word'}), ('lambada', RAW[0]),
+])
+def test_what_is_no_example_is_refused_with_its_line(task: str, row: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / 'a.jsonl', [*(RAW if task == 'hellaswag' else WORDS), row])
+    with pytest.raises(UserError, match=fr'a\.jsonl, line 3 is not an example of {task}') as caught:
+        tasks.load(task, str(path), 0, ALONE)
+    assert caught.value.code == errors.DATA
+
+
+def test_files_that_are_damaged_or_empty_are_refused(tmp_path: Path) -> None:
+    (tmp_path / 'bad.jsonl').write_bytes(b'{"text": "a \xff b"}\n')
+    (tmp_path / 'empty.jsonl').write_bytes(b'')
+    for name, message in (('bad', 'line 1'), ('empty', 'is empty'), ('nowhere', 'matches no file')):
+        with pytest.raises(UserError, match=message) as caught:
+            tasks.load('lambada', str(tmp_path / f'{name}.jsonl'), 0, ALONE)
+        assert caught.value.code == errors.DATA
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address at which tmp_path/web can be downloaded."""
+    (tmp_path / 'web').mkdir()
+    handler = functools.partial(Silent, directory=str(tmp_path / 'web'))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, *parts: object) -> None:
+        """It would stand among the results of the tests."""
+
+
+def test_without_a_path_the_original_is_downloaded_and_anything_else_refused(
+        served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, 'DATA_ROOT', tmp_path / 'data')
+    file = write(tmp_path / 'web/hellaswag_val.jsonl', RAW)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setitem(tasks.SOURCES, 'hellaswag', tasks.Source(f'{served}/hellaswag_val.jsonl', digest))
+    assert tasks.load('hellaswag', '', 0, ALONE) == RAW
+    assert (tmp_path / 'data/hellaswag/hellaswag_val.jsonl').read_bytes() == file.read_bytes()
+    file.unlink()
+    assert tasks.load('hellaswag', '', 0, ALONE) == RAW, 'it is there now'
+
+    write(tmp_path / 'web/lambada_test.jsonl', WORDS)
+    monkeypatch.setitem(tasks.SOURCES, 'lambada', tasks.Source(f'{served}/lambada_test.jsonl', digest))
+    with pytest.raises(UserError, match=r'sha256 is .* is expected\n.*--lambada=PATH'):
+        tasks.load('lambada', '', 0, ALONE)
+    assert tasks.load('lambada', f'{served}/lambada_test.jsonl', 1, ALONE) == WORDS[:1], 'by its address, as it is'
+
+
+def test_the_originals_are_named_by_their_known_hashes() -> None:
+    assert {name: (source.url.rpartition('/')[2], source.sha256[:8]) for name, source in tasks.SOURCES.items()} == {
+        'hellaswag': ('hellaswag_val.jsonl', '0aa3b888'), 'lambada': ('lambada_test.jsonl', '4aa8d02c')}
