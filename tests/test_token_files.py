@@ -93,7 +93,7 @@ def test_bare_integers_of_16_and_of_32_bits_are_told_apart(shared_data: Path, tm
     for ids in samples:
         for dtype in ('uint16', 'uint32'):
             np.array(ids, dtype=f'<{dtype[0]}{int(dtype[4:]) // 8}').tofile(tmp_path / 'a.bin')
-            if ids != [0] * 3000:  # which both are
+            if any(ids) or dtype == 'uint16':  # nothing but zeros tells nothing: the usual it is
                 assert TokenFile(tmp_path / 'a.bin').dtype.name == dtype, ids[:5]
 
 
