@@ -133,6 +133,8 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(
     monkeypatch.setattr(Path, 'replace', replace)
     for attempt in range(100):
         left = [attempt % 7 + 1]  # moments until this attempt stops
+        for module in (corpus, documents):
+            monkeypatch.setattr(module, 'PIECE', (500, 60, 2000)[attempt % 3])  # batches need not be those of before
         try:
             write(tmp_path / 'parts', files)
             break
