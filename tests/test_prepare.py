@@ -148,7 +148,8 @@ def test_tiny_stories_keep_their_own_validation_and_learn_nothing_from_it(
     stories = {'train': [text for text in tiny_text.split('\n\n') if text], 'validation': ['qqqqzzzz' * 500, 'The end']}
     (tmp_path / 'hub/data').mkdir(parents=True)
     for split, texts in stories.items():
-        pyarrow.parquet.write_table(pyarrow.table({'text': texts}), tmp_path / f'hub/data/{split}-00000-of-00001.parquet')
+        path = tmp_path / f'hub/data/{split}-00000-of-00001.parquet'
+        pyarrow.parquet.write_table(pyarrow.table({'text': texts}), path)
     arguments = [f'--source={tmp_path}/hub']
     if is_local:
         arguments = [f'--{name}={tmp_path}/hub/data/{split}-*.parquet' for name, split in

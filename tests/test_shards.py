@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import shards
 import tokenizer as tokenizers
 import tokens
 from errors import COMMAND, DATA, DISK_FULL, UserError
-from token_files import Ids
+from token_files import Ids, make_header
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [f'document {i} ' + 'é' * (i % 7) * (i % 5) for i in range(400)]
@@ -255,6 +255,32 @@ def test_progress_tells_tokens_speed_and_what_is_left(
     assert ('%' in bar) == has_terminal and ('tokenising: ' in out) != has_terminal
     if not has_terminal:
         assert f'tokenising: 100.0 %, {len(expected()):,} tokens, ' in out
+
+
+@pytest.mark.slow
+def test_training_takes_shards_of_several_families_as_it_takes_one_file_of_the_same_tokens(
+        tiny_text: str, tmp_path: Path, run_script: Callable[..., subprocess.CompletedProcess[str]],
+        tiktoken_cache: Path) -> None:
+    ids = np.frombuffer(tiny_text.encode(), np.uint8).astype('<u2')
+    (tmp_path / 'one').mkdir()
+    ids[5000:].tofile(tmp_path / 'one/train.bin')
+    ids[:5000].tofile(tmp_path / 'one/val.bin')
+    (tmp_path / 'many').mkdir()
+    (tmp_path / 'many/a_val_000000.bin').write_bytes(make_header(ids.dtype, 5000) + ids[:5000].tobytes())
+    (tmp_path / 'many/a_train_000001.bin').write_bytes(make_header(ids.dtype, 7001) + ids[5000:12_001].tobytes())
+    np.save(tmp_path / 'many/a_train_000002.npy', ids[12_001:20_000])
+    ids[20_000:].tofile(tmp_path / 'many/a_train_000003.bin')
+
+    settings = ['--device=cpu', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=32', '--batch_size=2', '--eval_iters=2', '--gradient_accumulation_steps=1', '--max_iters=4', '--sample_interval=0']
+    losses: list[list[tuple[float | None, float | None]]] = []
+    for dataset in ('one', 'many', 'many/*'):
+        result = run_script('train.py', f'--dataset={tmp_path}/{dataset}', f'--out_dir={tmp_path}/{len(losses)}',
+                            *settings)
+        assert result.returncode == 0, result.stderr
+        rows = (tmp_path / f'{len(losses)}/metrics.jsonl').read_text(encoding='utf-8').splitlines()
+        losses.append([(row.get('loss'), row.get('val_loss')) for row in map(json.loads, rows)])
+    assert len(losses[0]) >= 4
+    assert losses[0] == losses[1] == losses[2]
 
 
 # ------------------------------------------------------------------------------------------------
