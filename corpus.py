@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -140,18 +140,22 @@ class Done(NamedTuple):
 
 
 class Packer:
-    """Documents -> Packed. `eot` follows each document, unless it is None. Empty ones may be left out."""
+    """Documents -> Packed. `eot` follows each document, or stands before it, unless it is None. Empty ones may be left
+    out."""
 
-    def __init__(self, tokenizer: Tokenizer, eot: int | None, keep_empty: bool = True) -> None:
-        self.tokenizer, self.eot, self.keep_empty = tokenizer, eot, keep_empty
+    def __init__(self, tokenizer: Tokenizer, eot: int | None, keep_empty: bool = True, eot_first: bool = False) -> None:
+        self.tokenizer, self.eot, self.keep_empty, self.eot_first = tokenizer, eot, keep_empty, eot_first
         self.dtype = np.dtype('<u2' if tokenizer.n_vocab <= 1 << 16 else '<u4')  # nanoGPT's, where it holds all ids
         self.end = np.array([] if eot is None else [eot], dtype=np.uint32)
+
+    def with_eot(self, ids: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+        return (self.end, ids) if self.eot_first else (ids, self.end)
 
     def pack(self, texts: Iterable[str]) -> Packed:
         """A little at a time, so that memory never holds all of the texts."""
         tokens, largest_id, n_documents, n_bytes = bytearray(), 0, 0, 0
         for some in group((text for text in texts if text or self.keep_empty), CHUNK):
-            ids = np.concatenate([part for ids in self.tokenizer.encode_batch(some) for part in (ids, self.end)])
+            ids = np.concatenate([part for ids in self.tokenizer.encode_batch(some) for part in self.with_eot(ids)])
             tokens += ids.astype(self.dtype).data
             largest_id = max(largest_id, int(ids.max(initial=0)))
             n_documents += len(some)
@@ -195,7 +199,7 @@ def started_workers(packer: Packer, num_proc: int) -> Iterator[ProcessPoolExecut
     """Processes that start afresh on every system (spawn), leave Ctrl-C to this one, and end when it is killed. Raises
     UserError where one of them is killed."""
     workers = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), set_up_worker,
-                                  (packer.tokenizer.state(), packer.eot, packer.keep_empty))
+                                  (packer.tokenizer.state(), packer.eot, packer.keep_empty, packer.eot_first))
     try:
         with delayed_interrupts():
             for _ in range(num_proc):
@@ -221,11 +225,11 @@ def delayed_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def set_up_worker(state: dict[str, Any], eot: int | None, keep_empty: bool) -> None:
+def set_up_worker(state: dict[str, Any], eot: int | None, keep_empty: bool, eot_first: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # there is a process for each core already
     threading.Thread(target=end_with_parent, daemon=True).start()
-    WORKER['packer'] = Packer(from_state(state), eot, keep_empty)
+    WORKER['packer'] = Packer(from_state(state), eot, keep_empty, eot_first)
 
 
 def end_with_parent() -> None:
@@ -310,15 +314,23 @@ def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation
     """Tokenise a corpus into folder/train.bin and val.bin by `num_proc` processes (0: one for each core), and print
     what came of it. UserError where a split is empty or the disk full."""
     num_proc = num_proc if num_proc > 0 else os.cpu_count() or 1
+
+    def fill(writers: dict[str, Writer]) -> None:
+        progress = Progress(count_documents(parts))
+        with closing(progress.bar), closing(tokenise(make_batches(parts, validation), packer, num_proc)) as results:
+            write_splits(writers, results, validation, progress)
+
+    write_files(folder, packer, source, fill)
+
+
+def write_files(folder: Path, packer: Packer, source: str, fill: Callable[[dict[str, Writer]], None]) -> None:
+    """What `fill` writes becomes folder/train.bin and val.bin, with their meta.json, or leaves no trace."""
     temporary = {split: folder / f'{split}.bin.tmp' for split in SPLITS}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as files:
             writers = {split: Writer(files.enter_context(open(temporary[split], 'wb'))) for split in SPLITS}
-            progress = Progress(count_documents(parts))
-            files.callback(progress.bar.close)
-            results = files.enter_context(closing(tokenise(make_batches(parts, validation), packer, num_proc)))
-            write_splits(writers, results, validation, progress)
+            fill(writers)
             splits = {split: writer.finish(packer.dtype) for split, writer in writers.items()}
         empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
         if empty:

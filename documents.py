@@ -242,6 +242,35 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
     return path
 
 
+def find_hub_files(dataset: str, config: str, revision: str, split: str = 'train') -> list[str]:
+    """Where the files of one split of a dataset are: on the Hugging Face hub, or in a folder. Nothing in the dataset is
+    executed."""
+    from datasets import load_dataset_builder
+
+    with explained_hub(dataset):
+        builder = load_dataset_builder(dataset, config or None, revision=revision or None)
+        return [str(file) for file in builder.config.data_files[split]]
+
+
+def fetch_hub_files(files: list[str]) -> list[str]:
+    """These files on this machine, in Hugging Face's cache, which goes on with a download that was interrupted."""
+    from datasets import DownloadConfig, DownloadManager
+
+    with explained_hub(files[0]):
+        manager = DownloadManager(download_config=DownloadConfig(max_retries=5, resume_download=True))
+        return [str(path) for path in manager.download(files)]
+
+
+@contextmanager
+def explained_hub(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f'{what} cannot be downloaded: {reason}\n'
+                        'get its parquet files in another way, and name them with --input=PATH', DATA) from error
+
+
 def read_tiny_shakespeare(path: str, folder: Path) -> str:
     """The text at `path`, or, where that is '', the download in `folder`/input.txt."""
     if not path:

@@ -1,11 +1,12 @@
 """
-Token files, and the order in which training reads them.
+Corpora, and the order in which training reads them.
 
-A corpus is a folder: train.bin and val.bin hold bare little-endian integers (nanoGPT's format), meta.json says which
-tokenizer made them and what they looked like when they were made. Training reads windows of block_size tokens, in an
-order that is a pure function of the seed and the number of the window: nothing to save, nothing to restore, the same
-for any number of processes.
+A corpus is a folder, or a glob, of token files: train.bin and val.bin, or shards, of which those with `val` in their
+name validate. meta.json says which tokenizer made them and what they looked like when they were made. Training reads
+windows of block_size tokens, in an order that is a pure function of the seed and the number of the window: nothing to
+save, nothing to restore, the same for any number of processes.
 """
+import glob
 import hashlib
 import json
 import math
@@ -23,11 +24,12 @@ from torch.utils.data import Dataset
 import parallel
 from errors import DATA, UserError, python
 from model import GPTConfig
+from token_files import VOCABULARIES, Ids, ends_of, open_files
+from token_files import TokenFile as TokenFile  # others know it as tokens.TokenFile
 
-Ids = npt.NDArray[np.unsignedinteger[Any]]
 Integers = npt.NDArray[np.int64]
 DATA_ROOT = Path(__file__).parent / 'data'
-END = 4096  # bytes at the head and the tail of a token file that are compared with what its maker wrote
+SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
 
 
 class Encoder(Protocol):
@@ -37,76 +39,67 @@ class Encoder(Protocol):
 
 
 def data_folder(dataset: str) -> Path:
-    """The folder of a corpus: data/<dataset> beside this file, or any other path."""
-    return DATA_ROOT / dataset
-
-
-def ends_of(path: Path) -> dict[str, str]:
-    """sha256 of the first and of the last 4096 bytes: what notices most damage without reading a whole file."""
-    with open(path, 'rb') as file:
-        head = file.read(END)
-        file.seek(max(0, path.stat().st_size - END))
-        return {'head': hashlib.sha256(head).hexdigest(), 'tail': hashlib.sha256(file.read(END)).hexdigest()}
-
-
-class TokenFile:
-    """The tokens of one file. Each read opens it anew: no memory map that grows with use, or that ends the process when
-    the file shrinks, and nothing that a copy in another process would share."""
-
-    def __init__(self, path: str | Path, dtype: str = 'uint16') -> None:
-        self.path, self.dtype = Path(path), np.dtype(dtype).newbyteorder('<')
-        try:
-            size = self.path.stat().st_size
-        except OSError as error:
-            raise UserError(f'{self.path}: {error.strerror}', DATA) from None
-        if size == 0 or size % self.dtype.itemsize:
-            raise UserError(f'{self.path} has {size} bytes, which is not a whole number of {dtype} tokens\n'
-                            'it is damaged or of another format: prepare the corpus again', DATA)
-        self.n_tokens = size // self.dtype.itemsize
-
-    def __len__(self) -> int:
-        return self.n_tokens
-
-    def read(self, start: int, count: int) -> Ids:
-        """Tokens start .. start + count - 1. Raises UserError where the file no longer holds them."""
-        try:
-            ids = np.fromfile(self.path, self.dtype, count, offset=start * self.dtype.itemsize)
-        except OSError as error:
-            raise UserError(f'{self.path} can no longer be read: {error.strerror}', DATA) from None
-        if len(ids) < count:
-            left = self.path.stat().st_size // self.dtype.itemsize
-            raise UserError(f'{self.path} has shrunk: it had {self.n_tokens} tokens, and {left} are left', DATA)
-        return ids
+    """Where a corpus is: data/<dataset> beside this file, or any other folder or glob of token files."""
+    return DATA_ROOT / dataset if glob.glob(str(DATA_ROOT / dataset)) or not glob.glob(dataset) else Path(dataset)
 
 
 def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
-    """What tells this file from another, without reading all of it: its length, its ends, and the hash of the whole
-    that its maker left in `meta`."""
-    recorded = meta['splits'].get(tokens.path.stem, {}).get('sha256', '')
-    return {'tokens': len(tokens), **ends_of(tokens.path), 'sha256': recorded}
+    """What tells these tokens from others, without reading all of them: how many, the ends of each file, and the hashes
+    of whole files that their maker left in `meta`."""
+    marks = [ends_of(file.path) | {'sha256': meta['splits'].get(file.path.stem, {}).get('sha256', '')}
+             for file in tokens.files]
+    if len(marks) > 1:
+        joined = {name: ' '.join(mark[name] for mark in marks) for name in marks[0]}
+        marks = [{name: hashlib.sha256(text.encode()).hexdigest() for name, text in joined.items()}]
+    return {'tokens': len(tokens), **marks[0]}
+
+
+def is_for(split: str, name: str) -> bool:
+    """Files with `val` in their name validate; all others are for training."""
+    return ('val' in name) == (split == 'val')
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The token files of a split, in the order of their names. `folder` may be a glob, too."""
+    if (folder / 'train.bin').exists():
+        return [path for path in (folder / f'{split}.bin',) if path.exists()]
+    found = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(str(folder), recursive=True))
+    return sorted(path for path in found
+                  if path.suffix in SUFFIXES and is_for(split, path.name) and not path.name.startswith('.'))
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What a corpus's maker wrote into meta.json. nanoGPT's corpora of GPT-2 tokens have none, and need none."""
-    path = folder / 'meta.json'
-    if not (folder / 'train.bin').exists():
+    """What a corpus's maker wrote into meta.json. Other projects' corpora have none: they hold GPT-2's tokens, unless
+    their files say otherwise."""
+    paths, path = files_of(folder, 'train'), (folder if folder.is_dir() else folder.parent) / 'meta.json'
+    meta = load_json(path)
+    if isinstance(meta, dict) and meta.get('unfinished'):
+        raise UserError(f'{folder} is not complete: a preparation was interrupted, or is at work\n'
+                        f'go on with: {how_to_prepare(folder)}', DATA)
+    if not paths:
         raise UserError(f'{folder} holds no prepared corpus\nfirst run: {how_to_prepare(folder)}', DATA)
-    if not path.exists():
-        if (folder / 'meta.pkl').exists():
-            raise UserError(f'{folder}/meta.pkl is a pickle, which could run any code: it is not read\n'
-                            f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
-        return {'tokenizer': {'name': 'gpt2'}, 'vocab_size': 50257, 'dtype': 'uint16', 'splits': {}}
+    if path.exists():
+        if not is_meta(meta):
+            raise UserError(f'{path} is damaged\nrebuild the corpus: {how_to_prepare(folder)}', DATA)
+        return meta
+    if path.with_suffix('.pkl').exists():
+        raise UserError(f'{path.with_suffix(".pkl")} is a pickle, which could run any code: it is not read\n'
+                        f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
+    name = TokenFile(paths[0]).tokenizer
+    return {'tokenizer': {'name': name}, 'vocab_size': VOCABULARIES[name], 'dtype': '', 'splits': {}}
+
+
+def load_json(path: Path) -> object:
+    """What a file holds, or None."""
     try:
-        meta = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError:
-        meta = None
-    if not is_meta(meta):
-        raise UserError(f'{path} is damaged\nrebuild the corpus: {how_to_prepare(folder)}', DATA)
-    return meta
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
 
 
 def is_meta(meta: object) -> TypeGuard[dict[str, Any]]:
-    """Whether it has all that is read of a meta.json, in the right types."""
+    """Whether it has all that is read of a meta.json, in the right types. `splits` has an entry for each file, by its
+    name without suffix."""
     match meta:
         case {'tokenizer': {'name': str()}, 'vocab_size': int(), 'dtype': 'uint16' | 'uint32', 'splits': dict(splits)}:
             return all(isinstance(made, dict) and isinstance(made.get('tokens'), int)
@@ -117,45 +110,62 @@ def is_meta(meta: object) -> TypeGuard[dict[str, Any]]:
 
 def how_to_prepare(folder: Path) -> str:
     """The command that makes this corpus."""
-    if (DATA_ROOT / folder.name / 'prepare.py').exists():
-        return f'{python()} data/{folder.name}/prepare.py'
-    return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={folder.name}'
+    name = folder.parent.name if folder.suffix in SUFFIXES else folder.name
+    if (DATA_ROOT / name / 'prepare.py').exists():
+        return f'{python()} data/{name}/prepare.py'
+    return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={name}'
 
 
 def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> TokenFile:
     """The tokens of 'train' or 'val', checked: they are what their maker wrote, enough for one window, and known to a
     model of vocab_size tokens. Raises UserError that names the file and the sizes."""
-    path, meta = folder / f'{split}.bin', read_meta(folder)
-    if not path.exists():
-        raise UserError(f'{path} is not there\nfirst run: {how_to_prepare(folder)}', DATA)
-    tokens = TokenFile(path, meta['dtype'])
-    made = meta['splits'].get(split, {})
-    if len(tokens) != made.get('tokens', len(tokens)):
-        raise UserError(f'{path} has {len(tokens)} tokens, and meta.json says {made["tokens"]}: it is damaged\n'
+    meta, paths = read_meta(folder), files_of(folder, split)
+    listed = {name for name in meta['splits'] if is_for(split, name)}
+    missing = listed - {path.stem for path in paths} if folder.is_dir() else set()
+    if missing or not paths:
+        lost = folder / f'{min(missing)}.bin' if missing else folder / f'{split}.bin' if folder.is_dir() else folder
+        what = 'is not there' if missing or folder.is_dir() else f'has no file to {split}: val in a name decides'
+        raise UserError(f'{lost} {what}\nfirst run: {how_to_prepare(folder)}', DATA)
+    tokens = open_files(paths, (folder if folder.is_dir() else folder.parent) / split, meta['dtype'])
+    for file in tokens.files:
+        if meta['splits'] and file.path.stem not in meta['splits']:
+            raise UserError(f'{file.path} is not in the meta.json beside it: it belongs to another corpus\n'
+                            f'move it away, or rebuild the corpus: {how_to_prepare(folder)}', DATA)
+        check_file(file, meta['splits'].get(file.path.stem, {}), vocab_size, folder)
+    if len(tokens) <= block_size:
+        raise UserError(f'{tokens.path} has {len(tokens)} tokens: too few for a window of block_size + 1 = '
+                        f'{block_size + 1}\ngive --block_size={max(1, len(tokens) - 1)} or less, or prepare more text',
+                        DATA)
+    return tokens
+
+
+def check_file(file: TokenFile, made: dict[str, Any], vocab_size: int, folder: Path) -> None:
+    """Refuse a file that is not as it was `made`, where that is known."""
+    if len(file) != made.get('tokens', len(file)):
+        raise UserError(f'{file.path} has {len(file)} tokens, and meta.json says {made["tokens"]}: it is damaged\n'
                         f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
-    if made and ends_of(path) != {name: made[name] for name in ('head', 'tail')}:
-        raise UserError(f'{path} is not the file that meta.json describes: its first or last bytes differ\n'
+    if made and ends_of(file.path) != {name: made[name] for name in ('head', 'tail')}:
+        raise UserError(f'{file.path} is not the file that meta.json describes: its first or last bytes differ\n'
                         f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
     if made.get('largest_id', 0) >= vocab_size:
-        raise UserError(f'{path} holds token {made["largest_id"]}, and the model knows only 0 to {vocab_size - 1}\n'
-                        f'give --vocab_size={made["largest_id"] + 1}, or prepare the text with another tokenizer', DATA)
-    if len(tokens) <= block_size:
-        raise UserError(f'{path} has {len(tokens)} tokens: too few for a window of block_size + 1 = {block_size + 1}\n'
-                        f'give --block_size={max(1, len(tokens) - 1)} or less, or prepare more text', DATA)
-    return tokens
+        raise UserError(f'{file.path} holds token {made["largest_id"]}, and the model knows only 0 to {vocab_size - 1}'
+                        f'\ngive --vocab_size={made["largest_id"] + 1}, or prepare the text with another tokenizer',
+                        DATA)
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
     """Windows that do not overlap, in their order: item i is x (T,) and y (T,), where y is x shifted by one token. For
-    anybody's DataLoader. `source` is a token file, ids, or, with a tokenizer, text."""
+    anybody's DataLoader. `source` is a token file, a glob of some, ids, or, with a tokenizer, text."""
 
     def __init__(self, source: TokenFile | str | Path | Sequence[int] | Ids, block_size: int,
                  tokenizer: Encoder | None = None) -> None:
         if isinstance(source, str) and tokenizer is not None:
             source = tokenizer.encode(source)
         if isinstance(source, str | Path):
-            has_meta = Path(source).with_name('meta.json').exists()
-            source = TokenFile(source, read_meta(Path(source).parent)['dtype'] if has_meta else 'uint16')
+            path = Path(source)
+            dtype = read_meta(path.parent)['dtype'] if path.with_name('meta.json').exists() else ''
+            found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+            source = open_files(found or [path], path, dtype)
         self.source = source
         self.block_size = block_size
         if len(self.source) <= block_size:
@@ -245,10 +255,11 @@ def read_batch(tokens: TokenFile, starts: Integers, block_size: int, batch_size:
     count."""
     xy = np.full((batch_size, block_size + 1), -1, dtype=np.int64)
     for row, start in enumerate(starts.tolist()):
-        xy[row] = tokens.read(start, block_size + 1)
-    if xy.max() >= vocab_size:
-        raise UserError(f'{tokens.path} holds token {xy.max()}, and the model knows only 0 to {vocab_size - 1}:\n'
-                        'it is damaged, or another tokenizer made it', DATA)
+        ids = tokens.read(start, block_size + 1)
+        if ids.max() >= vocab_size:
+            raise UserError(f'{tokens.name_of(start + int(ids.argmax()))} holds token {ids.max()}, and the model knows '
+                            f'only 0 to {vocab_size - 1}:\nit is damaged, or another tokenizer made it', DATA)
+        xy[row] = ids
     x = xy[:, :-1].copy()
     x[len(starts):] = 0
     return torch.from_numpy(x), torch.from_numpy(xy[:, 1:].copy())

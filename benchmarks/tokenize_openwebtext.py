@@ -1,13 +1,13 @@
 """
-How near data/openwebtext/prepare.py comes to the speed of tiktoken alone.
+How near data/openwebtext/prepare.py and data/fineweb_edu/prepare.py come to the speed of tiktoken alone.
 
     python benchmarks/tokenize_openwebtext.py --input=openwebtext-1000.jsonl
 
-Ours is all that prepare.py does once it has the files: count the documents, draw the split, start the processes, read,
-tokenise, and write train.bin, val.bin and meta.json. The limit is the same number of processes that hold their share of
-the documents in memory, start together, and call tiktoken's encode_ordinary, with nothing written. The two take turns,
-and the medians count. With as many processes as cores, the one that plans and writes shares a core with a worker.
-Tokens per CPU second, of all processes together, do not depend on what else the machine is doing.
+Ours is all that each does once it has the files: count the documents, draw the split, start the processes, read,
+tokenise, and write train.bin, val.bin and meta.json, or shards. The limit is the same number of processes that hold
+their share of the documents in memory, start together, and call tiktoken's encode_ordinary, with nothing written. They
+take turns, and the medians count. With as many processes as cores, the one that plans and writes shares a core with a
+worker. Tokens per CPU second, of all processes together, depend less on what else the machine is doing.
 """
 import multiprocessing
 import os
@@ -26,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import configurator
 import corpus
 import documents
+import shards
 import tokenizer as tokenizers
 from errors import run
+from token_files import HEADER
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -35,11 +37,12 @@ input: str = ''  # .jsonl or .parquet files of documents; '' takes the source co
 copies: int = 100  # of these documents that make the text, so that it takes tens of seconds
 kind: str = 'parquet'  # of the file that holds the copies: 'parquet' or 'jsonl'
 num_proc: int = 2  # processes that tokenise
-runs: int = 5
+runs: int = 3
 # ------------------------------------------------------------------------------------------------
 
 
 BYTES_PER_TOKEN = 2
+SHARD = 10**7  # tokens: smaller than FineWeb-Edu's, so that there are several
 
 
 class Speed(NamedTuple):
@@ -84,6 +87,18 @@ def measure_ours(path: Path, folder: Path, num_proc: int) -> Speed:
     return Speed(n_tokens, seconds, sum(after[:4]) - sum(before[:4]))  # user, system, and the same of children
 
 
+def measure_shards(path: Path, folder: Path, num_proc: int) -> Speed:
+    """From the file to finished shards."""
+    started, before = time.perf_counter(), os.times()
+    encoder = tokenizers.build('gpt2', list, eot=True)
+    packer = corpus.Packer(encoder, encoder.eot, eot_first=True)
+    source = shards.Source([str(path)], str, 'text')
+    shards.write_shards(folder, packer, source, SHARD, str(path), num_proc, overwrite=True)
+    seconds, after = time.perf_counter() - started, os.times()
+    n_tokens = sum(file.stat().st_size - HEADER for file in folder.glob('*_0*.bin')) // BYTES_PER_TOKEN
+    return Speed(n_tokens, seconds, sum(after[:4]) - sum(before[:4]))
+
+
 def encode_only(texts: list[str], copies: int, together: Barrier, answer: Connection) -> None:
     """One process of the limit: its tokens, when it started, when it ended, and its CPU seconds in between."""
     import tiktoken
@@ -119,18 +134,20 @@ def main(args: list[str]) -> None:
         texts = [text for file in files for text in documents.read_documents(documents.find_pieces(file))]
         path = folder / f'copies.{kind}'
         write_copies(texts, copies, path)
-        ours, limit = [], []
+        speeds: dict[str, list[Speed]] = {'tiktoken alone': [], 'openwebtext': [], 'fineweb_edu': []}
         for _ in range(runs):
-            limit.append(measure_limit(texts, copies, num_proc))
-            ours.append(measure_ours(path, folder, num_proc))
-            print(f'tiktoken alone {limit[-1].per_second():,.0f} tokens/s, '
-                  f'prepare {ours[-1].per_second():,.0f} tokens/s', flush=True)
+            speeds['tiktoken alone'].append(measure_limit(texts, copies, num_proc))
+            speeds['openwebtext'].append(measure_ours(path, folder / 'whole', num_proc))
+            speeds['fineweb_edu'].append(measure_shards(path, folder / 'shards', num_proc))
+            print(', '.join(f'{name} {some[-1].per_second():,.0f} tokens/s' for name, some in speeds.items()),
+                  flush=True)
         print(f'{num_proc} processes on {os.cpu_count()} cores, {copies * len(texts):,} documents in {kind}, '
               f'medians of {runs} runs')
         for unit, measure in (('second', Speed.per_second), ('CPU second', Speed.per_cpu_second)):
-            medians = [statistics.median(map(measure, speeds)) for speeds in (limit, ours)]
-            print(f'tokens per {unit}: tiktoken alone {medians[0]:,.0f}, prepare {medians[1]:,.0f}, '
-                  f'ratio {medians[1] / medians[0]:.3f}')
+            medians = {name: statistics.median(map(measure, some)) for name, some in speeds.items()}
+            limit = medians['tiktoken alone']
+            print(f'tokens per {unit}: ' + ', '.join(f'{name} {median:,.0f} ({median / limit:.3f})'
+                                                     for name, median in medians.items()))
     finally:
         shutil.rmtree(folder)
 

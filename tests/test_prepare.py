@@ -1,4 +1,4 @@
-"""The five prepare scripts, from text to token files that training opens."""
+"""The prepare scripts, from text to token files that training opens."""
 import importlib
 import json
 import os
@@ -115,6 +115,56 @@ def test_shakespeare_in_gpt2s_tokens_has_nanogpts_counts(
     assert (len(train), len(val)) == (301_966, 36_059)
     tokenizer = tokenizer_of(folder)
     assert tokenizer.decode(train) + tokenizer.decode(val) == path.read_text(encoding='utf-8')
+
+
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_tiny_shakespeare_in_llm_cs_split_has_its_counts(
+        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shared_data / 'tinyshakespeare/input.txt'
+    load('tinyshakespeare', tmp_path, monkeypatch).main([f'--input={path}'])
+    folder = tmp_path / 'tinyshakespeare'
+    train, val = read_split(folder, 'train'), read_split(folder, 'val')
+    assert (len(train), len(val)) == (305_260, 32_768)
+    assert val[:6] == [50256, 5962, 22307, 25, 198, 8421], 'the end of text, then: First Citizen:, new line, Before'
+    text = path.read_text(encoding='utf-8')
+    assert tokenizer_of(folder).decode(val + train) == '<|endoftext|>' + text.replace('\n\n', '\n\n<|endoftext|>')
+    splits = tokens.read_meta(folder)['splits']
+    assert sum(split['bytes'] for split in splits.values()) == len(text.encode())
+    assert sum(split['documents'] for split in splits.values()) == 1 + text.count('\n\n') == 7222
+
+
+# ------------------------------------------------------------------------------------------------
+# tinystories
+
+
+@pytest.mark.parametrize('is_local', [True, False])
+def test_tiny_stories_keep_their_own_validation_and_learn_nothing_from_it(
+        is_local: bool, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """From files that are here, and through `datasets` from a folder that is laid out as the dataset is."""
+    import pyarrow
+    import pyarrow.parquet
+
+    stories = {'train': [text for text in tiny_text.split('\n\n') if text], 'validation': ['qqqqzzzz' * 500, 'The end']}
+    (tmp_path / 'hub/data').mkdir(parents=True)
+    for split, texts in stories.items():
+        path = tmp_path / f'hub/data/{split}-00000-of-00001.parquet'
+        pyarrow.parquet.write_table(pyarrow.table({'text': texts}), path)
+    arguments = [f'--source={tmp_path}/hub']
+    if is_local:
+        arguments = [f'--{name}={tmp_path}/hub/data/{split}-*.parquet' for name, split in
+                     [('input', 'train'), ('val_input', 'validation')]]
+    prepare, folder = load('tinystories', tmp_path, monkeypatch), tmp_path / 'tinystories'
+    prepare.main([*arguments, '--tokenizer=bpe:400'])
+    assert documents_of(folder, 'train') == stories['train']
+    assert documents_of(folder, 'val') == stories['validation']
+    tokenizer = tokenizer_of(folder)
+    assert tokenizer.n_vocab == 400 and b'zz' not in tokenizer.pieces
+    assert 'train.py config/train_tinystories.py' in capsys.readouterr().out
+    if is_local:
+        with pytest.raises(UserError, match='--input=PATH and --val_input=PATH together') as caught:
+            prepare.main(arguments[:1])
+        assert caught.value.code == COMMAND
 
 
 def test_without_network_shakespeare_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import configurator
 import corpus
 import documents
 import tokenizer as tokenizers
-from errors import DATA, UserError, run
+from errors import run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -36,23 +36,13 @@ num_proc: int = 0  # processes that tokenise; 0 is one for each core
 FOLDER = Path(__file__).resolve().parent
 
 
-def fetch_files(source: str, revision: str) -> list[str]:
-    """The files of the dataset's train split, on this machine. Nothing in the dataset is executed."""
-    from datasets import DownloadConfig, DownloadManager, load_dataset_builder
-
-    try:
-        files = load_dataset_builder(source, revision=revision or None).config.data_files
-        config = DownloadConfig(max_retries=5, resume_download=True)
-        return [str(path) for path in DownloadManager(download_config=config).download(files['train'])]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f'the dataset {source} cannot be downloaded: {str(error).splitlines()[0]}\n'
-                        'get its parquet files in another way, and name them with --input=PATH', DATA) from error
-
-
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     encoder = tokenizers.build('gpt2', list, eot=True)
-    files = documents.find_files(input, FOLDER) if input else fetch_files(source, revision)
+    if input:
+        files = documents.find_files(input, FOLDER)
+    else:
+        files = documents.fetch_hub_files(documents.find_hub_files(source, '', revision))
     pieces = [piece for file in files for piece in documents.find_pieces(file, column)]
     n_documents = corpus.count_documents(pieces)
     print(f'found: files {len(files):,}, documents {n_documents:,}', flush=True)

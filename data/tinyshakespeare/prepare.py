@@ -1,0 +1,55 @@
+"""
+Tiny Shakespeare in GPT-2's tokens as llm.c splits it: 305,260 for training and 32,768 for validation.
+
+    python data/tinyshakespeare/prepare.py
+
+Speeches are documents: the end-of-text token stands before each, and the first 32,768 tokens are for validation.
+Downloads one megabyte, in a second. data/shakespeare has nanoGPT's split of the same text.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+import configurator
+import corpus
+import documents
+import errors
+import tokenizer as tokenizers
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the annotated names from here to the next rule. Nothing below assigns to them.
+input: str = ''  # the text, where it is on this machine already; '' downloads it
+# ------------------------------------------------------------------------------------------------
+
+FOLDER = Path(__file__).resolve().parent
+N_VALIDATION = 32768  # tokens
+
+
+def split_sections(text: str) -> list[str]:
+    """At blank lines, which stay at the end of their section."""
+    *sections, last = text.split('\n\n')
+    return [*(f'{section}\n\n' for section in sections), last]
+
+
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    text = documents.read_tiny_shakespeare(input, FOLDER)
+    encoder = tokenizers.build('gpt2', list, eot=True)
+    packer = corpus.Packer(encoder, encoder.eot, eot_first=True)
+    ids = np.frombuffer(packer.pack(split_sections(text)).tokens, packer.dtype)
+    sizes = np.array(encoder.token_sizes())  # bytes of text
+
+    def fill(writers: dict[str, corpus.Writer]) -> None:
+        for split, part in [('val', ids[:N_VALIDATION]), ('train', ids[N_VALIDATION:])]:
+            n_documents, n_bytes = int((part == encoder.eot).sum()), int(sizes[part].sum())
+            writers[split].write(corpus.Packed(part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes))
+
+    corpus.write_files(FOLDER, packer, 'tiny Shakespeare', fill)
+    print(f'next:\n    {errors.python()} train.py --dataset=tinyshakespeare --overfit_single_batch=True')
+
+
+if __name__ == '__main__':
+    errors.run(main)

@@ -1,0 +1,63 @@
+"""
+TinyStories, two million short stories in the words of a small child, in 4096 tokens learned from them: a first BPE run.
+
+    python data/tinystories/prepare.py
+    python data/tinystories/prepare.py --input=train.parquet --val_input=validation.parquet      files that are here
+
+Downloads one gigabyte. The dataset's own 21,990 stories for validation are kept apart. Each story is followed by the
+end-of-text token.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+import configurator
+import corpus
+import documents
+from errors import COMMAND, DATA, UserError, python, run
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the annotated names from here to the next rule. Nothing below assigns to them.
+source: str = 'roneneldan/TinyStories'  # a dataset of parquet files on the Hugging Face hub, or a folder with some
+revision: str = ''  # of that dataset; '' is its newest
+input: str = ''  # .jsonl or .parquet files that are here already: a file, a folder or a glob
+val_input: str = ''  # the same, for validation
+column: str = 'text'  # where the text stands in them
+tokenizer: str = 'bpe:4096'  # learned from the training stories; or 'byte', 'char', 'gpt2', another name of tiktoken's
+num_proc: int = 0  # processes that tokenise; 0 is one for each core
+# ------------------------------------------------------------------------------------------------
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def find_files() -> tuple[list[str], list[str]]:
+    """For training and for validation."""
+    if input:
+        return documents.find_files(input, FOLDER), documents.find_files(val_input, FOLDER, '--val_input')
+    train, val = (documents.find_hub_files(source, '', revision, split) for split in ('train', 'validation'))
+    return documents.fetch_hub_files(train), documents.fetch_hub_files(val)
+
+
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    if bool(input) != bool(val_input):
+        raise UserError('give --input=PATH and --val_input=PATH together; without them both are downloaded', COMMAND)
+    train, val = ([piece for file in files for piece in documents.find_pieces(file, column)] for files in find_files())
+    n_train, n_val = corpus.count_documents(train), corpus.count_documents(val)
+    print(f'found: stories {n_train:,}, for validation {n_val:,}', flush=True)
+    if not n_train or not n_val:
+        raise UserError(f'{input or source} holds no stories to train on, or none for validation', DATA)
+
+    parts, validation = [*train, *val], np.arange(n_train, n_train + n_val)
+    encoder = corpus.build_tokenizer(tokenizer, parts, validation, eot=True)
+    corpus.write_corpus(FOLDER, corpus.Packer(encoder, encoder.eot, keep_empty=False), parts, validation,
+                        input or f'{source}@{revision or "main"}', num_proc)
+    print(f'next:\n    {python()} train.py config/train_tinystories.py\n'
+          f'    {python()} sample.py --out_dir=out-tinystories')
+
+
+if __name__ == '__main__':
+    run(main)
