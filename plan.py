@@ -41,7 +41,8 @@ def refuse(settings: dict[str, Any], given: set[str]) -> None:
     configurator.check_range(settings, 'eval_interval eval_iters log_interval gradient_accumulation_steps batch_size '
                              'block_size n_layer n_head n_embd start_timeout timeout', 1)
     configurator.check_range(settings, 'total_batch_size max_iters max_epochs warmup_iters lr_decay_iters max_hours '
-                             'sample_interval sample_tokens vocab_size grad_clip learning_rate min_lr weight_decay', 0)
+                             'sample_interval sample_tokens hellaswag_interval hellaswag_limit vocab_size grad_clip '
+                             'learning_rate min_lr weight_decay', 0)
     configurator.check_range(settings, 'dropout beta1 beta2 decay_fraction', 0, below=1)
     if settings['decay_lr'] and settings['schedule'] != 'constant' and settings['min_lr'] > settings['learning_rate']:
         raise UserError(f'--min_lr={settings["min_lr"]} is above --learning_rate={settings["learning_rate"]}:\n'
@@ -50,6 +51,8 @@ def refuse(settings: dict[str, Any], given: set[str]) -> None:
         raise UserError(f'--overwrite=True starts over; --init_from={settings["init_from"]} goes on: give one of them')
     decides = {'gradient_accumulation_steps': settings['total_batch_size'] and 'total_batch_size',
                'schedule': '' if settings['decay_lr'] else 'decay_lr=False',
+               **dict.fromkeys(('hellaswag', 'hellaswag_limit'),
+                               '' if settings['hellaswag_interval'] else 'hellaswag_interval=0'),
                'reshard_after_forward': '' if settings['strategy'] == 'fsdp' else f'strategy={settings["strategy"]}'}
     for name in sorted(name for name in given if decides.get(name)):
         configurator.say(f'{name} has no effect: {decides[name]} decides')

@@ -327,9 +327,21 @@ def measure_lambada(rows: list[Row], vocabulary: Tokenizer, scorer: Scorer) -> d
     return {'lambada_openai': {**share('acc', missed == 0), 'perplexity': exp(nats.mean().item())}}
 
 
-def training_row(rows: Sequence[Row], questions: Questions, scorer: Scorer) -> dict[str, float]:
-    """What a run notes of HellaSwag: the completion style, of questions made of these rows. 'hellaswag_...' may be
-    compared with the published figures; where others have cleaned the text, the names say so."""
-    nats, _ = scorer(questions.pairs, 'HellaSwag')
-    prefix = 'hellaswag' if is_raw(rows) else 'hellaswag_cleaned'
-    return {f'{prefix}_{name}': value for name, value in choices(questions, nats).items()}
+class InTraining(NamedTuple):
+    """HellaSwag in completion style, for a run to answer again and again."""
+
+    prefix: str  # 'hellaswag_', or another one where the text is cleaned, and the figures not the published ones
+    questions: Questions
+
+    def answer(self, scorer: Scorer) -> dict[str, float]:
+        nats, _ = scorer(self.questions.pairs, 'HellaSwag')
+        return {f'{self.prefix}{name}': value for name, value in choices(self.questions, nats).items()}
+
+
+def for_training(path: str, limit: int, vocabulary: Tokenizer | None, process: parallel.Process) -> InTraining:
+    """Every process must call it. Raises UserError where the tokenizer is not to be had."""
+    if vocabulary is None:
+        raise UserError("HellaSwag cannot be asked without the files of the corpus's tokenizer:\n"
+                        'connect once, so that tiktoken gets them, or give --hellaswag_interval=0', DATA)
+    rows = load('hellaswag', path, limit, process)
+    return InTraining('hellaswag_' if is_raw(rows) else 'hellaswag_cleaned_', completion(rows, vocabulary))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ import parallel
 import remote
 import sample
 import sharding
+import tasks
 import tokens
 from check import Wiring, run_checks
 from errors import UserError
@@ -41,7 +43,7 @@ from plan import amount, refuse, show
 
 # where
 out_dir: str = 'out'
-dataset: str = 'openwebtext'  # a folder in data/, or any folder, that holds train.bin and val.bin
+dataset: str = 'openwebtext'  # a folder in data/, any other folder, or a glob: token files of any family
 init_from: str = 'scratch'  # 'scratch' ('start'), 'resume' from out_dir, 'auto' (resume if it can), 'gpt2*', or a path
 overwrite: bool = False  # start over in an out_dir that holds a run: its files are deleted
 ignore_data_change: bool = False  # resume although the corpus is another one than before
@@ -59,6 +61,9 @@ keep: int = 2  # checkpoints: ckpt.pt, and those before it as ckpt.1.pt ...; bes
 sample_interval: int = 2000  # steps; samples are drawn before the first step and after the last one too; 0 draws none
 sample_start: str = '\n'  # what a sample continues
 sample_tokens: int = 100
+hellaswag_interval: int = 0  # steps; HellaSwag is asked before the first step and after the last one too; 0: never
+hellaswag_limit: int = 0  # questions, from the first on; 0 asks all 10,042
+hellaswag: str = ''  # their file; '' downloads it
 wandb_log: bool = False
 wandb_project: str = 'owt'
 wandb_run_name: str = 'gpt2'
@@ -139,7 +144,7 @@ def lr_at(step: int, kind: str, peak: float, floor: float, warmup: int, total: i
     return floor + (peak - floor) * height
 
 
-def accumulate_gradient(model: nn.Module, parts: Iterable[tokens.Part], n_parts: int, step: int,
+def accumulate_gradient(model: nn.Module, parts: Iterable[tokens.Part], step: int, n_parts: int,
                         process: parallel.Process, autocast: AbstractContextManager[None],
                         scaler: torch.amp.GradScaler, seed: int) -> Tensor:
     """Leave the gradient of the step's mean loss in the parameters. Returns this process's part of that mean, in nats
@@ -197,14 +202,15 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
         checkpoint.restore(optimizer, scaler, state)
 
     if check:
-        def backward(parts: Iterable[tokens.Part], step: int) -> Tensor:
-            return accumulate_gradient(model, parts, 1, step, process, autocast, scaler, seed)
-
+        backward = partial(accumulate_gradient, model, n_parts=1, process=process, autocast=autocast, scaler=scaler,
+                           seed=seed)
         is_new = init_from in ('scratch', 'start', 'auto') and not is_resumed
         return run_checks(Wiring(raw_model, model, optimizer, scaler, process, compute, corpora, vocabulary, is_new,
                                  seed, grad_clip, backward, watch.beat))
 
     # where the results go
+    is_asked = hellaswag_interval > 0 and not overfit_single_batch
+    questions = tasks.for_training(hellaswag, hellaswag_limit, vocabulary, process) if is_asked else None
     run = Path(out_dir, 'overfit') if overfit_single_batch else Path(out_dir)
     writes = process.is_main and not eval_only
     if writes:
@@ -218,13 +224,14 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
     with log, faults.explained(watch, settings), checkpoint.Saver(run, keep, uploader, watch.beat) as saver:
         log.line(f'{compute.line}\n{console.parameter_lines(optimizer.param_groups)}')
         log.line(f'tokens per iteration will be: {n_windows * T:,} = {n_windows} windows of {T}, in micro-batches of '
-                 f'{batch_size}, {n_parts} for each process')
-        log.line(f'{last_step:,} iterations are {last_step * n_windows / order.epoch:.2f} epochs')
+                 f'{batch_size}, {n_parts} for each process\n'
+                 f'{last_step:,} iterations are {last_step * n_windows / order.epoch:.2f} epochs')
         if no_start and (sample_interval or not vocabulary):
             log.line(no_start)
         if is_resumed:
             log.line(checkpoint.describe(state, settings))
         state = {}  # its memory is free again
+
         def read(step: int) -> Iterator[tokens.Part]:
             starts = order.starts(0 if overfit_single_batch else step * n_windows, n_windows)
             for part in tokens.parts_of(corpora['train'], starts, batch_size, config, process):
@@ -258,16 +265,23 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
             raise UserError(f'stopped before step {step} of {last_step} by {stop.reason or "another process"}\n'
                             'the same command goes on from there, with --init_from=auto', errors.STOPPED)
 
+        def progress(step: int, items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
+            for item in log.progress(items, total, label, unit):
+                end_if_asked(step)
+                yield item
+
+        def ask(step: int) -> None:
+            if questions:
+                results = questions.answer(partial(tasks.score, model, config, batch_size, process, autocast,
+                                                   partial(progress, step)))
+                log.line(evaluate.table({f'step {step}': results}, {}))
+                log.row(step, **results)
+
         def measure(step: int) -> None:
             """Evaluate on both splits, and save what has become of the model."""
-            def progress(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
-                for item in log.progress(items, total, label, unit):
-                    end_if_asked(step)
-                    yield item
-
             n, was_measured = eval_iters * batch_size, bool(best) and best['loss'][1] == step
             results = {split: evaluate.evaluate(model, config, corpus, n, batch_size, token_sizes, process, autocast,
-                                                progress) for split, corpus in corpora.items()}
+                                                partial(progress, step)) for split, corpus in corpora.items()}
             val = results['val']
             if not math.isfinite(val['loss']):
                 faults.give_up(step, 0, model, (), autocast, vocabulary)
@@ -288,6 +302,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
                                                           watch.beat))
 
         if eval_only:
+            ask(first_step)
             measure(first_step)
             return
 
@@ -295,7 +310,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
         # one micro-batch tells how long a step will take; when it compiles, the second one does
         for _ in range(1 + compute.compiles):
             started = time.perf_counter()
-            accumulate_gradient(model, islice(read(0), 1), 1, 0, process, autocast, scaler, seed).item()
+            accumulate_gradient(model, islice(read(0), 1), 0, 1, process, autocast, scaler, seed).item()
             seconds = n_parts * (time.perf_counter() - started)  # of a step
         optimizer.zero_grad()
         if seconds > SLOW:
@@ -304,17 +319,21 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
         first_loss = loss = math.nan
         pace = console.Pace(n_windows * T, raw_model.flops_per_token(), compute.peak, first_step)
         for step in range(first_step, last_step + 1):
-            # look: measure, save, sample
+            # look: ask, measure, save, sample
             is_last = step == last_step
             end_if_asked(step)
             saver.complain()
-            if (is_last or step % eval_interval == 0) and not overfit_single_batch:
+            asks, measures, draws = (interval and (is_last or step % interval == 0) for interval in (
+                hellaswag_interval, 0 if overfit_single_batch else eval_interval, sample_interval))
+            if asks:
+                ask(step)
+            if measures:
                 measure(step)
-            if sample_interval and (is_last or step % sample_interval == 0):
+            if draws:
                 draw_sample(step)
             if is_last:
                 break
-            if step % eval_interval == 0 or (sample_interval and step % sample_interval == 0):
+            if asks or measures or draws:
                 pace.start(step)  # looking was not learning
 
             # learn: one update
@@ -326,7 +345,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
             parts = read(step)
             if seconds > SLOW:
                 parts = log.progress(parts, n_parts, f'step {step}', 'micro-batches')
-            step_loss = accumulate_gradient(model, parts, n_parts, step, process, autocast, scaler, seed)
+            step_loss = accumulate_gradient(model, parts, step, n_parts, process, autocast, scaler, seed)
             scaler.unscale_(optimizer)
             grad_norm = sharding.clip(raw_model.parameters(), grad_clip)
             watch.beat(step)

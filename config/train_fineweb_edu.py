@@ -23,5 +23,6 @@ weight_decay = 0.1
 
 eval_interval = 250
 eval_iters = 160
+hellaswag_interval = 250
 sample_interval = 1000
 sample_start = 'Once upon a time'

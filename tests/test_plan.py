@@ -94,7 +94,7 @@ def counted_peak(config: GPTConfig, batch_size: int, n_parts: int, recomputes: b
     parts = [tokens.Part(i, 1 / n_parts, ids[:, :-1].clone(), ids[:, 1:].clone()) for i in range(n_parts)]
 
     def step() -> None:
-        train.accumulate_gradient(model, parts, n_parts, 0, ALONE, nullcontext(), scaler, 1)
+        train.accumulate_gradient(model, parts, 0, n_parts, ALONE, nullcontext(), scaler, 1)
         sharding.clip(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -189,13 +189,18 @@ def test_a_last_word_counts_when_each_of_its_tokens_is_the_first_choice() -> Non
     assert figures['perplexity'] == pytest.approx(math.exp(sum(nats) / 2), rel=1e-4), 'of words, not of tokens'
 
 
-def test_a_run_notes_the_completion_style_under_the_name_of_its_text() -> None:
-    questions, model = tasks.completion(RAW, BYTES), make_model()
-    row = tasks.training_row(RAW, questions, scorer_of(model))
+def test_a_run_notes_the_completion_style_under_the_name_of_its_text(tmp_path: Path) -> None:
+    model, questions = make_model(), tasks.completion(RAW, BYTES)
+    raw = tasks.for_training(str(write(tmp_path / 'raw.jsonl', RAW)), 0, BYTES, ALONE)
     nats, _ = scorer_of(model)(questions.pairs, '')
-    assert row == {f'hellaswag_{name}': value for name, value in tasks.choices(questions, nats).items()}
+    assert raw.answer(scorer_of(model)) == {
+        f'hellaswag_{name}': value for name, value in tasks.choices(questions, nats).items()}
     cleaned = [{name: value for name, value in row.items() if name not in ('ctx_a', 'ctx_b')} for row in RAW]
-    assert 'hellaswag_cleaned_acc_norm' in tasks.training_row(cleaned, questions, scorer_of(model))
+    other = tasks.for_training(str(write(tmp_path / 'cleaned.jsonl', cleaned)), 1, BYTES, ALONE)
+    assert 'hellaswag_cleaned_acc_norm' in other.answer(scorer_of(model))
+    assert len(other.questions.labels) == 1
+    with pytest.raises(UserError, match='--hellaswag_interval=0'):
+        tasks.for_training('', 0, None, ALONE)
 
 
 TRAINING = """

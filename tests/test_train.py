@@ -161,7 +161,7 @@ def test_gradients_add_up_over_micro_batches_with_a_loss_scale_and_without(tiny_
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0**12, enabled=scaled)
     optimizer = train.make_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
     precision = parallel.autocast(alone.device, torch.float32)
-    loss = train.accumulate_gradient(model, parts, 3, 0, alone, precision, scaler, 1)
+    loss = train.accumulate_gradient(model, parts, 0, 3, alone, precision, scaler, 1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     grown = 2.0**12 if scaled else 1.0
     for p, gradient in zip(model.parameters(), gradients, strict=True):
