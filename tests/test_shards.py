@@ -271,7 +271,8 @@ def test_training_takes_shards_of_several_families_as_it_takes_one_file_of_the_s
     np.save(tmp_path / 'many/a_train_000002.npy', ids[12_001:20_000])
     ids[20_000:].tofile(tmp_path / 'many/a_train_000003.bin')
 
-    settings = ['--device=cpu', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=32', '--batch_size=2', '--eval_iters=2', '--gradient_accumulation_steps=1', '--max_iters=4', '--sample_interval=0']
+    settings = ['--device=cpu', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=32', '--batch_size=2',
+                '--eval_iters=2', '--gradient_accumulation_steps=1', '--max_iters=4', '--sample_interval=0']
     losses: list[list[tuple[float | None, float | None]]] = []
     for dataset in ('one', 'many', 'many/*'):
         result = run_script('train.py', f'--dataset={tmp_path}/{dataset}', f'--out_dir={tmp_path}/{len(losses)}',
