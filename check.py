@@ -64,8 +64,8 @@ class Wiring:
     is_new: bool  # its weights have been drawn, and have learned nothing
     seed: int
     grad_clip: float
-    backward: Callable[[Iterable[tokens.Part], int], Tensor]  # train's: the micro-batches of a step; its loss
     beat: Callable[[], None]  # this process gets on
+    backward: Callable[[Iterable[tokens.Part], int], Tensor]  # train's: the micro-batches of a step; its loss
 
     def __post_init__(self) -> None:
         config, corpus = self.raw_model.config, self.corpora['train']

@@ -206,7 +206,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
                            seed=seed)
         is_new = init_from in ('scratch', 'start', 'auto') and not is_resumed
         return run_checks(Wiring(raw_model, model, optimizer, scaler, process, compute, corpora, vocabulary, is_new,
-                                 seed, grad_clip, backward, watch.beat))
+                                 seed, grad_clip, watch.beat, backward))
 
     # where the results go
     is_asked = hellaswag_interval > 0 and not overfit_single_batch
@@ -303,8 +303,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
 
         if eval_only:
             ask(first_step)
-            measure(first_step)
-            return
+            return measure(first_step)
 
         stop.has_begun, log.on_closed = not overfit_single_batch, None if overfit_single_batch else stop.ask
         # one micro-batch tells how long a step will take; when it compiles, the second one does
