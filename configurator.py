@@ -270,5 +270,5 @@ def explain_missing(path: str, error: OSError) -> str:
     ours = Path(__file__).with_name('config')
     files = {file.stem: file for folder in (Path(path).parent, ours) for file in folder.glob('*.py')}
     near = [os.path.relpath(files[stem]) for stem in difflib.get_close_matches(Path(path).stem, files)]
-    there = 'config/ has ' + ', '.join(sorted(file.stem for file in ours.glob('*.py')))
+    there = textwrap.fill('config/ has ' + ', '.join(sorted(file.stem for file in ours.glob('*.py'))), 150)
     return f'there is no config file {path}\n' + (f'did you mean {" or ".join(near)}?' if near else there)
