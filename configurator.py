@@ -12,6 +12,7 @@ import inspect
 import math
 import operator
 import os
+import textwrap
 import time
 import types
 from collections.abc import Callable, Iterable
