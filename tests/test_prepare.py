@@ -119,9 +119,10 @@ def test_shakespeare_in_gpt2s_tokens_has_nanogpts_counts(
 
 @pytest.mark.usefixtures('tiktoken_cache')
 def test_tiny_shakespeare_in_llm_cs_split_has_its_counts(
-        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = shared_data / 'tinyshakespeare/input.txt'
     load('tinyshakespeare', tmp_path, monkeypatch).main([f'--input={path}'])
+    assert capsys.readouterr().out.endswith(' train.py config/overfit_tinyshakespeare.py\n')
     folder = tmp_path / 'tinyshakespeare'
     train, val = read_split(folder, 'train'), read_split(folder, 'val')
     assert (len(train), len(val)) == (305_260, 32_768)
