@@ -352,7 +352,7 @@ def _heeds_ctrl_c() -> Iterator[None]:
 @pytest.mark.usefixtures('tiktoken_cache', '_heeds_ctrl_c')
 def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(shared_data: Path, tmp_path: Path) -> None:
     """Killed, and stopped by Ctrl-C, while its workers are at it; then the same command again, to the end."""
-    for name in ('configurator.py', 'corpus.py', 'documents.py', 'errors.py', 'tokenizer.py',
+    for name in ('configurator.py', 'corpus.py', 'documents.py', 'errors.py', 'token_files.py', 'tokenizer.py',
                  'data/openwebtext/prepare.py'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)

@@ -36,7 +36,7 @@ tokenizer: str = 'gpt2'  # or another name of tiktoken's, or 'byte'
 shard_size: int = 10**8  # tokens in a file
 name: str = 'fineweb_edu'  # the shards are written to data/<name>
 num_proc: int = 0  # processes that tokenise; 0 is one for each core
-overwrite: bool = False  # start over, and delete the shards that are there
+overwrite: bool = False  # delete what other settings or files have made, and start over
 # ------------------------------------------------------------------------------------------------
 
 DATA_FOLDER = Path(__file__).resolve().parents[1]
