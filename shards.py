@@ -165,7 +165,7 @@ class Progress:
         from tqdm import tqdm
 
         self.bar = tqdm(total=1.0, disable=not sys.stderr.isatty(),
-                        bar_format='{percentage:3.0f}% |{bar}| {postfix} [{elapsed}]')
+                        bar_format='{percentage:3.0f}% |{bar}| {desc} [{elapsed}]')
         self.before, self.start = n_tokens, time.monotonic()
         self.said, self.first = self.start, -1.0
 
@@ -175,9 +175,11 @@ class Progress:
         if self.first < 0:
             self.first = fraction  # what is left is judged by what this run has done from here on
         seconds, done = now - self.start, fraction - self.first
-        left = f'about {seconds / done * (1 - fraction):,.0f} s to go' if done > 0 else 'time to go unknown'
+        left = 'time to go unknown'
+        if done > 0:
+            left = f'about {self.bar.format_interval(seconds / done * (1 - fraction))} to go'
         text = f'{n_tokens:,} tokens, {(n_tokens - self.before) / max(seconds, 1e-9):,.0f} tokens/s, {left}'
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_description_str(text, refresh=False)
         self.bar.update(max(0.0, fraction - self.bar.n))
         if self.bar.disable and now - self.said >= corpus.PLAIN_SECONDS:
             print(f'tokenising: {100 * fraction:.1f} %, {text}', flush=True)

@@ -278,5 +278,8 @@ def test_each_shard_is_compared_with_what_its_maker_wrote(described: Path) -> No
 
 def test_an_unfinished_corpus_is_not_taken_for_the_whole(described: Path) -> None:
     meta = json.loads((described / 'meta.json').read_text(encoding='utf-8')) | {'unfinished': True}
-    (described / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    assert f'{described} is not complete' in refused(open_split, described, 'train', 16, 150)
+    for more, command in [({}, f'data/text/prepare.py --input=YOUR_TEXT --name={described.name}'),
+                          ({'created_by': 'python prepare.py --name=x'}, 'go on with: python prepare.py --name=x')]:
+        (described / 'meta.json').write_text(json.dumps(meta | more), encoding='utf-8')
+        message = refused(open_split, described, 'train', 16, 150)
+        assert f'{described} is not complete' in message and message.endswith(command)

@@ -7,8 +7,8 @@ of 100 million. The first shard is for validation. Each document begins with the
     python data/fineweb_edu/prepare.py --input='/data/fineweb/*.parquet'      .parquet or .jsonl files that are here
 
 Whatever interrupts it, the same command goes on after the last complete shard. Files are fetched one after the other
-(28 GB in all, into Hugging Face's cache), each while the one before it is tokenised; 20 GB are written. Memory holds a
-few megabytes for each process, however long the corpus is.
+(28 GB in all, into Hugging Face's cache), each while the one before it is tokenised; 20 GB are written. A process takes
+about 130 MB of memory, however long the corpus is.
 
 val_000000.bin, train_000001.bin, ... are in llm.c's format: build-nanogpt's, llm.c's and modded-nanogpt's sequence of
 tokens, in files that train.py, llm.c and modded-nanogpt read.
