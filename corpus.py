@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from documents import PIECE, Piece, read_documents
 from errors import COMMAND, DATA, DISK_FULL, OUT_OF_MEMORY, UserError
+from token_files import END
 from tokenizer import Tokenizer, build, from_state
 
 Part = Piece | list[str]  # of a corpus: where some documents stand, or what they say
@@ -41,7 +42,6 @@ Numbers = npt.NDArray[np.int64]  # of documents
 SPLITS = ('train', 'val')
 CHUNK = 1 << 18  # characters that a tokenizer is given at once
 SMALL = 4  # batches that one process has done before others would have started
-ENDS = 4096  # bytes at both ends of a token file whose hashes meta.json keeps, for a quick check at the start of a run
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -257,8 +257,8 @@ class Writer:
     def write(self, packed: Packed) -> None:
         self.file.write(packed.tokens)
         self.sha256.update(packed.tokens)
-        self.head += packed.tokens[:ENDS - len(self.head)]
-        self.tail = (self.tail + packed.tokens[-ENDS:])[-ENDS:]
+        self.head += packed.tokens[:END - len(self.head)]
+        self.tail = (self.tail + packed.tokens[-END:])[-END:]
         self.size += len(packed.tokens)
         self.n_documents += packed.n_documents
         self.n_bytes += packed.n_bytes
@@ -326,12 +326,12 @@ def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation
 def write_files(folder: Path, packer: Packer, source: str, fill: Callable[[dict[str, Writer]], None]) -> None:
     """What `fill` writes becomes folder/train.bin and val.bin, with their meta.json, or leaves no trace."""
     temporary = {split: folder / f'{split}.bin.tmp' for split in SPLITS}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as files:
-            writers = {split: Writer(files.enter_context(open(temporary[split], 'wb'))) for split in SPLITS}
-            fill(writers)
-            splits = {split: writer.finish(packer.dtype) for split, writer in writers.items()}
+    with alone_in(folder), ExitStack() as files:
+        for path in temporary.values():
+            files.callback(path.unlink, missing_ok=True)
+        writers = {split: Writer(files.enter_context(open(temporary[split], 'wb'))) for split in SPLITS}
+        fill(writers)
+        splits = {split: writer.finish(packer.dtype) for split, writer in writers.items()}
         empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
         if empty:
             raise UserError(f'{source} holds no text for {empty[0]}.bin', DATA)
@@ -342,14 +342,42 @@ def write_files(folder: Path, packer: Packer, source: str, fill: Callable[[dict[
         for split in SPLITS:
             temporary[split].replace(folder / f'{split}.bin')
         write_meta(folder, meta)
+    report(folder, meta)
+
+
+@contextmanager
+def alone_in(folder: Path, remedy: str = '') -> Iterator[None]:
+    """A folder that one process at a time writes into. UserError where another does already, where the folder cannot be
+    written, and where the disk is full, with `remedy`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            yield
     except OSError as error:
         code = DISK_FULL if error.errno == errno.ENOSPC else DATA
-        raise UserError(f'{folder} cannot be written: {error.strerror}', code) from error
+        raise UserError(f'{folder} cannot be written: {error.strerror}{remedy}', code) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A lock that ends with the process, however that ends, and leaves no file."""
+    if sys.platform == 'win32':  # has none for folders
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):  # and not a file system that locks no folders
+            os.close(handle)
+            raise UserError(f'{folder} is being written by another process\n'
+                            'wait until it has ended, then run the same command', COMMAND) from None
+    try:
+        yield
     finally:
-        for path in temporary.values():
-            with suppress(OSError):
-                path.unlink()
-    report(folder, meta)
+        os.close(handle)
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ is for validation, and the last may be shorter. A shard appears under its name w
 meta.json notes at which document and token the next one begins: the same command goes on from there, and what was
 tokenised beyond that is tokenised again. Memory holds a few batches for each process, and a list of one file's pieces.
 """
-import errno
 import hashlib
 import itertools
 import json
@@ -29,7 +28,7 @@ import numpy as np
 
 import corpus
 import documents
-from errors import COMMAND, DATA, DISK_FULL, UserError
+from errors import COMMAND, DATA, UserError
 from token_files import HEADER, Ids, ends_of, make_header
 
 NAME = re.compile(r'(val_000000|train_\d{6})\.bin(\.tmp)?')  # of what is written here
@@ -166,7 +165,7 @@ class Progress:
         from tqdm import tqdm
 
         self.bar = tqdm(total=1.0, disable=not sys.stderr.isatty(),
-                        bar_format='{percentage:3.0f}% |{bar}| {postfix} [{elapsed}]')
+                        bar_format='{percentage:3.0f}% |{bar}| {desc} [{elapsed}]')
         self.before, self.start = n_tokens, time.monotonic()
         self.said, self.first = self.start, -1.0
 
@@ -176,9 +175,11 @@ class Progress:
         if self.first < 0:
             self.first = fraction  # what is left is judged by what this run has done from here on
         seconds, done = now - self.start, fraction - self.first
-        left = f'about {seconds / done * (1 - fraction):,.0f} s to go' if done > 0 else 'time to go unknown'
+        left = 'time to go unknown'
+        if done > 0:
+            left = f'about {self.bar.format_interval(seconds / done * (1 - fraction))} to go'
         text = f'{n_tokens:,} tokens, {(n_tokens - self.before) / max(seconds, 1e-9):,.0f} tokens/s, {left}'
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_description_str(text, refresh=False)
         self.bar.update(max(0.0, fraction - self.bar.n))
         if self.bar.disable and now - self.said >= corpus.PLAIN_SECONDS:
             print(f'tokenising: {100 * fraction:.1f} %, {text}', flush=True)
@@ -198,14 +199,14 @@ class Run(NamedTuple):
 def write_shards(folder: Path, packer: corpus.Packer, source: Source, shard_size: int, name: str, num_proc: int = 0,
                  overwrite: bool = False) -> None:
     """Tokenise a corpus into folder/val_000000.bin, train_000001.bin, ... by `num_proc` processes (0: one for each
-    core), from where an interrupted run of the same command has come to. UserError where the folder holds another."""
+    core), from where an interrupted run of the same command has come to. UserError where the folder holds
+    anything else, unless that is to be overwritten, and where another run is at work there."""
     if not 0 < shard_size < 2**31:
         raise UserError(f'--shard_size={shard_size} must be at least 1 and less than 2**31', COMMAND)
     run = Run(folder, packer, source, shard_size, {
         'tokenizer': packer.tokenizer.name, 'column': source.column, 'shard_size': shard_size,
         'files': hashlib.sha256('\n'.join(map(mark_of, source.files)).encode()).hexdigest()[:16]})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with corpus.alone_in(folder, '\nthe same command goes on after the last complete shard'):
         meta = find_note(run, overwrite) or {
             'format': 1, 'unfinished': True, 'next': START._asdict(), 'tokenizer': packer.tokenizer.reference(),
             'vocab_size': packer.tokenizer.n_vocab, 'dtype': packer.dtype.name, 'source': name,
@@ -216,10 +217,6 @@ def write_shards(folder: Path, packer: corpus.Packer, source: Source, shard_size
             remove_others(folder, meta)
             fill_shards(run, meta, num_proc if num_proc > 0 else os.cpu_count() or 1)
             finish(run, meta)
-    except OSError as error:
-        code = DISK_FULL if error.errno == errno.ENOSPC else DATA
-        raise UserError(f'{folder} cannot be written: {error.strerror}\n'
-                        'the same command goes on after the last complete shard', code) from error
     report(folder, meta)
 
 
@@ -238,12 +235,23 @@ def mark_of(name: str) -> str:
 
 
 def find_note(run: Run, overwrite: bool) -> dict[str, Any] | None:
-    """What an earlier run of the same command has noted. UserError where the folder holds anything else, unless that is
-    to be overwritten."""
+    """What an earlier run of the same command has noted, or None where the run is to start. The same command thus goes
+    on with overwrite=True, too: only what is not its own is overwritten."""
     meta = read_note(run.folder / 'meta.json')
     there = [path.name for path in run.folder.iterdir() if NAME.fullmatch(path.name)]
-    if overwrite or not (meta or there):
+    if not (meta or there):
         return None
+    try:
+        check_note(run, meta, there)
+    except UserError:
+        if overwrite:
+            return None
+        raise
+    return meta
+
+
+def check_note(run: Run, meta: dict[str, Any], there: list[str]) -> None:
+    """UserError where the folder holds anything but shards of the same command, as they were made."""
     remedy = 'start over with --overwrite=True, which deletes what is there'
     before = meta.get('made_with', {})
     if not before:
@@ -260,7 +268,6 @@ def find_note(run: Run, overwrite: bool) -> dict[str, Any] | None:
         is_whole = path.is_file() and path.stat().st_size == size
         if not is_whole or ends_of(path) != {end: made[end] for end in ('head', 'tail')}:
             raise UserError(f'{path} is missing or damaged\n{remedy}', DATA)
-    return meta
 
 
 def remove_others(folder: Path, meta: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     meta = load_json(path)
     if isinstance(meta, dict) and meta.get('unfinished'):
         raise UserError(f'{folder} is not complete: a preparation was interrupted, or is at work\n'
-                        f'go on with: {how_to_prepare(folder)}', DATA)
+                        f'go on with: {meta.get("created_by") or how_to_prepare(folder)}', DATA)
     if not paths:
         raise UserError(f'{folder} holds no prepared corpus\nfirst run: {how_to_prepare(folder)}', DATA)
     if path.exists():

@@ -93,7 +93,7 @@ def measure_shards(path: Path, folder: Path, num_proc: int) -> Speed:
     encoder = tokenizers.build('gpt2', list, eot=True)
     packer = corpus.Packer(encoder, encoder.eot, eot_first=True)
     source = shards.Source([str(path)], str, 'text')
-    shards.write_shards(folder, packer, source, SHARD, str(path), num_proc, overwrite=True)
+    shards.write_shards(folder, packer, source, SHARD, str(path), num_proc)
     seconds, after = time.perf_counter() - started, os.times()
     n_tokens = sum(file.stat().st_size - HEADER for file in folder.glob('*_0*.bin')) // BYTES_PER_TOKEN
     return Speed(n_tokens, seconds, sum(after[:4]) - sum(before[:4]))
@@ -135,10 +135,10 @@ def main(args: list[str]) -> None:
         path = folder / f'copies.{kind}'
         write_copies(texts, copies, path)
         speeds: dict[str, list[Speed]] = {'tiktoken alone': [], 'openwebtext': [], 'fineweb_edu': []}
-        for _ in range(runs):
+        for number in range(runs):
             speeds['tiktoken alone'].append(measure_limit(texts, copies, num_proc))
             speeds['openwebtext'].append(measure_ours(path, folder / 'whole', num_proc))
-            speeds['fineweb_edu'].append(measure_shards(path, folder / 'shards', num_proc))
+            speeds['fineweb_edu'].append(measure_shards(path, folder / f'shards-{number}', num_proc))
             print(', '.join(f'{name} {some[-1].per_second():,.0f} tokens/s' for name, some in speeds.items()),
                   flush=True)
         print(f'{num_proc} processes on {os.cpu_count()} cores, {copies * len(texts):,} documents in {kind}, '

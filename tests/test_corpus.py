@@ -452,6 +452,17 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write(tmp_path / 'file/corpus', [numbered(4)])
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='has no locks for folders')
+def test_a_second_run_in_a_folder_is_refused_and_touches_nothing_of_the_first(tmp_path: Path) -> None:
+    (tmp_path / 'train.bin.tmp').write_bytes(b'what the first has written')
+    with corpus.alone_in(tmp_path), pytest.raises(UserError, match='is being written by another process') as caught:
+        write(tmp_path, [numbered(4)])
+    assert caught.value.code == COMMAND
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        'train.bin.tmp': b'what the first has written'}
+    write(tmp_path, [numbered(4)])
+
+
 @pytest.fixture
 def _heeds_ctrl_c() -> Iterator[None]:
     """As in a terminal: a shell lets what it starts with & ignore it, tests too."""

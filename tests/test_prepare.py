@@ -119,9 +119,10 @@ def test_shakespeare_in_gpt2s_tokens_has_nanogpts_counts(
 
 @pytest.mark.usefixtures('tiktoken_cache')
 def test_tiny_shakespeare_in_llm_cs_split_has_its_counts(
-        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = shared_data / 'tinyshakespeare/input.txt'
     load('tinyshakespeare', tmp_path, monkeypatch).main([f'--input={path}'])
+    assert capsys.readouterr().out.endswith(' train.py config/overfit_tinyshakespeare.py\n')
     folder = tmp_path / 'tinyshakespeare'
     train, val = read_split(folder, 'train'), read_split(folder, 'val')
     assert (len(train), len(val)) == (305_260, 32_768)
@@ -351,7 +352,7 @@ def _heeds_ctrl_c() -> Iterator[None]:
 @pytest.mark.usefixtures('tiktoken_cache', '_heeds_ctrl_c')
 def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(shared_data: Path, tmp_path: Path) -> None:
     """Killed, and stopped by Ctrl-C, while its workers are at it; then the same command again, to the end."""
-    for name in ('configurator.py', 'corpus.py', 'documents.py', 'errors.py', 'tokenizer.py',
+    for name in ('configurator.py', 'corpus.py', 'documents.py', 'errors.py', 'token_files.py', 'tokenizer.py',
                  'data/openwebtext/prepare.py'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)

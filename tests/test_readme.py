@@ -87,6 +87,7 @@ EXCEPTIONS = {
     'python data/fineweb_edu/prepare.py': 'a download',
     "python train.py config/train_stdlib.py --dataset='SHARDS/*.bin' --out_dir=out-shards":
         'tests/test_shards.py trains on such files',
+    'python train.py config/overfit_tinyshakespeare.py': 'a download',
     'python train.py config/train_tinystories.py': 'a download',
     'torchrun --standalone --nproc_per_node=8 train.py config/train_fineweb_edu.py': 'a GPU',
     'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"':

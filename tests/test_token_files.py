@@ -2,15 +2,15 @@
 import hashlib
 import json
 import struct
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import tokens
-from errors import DATA, UserError
+from errors import DATA
+from tests import comparing
 from token_files import Shards, TokenFile, make_header
 from tokens import Windows, fingerprint, open_split, read_batch, read_meta
 
@@ -50,13 +50,7 @@ FAMILIES = {
 }
 
 
-def refused(call: Callable[..., object], *arguments: Any) -> str:
-    """The message with which a call refuses a file, and that it is of the kind that exits with 3."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert caught.value.code == DATA
-    assert str(caught.value).count('\n') < 3
-    return str(caught.value)
+refused = partial(comparing.refused, code=DATA)  # what is wrong with data exits with 3
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -284,5 +278,8 @@ def test_each_shard_is_compared_with_what_its_maker_wrote(described: Path) -> No
 
 def test_an_unfinished_corpus_is_not_taken_for_the_whole(described: Path) -> None:
     meta = json.loads((described / 'meta.json').read_text(encoding='utf-8')) | {'unfinished': True}
-    (described / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
-    assert f'{described} is not complete' in refused(open_split, described, 'train', 16, 150)
+    for more, command in [({}, f'data/text/prepare.py --input=YOUR_TEXT --name={described.name}'),
+                          ({'created_by': 'python prepare.py --name=x'}, 'go on with: python prepare.py --name=x')]:
+        (described / 'meta.json').write_text(json.dumps(meta | more), encoding='utf-8')
+        message = refused(open_split, described, 'train', 16, 150)
+        assert f'{described} is not complete' in message and message.endswith(command)

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import errors
 import parallel
 import tokenizer
 import tokens
-from errors import DATA, UserError
+from errors import DATA
 from model import GPTConfig
+from tests import comparing
 from tokens import Order, TokenFile, Windows, fixed_starts, open_split, read_batch, read_meta, shuffle
 
 SMALL = GPTConfig(block_size=16, vocab_size=1 << 16, n_layer=1, n_head=1, n_embd=8)
@@ -37,13 +39,7 @@ def process(rank: int, world_size: int) -> parallel.Process:
     return parallel.Process(rank, world_size, torch.device('cpu'), '')
 
 
-def refused(call: Any, *arguments: Any) -> str:
-    """The message with which a call refuses what it was given, and that it is of the kind that exits with 3."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    assert caught.value.code == DATA == 3
-    assert str(caught.value).count('\n') < 3
-    return str(caught.value)
+refused = partial(comparing.refused, code=DATA)  # what is wrong with data exits with 3
 
 
 # ------------------------------------------------------------------------------------------------

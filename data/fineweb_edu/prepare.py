@@ -7,8 +7,8 @@ of 100 million. The first shard is for validation. Each document begins with the
     python data/fineweb_edu/prepare.py --input='/data/fineweb/*.parquet'      .parquet or .jsonl files that are here
 
 Whatever interrupts it, the same command goes on after the last complete shard. Files are fetched one after the other
-(28 GB in all, into Hugging Face's cache), each while the one before it is tokenised; 20 GB are written. Memory holds a
-few megabytes for each process, however long the corpus is.
+(28 GB in all, into Hugging Face's cache), each while the one before it is tokenised; 20 GB are written. A process takes
+about 130 MB of memory, however long the corpus is.
 
 val_000000.bin, train_000001.bin, ... are in llm.c's format: build-nanogpt's, llm.c's and modded-nanogpt's sequence of
 tokens, in files that train.py, llm.c and modded-nanogpt read.
@@ -36,7 +36,7 @@ tokenizer: str = 'gpt2'  # or another name of tiktoken's, or 'byte'
 shard_size: int = 10**8  # tokens in a file
 name: str = 'fineweb_edu'  # the shards are written to data/<name>
 num_proc: int = 0  # processes that tokenise; 0 is one for each core
-overwrite: bool = False  # start over, and delete the shards that are there
+overwrite: bool = False  # delete what other settings or files have made, and start over
 # ------------------------------------------------------------------------------------------------
 
 DATA_FOLDER = Path(__file__).resolve().parents[1]

@@ -48,7 +48,7 @@ def main(args: list[str]) -> None:
             writers[split].write(corpus.Packed(part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes))
 
     corpus.write_files(FOLDER, packer, 'tiny Shakespeare', fill)
-    print(f'next:\n    {errors.python()} train.py --dataset=tinyshakespeare --overfit_single_batch=True')
+    print(f'next:\n    {errors.python()} train.py config/overfit_tinyshakespeare.py')
 
 
 if __name__ == '__main__':
