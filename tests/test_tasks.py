@@ -224,7 +224,6 @@ with parallel.joined('cpu', shards=True) as process:
     with torch.compiler.set_stance('force_eager'):
         x = torch.arange(16).view(2, 8)
         distributed(x, x, logits='none')[1].backward()
-    print('equal on', process.rank)
 """
 
 
@@ -239,7 +238,7 @@ def test_a_model_that_several_processes_train_is_asked_as_if_by_one(strategy: st
          strategy],
         env={**os.environ, 'PYTHONPATH': f'{root}{os.pathsep}{root / "tests"}'}, capture_output=True, text=True,
         encoding='utf-8', timeout=300)
-    assert sorted(asked.stdout.splitlines()) == ['equal on 0', 'equal on 1'], asked.stderr
+    assert asked.returncode == 0, asked.stderr
 
 
 # ------------------------------------------------------------------------------------------------
