@@ -11,6 +11,7 @@ import http.client
 import itertools
 import json
 import lzma
+import secrets
 import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -221,7 +222,8 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
     `option` takes a file that was got in another way."""
     if sha256 and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
-    temporary, digest = path.with_name(path.name + '.tmp'), hashlib.sha256()
+    temporary = path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')  # machines may share the folder
+    digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(temporary, 'wb') as file:

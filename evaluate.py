@@ -269,18 +269,20 @@ def report(all_measured: Sequence[Measured], notes: dict[str, str]) -> str:
         ours = {measured.checkpoint if measured.step is None else f'{measured.checkpoint}, step {measured.step}':
                 measured.figures[name] for measured in all_measured}
         theirs = PUBLISHED.get(f'{name} of {datasets}', PUBLISHED.get(name, {}))
-        title = TITLES.get(name, f'{name} of {datasets}') + notes.get(name, '')
-        tables.append(f'{title}\n{table(ours | theirs, {})}')
+        title = TITLES.get(name, f'{name} of {datasets}')
+        tables.append('\n'.join(filter(None, (title, notes.get(name), table(ours | theirs, {})))))
     return '\n\n'.join(tables)
 
 
 def notes_on(rows: dict[str, list[Row]]) -> dict[str, str]:
-    """What must be known of the examples to compare figures."""
-    notes = {'lambada_openai': f'; {len(rows["lambada"]):,} examples'} if 'lambada' in rows else {}
+    """What must be known of each scoring to compare its figures."""
+    notes, theirs = {}, '; GPT-3 as OpenAI scored it'
     if 'hellaswag' in rows:
-        text = '' if is_raw(rows['hellaswag']) else ', of cleaned text: not comparable with the published figures'
-        for name in ('hellaswag_completion', 'hellaswag_lm_eval'):
-            notes[name] = f'; {len(rows["hellaswag"]):,} examples{text}'
+        text = '' if is_raw(rows['hellaswag']) else ' of cleaned text: not comparable with the published figures'
+        examples = f'{len(rows["hellaswag"]):,} examples{text}'
+        notes = {'hellaswag_completion': examples + theirs, 'hellaswag_lm_eval': examples}
+    if 'lambada' in rows:
+        notes['lambada_openai'] = f'{len(rows["lambada"]):,} examples{theirs}'
     return notes
 
 

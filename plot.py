@@ -102,7 +102,7 @@ def draw_hellaswag(axes: Axes, columns: Columns, name: str, tokens_per_step: flo
     x, error = steps * tokens_per_step, columns[f'{name}_stderr'][np.isfinite(columns[name])]
     figures = {model: row['acc_norm'] for model, row in PUBLISHED['hellaswag_completion'].items()}
     to_pass = sorted(figure for figure in figures.values() if figure > y.max())[:2]
-    low, high = min(0.24, y.min() - 0.01), max(*to_pass, y.max(), 0.25) + 0.015
+    low, high = min(0.24, (y - error).min() - 0.005), max(*to_pass, (y + error).max(), 0.25) + 0.015
     axes.set(xlim=(0, columns['step'][-1] * tokens_per_step), ylim=(low, high))
     for model, figure in {'chance': 0.25, **figures}.items():
         if figure > high:
@@ -118,8 +118,8 @@ def draw_hellaswag(axes: Axes, columns: Columns, name: str, tokens_per_step: flo
     axes.plot(x, y, color=TRAIN, linewidth=1.8, marker='o', markersize=3 if len(x) < 60 else 0)
     axes.annotate(f'{y[-1]:.3f} ± {error[-1]:.3f}', (x[-1], (y + error)[x >= 0.7 * x[-1]].max()), xytext=(-2, 5),
                   textcoords='offset points', ha='right', color=TRAIN, fontsize=10)
-    text = ', of cleaned text: not comparable' if 'cleaned' in name else ''
-    axes.set_title(f'HellaSwag acc_norm, completion style{text}', loc='left', fontsize=9, color=FAINT, pad=8)
+    remark = 'of cleaned text: not comparable' if 'cleaned' in name else 'GPT-3 as OpenAI scored it'
+    axes.set_title(f'HellaSwag acc_norm, completion style, {remark}', loc='left', fontsize=9, color=FAINT, pad=8)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     clean(axes, '0 tokens')
 

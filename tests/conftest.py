@@ -92,7 +92,8 @@ def tiny_text() -> str:
 @pytest.fixture(scope='session')
 def tiny_dataset(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of characters as prepare.py would leave it: nine tenths of tiny_text in train.bin, the rest in val.bin.
-    Written without the project's own writer, so that this states the format. `--dataset=FOLDER` trains on it."""
+    Written without the project's own writer, so that this states the format. `--dataset=FOLDER` trains on it, and
+    `--hellaswag=FOLDER/hellaswag.jsonl` asks questions in these characters."""
     folder = tmp_path_factory.mktemp('tiny')
     tokenizer = importlib.import_module('tokenizer').build('char', lambda: [tiny_text], eot=False)
     cut = len(tiny_text) * 9 // 10
@@ -107,4 +108,9 @@ def tiny_dataset(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     meta = {'format': 1, 'tokenizer': tokenizer.reference(), 'vocab_size': tokenizer.n_vocab, 'dtype': 'uint16',
             'source': "Python's json package", 'created_by': 'tests/conftest.py', 'splits': splits}
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    questions = [
+        {'ind': i, 'activity_label': 'Reading', 'ctx_a': f'def read{i}(self):', 'ctx_b': 'return', 'label': i % 4,
+         'ctx': f'def read{i}(self): return', 'endings': ['self', 'None', 'a string', f'{i} tokens and more']}
+        for i in range(5)]
+    (folder / 'hellaswag.jsonl').write_text('\n'.join(map(json.dumps, questions)), encoding='utf-8')
     return folder

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {
     'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'dropout': 0.1, 'max_iters': 8, 'lr_decay_iters': 8,
     'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3, 'eval_interval': 4, 'device': 'cpu', 'sample_interval': 4,
-    'sample_tokens': 5,
+    'sample_tokens': 5, 'hellaswag_interval': 4,
 }
 RUNS: dict[str, dict[str, Any]] = {
     'four micro-batches': {'batch_size': 2, 'gradient_accumulation_steps': 4, 'eval_iters': 4},
@@ -39,7 +39,8 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def arguments(settings: dict[str, Any]) -> list[str]:
-    return [f'--{name}={value}' for name, value in (SETTINGS | settings).items()]
+    questions = f'{settings["dataset"]}/hellaswag.jsonl'
+    return [f'--{name}={value}' for name, value in (SETTINGS | {'hellaswag': questions} | settings).items()]
 
 
 def draw_nothing(log: logger.Logger) -> None:
@@ -104,8 +105,9 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_equal_to_rounding(one: Path, several: Path, steps: int = 8) -> None:
-    """The same steps, losses, metrics and weights."""
+    """The same steps, losses, metrics, answers and weights."""
     ours, theirs = rows_of(one), rows_of(several)
+    assert [row['step'] for row in ours if 'hellaswag_acc_norm' in row] == list(range(0, steps + 1, 4))
     assert [row.keys() for row in theirs] == [row.keys() for row in ours]
     for mine, other in zip(ours, theirs, strict=True):
         norms = [row.pop('grad_norm', 0.0) for row in (other, mine)]

@@ -4,7 +4,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from torch import Tensor
 import checkpoint
 import errors
 import evaluate
-import logger
 import parallel
 import tokenizer
 import tokens
 import train
-from errors import UserError
 from evaluate import METRICS, Metric, Predictions
 from model import GPT, GPTConfig
+from tests.comparing import refused
 
 ALONE = parallel.Process(0, 1, torch.device('cpu'), '')
 V, T = 128, 16
@@ -156,18 +155,14 @@ def test_a_loss_beyond_all_bounds_has_an_infinite_perplexity() -> None:
 
 
 @pytest.fixture(scope='module')
-def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tiny_dataset: Path, no_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 30 steps."""
-    def draw_nothing(log: logger.Logger) -> None:
-        """A picture costs as much time as a hundred steps of this run."""
-
     folder = tmp_path_factory.mktemp('run')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logger.Logger, 'plot', draw_nothing)
-        train.main([f'--{name}={value}' for name, value in {
-            'out_dir': folder, 'dataset': tiny_dataset, 'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': T,
-            'batch_size': 4, 'gradient_accumulation_steps': 2, 'max_iters': 30, 'eval_interval': 15, 'eval_iters': 2,
-            'sample_interval': 0, 'device': 'cpu', 'learning_rate': 1e-2, 'warmup_iters': 0}.items()])
+    train.main([f'--{name}={value}' for name, value in {
+        'out_dir': folder, 'dataset': tiny_dataset, 'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': T,
+        'batch_size': 4, 'gradient_accumulation_steps': 2, 'max_iters': 30, 'eval_interval': 15, 'eval_iters': 2,
+        'hellaswag_interval': 20, 'hellaswag': tiny_dataset / 'hellaswag.jsonl', 'sample_interval': 0, 'device': 'cpu',
+        'learning_rate': 1e-2, 'warmup_iters': 0}.items()])
     return folder
 
 
@@ -176,8 +171,9 @@ def figures(folder: Path) -> Any:
     return json.loads((folder / 'evaluation.json').read_text(encoding='utf-8'))
 
 
-def test_the_script_says_what_training_said(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last row of metrics.jsonl is of the same eight windows."""
+def test_the_script_says_what_training_said(trained: Path, tiny_dataset: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    """The last row of metrics.jsonl is of the same eight windows, and of the same questions."""
     row = json.loads((trained / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()[-1])
     expected = {name.removeprefix('val_'): value for name, value in row.items() if name.startswith('val_')}
     for where in (f'--out_dir={trained}', f'--init_from={trained}', f'--init_from={trained}/best.pt'):
@@ -187,6 +183,10 @@ def test_the_script_says_what_training_said(trained: Path, capsys: pytest.Captur
         assert measured['step'] == 30
         numbers = fr'{expected["loss"]:.4f} ± {expected["loss_stderr"]:.4f} .* {expected["bits_per_byte"]:.4f}'
         assert re.search(fr', step 30 +{numbers}\n', capsys.readouterr().out)
+    evaluate.main([f'--out_dir={trained}', '--tasks=hellaswag', f'--hellaswag={tiny_dataset}/hellaswag.jsonl',
+                   '--device=cpu'])
+    answers = figures(trained)['measured'][0]['hellaswag_completion']
+    assert answers == {name: row[f'hellaswag_{name}'] for name in ('acc', 'acc_norm', 'acc_stderr', 'acc_norm_stderr')}
     evaluate.main([f'--out_dir={trained}', '--eval_iters=2', '--batch_size=4', '--device=cpu', '--split=train'])
     assert figures(trained)['measured'][0]['train']['loss'] == row['train_loss']
 
@@ -215,19 +215,15 @@ def test_checkpoints_that_a_glob_matches_are_rows_in_the_order_of_their_steps(
     (trained / 'a-later-copy.pt').unlink()
 
 
-QUESTIONS = [{'ind': i, 'activity_label': 'Reading', 'ctx_a': f'def read{i}(self):', 'ctx_b': 'return', 'label': i % 4,
-              'ctx': f'def read{i}(self): return', 'endings': ['self', 'None', 'a string', f'{i} tokens and more']}
-             for i in range(5)]
 LAST_WORDS = [{'text': 'import json and import json'}, {'text': f'return {json.__name__} or raise'}]
 
 
 @pytest.fixture(scope='module')
-def questions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def questions(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What the script is told to ask: few examples, in characters that the run knows."""
-    folder = tmp_path_factory.mktemp('questions')
-    for name, rows in (('hellaswag', QUESTIONS), ('lambada', LAST_WORDS)):
-        (folder / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
-    return ['--tasks=val,hellaswag,lambada', *(f'--{name}={folder}/{name}.jsonl' for name in ('hellaswag', 'lambada'))]
+    lambada = tmp_path_factory.mktemp('questions') / 'lambada.jsonl'
+    lambada.write_text('\n'.join(map(json.dumps, LAST_WORDS)), encoding='utf-8')
+    return ['--tasks=val,hellaswag,lambada', f'--hellaswag={tiny_dataset}/hellaswag.jsonl', f'--lambada={lambada}']
 
 
 def test_each_task_has_its_table_and_the_published_figures_stand_below(
@@ -239,24 +235,29 @@ def test_each_task_has_its_table_and_the_published_figures_stand_below(
     tables = capsys.readouterr().out.partition('val of ')[2].split('\n\n')
     assert len(tables) == 5
     for table, name in zip(tables[1:], ('hellaswag_completion', 'hellaswag_lm_eval', 'lambada_openai'), strict=False):
-        title, columns, ours, *theirs = table.splitlines()
+        title, note, columns, ours, *theirs = table.splitlines()
         metrics = columns.split()
         assert f'{measured[name]["acc"]:.4f} ± {measured[name]["acc_stderr"]:.4f}' in ours
         assert set(metrics) == {metric for metric in measured[name] if not metric.endswith('_stderr')}
         assert [row.split('  ')[0] for row in theirs] == list(results['published'][name])
         assert f'{results["published"][name]["GPT-2 124M"]["acc"]:.4f}' in theirs[0]
-        assert title.endswith(f'; {2 if name == "lambada_openai" else 4} examples')
+        assert title == evaluate.TITLES[name]
+        assert note == results['notes'][name]
+        assert note.startswith(f'{2 if name == "lambada_openai" else 4} examples')
+        assert ('OpenAI' in note) == any(row.startswith('GPT-3') for row in theirs), 'in a scoring of its own'
     assert (measured['step'], results['device'], results['dtype']) == (30, 'cpu', 'float32')
     assert results['settings']['limit'] == 4
     assert set(results['published']['hellaswag_completion']) > set(results['published']['hellaswag_lm_eval'])
 
 
 def test_text_that_was_cleaned_is_not_taken_for_that_of_the_published_figures(
-        trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{name: value for name, value in row.items() if name not in ('ctx_a', 'ctx_b')} for row in QUESTIONS]
+        trained: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (tiny_dataset / 'hellaswag.jsonl').read_text(encoding='utf-8').splitlines()
+    rows = [{name: value for name, value in json.loads(line).items() if name not in ('ctx_a', 'ctx_b')}
+            for line in lines]
     (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)), encoding='utf-8')
     evaluate.main([f'--out_dir={trained}', '--tasks=hellaswag', f'--hellaswag={tmp_path}/a.jsonl', '--device=cpu'])
-    assert capsys.readouterr().out.count('5 examples, of cleaned text: not comparable') == 2
+    assert capsys.readouterr().out.count('5 examples of cleaned text: not comparable') == 2
     assert all('cleaned' in note for note in figures(trained)['notes'].values())
 
 
@@ -342,14 +343,6 @@ def test_the_commands_for_gpt2_give_what_transformers_gives(
     expected = -scores.gather(2, windows[:, 1:, None]).mean().item()
     assert figures(tmp_path / 'gpt2')['measured'][0]['val']['loss'] == pytest.approx(expected, rel=1e-5)
     assert printed == [f'{expected:.4f}']
-
-
-def refused(call: Callable[..., Any], *positional: Any, code: int) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*positional)
-    assert caught.value.code == code
-    assert str(caught.value).count('\n') < 3
-    return str(caught.value)
 
 
 def test_what_cannot_be_evaluated_is_refused(trained: Path, tiny_dataset: Path, tmp_path: Path) -> None:

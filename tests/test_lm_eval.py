@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval, run as its users run it on an exported model, agrees with evaluate.py over the same files.
+"""EleutherAI's lm-eval, run as its users run it on what export.py wrote, agrees with evaluate.py over the same files.
 
     pip install -e '.[lm-eval]'
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import documents
 import evaluate
-import huggingface
+import export
 import tasks
 import tokenizer
 from model import GPT, GPTConfig
@@ -71,23 +71,6 @@ def learn(files: dict[str, Path]) -> GPT:
     return model
 
 
-def export(model: GPT, vocabulary: Path, folder: Path) -> None:
-    """What lm-eval reads: weights and tokenizer as transformers keeps them."""
-    import transformers
-
-    config = transformers.GPT2Config(
-        vocab_size=50257, n_positions=model.config.block_size, n_embd=model.config.n_embd, n_layer=model.config.n_layer,
-        n_head=model.config.n_head)
-    theirs = transformers.GPT2LMHeadModel(config)
-    theirs.load_state_dict({name: p.t() if name.endswith(huggingface.TRANSPOSED) else p
-                            for name, p in model.state_dict().items()})
-    theirs.save_pretrained(folder)
-    merges, ids = sorted(vocabulary.iterdir(), key=lambda path: path.read_bytes()[:1] == b'{')  # as tiktoken keeps them
-    shutil.copy(ids, folder / 'vocab.json')
-    shutil.copy(merges, folder / 'merges.txt')
-    transformers.GPT2TokenizerFast.from_pretrained(folder).save_pretrained(folder)
-
-
 def run_lm_eval(model: Path, files: dict[str, Path], folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """The results and the samples of its own tasks hellaswag and lambada_openai, which read our files instead of the
     hub's. It runs away from this folder, whose evaluate.py it would take for a package of that name."""
@@ -116,12 +99,13 @@ def run_lm_eval(model: Path, files: dict[str, Path], folder: Path) -> tuple[dict
 
 def test_lm_eval_gives_the_same_figures(files: dict[str, Path], tiktoken_cache: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    exported = tmp_path / 'model'
-    export(learn(files), tiktoken_cache, exported)
-    evaluate.main([f'--init_from={exported}', '--tasks=hellaswag,lambada', '--device=cpu', '--dtype=float32',
+    run = tmp_path / 'run'
+    export.write_run(run, learn(files), {}, tokenizer.load_tiktoken('gpt2'))
+    evaluate.main([f'--out_dir={run}', '--tasks=hellaswag,lambada', '--device=cpu', '--dtype=float32',
                    *(f'--{name}={path}' for name, path in files.items())])
-    ours, = json.loads((exported / 'evaluation.json').read_text(encoding='utf-8'))['measured']
-    theirs, samples = run_lm_eval(exported, files, tmp_path)
+    ours, = json.loads((run / 'evaluation.json').read_text(encoding='utf-8'))['measured']
+    export.main([f'--out_dir={run}', '--to=hf'])
+    theirs, samples = run_lm_eval(run / 'hf', files, tmp_path)
 
     assert [len(of_task) for of_task in samples.values()] == [N, N]
     for name in ('acc', 'acc_norm'):

@@ -31,7 +31,7 @@ def right_panel(columns: dict[str, plot.Values]) -> Axes:
 def test_hellaswag_stands_beside_the_losses_against_tokens() -> None:
     columns = columns_of('hellaswag_acc_norm', 0.31)
     panel = right_panel(columns)
-    assert panel.get_title('left') == 'HellaSwag acc_norm, completion style'
+    assert panel.get_title('left') == 'HellaSwag acc_norm, completion style, GPT-3 as OpenAI scored it'
     curve = np.asarray(panel.lines[-1].get_xydata())
     assert curve[:, 1].tolist() == np.linspace(0.25, 0.31, 5).tolist()
     assert curve[:, 0] == pytest.approx(columns['tokens'][::10], abs=2 * TOKENS)
@@ -55,6 +55,14 @@ def test_names_of_lines_that_are_close_do_not_cover_each_other() -> None:
     panel = right_panel(columns_of('hellaswag_acc_norm', 0.5))
     place = {text.get_text(): text.get_verticalalignment() for text in panel.texts}
     assert (place['GPT-2 774M'], place['GPT-3 350M'], place['GPT-2 124M']) == ('top', 'bottom', 'center')
+
+
+def test_the_standard_error_of_few_questions_is_seen_whole() -> None:
+    columns = columns_of('hellaswag_acc_norm', 0.31)
+    columns['hellaswag_acc_norm_stderr'][::10] = 0.09
+    low, high = right_panel(columns).get_ylim()
+    assert low < 0.25 - 0.09
+    assert high > 0.31 + 0.09
 
 
 def test_figures_of_cleaned_text_are_labelled() -> None:

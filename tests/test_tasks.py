@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -222,7 +224,6 @@ with parallel.joined('cpu', shards=True) as process:
     with torch.compiler.set_stance('force_eager'):
         x = torch.arange(16).view(2, 8)
         distributed(x, x, logits='none')[1].backward()
-    print('equal on', process.rank)
 """
 
 
@@ -237,7 +238,7 @@ def test_a_model_that_several_processes_train_is_asked_as_if_by_one(strategy: st
          strategy],
         env={**os.environ, 'PYTHONPATH': f'{root}{os.pathsep}{root / "tests"}'}, capture_output=True, text=True,
         encoding='utf-8', timeout=300)
-    assert sorted(asked.stdout.splitlines()) == ['equal on 0', 'equal on 1'], asked.stderr
+    assert asked.returncode == 0, asked.stderr
 
 
 # ------------------------------------------------------------------------------------------------
@@ -288,20 +289,47 @@ def test_files_that_are_damaged_or_empty_are_refused(tmp_path: Path) -> None:
         assert caught.value.code == errors.DATA
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[str]:
-    """The address at which tmp_path/web can be downloaded."""
-    (tmp_path / 'web').mkdir()
-    handler = functools.partial(Silent, directory=str(tmp_path / 'web'))
-    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, *parts: object) -> None:
+        """It would stand among the results of the tests."""
+
+
+class InStep(Silent):
+    """Neither of two answers ends before the other has begun."""
+
+    both_began = threading.Barrier(2)
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        outputfile.write(source.read(9))
+        self.both_began.wait(60)
+        outputfile.write(source.read())
+
+
+@contextmanager
+def serving(folder: Path, handler: type[Silent]) -> Iterator[str]:
+    """The address at which this folder can be downloaded."""
+    folder.mkdir()
+    with ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(handler, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever).start()
         yield f'http://127.0.0.1:{server.server_port}'
         server.shutdown()
 
 
-class Silent(SimpleHTTPRequestHandler):
-    def log_message(self, *parts: object) -> None:
-        """It would stand among the results of the tests."""
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address at which tmp_path/web can be downloaded."""
+    with serving(tmp_path / 'web', Silent) as address:
+        yield address
+
+
+def test_two_machines_that_share_a_folder_may_download_at_the_same_time(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, 'DATA_ROOT', tmp_path / 'data')
+    with serving(tmp_path / 'web', InStep) as address, ThreadPoolExecutor() as machines:
+        write(tmp_path / 'web/mine.jsonl', WORDS)
+        loading = [machines.submit(tasks.load, 'lambada', f'{address}/mine.jsonl', 0, ALONE) for _ in range(2)]
+        assert [machine.result() for machine in loading] == [WORDS, WORDS]
+    assert [path.name for path in (tmp_path / 'data/lambada').iterdir()] == ['mine.jsonl']
 
 
 def test_without_a_path_the_original_is_downloaded_and_anything_else_refused(

@@ -390,9 +390,10 @@ def test_a_resume_on_another_corpus_is_refused_unless_asked_for(run: Run, tmp_pa
     assert last(tmp_path / 'run')['iter_num'] == 4
 
 
-def test_evaluation_and_logging_do_not_change_what_is_learned(run: Run, tmp_path: Path) -> None:
+def test_evaluation_and_logging_do_not_change_what_is_learned(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
     seldom = run(tmp_path / 'seldom', eval_interval=100, dropout=0.1)
-    often = run(tmp_path / 'often', eval_interval=1, eval_iters=1, log_interval=3, dropout=0.1)
+    often = run(tmp_path / 'often', eval_interval=1, eval_iters=1, log_interval=3, dropout=0.1, hellaswag_interval=1,
+                hellaswag=tiny_dataset / 'hellaswag.jsonl')
     assert [row['loss'] for row in seldom if row['step'] in (0, 3, 6, 9)] == losses(often)
     assert not differences(last(tmp_path / 'seldom')['model'], last(tmp_path / 'often')['model'])
 
@@ -451,12 +452,14 @@ def test_eval_only_measures_and_touches_nothing(run: Run, tmp_path: Path, capsys
 
 
 def test_a_run_resumed_from_any_of_five_points_ends_bit_for_bit_like_the_one_that_was_not_interrupted(
-        run: Run, tmp_path: Path) -> None:
+        run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
     """Each checkpoint of one run, alone with what the console had by then, is continued: with dropout, steps of three
-    micro-batches of which the last is short, and evaluations on the way."""
+    micro-batches of which the last is short, evaluations and questions on the way."""
     settings = {'dropout': 0.1, 'batch_size': 3, 'total_batch_size': 7 * 16, 'eval_interval': 3, 'max_iters': 17,
-                'lr_decay_iters': 17, 'keep': 10, 'sample_interval': 4, 'sample_tokens': 5}
+                'lr_decay_iters': 17, 'keep': 10, 'sample_interval': 4, 'sample_tokens': 5, 'hellaswag_interval': 2,
+                'hellaswag': tiny_dataset / 'hellaswag.jsonl'}
     whole = run(tmp_path / 'whole', **settings)
+    assert [row['step'] for row in whole if 'hellaswag_acc_norm' in row] == [*range(0, 17, 2), 17]
     end = last(tmp_path / 'whole')
     assert end['best']['loss'][1] > 0
     samples = (tmp_path / 'whole/samples.txt').read_bytes()
