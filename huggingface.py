@@ -1,6 +1,7 @@
 """Hugging Face's form of a GPT-2, in and out: the same names, with four kinds of matrices transposed."""
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,7 @@ def write(folder: Path, config: GPTConfig, weights: dict[str, Tensor], vocabular
         'do_sample': True, 'temperature': 0.8, 'top_k': min(200, config.vocab_size), 'max_length': config.block_size,
         **tokens, 'pad_token_id': end})
     tokenizer_of(vocabulary).save(str(folder / 'tokenizer.json'))
+    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')  # which its library writes for us alone
     names = {} if end is None else {'bos_token': END_OF_TEXT, 'eos_token': END_OF_TEXT}
     write_json(folder / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,

@@ -18,8 +18,8 @@ import checkpoint
 import errors
 import export
 import sample
-from errors import UserError
 from model import GPT, GPTConfig
+from tests.comparing import refused
 
 # ------------------------------------------------------------------------------------------------
 # Their files: a config class in a module that is gone when the file is read
@@ -106,14 +106,6 @@ def randomise(model: nn.Module) -> None:
             p.normal_(1.0 if p.dim() == 1 else 0.0, 0.3)
 
 
-def refused(call: Callable[..., Any], *positional: Any, code: int = errors.CHECKPOINT, **named: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*positional, **named)
-    assert caught.value.code == code, caught.value
-    assert str(caught.value).count('\n') < 3
-    return str(caught.value)
-
-
 @torch.no_grad()
 def assert_same_logits(ours: GPT, theirs: nn.Module, n_vocab: int = 384) -> None:
     idx = torch.randint(n_vocab, (3, 16))
@@ -160,7 +152,7 @@ def test_bare_weights_need_two_answers(tmp_path: Path) -> None:
             weights['lm_head.weight'] = weights['lm_head.weight'] + 1
         weights['transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()  # the mask of old models
         torch.save(weights, path)
-        message = refused(checkpoint.open_model, str(path))
+        message = refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
         assert message.count('\n') == 0 and f'{path} does not say n_head and gelu: ' in message
         assert f'export.py --init_from={path} --to=ckpt --n_head=4 --gelu=tanh' in message
         ours, _ = checkpoint.open_model(str(path), answers={'n_head': 4, 'gelu': 'exact'})
@@ -225,7 +217,7 @@ def test_an_imported_model_can_be_evaluated_exported_and_trained_on(
 ])
 def test_other_models_are_refused_with_the_reason(tree: dict[str, Any], reason: str, tmp_path: Path) -> None:
     torch.save(tree, tmp_path / 'chkpoint_100.pth')
-    message = refused(checkpoint.open_model, str(tmp_path / 'chkpoint_100.pth'))
+    message = refused(checkpoint.open_model, str(tmp_path / 'chkpoint_100.pth'), code=errors.CHECKPOINT)
     assert 'is another model than GPT-2' in message and reason in message
 
 
@@ -237,7 +229,7 @@ def test_a_model_that_only_looks_like_theirs_is_refused(tmp_path: Path, monkeypa
            weights | {'gpt.final_ln.weight': torch.ones(3)}]
     for changed in odd:
         torch.save({'model': changed}, path)
-        assert 'do not fit' in refused(checkpoint.open_model, str(path), answers={'n_head': 4})
+        assert 'do not fit' in refused(checkpoint.open_model, str(path), answers={'n_head': 4}, code=errors.CHECKPOINT)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -300,7 +292,7 @@ def test_a_pickle_in_the_place_of_a_config_runs_nothing(where: str, tmp_path: Pa
         made.__init__ = run_a_command
         tree['config'] = Call(made, f'touch {witness}')
     torch.save(tree, path)
-    message = refused(checkpoint.open_model, str(path))
+    message = refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
     assert 'could run any code' in message and not witness.exists()
     torch.load(path, weights_only=False)
     assert witness.exists(), 'it would have run'
@@ -317,7 +309,7 @@ def test_a_config_with_odd_fields_is_asked_about_or_refused(tmp_path: Path, monk
     for fields in odd:
         tree = {'model': theirs.state_dict(), 'config': config_of('gone', fields)}
         save(tree, path, 'gone', monkeypatch)
-        assert 'n_head' in refused(checkpoint.open_model, str(path))
+        assert 'n_head' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
 
 
 def test_only_one_class_and_only_a_config_is_read_as_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,9 +318,9 @@ def test_only_one_class_and_only_a_config_is_read_as_fields(tmp_path: Path, monk
     type(tree['config']).__qualname__ = type(tree['config']).__name__ = 'Optimizer'
     vars(sys.modules['gone'])['Optimizer'] = type(tree['config'])
     torch.save(tree, path)
-    assert 'could run any code' in refused(checkpoint.open_model, str(path))
+    assert 'could run any code' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
     torch.save({**tree, 'config': config_of('gone', {'n_heads': 4}), 'other': config_of('elsewhere', {'a': 1})}, path)
-    assert 'could run any code' in refused(checkpoint.open_model, str(path))
+    assert 'could run any code' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
     for name in ('gone', 'elsewhere'):
         monkeypatch.delitem(sys.modules, name)
 
@@ -352,7 +344,7 @@ def test_a_run_without_a_tokenizer_is_made_with_a_line_and_a_corpus_brings_one(
     export.main([*arguments, f'--out_dir={tmp_path}/with', f'--dataset={tiny_dataset}'])
     assert checkpoint.open_model(f'{tmp_path}/with')[1]['tokenizer']['name'] == 'char'
     without = [f'--init_from={tmp_path}/without', f'--out_dir={tmp_path}/new', '--to=hf']
-    assert 'has learned another one' in refused(export.main, without)
+    assert 'has learned another one' in refused(export.main, without, code=errors.CHECKPOINT)
 
 
 def test_nanogpts_gelu_is_the_exact_one_unless_somebody_knows_better(tmp_path: Path) -> None:
