@@ -3,8 +3,9 @@ Before a run: what it amounts to. How many tokens and steps, parameters and byte
 
     python train.py config/train_gpt2.py --plan=True
 
-Nothing is allocated, read or written but the sizes of files: models are built on PyTorch's meta device, where tensors
-have a shape and no numbers. Bytes are in powers of ten: 1 GB is 10^9.
+Nothing is written, and of a corpus only the size is read. Models are built on PyTorch's meta device, where tensors have
+a shape and no numbers; only a run that starts from a checkpoint loads that one. Bytes are in powers of ten: 1 GB is
+10^9.
 """
 import json
 import math
@@ -129,8 +130,8 @@ def shape_of(settings: dict[str, Any], given: set[str], n_vocab: int) -> tuple[G
         state = checkpoint.load_newest(run)
         config, first_step = checkpoint.config_of(state, dropout), state['iter_num']
     else:
-        known = sizes.GPT2.get(source)
-        config = replace(known, dropout=dropout) if known else checkpoint.open_model(source, dropout)[0].config
+        known, answers = sizes.GPT2.get(source), {name: settings[name] for name in given & {'n_head', 'gelu'}}
+        config = replace(known, dropout=dropout) if known else checkpoint.open_model(source, dropout, answers)[0].config
     checkpoint.refuse_other_shape(config, settings, given - {'block_size'})
     is_cropped = 'block_size' in given and settings['block_size'] < config.block_size
     return replace(config, block_size=settings['block_size']) if is_cropped else config, first_step

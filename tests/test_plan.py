@@ -241,6 +241,14 @@ def test_a_run_that_goes_on_and_gpt2s_weights_are_planned_without_a_download(run
         lines_of('--init_from=gpt2', '--n_layer=3')
 
 
+def test_what_a_checkpoint_does_not_say_is_taken_from_the_settings(tmp_path: Path) -> None:
+    torch.save(GPT(SMALL).state_dict(), tmp_path / 'theirs.pt')
+    with pytest.raises(UserError, match='does not say n_head and gelu'):
+        lines_of(f'--init_from={tmp_path}/theirs.pt')
+    line = lines_of(f'--init_from={tmp_path}/theirs.pt', '--n_head=4', '--gelu=exact')[0]
+    assert line.startswith(f'{sizes.n_parameters(GPT(SMALL)):,} parameters: 2 layers of 4 heads')
+
+
 def test_an_evaluation_is_planned_as_one() -> None:
     lines = lines_of(str(ROOT / 'config/eval_gpt2_medium.py'))
     assert lines[0].startswith(f'{PUBLISHED["gpt2-medium"]:,} parameters')
