@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) there
 GELU: dict[str, Literal['tanh', 'exact']] = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
 ORIGIN = 'plaingpt.json'  # beside what export.py writes: what no other format has room for, such as the tokenizer
+TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'merges.txt')  # the first, or the others in older folders
 BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
 GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'  # sha256 of its tokens, one on a line
 
@@ -95,10 +96,17 @@ def read_origin(folder: Path) -> dict[str, Any]:
     return origin
 
 
-def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """What a checkpoint would say of the tokenizer in a folder that others have written; {} where it is GPT-2's, or
+def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
+    """What a checkpoint would say of the tokenizer that others have put beside their model; {} where it is GPT-2's, or
     where there is none. Raises UserError where it is of another kind than GPT-2's."""
-    path, vocab, merges = (folder / name for name in ('tokenizer.json', 'vocab.json', 'merges.txt'))
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        if name_or_folder.startswith('gpt2'):
+            return {}
+        with readable_errors(name_or_folder):
+            import huggingface_hub
+            folder = Path(huggingface_hub.snapshot_download(name_or_folder, allow_patterns=list(TOKENIZER_FILES)))
+    path, vocab, merges = (folder / name for name in TOKENIZER_FILES)
     if not path.is_file() and not (vocab.is_file() and merges.is_file()):
         return {}
     import tokenizers
@@ -122,8 +130,8 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     except Exception:  # of a library that reads what others have written; or it holds no bytes
         is_like_gpt2 = False
     if not is_like_gpt2:
-        raise UserError(f"the tokenizer in {folder} is damaged, or of another kind than GPT-2's: it cannot be read\n"
-                        "without its files, the model's tokens are taken for GPT-2's, or those of a --dataset",
+        raise UserError(f"the tokenizer of {name_or_folder} is damaged, or of another kind than GPT-2's: it is not read"
+                        "\nwithout its files, the model's tokens are taken for GPT-2's, or those of a --dataset",
                         CHECKPOINT)
     is_gpt2 = hashlib.sha256(b'\n'.join(learned.pieces)).hexdigest() == GPT2_PIECES
     return {} if is_gpt2 else {'tokenizer': learned.state()}

@@ -273,6 +273,21 @@ def test_a_tokenizer_of_gpt2s_kind_is_read_from_a_folder(is_one_file: bool, tmp_
     assert tokenizers.Tokenizer.from_file(f'{tmp_path}/ours/tokenizer.json').encode(__doc__).ids == ours.encode(__doc__)
 
 
+def test_a_model_of_the_hub_has_the_tokenizer_that_is_there(tmp_path: Path, run_script: Callable[..., Any]) -> None:
+    """Without network, out of the cache that a download has left."""
+    cache = tmp_path / 'hub/models--somebody--novels'
+    (cache / 'refs').mkdir(parents=True)
+    (cache / 'refs/main').write_text('0' * 40, encoding='utf-8')
+    folder = their_folder(cache / 'snapshots' / ('0' * 40), 300)
+    their_tokenizer().save(str(folder / 'tokenizer.json'))
+    arguments = ['export.py', '--init_from=somebody/novels', f'--to_dir={tmp_path}/ours']
+    result = run_script(*arguments, cwd=tmp_path, environment={'HF_HOME': str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    state = json.loads((tmp_path / 'ours/plaingpt.json').read_text(encoding='utf-8'))
+    expected = checkpoint.open_model(str(folder))[1]['tokenizer']
+    assert state['tokenizer'] == expected and expected['name'].startswith('bpe:')
+
+
 def test_gpt2s_tokenizer_is_known_by_its_tokens(tmp_path: Path, tiktoken_cache: Path) -> None:
     folder = their_folder(tmp_path, 50257)
     for name, file in (('vocab.json', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6'),
@@ -300,7 +315,7 @@ def test_a_tokenizer_of_another_kind_is_not_taken_for_gpt2s(kind: str, tmp_path:
     path = their_folder(tmp_path, 300) / 'tokenizer.json'
     path.write_text('{' if kind == 'damaged' else text, encoding='utf-8')
     message = refused(checkpoint.open_model, str(tmp_path), code=errors.CHECKPOINT)
-    assert f"the tokenizer in {tmp_path} is damaged, or of another kind than GPT-2's" in message
+    assert f"the tokenizer of {tmp_path} is damaged, or of another kind than GPT-2's" in message
     path.unlink()
     assert checkpoint.open_model(str(tmp_path))[1] == {}, 'as it advises'
 
