@@ -160,9 +160,11 @@ def ids(w: Wiring) -> Result:
     be read. Look at it!"""
     largest = max(int(corpus.read(0, min(SCANNED, len(corpus))).max()) for corpus in w.corpora.values())
     shift = bool((w.part.x[:, 1:] == w.part.y[:, :-1]).all())  # y is what comes next
-    text = w.vocabulary.decode(w.part.x[0].tolist())[:60] if w.vocabulary else ''
-    shown = f': {console.printable(repr(text))}' if text else ', and no tokenizer to show them as text'
-    return Result('ids', largest < w.config.vocab_size and shift, f'at most {largest}, of {w.config.vocab_size}{shown}',
+    text = w.vocabulary.decode(w.part.x[0].tolist())[:40] if w.vocabulary else ''
+    where = f' in the first {SCANNED:,} tokens' * any(len(corpus) > SCANNED for corpus in w.corpora.values())
+    shown = f'; they say {console.printable(repr(text))}' if text else '; no tokenizer shows them as text'
+    return Result('ids', largest < w.config.vocab_size and shift,
+                  f'up to {largest}{where}, and the model knows {w.config.vocab_size}{shown}',
                   'another tokenizer made this corpus, or targets are not the next tokens')
 
 
@@ -191,7 +193,7 @@ def causality(w: Wiring) -> Result:
         leaks = max(leaks, change[:t].max().item())
         deaf |= change[min(t + 1, T - 1):].max().item() == 0
     is_tight = leaks <= 1e-5 * logits.abs().max().item()  # the same sums, in another order perhaps
-    seen = f'a changed token changes logits before it by {leaks:.1e}' + ', and none after it' * deaf
+    seen = f'a changed token changes the logits before it by {leaks:.1g}' + ', and none after it' * deaf
     return Result(name, is_tight and not deaf, seen, "attention's mask lets tokens see later ones, or not earlier ones")
 
 

@@ -264,7 +264,7 @@ def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None 
         state = load(path, answers)
     elif (path / 'config.json').exists() or (where.startswith('gpt2') and not path.exists()) or (
             where.count('/') == 1 and not path.parent.exists()):
-        return GPT.from_pretrained(where, dropout), huggingface.read_origin(path)
+        return GPT.from_pretrained(where, dropout), huggingface.read_origin(path) or huggingface.read_tokenizer(where)
     else:
         raise UserError(f'{where!r} is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2', CHECKPOINT)
     return model_of(state, dropout), state

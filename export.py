@@ -79,16 +79,33 @@ It continues a text; it was not trained to follow instructions. It reads and wri
 """
 
 
-def check(to: str, dtype: str, config: GPTConfig) -> None:
+def open_source(source: str, n_head: int, gelu: Literal['', 'tanh', 'exact'],
+                dataset: str) -> tuple[GPT, checkpoint.State]:
+    """The model that `source` names, and its checkpoint, with what the user says of them in place of what they say."""
+    answers = {name: value for name, value in (('n_head', n_head), ('gelu', gelu)) if value}
+    model, state = checkpoint.open_model(source, answers=answers)
+    if n_head and n_head != model.config.n_head:
+        raise UserError(f'--n_head={n_head} was given, and the model in {source} has {model.config.n_head}: leave it '
+                        'out')
+    if gelu and gelu != model.config.gelu:
+        model = GPT.from_weights(replace(model.config, gelu=gelu), model.state_dict())
+    if dataset:
+        state = state | {'tokenizer': None, 'config': state.get('config', {}) | {'dataset': dataset}}
+    return model, state
+
+
+def check(to: str, dtype: str, model: GPT) -> None:
     """Refuse what the other format cannot hold."""
     if dtype not in DTYPES[to]:
         raise UserError(f'--dtype={dtype}: for --to={to} it must be {" or ".join(DTYPES[to])}')
-    if to in PROGRAMS and config.gelu != 'tanh':
+    if to in PROGRAMS and model.config.gelu != 'tanh':
         raise UserError(f'{PROGRAMS[to]} approximates GELU by tanh, and this model has the exact one: what it computes '
                         'would change a little\ngive --gelu=tanh to export it all the same, or --to=hf')
-    if to == 'llmc' and not config.tie_weights:
+    if to == 'llmc' and not model.config.tie_weights:
         raise UserError("llm.c predicts tokens with the table that embeds them, and this model's head is another "
                         'matrix\nit can be exported with --to=hf or --to=gguf')
+    if dtype == 'float16' and any(p.abs().max() > torch.finfo(torch.float16).max for p in model.parameters()):
+        raise UserError('this model has weights that float16 cannot hold: give another --dtype')
 
 
 def complete(model: GPT, n_vocab: int) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -142,14 +159,15 @@ def prompt_for(vocabulary: Tokenizer) -> str:
 
 
 @contextmanager
-def folder_to_fill(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder, whose files are at `target` when all of them are written, and not before. An earlier export is
-    replaced; what somebody else has put there is not, unless told so."""
+def folder_to_fill(target: Path, to: str, overwrite: bool) -> Iterator[Path]:
+    """A new folder, whose files are at `target` when all of them are written, and not before. An earlier export to the
+    same form is replaced; anything else is not, unless told so."""
     if target.exists() and not target.is_dir():
         raise UserError(f'{target} is a file: give another --to_dir')
-    others = [path for path in target.glob('*') if path.name != UNFINISHED]
-    if others and not overwrite and target / huggingface.ORIGIN not in others:
-        raise UserError(f'{target} holds files that this script did not write: give another --to_dir, or '
+    earlier = huggingface.read_origin(target)
+    others = [path.name for path in target.glob('*') if path.name != UNFINISHED]
+    if others and not overwrite and earlier.get('to') != to:
+        raise UserError(f'{target} holds other files than an export with --to={to}: give another --to_dir, or '
                         '--overwrite=True to write among them')
     temporary = target / UNFINISHED if target.is_dir() else target.with_name(f'.{target.name}{UNFINISHED}')
     shutil.rmtree(temporary, ignore_errors=True)  # what a kill has left
@@ -162,8 +180,11 @@ def folder_to_fill(target: Path, overwrite: bool) -> Iterator[Path]:
         if not target.exists():
             os.rename(temporary, target)
             return
-        (target / 'config.json').unlink(missing_ok=True)  # it comes last: without it nobody takes the folder for whole
-        for path in sorted(temporary.iterdir(), key=is_config):
+        new = sorted(temporary.iterdir(), key=is_config)  # it comes last: without it nobody takes the folder for whole
+        replaced = {path.name for path in new}.union(earlier['files'] if earlier.get('to') == to else ())
+        for name in replaced.intersection(others):
+            (target / name).unlink()
+        for path in new:
             os.replace(path, target / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -200,6 +221,8 @@ def vocabulary_of(state: checkpoint.State, vocab_size: int, is_needed: bool) -> 
 
 def next_step(to: str, target: Path, name: str, prompt: str) -> str:
     """What to type where the export is wanted."""
+    if to == 'ckpt':
+        return f'{errors.python()} sample.py --out_dir={shlex.quote(str(target))}'
     if to == 'gguf':
         modelfile = shlex.quote(f'{target}/Modelfile')
         return f'ollama create {name} -f {modelfile} && ollama run {name} {shlex.quote(prompt)}'
@@ -212,29 +235,13 @@ def next_step(to: str, target: Path, name: str, prompt: str) -> str:
     return f'{errors.python()} -c ' + (f'"{program}"' if is_plain else shlex.quote(program))
 
 
-def export(source: str, target: Path) -> str:
-    """Write the model that `source` names to `target`, in the form that `to` asks for. Returns what to type next."""
-    answers = {name: value for name, value in (('n_head', n_head), ('gelu', gelu)) if value}
-    model, state = checkpoint.open_model(source, answers=answers)
-    if n_head and n_head != model.config.n_head:
-        raise UserError(f'--n_head={n_head} was given, and the model in {source} has {model.config.n_head}: leave it '
-                        'out')
-    if gelu and gelu != model.config.gelu:
-        model = GPT.from_weights(replace(model.config, gelu=gelu), model.state_dict())
-    check(to, dtype, model.config)
-    if dataset:
-        state = state | {'tokenizer': None, 'config': state.get('config', {}) | {'dataset': dataset}}
-    vocabulary = vocabulary_of(state, model.config.vocab_size, to != 'ckpt')
-    if to == 'ckpt' or vocabulary is None:
-        write_run(target, model, state, vocabulary)
-        return f'{errors.python()} sample.py --out_dir={target}'
-    if dtype == 'float16' and any(p.abs().max() > torch.finfo(torch.float16).max for p in model.parameters()):
-        raise UserError('this model has weights that float16 cannot hold: give another --dtype')
+def export(target: Path, to: str, dtype: str, overwrite: bool, name: str, model: GPT, state: checkpoint.State,
+           vocabulary: Tokenizer) -> None:
+    """Write a model that has passed `check`, and its tokenizer, to the folder `target`, in the form `to`."""
     config, weights = complete(model, vocabulary.n_vocab)
     config = replace(config, dropout=state.get('model_args', {}).get('dropout', 0.0))  # for those who train on
-    name = re.sub(r'[^\w.-]', '-', Path(out_dir).resolve().name)
-    precision, prompt = getattr(torch, dtype), prompt_for(vocabulary)
-    with folder_to_fill(target, overwrite) as folder:
+    precision = getattr(torch, dtype)
+    with folder_to_fill(target, to, overwrite) as folder:
         if to == 'hf':
             huggingface.write(folder, config, weights, vocabulary, precision)
             (folder / 'README.md').write_text(card(name, config, weights, state, vocabulary), encoding='utf-8')
@@ -242,9 +249,9 @@ def export(source: str, target: Path) -> str:
             gguf_file.write(folder, name, config, weights, vocabulary, precision)
         else:
             llmc.write(folder, config, weights, vocabulary, precision)
-        origin = json.dumps(origin_of(state, vocabulary))
-        (folder / huggingface.ORIGIN).write_text(origin, encoding='utf-8')
-    return next_step(to, target, name, prompt)
+        files = sorted(path.name for path in folder.iterdir())
+        origin = origin_of(state, vocabulary) | {'to': to, 'files': files}
+        (folder / huggingface.ORIGIN).write_text(json.dumps(origin), encoding='utf-8')
 
 
 def main(args: list[str]) -> None:
@@ -252,11 +259,19 @@ def main(args: list[str]) -> None:
     if remote.is_url(to_dir or out_dir):
         raise UserError(f'{remote.shown(to_dir or out_dir)} is no folder of this machine: give one as --to_dir')
     target = Path(to_dir).resolve() if to_dir else Path(out_dir) if to == 'ckpt' else Path(out_dir, to)
-    next_line = export(init_from or out_dir, target)
+    model, state = open_source(init_from or out_dir, n_head, gelu, dataset)
+    check(to, dtype, model)
+    vocabulary = vocabulary_of(state, model.config.vocab_size, to != 'ckpt')
+    name = re.sub(r'[^\w.-]', '-', Path(out_dir).resolve().name)
+    if to == 'ckpt' or vocabulary is None:
+        write_run(target, model, state, vocabulary)
+    else:
+        export(target, to, dtype, overwrite, name, model, state, vocabulary)
     for path in sorted(target.iterdir()):
         if path.is_file():
             print(f'{path.stat().st_size:15,} bytes  {path}')
-    print(f'next:\n    {next_line}')
+    if vocabulary:
+        print(f'next:\n    {next_step(to, target, name, prompt_for(vocabulary))}')
 
 
 if __name__ == '__main__':

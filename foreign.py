@@ -5,6 +5,7 @@ GPT-2's names. Whatever is another model than GPT-2 is refused, with the reason.
 Some of them hold a pickled dataclass. It is never imported: an inert class takes its place, and has its fields.
 """
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from torch import Tensor
 from errors import CHECKPOINT, UserError, python
 
 State = dict[str, Any]
-OTHER_MODELS = [  # the keys of a checkpoint, and why its weights are of no use to a GPT-2
-    ({'n_iter', 'model_state_dict', 'wandb_run_id'},
-     'its norms are RMSNorm, and what its attention projects is never used (DDP-BASEMODEL-TRAIN)'),
-    ({'epoch', 'model_state_dict', 'optimizer_state_dict', 'loss'},
-     'it normalises the residual stream itself, and has its GELU after the MLP (gpt-ddp)'),
-    ({'model_state', 'optimizer_state', 'finished_epoch'}, 'its attention sees later tokens (minGPT-ddp)'),
+OTHER_MODELS = [  # the keys of a checkpoint, whose it is, and why its weights are of no use to a GPT-2
+    ({'n_iter', 'model_state_dict', 'wandb_run_id'}, 'DDP-BASEMODEL-TRAIN',
+     'its norms are RMSNorm, and what its attention projects is never used'),
+    ({'epoch', 'model_state_dict', 'optimizer_state_dict', 'loss'}, 'gpt-ddp',
+     'it normalises the residual stream itself, and has its GELU after the MLP'),
+    ({'model_state', 'optimizer_state', 'finished_epoch'}, 'minGPT-ddp', 'its attention sees later tokens'),
 ]
 GPT_FROM_SCRATCH = [  # its names for the weights, and GPT-2's
     ('gpt.t_embedding.', 'transformer.wte.'), ('gpt.p_embedding.', 'transformer.wpe.'),
@@ -52,9 +53,9 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
     and gelu. Raises UserError where something is missing, and for another model than GPT-2."""
     if not isinstance(tree, dict):
         tree = {}
-    for keys, reason in OTHER_MODELS:
+    for keys, project, reason in OTHER_MODELS:
         if keys <= tree.keys():
-            raise UserError(f'{path} is another model than GPT-2: {reason}', CHECKPOINT)
+            raise UserError(f"{path} looks like {project}'s, which is another model than GPT-2: {reason}", CHECKPOINT)
     is_bare = 'model' not in tree and any(isinstance(value, Tensor) for value in tree.values())
     weights = clean(tree if is_bare else tree.get('model'))
     if weights and isinstance(tree.get('model_args'), dict):
@@ -122,8 +123,10 @@ def describe(tree: State, weights: dict[str, Tensor], known: dict[str, Any], pat
     missing = {'n_head': f'--n_head={max(1, wte.size(1) // 64)}', 'gelu': '--gelu=tanh'}
     asked = [name for name in missing if known[name] is None]
     if asked:
-        raise UserError(f'{path} does not say {" and ".join(asked)}: {python()} export.py --init_from={path} --to=ckpt '
-                        f'{" ".join(missing[name] for name in asked)} makes a checkpoint that does', CHECKPOINT)
+        answers_wanted = ' '.join(missing[name] for name in asked)
+        raise UserError(f'{path} does not say {" and ".join(asked)}: {python()} export.py '
+                        f'--init_from={shlex.quote(str(path))} --to=ckpt {answers_wanted} makes a checkpoint that does',
+                        CHECKPOINT)
     head = weights.setdefault('lm_head.weight', wte)
     tied = known['tie_weights'] if known['tie_weights'] is not None else torch.equal(head, wte)
     args = {'n_layer': len(layers), 'n_head': known['n_head'], 'n_embd': wte.size(1), 'block_size': wpe.size(0),

@@ -1,6 +1,8 @@
 """Hugging Face's form of a GPT-2, in and out: the same names, with four kinds of matrices transposed."""
+import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from errors import CHECKPOINT, DISK_FULL, UserError
 from model import GPTConfig
-from tokenizer import END_OF_TEXT, Tokenizer
+from tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_level
 
 if TYPE_CHECKING:
     import tokenizers
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) there
 GELU: dict[str, Literal['tanh', 'exact']] = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
 ORIGIN = 'plaingpt.json'  # beside what export.py writes: what no other format has room for, such as the tokenizer
+TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'merges.txt')  # the first, or the others in older folders
+BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'  # sha256 of its tokens, one on a line
 
 
 def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -91,6 +96,47 @@ def read_origin(folder: Path) -> dict[str, Any]:
     return origin
 
 
+def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
+    """What a checkpoint would say of the tokenizer that others have put beside their model; {} where it is GPT-2's, or
+    where there is none. Raises UserError where it is of another kind than GPT-2's."""
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        if name_or_folder.startswith('gpt2'):
+            return {}
+        with readable_errors(name_or_folder):
+            import huggingface_hub
+            folder = Path(huggingface_hub.snapshot_download(name_or_folder, allow_patterns=list(TOKENIZER_FILES)))
+    path, vocab, merges = (folder / name for name in TOKENIZER_FILES)
+    if not path.is_file() and not (vocab.is_file() and merges.is_file()):
+        return {}
+    import tokenizers
+
+    try:
+        if path.is_file():
+            library = tokenizers.Tokenizer.from_file(str(path))
+        else:
+            ids, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
+            library = byte_level(ids, pairs, '')
+            library.add_special_tokens([END_OF_TEXT] if END_OF_TEXT in ids else [])
+        library.no_truncation()
+        library.no_padding()
+        learned = TrainedBPE(f'bpe:{library.get_vocab_size()}', library)
+        says = json.loads(library.to_str())
+        is_like_gpt2 = (
+            says['model']['type'] == 'BPE' and not says['model']['dropout'] and says['normalizer'] is None
+            and says['pre_tokenizer'] | {'trim_offsets': True} == BYTE_LEVEL and library.encode('').ids == []
+            and all(library.id_to_token(i) for i in range(learned.n_vocab))
+            and set(map(bytes, zip(range(256), strict=True))) <= set(learned.pieces))
+    except Exception:  # of a library that reads what others have written; or it holds no bytes
+        is_like_gpt2 = False
+    if not is_like_gpt2:
+        raise UserError(f"the tokenizer of {name_or_folder} is damaged, or of another kind than GPT-2's: it is not read"
+                        "\nwithout its files, the model's tokens are taken for GPT-2's, or those of a --dataset",
+                        CHECKPOINT)
+    is_gpt2 = hashlib.sha256(b'\n'.join(learned.pieces)).hexdigest() == GPT2_PIECES
+    return {} if is_gpt2 else {'tokenizer': learned.state()}
+
+
 def write(folder: Path, config: GPTConfig, weights: dict[str, Tensor], vocabulary: Tokenizer,
           dtype: torch.dtype) -> None:
     """Weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them. The model must
@@ -122,6 +168,7 @@ def write(folder: Path, config: GPTConfig, weights: dict[str, Tensor], vocabular
         'do_sample': True, 'temperature': 0.8, 'top_k': min(200, config.vocab_size), 'max_length': config.block_size,
         **tokens, 'pad_token_id': end})
     tokenizer_of(vocabulary).save(str(folder / 'tokenizer.json'))
+    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')  # which its library writes for us alone
     names = {} if end is None else {'bos_token': END_OF_TEXT, 'eos_token': END_OF_TEXT}
     write_json(folder / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,

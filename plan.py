@@ -3,8 +3,9 @@ Before a run: what it amounts to. How many tokens and steps, parameters and byte
 
     python train.py config/train_gpt2.py --plan=True
 
-Nothing is allocated, read or written but the sizes of files: models are built on PyTorch's meta device, where tensors
-have a shape and no numbers. Bytes are in powers of ten: 1 GB is 10^9.
+Nothing is written, and of a corpus only the size is read. Models are built on PyTorch's meta device, where tensors have
+a shape and no numbers; only a run that starts from a checkpoint loads that one. Bytes are in powers of ten: 1 GB is
+10^9.
 """
 import json
 import math
@@ -21,6 +22,7 @@ import configurator
 import parallel
 import sharding
 import sizes
+import token_files
 import tokenizer
 import tokens
 from errors import DATA, UserError
@@ -103,7 +105,8 @@ def look_at(dataset: str) -> Corpus:
     folder = tokens.data_folder(dataset)
     try:
         meta = tokens.read_meta(folder)
-        counts = {split: len(tokens.TokenFile(folder / f'{split}.bin', meta['dtype'])) for split in ('train', 'val')}
+        counts = {split: len(token_files.open_files(tokens.files_of(folder, split) or [folder / f'{split}.bin'], folder,
+                                                    meta['dtype'])) for split in ('train', 'val')}
     except UserError as error:
         if error.code != DATA:
             raise
@@ -127,8 +130,8 @@ def shape_of(settings: dict[str, Any], given: set[str], n_vocab: int) -> tuple[G
         state = checkpoint.load_newest(run)
         config, first_step = checkpoint.config_of(state, dropout), state['iter_num']
     else:
-        known = sizes.GPT2.get(source)
-        config = replace(known, dropout=dropout) if known else checkpoint.open_model(source, dropout)[0].config
+        known, answers = sizes.GPT2.get(source), {name: settings[name] for name in given & {'n_head', 'gelu'}}
+        config = replace(known, dropout=dropout) if known else checkpoint.open_model(source, dropout, answers)[0].config
     checkpoint.refuse_other_shape(config, settings, given - {'block_size'})
     is_cropped = 'block_size' in given and settings['block_size'] < config.block_size
     return replace(config, block_size=settings['block_size']) if is_cropped else config, first_step
@@ -162,6 +165,13 @@ def size(n: float) -> str:
         if n >= unit:
             return f'{n / unit:.3g} {name}' if n < 999.5 * unit else f'{n / unit:,.0f} {name}'
     return f'{n:.0f} B'
+
+
+def duration(seconds: float) -> str:
+    """An estimate, for people."""
+    if seconds < 3600:
+        return f'{seconds / 60:.0f} min' if seconds >= 60 else '< 1 min'
+    return f'{seconds / 3600:,.1f} h' if seconds < 360_000 else f'{seconds / 3600:,.0f} h'
 
 
 def row(label: str, *cells: object, width: int = 10) -> str:
@@ -214,8 +224,7 @@ def about_memory(plan: Plan) -> Iterator[str]:
     yield row('kept around them', size(full.around), size(half.around))
     yield row('logits and their gradient', size(full.loss), size(half.loss))
     yield ''
-    yield row('each process holds, and its peak', 'weights', 'gradients', 'moments', 'gathered', 'float32', 'recomp.',
-              'bfloat16', 'recomp.')
+    yield row('each process', 'weights', 'gradients', 'moments', 'gathered', 'peak: f32', 'recomp.', 'bf16', 'recomp.')
     counts = sorted({*PROCESSES, plan.world_size} - {1})
     rows: list[tuple[sharding.Strategy, int, str]] = [('ddp', 1, 'ddp, alone'), ('ddp', 2, 'ddp, one of several')]
     rows += [('zero1', n, f'zero1, one of {n}') for n in counts] + [('fsdp', n, f'fsdp, one of {n}') for n in counts]
@@ -223,7 +232,8 @@ def about_memory(plan: Plan) -> Iterator[str]:
         part = sizes.held(plan.model, strategy, n, 4, not plan.settings['reshard_after_forward'])
         peaks = [plan.peak(strategy, n, width, recomputes) for width in (4, 2) for recomputes in (False, True)]
         yield row(label, *map(size, part), *map(size, peaks))
-    yield 'of tensors, uncompiled; a card needs some more for itself'
+    yield ("gathered: the others' parts, for a moment; f32, bf16: --dtype; recomp.: --activation_checkpointing=True\n"
+           'the peak is that of tensors, uncompiled; a card needs some more for itself')
 
 
 def about_time(plan: Plan) -> Iterator[str]:
@@ -231,7 +241,7 @@ def about_time(plan: Plan) -> Iterator[str]:
     settings, work = plan.settings, plan.work(plan.world_size)
     dtype = 'float32' if settings['dtype'] == 'float32' else 'bfloat16'
     flops = work.last_step * work.n_windows * plan.model.config.block_size * plan.model.flops_per_token()
-    yield row(f'{settings["strategy"]}, {dtype}', 'memory', '1 card', '8 cards')
+    yield row(f'time, {settings["strategy"]}, {dtype}', 'memory', '1 card', '8 cards')
     for card, memory in CARDS.items():
         promised = parallel.peak_flops(card, dtype)
         assert promised, f'parallel.PEAK_FLOPS knows the {card}'
@@ -239,12 +249,10 @@ def about_time(plan: Plan) -> Iterator[str]:
         for n in (1, 8):
             need = plan.peak(settings['strategy'], n, 4 if dtype == 'float32' else 2,
                              settings['activation_checkpointing'])
-            hours = flops / (promised * UTILISATION * n) / 3600
-            duration = f'{hours:,.1f} h' if hours >= 0.1 else f'{3600 * hours:.1f} s'
-            cells.append(duration if need <= memory else 'too small')
+            cells.append(duration(flops / (promised * UTILISATION * n)) if need <= memory else 'too small')
         yield row(card, size(memory), *cells)
     yield (f'an estimate, for cards that do {UTILISATION:.0%} of the FLOP/s that they promise: small models and small '
-           'batches do less.\nThe mfu that a run prints is measured, and better than it')
+           'batches do less\nthe mfu that a run prints is measured, and better than it')
 
 
 def warnings(plan: Plan) -> Iterator[str]:
@@ -256,7 +264,7 @@ def warnings(plan: Plan) -> Iterator[str]:
         yield f"vocab_size={config.vocab_size} is smaller than the tokenizer's {plan.corpus.n_vocab}: leave it out"
     for split, count in counts.items():
         if count <= config.block_size:
-            yield (f'{split}.bin has {count} tokens, too few for a window of {config.block_size} + 1: '
+            yield (f'{split}: {count} tokens are too few for a window of {config.block_size} + 1: '
                    f'--block_size={max(1, min(counts.values()) - 1)} or less, or more text')
     if epochs > REPEATS:
         yield f'{epochs:.1f} epochs of this corpus: beyond {REPEATS:.0f} a repeated text teaches little that is new'
@@ -274,7 +282,7 @@ def warnings(plan: Plan) -> Iterator[str]:
                f'--lr_decay_iters={last}')
     free, fixed = free_bytes(settings['out_dir']), sum(sizes.held(plan.model, 'ddp', 1, 4)[:3])
     if disk_bytes(plan) > free:
-        yield f'the disk has no room for the checkpoints: {size(free)} of {size(disk_bytes(plan))}'
+        yield f'the disk has no room for the checkpoints: they need {size(disk_bytes(plan))}, and {size(free)} are free'
     if fixed > max(CARDS.values()):
         yield f'weights, gradients and moments, {size(fixed)}, are more than any card holds: --strategy=fsdp'
 

@@ -138,9 +138,11 @@ class TrainedBPE(Tokenizer):
 
     def __init__(self, name: str, library: 'tokenizers.Tokenizer') -> None:
         byte_of = bytes_of_printable_alphabet()
-        vocabulary = sorted(library.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
-        pieces = [bytes(byte_of[symbol] for symbol in token) for token, _ in vocabulary]
-        super().__init__(name, [*pieces, END_OF_TEXT.encode()], library.token_to_id(END_OF_TEXT))
+        added = {token.content for token in library.get_added_tokens_decoder().values()}  # such as <|endoftext|>
+        vocabulary = sorted(library.get_vocab().items(), key=lambda item: item[1])
+        pieces = [token.encode() if token in added else bytes(byte_of[symbol] for symbol in token)
+                  for token, _ in vocabulary]
+        super().__init__(name, pieces, library.token_to_id(END_OF_TEXT))
         self.library = library
         self.library.encode_special_tokens = True  # that is: as ordinary text
 

@@ -330,7 +330,7 @@ def test_an_id_beyond_the_vocabulary_is_found_wherever_it_stands(tmp_path: Path,
         (tmp_path / f'{split}.bin').write_bytes(b''.join(i.to_bytes(2, 'little') for i in ids))
     code, _ = answer({'dataset': tmp_path, 'out_dir': tmp_path / 'out'})
     assert code == errors.CHECK_FAILED
-    assert re.search(r'FAIL ids: at most 50304, of 50304\b', capsys.readouterr().out)
+    assert re.search(r'FAIL ids: up to 50304, and the model knows 50304\b', capsys.readouterr().out)
 
 
 def test_a_run_that_exists_is_checked_as_it_would_go_on_and_left_alone(

@@ -27,6 +27,7 @@ import sample
 import tokenizer as tokenizers
 from errors import UserError
 from model import GPT, GPTConfig
+from tests.comparing import refused
 
 SHAPE = GPTConfig(block_size=16, vocab_size=0, n_layer=2, n_head=2, n_embd=8, bias=False)
 ODD = 'naïve café\n\tdef f(x): return "日本語 🙂"\r\n\x00 <|endoftext|> end  of   text\n\n'
@@ -65,14 +66,6 @@ def run(folder: Path, **settings: Any) -> Path:
     return Path(settings.get('to_dir') or folder / settings['to'])
 
 
-def refused(call: Callable[..., Any], *positional: Any, code: int = errors.COMMAND, **named: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*positional, **named)
-    assert caught.value.code == code, caught.value
-    assert str(caught.value).count('\n') < 3
-    return str(caught.value)
-
-
 @pytest.fixture(scope='module')
 def documents(shared_data: Path) -> list[str]:
     """Real web pages."""
@@ -107,6 +100,7 @@ def test_transformers_computes_the_same_logits(bias: bool, gelu: Any, tied: bool
     assert theirs.config.n_ctx == theirs.config.n_positions == 16
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.vocab_size) == (256, 256, 257)
     assert (theirs.lm_head.weight is theirs.transformer.wte.weight) == tied
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, 'whoever may read one file may read all'
 
 
 @pytest.mark.parametrize('bias', [False, True])
@@ -253,7 +247,7 @@ def test_weights_are_rounded_as_asked(dtype: str, tmp_path: Path) -> None:
         model.transformer.wte.weight[0, 0] = 1e6
     if dtype == 'float16':
         folder = write_run(tmp_path / 'large', model, build('byte', False))
-        assert 'float16 cannot hold' in refused(run, folder, dtype=dtype)
+        assert 'float16 cannot hold' in refused(run, folder, dtype=dtype, code=errors.COMMAND)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -372,14 +366,14 @@ def test_llama_cpp_reads_the_same_tokens_and_predicts_the_same(spec: str, eot: b
 def test_what_gguf_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     vocabulary = build('char')
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary)
-    assert "'char' cannot be written as GGUF" in refused(run, folder, to='gguf')
+    assert "'char' cannot be written as GGUF" in refused(run, folder, to='gguf', code=errors.COMMAND)
     assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
 
 
 @pytest.mark.parametrize('to', ['gguf', 'llmc'])
 def test_the_exact_gelu_is_refused_where_it_would_be_another(to: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=300, gelu='exact')), build('bpe:300'))
-    assert '--gelu=tanh' in refused(run, folder, to=to)
+    assert '--gelu=tanh' in refused(run, folder, to=to, code=errors.COMMAND)
     assert run(folder, to=to, gelu='tanh').is_dir()
 
 
@@ -444,7 +438,7 @@ def test_a_damaged_file_of_llmcs_is_refused(tmp_path: Path) -> None:
 
 def test_llmc_has_no_untied_head(tmp_path: Path) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257, tie_weights=False)), build('byte'))
-    assert 'another matrix' in refused(run, folder, to='llmc')
+    assert 'another matrix' in refused(run, folder, to='llmc', code=errors.COMMAND)
 
 
 def test_a_token_file_of_llmcs_is_left_out_where_it_cannot_be(
@@ -477,12 +471,29 @@ def test_an_export_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
     other.mkdir()
     (other / 'thesis.txt').write_text('x', encoding='utf-8')
     (other / 'README.md').write_text('x', encoding='utf-8')
-    assert '--overwrite=True' in refused(run, source, to_dir=other)
+    assert '--overwrite=True' in refused(run, source, to_dir=other, code=errors.COMMAND)
     assert sorted(path.name for path in other.iterdir()) == ['README.md', 'thesis.txt']
     run(source, to_dir=other, overwrite=True)
     assert (other / 'config.json').exists() and (other / 'thesis.txt').exists()
     assert sorted(path.name for path in other.iterdir() if path.name.startswith('.')) == []
-    assert 'is a file' in refused(run, source, to_dir=other / 'thesis.txt')
+    assert 'is a file' in refused(run, source, to_dir=other / 'thesis.txt', code=errors.COMMAND)
+
+
+def test_a_second_export_leaves_no_file_of_the_first(tmp_path: Path) -> None:
+    """The tokens of another vocabulary, say, where the new one cannot be written. Another form is no second export."""
+    byte, char = build('byte'), build('char', False)
+    source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), byte)
+    folder = run(source, to='llmc')
+    (folder / 'mine.txt').write_text('x', encoding='utf-8')
+    write_run(source, random_model(replace(SHAPE, vocab_size=char.n_vocab)), char)
+    assert run(source, to='llmc') == folder
+    assert sorted(path.name for path in folder.iterdir()) == ['mine.txt', 'model.bin', 'plaingpt.json']
+
+    assert '--to=hf' in refused(run, source, to_dir=folder, code=errors.COMMAND)
+    run(source, to_dir=folder, overwrite=True)
+    write_run(source, random_model(replace(SHAPE, vocab_size=257)), byte)
+    run(source, to='llmc', to_dir=folder, overwrite=True)
+    assert {'config.json', 'model.safetensors', 'model.bin', 'mine.txt'} < {path.name for path in folder.iterdir()}
 
 
 def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> None:
@@ -511,7 +522,8 @@ def test_an_export_becomes_a_run_again(tmp_path: Path, run_script: Callable[...,
     after, state = checkpoint.open_model(str(tmp_path / 'new'))
     assert_same_weights(before, after, vocabulary.n_vocab)
     assert state['tokenizer'] == vocabulary.state()
-    assert 'holds a run already' in refused(run, tmp_path / 'new', init_from=folder / 'model.bin', to='ckpt')
+    again = refused(run, tmp_path / 'new', init_from=folder / 'model.bin', to='ckpt', code=errors.COMMAND)
+    assert 'holds a run already' in again
     result = run_script('sample.py', f'--out_dir={tmp_path}/new', '--num_samples=1', '--max_new_tokens=3')
     assert result.returncode == 0, result.stderr
 
@@ -526,17 +538,17 @@ def test_a_damaged_origin_is_one_line(damage: str | bytes, tmp_path: Path) -> No
 
 def test_wrong_commands_are_answered_in_a_line_or_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
-    assert 'has 2: leave it out' in refused(run, folder, n_head=4)
+    assert 'has 2: leave it out' in refused(run, folder, n_head=4, code=errors.COMMAND)
     (tmp_path / 'file').write_text('', encoding='utf-8')
-    assert 'cannot be written' in refused(run, folder, to_dir=tmp_path / 'file/hf')
-    assert 'float32 or float16' in refused(run, folder, to='gguf', dtype='bfloat16')
-    assert 'float32 or bfloat16' in refused(run, folder, to='llmc', dtype='float16')
-    assert 'to must be' in refused(run, folder, to='onnx')
-    assert '--to_dir' in refused(export.main, ['--out_dir=s3://bucket/run'])
+    assert 'cannot be written' in refused(run, folder, to_dir=tmp_path / 'file/hf', code=errors.COMMAND)
+    assert 'float32 or float16' in refused(run, folder, to='gguf', dtype='bfloat16', code=errors.COMMAND)
+    assert 'float32 or bfloat16' in refused(run, folder, to='llmc', dtype='float16', code=errors.COMMAND)
+    assert 'to must be' in refused(run, folder, to='onnx', code=errors.COMMAND)
+    assert '--to_dir' in refused(export.main, ['--out_dir=s3://bucket/run'], code=errors.COMMAND)
     assert 'nothing' in refused(run, tmp_path / 'nothing', code=errors.CHECKPOINT)
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    assert 'pip install safetensors' in refused(run, folder)
+    assert 'pip install safetensors' in refused(run, folder, code=errors.COMMAND)
     monkeypatch.setitem(sys.modules, 'gguf', None)
     bpe = write_run(tmp_path / 'bpe', random_model(replace(SHAPE, vocab_size=300)), build('bpe:300'))
-    assert 'pip install gguf' in refused(run, bpe, to='gguf')
+    assert 'pip install gguf' in refused(run, bpe, to='gguf', code=errors.COMMAND)
     assert not [name for name in os.listdir(tmp_path) if name.endswith('.exporting')]

@@ -1,7 +1,9 @@
 """Checkpoints of other projects: what they compute is computed here, what they do not say is asked for, and nothing in
 them runs. Their models are written again below, as far as their files tell of them."""
 import dataclasses
+import json
 import os
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,8 +21,8 @@ import checkpoint
 import errors
 import export
 import sample
-from errors import UserError
 from model import GPT, GPTConfig
+from tests.comparing import refused
 
 # ------------------------------------------------------------------------------------------------
 # Their files: a config class in a module that is gone when the file is read
@@ -106,14 +109,6 @@ def randomise(model: nn.Module) -> None:
             p.normal_(1.0 if p.dim() == 1 else 0.0, 0.3)
 
 
-def refused(call: Callable[..., Any], *positional: Any, code: int = errors.CHECKPOINT, **named: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*positional, **named)
-    assert caught.value.code == code, caught.value
-    assert str(caught.value).count('\n') < 3
-    return str(caught.value)
-
-
 @torch.no_grad()
 def assert_same_logits(ours: GPT, theirs: nn.Module, n_vocab: int = 384) -> None:
     idx = torch.randint(n_vocab, (3, 16))
@@ -160,7 +155,7 @@ def test_bare_weights_need_two_answers(tmp_path: Path) -> None:
             weights['lm_head.weight'] = weights['lm_head.weight'] + 1
         weights['transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()  # the mask of old models
         torch.save(weights, path)
-        message = refused(checkpoint.open_model, str(path))
+        message = refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
         assert message.count('\n') == 0 and f'{path} does not say n_head and gelu: ' in message
         assert f'export.py --init_from={path} --to=ckpt --n_head=4 --gelu=tanh' in message
         ours, _ = checkpoint.open_model(str(path), answers={'n_head': 4, 'gelu': 'exact'})
@@ -225,7 +220,7 @@ def test_an_imported_model_can_be_evaluated_exported_and_trained_on(
 ])
 def test_other_models_are_refused_with_the_reason(tree: dict[str, Any], reason: str, tmp_path: Path) -> None:
     torch.save(tree, tmp_path / 'chkpoint_100.pth')
-    message = refused(checkpoint.open_model, str(tmp_path / 'chkpoint_100.pth'))
+    message = refused(checkpoint.open_model, str(tmp_path / 'chkpoint_100.pth'), code=errors.CHECKPOINT)
     assert 'is another model than GPT-2' in message and reason in message
 
 
@@ -237,7 +232,92 @@ def test_a_model_that_only_looks_like_theirs_is_refused(tmp_path: Path, monkeypa
            weights | {'gpt.final_ln.weight': torch.ones(3)}]
     for changed in odd:
         torch.save({'model': changed}, path)
-        assert 'do not fit' in refused(checkpoint.open_model, str(path), answers={'n_head': 4})
+        assert 'do not fit' in refused(checkpoint.open_model, str(path), answers={'n_head': 4}, code=errors.CHECKPOINT)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizers in Hugging Face folders
+
+
+def their_tokenizer(**options: Any) -> Any:
+    """A byte-level BPE as others train it, special tokens first."""
+    library = tokenizers.ByteLevelBPETokenizer(**options)
+    library.train_from_iterator([__doc__], vocab_size=300, special_tokens=['<s>', '<|endoftext|>'], show_progress=False)
+    library.enable_truncation(8)
+    return library
+
+
+def their_folder(folder: Path, vocab_size: int) -> Path:
+    transformers = pytest.importorskip('transformers')
+    config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize('is_one_file', [True, False])
+def test_a_tokenizer_of_gpt2s_kind_is_read_from_a_folder(is_one_file: bool, tmp_path: Path) -> None:
+    folder, theirs = their_folder(tmp_path / 'theirs', 300), their_tokenizer()
+    if is_one_file:
+        theirs.save(str(folder / 'tokenizer.json'))
+    else:
+        theirs.save_model(str(folder))
+    model, state = checkpoint.open_model(str(folder))
+    ours = sample.vocabulary_of(state, model.config.vocab_size)
+    theirs.no_truncation()
+    for text in (__doc__, 'naïve café 日本語 \x00 end  of\n'):
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.eot, ours.n_vocab, ours.pieces[0]) == (1, theirs.get_vocab_size(), b'<s>')
+    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/ours'])
+    assert checkpoint.open_model(f'{tmp_path}/ours')[1]['tokenizer'] == ours.state()
+    assert tokenizers.Tokenizer.from_file(f'{tmp_path}/ours/tokenizer.json').encode(__doc__).ids == ours.encode(__doc__)
+
+
+def test_a_model_of_the_hub_has_the_tokenizer_that_is_there(tmp_path: Path, run_script: Callable[..., Any]) -> None:
+    """Without network, out of the cache that a download has left."""
+    cache = tmp_path / 'hub/models--somebody--novels'
+    (cache / 'refs').mkdir(parents=True)
+    (cache / 'refs/main').write_text('0' * 40, encoding='utf-8')
+    folder = their_folder(cache / 'snapshots' / ('0' * 40), 300)
+    their_tokenizer().save(str(folder / 'tokenizer.json'))
+    arguments = ['export.py', '--init_from=somebody/novels', f'--to_dir={tmp_path}/ours']
+    result = run_script(*arguments, cwd=tmp_path, environment={'HF_HOME': str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    state = json.loads((tmp_path / 'ours/plaingpt.json').read_text(encoding='utf-8'))
+    expected = checkpoint.open_model(str(folder))[1]['tokenizer']
+    assert state['tokenizer'] == expected and expected['name'].startswith('bpe:')
+
+
+def test_gpt2s_tokenizer_is_known_by_its_tokens(tmp_path: Path, tiktoken_cache: Path) -> None:
+    folder = their_folder(tmp_path, 50257)
+    for name, file in (('vocab.json', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6'),
+                       ('merges.txt', '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')):
+        shutil.copy(tiktoken_cache / file, folder / name)
+    assert checkpoint.open_model(str(folder))[1] == {}
+    pytest.importorskip('transformers').AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    assert (folder / 'tokenizer.json').is_file() and checkpoint.open_model(str(folder))[1] == {}
+
+
+@pytest.mark.parametrize('kind', ['lowercase', 'a space first', 'a start token', 'without all bytes', 'words',
+                                  'damaged'])
+def test_a_tokenizer_of_another_kind_is_not_taken_for_gpt2s(kind: str, tmp_path: Path) -> None:
+    library = their_tokenizer(lowercase=kind == 'lowercase', add_prefix_space=kind == 'a space first')
+    if kind == 'a start token':
+        library.post_processor = tokenizers.processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 0)])
+    text = library.to_str()
+    if kind == 'without all bytes':
+        tree = json.loads(text)
+        vocab = tree['model']['vocab']
+        vocab['ĀĀ'] = vocab.pop('Ā')
+        text = json.dumps(tree)
+    if kind == 'words':
+        text = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, '')).to_str()
+    path = their_folder(tmp_path, 300) / 'tokenizer.json'
+    path.write_text('{' if kind == 'damaged' else text, encoding='utf-8')
+    message = refused(checkpoint.open_model, str(tmp_path), code=errors.CHECKPOINT)
+    assert f"the tokenizer of {tmp_path} is damaged, or of another kind than GPT-2's" in message
+    path.unlink()
+    assert checkpoint.open_model(str(tmp_path))[1] == {}, 'as it advises'
 
 
 # ------------------------------------------------------------------------------------------------
@@ -300,7 +380,7 @@ def test_a_pickle_in_the_place_of_a_config_runs_nothing(where: str, tmp_path: Pa
         made.__init__ = run_a_command
         tree['config'] = Call(made, f'touch {witness}')
     torch.save(tree, path)
-    message = refused(checkpoint.open_model, str(path))
+    message = refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
     assert 'could run any code' in message and not witness.exists()
     torch.load(path, weights_only=False)
     assert witness.exists(), 'it would have run'
@@ -317,7 +397,7 @@ def test_a_config_with_odd_fields_is_asked_about_or_refused(tmp_path: Path, monk
     for fields in odd:
         tree = {'model': theirs.state_dict(), 'config': config_of('gone', fields)}
         save(tree, path, 'gone', monkeypatch)
-        assert 'n_head' in refused(checkpoint.open_model, str(path))
+        assert 'n_head' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
 
 
 def test_only_one_class_and_only_a_config_is_read_as_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,9 +406,9 @@ def test_only_one_class_and_only_a_config_is_read_as_fields(tmp_path: Path, monk
     type(tree['config']).__qualname__ = type(tree['config']).__name__ = 'Optimizer'
     vars(sys.modules['gone'])['Optimizer'] = type(tree['config'])
     torch.save(tree, path)
-    assert 'could run any code' in refused(checkpoint.open_model, str(path))
+    assert 'could run any code' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
     torch.save({**tree, 'config': config_of('gone', {'n_heads': 4}), 'other': config_of('elsewhere', {'a': 1})}, path)
-    assert 'could run any code' in refused(checkpoint.open_model, str(path))
+    assert 'could run any code' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
     for name in ('gone', 'elsewhere'):
         monkeypatch.delitem(sys.modules, name)
 
@@ -352,7 +432,7 @@ def test_a_run_without_a_tokenizer_is_made_with_a_line_and_a_corpus_brings_one(
     export.main([*arguments, f'--out_dir={tmp_path}/with', f'--dataset={tiny_dataset}'])
     assert checkpoint.open_model(f'{tmp_path}/with')[1]['tokenizer']['name'] == 'char'
     without = [f'--init_from={tmp_path}/without', f'--out_dir={tmp_path}/new', '--to=hf']
-    assert 'has learned another one' in refused(export.main, without)
+    assert 'has learned another one' in refused(export.main, without, code=errors.CHECKPOINT)
 
 
 def test_nanogpts_gelu_is_the_exact_one_unless_somebody_knows_better(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ import parallel
 import plan
 import sharding
 import sizes
+import token_files
 import tokens
 import train
 from errors import UserError
@@ -239,6 +241,14 @@ def test_a_run_that_goes_on_and_gpt2s_weights_are_planned_without_a_download(run
         lines_of('--init_from=gpt2', '--n_layer=3')
 
 
+def test_what_a_checkpoint_does_not_say_is_taken_from_the_settings(tmp_path: Path) -> None:
+    torch.save(GPT(SMALL).state_dict(), tmp_path / 'theirs.pt')
+    with pytest.raises(UserError, match='does not say n_head and gelu'):
+        lines_of(f'--init_from={tmp_path}/theirs.pt')
+    line = lines_of(f'--init_from={tmp_path}/theirs.pt', '--n_head=4', '--gelu=exact')[0]
+    assert line.startswith(f'{sizes.n_parameters(GPT(SMALL)):,} parameters: 2 layers of 4 heads')
+
+
 def test_an_evaluation_is_planned_as_one() -> None:
     lines = lines_of(str(ROOT / 'config/eval_gpt2_medium.py'))
     assert lines[0].startswith(f'{PUBLISHED["gpt2-medium"]:,} parameters')
@@ -258,12 +268,21 @@ def test_several_processes_share_the_micro_batches_of_a_step() -> None:
 
 def test_hours_are_tokens_times_operations_over_what_a_card_does() -> None:
     """GPT-2 on 8 A100 is known to take about four days: 600,000 steps of 491,520 tokens."""
-    row = next(line for line in lines_of() if line.startswith('  A100 '))
-    alone, eight = (float(hours.replace(',', '')) for hours in re.findall(r'([\d,.]+) h\b', row))
-    assert alone == pytest.approx(600_000 * 491_520 * 854_654_976 / (312e12 * 0.4) / 3600, abs=0.1)
-    assert eight == pytest.approx(alone / 8, abs=0.1) and 48 < eight < 120
-    slower = next(line for line in lines_of('--dtype=float32') if line.startswith('  A100 '))
-    assert f'{2 * alone:,.1f} h' in slower
+    def hours(*arguments: str) -> list[float]:
+        row = next(line for line in lines_of(*arguments) if line.startswith('  A100 '))
+        return [float(found.replace(',', '')) for found in re.findall(r'([\d,.]+) h\b', row)]
+
+    alone, eight = hours()
+    assert alone == pytest.approx(600_000 * 491_520 * 854_654_976 / (312e12 * 0.4) / 3600, rel=0.01)
+    assert eight == pytest.approx(alone / 8, rel=0.01) and 48 < eight < 120
+    assert hours('--dtype=float32') == pytest.approx([2 * alone, 2 * eight], rel=0.01)
+    assert hours('--max_iters=100') == [] and hours('--max_iters=2000') == pytest.approx([alone / 300], abs=0.1)
+
+
+@pytest.mark.parametrize(('seconds', 'text'), [(1, '< 1 min'), (60, '1 min'), (3599, '60 min'), (3600, '1.0 h'),
+                                               (359_900, '100.0 h'), (7_200_000, '2,000 h')])
+def test_a_time_is_told_as_exactly_as_it_is_known(seconds: float, text: str) -> None:
+    assert plan.duration(seconds) == text
 
 
 def test_a_card_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:
@@ -294,9 +313,19 @@ def test_nanogpts_run_repeats_its_corpus_32_6_times(openwebtext: Path) -> None:
     assert not warnings_of(*arguments, '--max_iters=60000', '--lr_decay_iters=60000')
 
 
+def test_shards_are_one_corpus(tmp_path: Path) -> None:
+    for name in ('val_000000', 'train_000001', 'train_000002'):
+        header = token_files.make_header(np.dtype('uint16'), 4000)
+        (tmp_path / f'{name}.bin').write_bytes(header + bytes(8000))
+    for dataset in (tmp_path, f'{tmp_path}/*.bin'):
+        lines = lines_of(*TINY, f'--dataset={dataset}')
+        assert any(line.endswith(': 8,000 tokens to train on, 4,000 to validate, 50257 ids') for line in lines)
+        assert 'an epoch: 32 steps' in lines
+
+
 @pytest.mark.parametrize(('arguments', 'words'), [
     ('--vocab_size=10', "vocab_size=10 is smaller than the tokenizer's"),
-    ('--block_size=100000', 'val.bin has'),
+    ('--block_size=100000', 'tokens are too few for a window of 100000 + 1'),
     ('--warmup_iters=3', 'the warm-up, 3 steps, is not over'),
     ('--lr_decay_iters=2', 'the learning rate comes down until step 2, and the run ends at 3: --lr_decay_iters=3'),
     ('--total_batch_size=288', '9 windows do not fill 3 x 1 micro-batches of 4: 25% of the time'),
