@@ -78,11 +78,10 @@ def measure(strategy: sharding.Strategy, process: parallel.Process) -> float:
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if answer:
-        process = parallel.start('cpu', shards=True)
-        results = {strategy: measure(strategy, process) for strategy in STRATEGIES}
-        if process.is_main:
-            Path(answer).write_text(json.dumps(results), encoding='utf-8')
-        parallel.stop()
+        with parallel.joined('cpu', shards=True) as process:  # which leave together
+            results = {strategy: measure(strategy, process) for strategy in STRATEGIES}
+            if process.is_main:
+                Path(answer).write_text(json.dumps(results), encoding='utf-8')
         return
     print('bytes for each parameter, in the process that holds most (expected)')
     for n in PROCESSES:
