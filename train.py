@@ -169,7 +169,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
     folder = tokens.data_folder(dataset)
     meta = tokens.read_meta(folder)
     raw_model, state, is_resumed = checkpoint.start_from(settings | {'eval_only': eval_only or check}, given,
-                                                          meta['vocab_size'], process)
+                                                         meta['vocab_size'], process)
     config, T = raw_model.config, raw_model.config.block_size
     corpora = {split: tokens.open_split(folder, split, T, config.vocab_size) for split in ('train', 'val')}
     prints = {split: tokens.fingerprint(corpus, meta) for split, corpus in corpora.items()}
