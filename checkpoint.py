@@ -143,13 +143,17 @@ def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int
         path.unlink(missing_ok=True)
     if is_best and (out_dir / 'ckpt.pt').exists():
         link(out_dir / 'ckpt.pt', out_dir / 'best.pt')  # a kill may have come between the two
-    n_parameters = sum(p.numel() for p in model.parameters())
-    need = (keep + 2) * 3 * 4 * n_parameters  # bytes: a float32 for a weight, and two for AdamW's moments
+    need = bytes_needed(sum(p.numel() for p in model.parameters()), keep)
     ours = {path.stat().st_ino: path.stat().st_size for path in [*out_dir.glob('ckpt*.pt'), *out_dir.glob('best.pt')]}
     room = shutil.disk_usage(out_dir).free + sum(ours.values())
     if need > room:
         raise UserError(f'{out_dir} needs {need:,} bytes for {keep + 2} checkpoints, and there is room for {room:,}\n'
                         'make room, or give another --out_dir', DISK_FULL)
+
+
+def bytes_needed(n_parameters: int, keep: int) -> int:
+    """For `keep` checkpoints, the best and a new one: a float32 for each weight, and two for AdamW's moments."""
+    return (keep + 2) * 3 * 4 * n_parameters
 
 
 def older(newest: Path, age: int) -> Path:
@@ -300,9 +304,14 @@ def start_from(settings: dict[str, Any], given: set[str], n_vocab: int,
         model, state = open_model(source, dropout, answers)
         refuse_other_shape(model.config, settings, given - {'block_size'})
         return model.crop_block_size(settings['block_size']) if 'block_size' in given else model, state, False
+    return GPT(new_config(settings, n_vocab)), {}, False
+
+
+def new_config(settings: dict[str, Any], n_vocab: int) -> GPTConfig:
+    """The shape that the settings give a new model, for a tokenizer of n_vocab ids."""
     shape = {name: settings[name] for name in SHAPE}
     shape['vocab_size'] = shape['vocab_size'] or tokenizer.model_vocab_size(n_vocab)
-    return GPT(GPTConfig(**shape, dropout=dropout)), {}, False
+    return GPTConfig(**shape, dropout=settings['dropout'])
 
 
 def refuse_other_shape(config: GPTConfig, settings: dict[str, Any], given: set[str]) -> None:

@@ -23,7 +23,6 @@ import parallel
 import sharding
 import sizes
 import token_files
-import tokenizer
 import tokens
 from errors import DATA, UserError
 from model import GPT, GPTConfig
@@ -123,9 +122,7 @@ def shape_of(settings: dict[str, Any], given: set[str], n_vocab: int) -> tuple[G
     source, run, dropout = settings['init_from'], Path(settings['out_dir']), settings['dropout']
     first_step = 0
     if source in ('scratch', 'start') or (source == 'auto' and not checkpoint.holds_run(run)):
-        shape = {name: settings[name] for name in checkpoint.SHAPE}
-        shape['vocab_size'] = shape['vocab_size'] or tokenizer.model_vocab_size(n_vocab)
-        return GPTConfig(**shape, dropout=dropout), first_step
+        return checkpoint.new_config(settings, n_vocab), first_step
     if source in ('resume', 'auto'):
         state = checkpoint.load_newest(run)
         config, first_step = checkpoint.config_of(state, dropout), state['iter_num']
@@ -206,7 +203,7 @@ def about_the_work(plan: Plan) -> Iterator[str]:
 
 def disk_bytes(plan: Plan) -> int:
     """What checkpoint.make_ready asks for."""
-    return (plan.settings['keep'] + 2) * 3 * sizes.FLOAT * sizes.n_parameters(plan.model)
+    return checkpoint.bytes_needed(sizes.n_parameters(plan.model), plan.settings['keep'])
 
 
 def free_bytes(folder: str) -> int:
