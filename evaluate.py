@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from json import dumps
@@ -18,22 +18,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
 
-import checkpoint
 import configurator
-import console
-import errors
-import logger
-import parallel
-import remote
-import tokenizer
-import tokens
-from errors import UserError
 from model import GPTConfig
-from tasks import PUBLISHED, Progress, Row, exp, is_raw, load, measure_hellaswag, measure_lambada, score
+from plaingpt import console, errors, metrics
+from plaingpt.corpus import tokenizer
+from plaingpt.corpus.folder import data_folder, open_split, read_meta
+from plaingpt.errors import UserError
+from plaingpt.machines import device as device_module
+from plaingpt.machines import processes
+from plaingpt.machines.device import card, name_of, pick_dtype
+from plaingpt.published import PUBLISHED
+from plaingpt.run import checkpoint, upload
+from plaingpt.run.log import Logger, replacing
+from plaingpt.tasks import Progress, Row, is_raw, load, measure_hellaswag, measure_lambada, score
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -60,135 +58,33 @@ TITLES = {
 }
 
 
-class Predictions(NamedTuple):
-    """N tokens, as the model saw them coming. Where `targets` is -1 there is none, and what a metric says of it is
-    ignored."""
-
-    logits: Tensor  # (N, V)
-    targets: Tensor  # (N,)
-    nats: Tensor  # (N,), -log of the probability that the model gave to the target
-    sizes: Tensor  # (N,), bytes of text that the target stands for
 
 
-def nats(p: Predictions) -> Tensor:
-    return p.nats
 
 
-def bits(p: Predictions) -> Tensor:
-    return p.nats / math.log(2)
 
 
-def is_first_choice(p: Predictions) -> Tensor:
-    return p.logits.argmax(dim=-1) == p.targets
 
 
-def one(p: Predictions) -> Tensor:
-    return torch.ones_like(p.nats)
 
 
-def size(p: Predictions) -> Tensor:
-    return p.sizes
 
 
-def unchanged(x: float) -> float:
-    return x
 
 
-class Metric(NamedTuple):
-    """The sum of `of` over all targets, divided by the sum of `per`, then `finish`ed."""
-
-    of: Callable[[Predictions], Tensor]  # a number (N,) for each target
-    per: Callable[[Predictions], Tensor] = one
-    finish: Callable[[float], float] = unchanged
-    better: Callable[[float, float], float] = min
 
 
-Best = dict[str, list[float]]  # for each metric its best value in validation, and the step at which it was
-
-# To measure something else, add a line.
-METRICS = {
-    'loss': Metric(nats),  # nats per token
-    'perplexity': Metric(nats, finish=exp),
-    'accuracy': Metric(is_first_choice, better=max),  # how often the likeliest token is the right one
-    'bits_per_byte': Metric(bits, per=size),  # comparable between tokenizers
-}
 
 
-def evaluate(model: nn.Module, config: GPTConfig, corpus: tokens.TokenFile, n_windows: int, batch_size: int,
-             token_sizes: list[int] | None, process: parallel.Process, autocast: AbstractContextManager[None],
-             progress: Progress) -> dict[str, float]:
-    """Every metric over the same n_windows windows (or all, where there are fewer), and the standard error of the loss,
-    with the windows as its independent samples. Every process must call it, and reads its part. Without token_sizes,
-    the UTF-8 bytes of each id, there are no bits per byte."""
-    starts = tokens.fixed_starts(len(corpus), config.block_size, n_windows)
-    sizes = torch.tensor(token_sizes or [0], dtype=torch.float32, device=process.device)
-    n_batches = math.ceil(len(starts) / batch_size)
-    rounds = math.ceil(n_batches / process.world_size)  # the same on every process
-    of_batches = torch.zeros(rounds * process.world_size, 2 * len(METRICS) + 2, dtype=torch.float64)
-    model.eval()
-    for number in progress(range(rounds), rounds, f'evaluating on {corpus.path.stem}', 'batches'):
-        batch = number * process.world_size + process.rank
-        mine = starts[batch * batch_size:(batch + 1) * batch_size]
-        x, y = tokens.read_batch(corpus, mine, config.block_size, batch_size, config.vocab_size)
-        x, y = parallel.to_device(x, process.device), parallel.to_device(y, process.device)
-        with torch.no_grad(), autocast:
-            logits, _ = model(x)  # (B, T, V)
-        of_batches[batch] = sums_of(logits, y, sizes)
-    model.train()
-    if process.world_size > 1:
-        of_batches = parallel.total(of_batches.to(process.device)).cpu()  # each row is 0 on all processes but one
-    sums = of_batches[:n_batches].sum(dim=0)  # so that they are added in the same order by any number of processes
-    ratios = (sums[:-2:2] / sums[1:-2:2]).tolist()
-    results = {name: metric.finish(ratio) for (name, metric), ratio in zip(METRICS.items(), ratios, strict=True)
-               if token_sizes or metric.per is not size}
-    mean, mean_square = (sums[-2:] / len(starts)).tolist()
-    results['loss_stderr'] = math.sqrt(max(0.0, mean_square - mean**2) / max(1, len(starts) - 1))
-    return results
 
 
-def sums_of(logits: Tensor, y: Tensor, sizes: Tensor) -> Tensor:
-    """For one batch, logits (B, T, V) and targets (B, T): what each metric adds to its two sums, then the sum over the
-    windows of their loss, and of its square."""
-    flat, targets = logits.flatten(0, 1).float(), y.flatten()  # (N, V), (N,)
-    real = targets >= 0
-    losses = F.cross_entropy(flat, targets, ignore_index=-1, reduction='none')  # (N,), 0 where there is no target
-    predictions = Predictions(flat, targets, losses, sizes[targets.clamp(0, len(sizes) - 1)])
-    each = [part(predictions) for metric in METRICS.values() for part in (metric.of, metric.per)]  # (N,) each
-    parts = torch.stack([torch.where(real, part.float(), 0.0) for part in each]).cpu().double()  # (2 metrics, N)
-    windows = losses.view(y.shape).mean(dim=1).cpu().double()  # (B,), 0 for windows that are not there
-    return torch.cat([parts.sum(dim=1), torch.stack([windows.sum(), (windows**2).sum()])])
 
 
-def keep_best(best: Best, results: dict[str, float], step: int) -> bool:
-    """Note the step at which each metric was at its best so far. Whether this step is that of the loss."""
-    for name, metric in METRICS.items():
-        if name in results and (name not in best or metric.better(results[name], best[name][0]) != best[name][0]):
-            best[name] = [results[name], step]
-    return best['loss'][1] == step
 
 
-def table(results: dict[str, dict[str, float]], best: Best) -> str:
-    """A line for each row of results, such as 'train' and 'val', one for the best, and a column for each metric, with
-    its standard error where there is one."""
-    rows = results | ({'best': {name: value for name, (value, _) in best.items()}} if best else {})
-    there = dict.fromkeys(name for row in rows.values() for name in row)
-    names = [name for name in there if not name.endswith('_stderr')]
-    blank = {name: ' ' * len(' ± 0.0000') if f'{name}_stderr' in there else '' for name in names}  # aligns decimals
-    cells = {'': names} | {label: [cell(row, name, blank[name]) for name in names] for label, row in rows.items()}
-    if best:
-        cells['at step'] = [f'{best[name][1]:.0f}{blank[name]}' if name in best else '' for name in names]
-    first = max(8, *(len(label) + 1 for label in cells))
-    widths = [max(15, *(len(row[i]) + 2 for row in cells.values())) for i in range(len(names))]
-    return '\n'.join(f'{label:{first}}' + ''.join(f'{text:>{width}}' for text, width in zip(row, widths, strict=True))
-                     for label, row in cells.items())
 
 
-def cell(row: dict[str, float], name: str, blank: str) -> str:
-    """'3.1416 ± 0.0027', or with a blank where the standard error is not known, or ''"""
-    if name not in row:
-        return ''
-    number = f'{row[name]:.4f}' if row[name] < 1e8 else f'{row[name]:.4e}'
-    return f'{number} ± {row[f"{name}_stderr"]:.4f}' if f'{name}_stderr' in row else f'{number}{blank}'
+
 
 
 class Measured(NamedTuple):
@@ -211,7 +107,7 @@ def find_tasks(names: str) -> list[str]:
 
 def find_checkpoints(where: str) -> list[str]:
     """What a glob matches; or `where` itself, which may also be a URL or a name of the hub."""
-    if remote.is_url(where) or Path(where).exists() or not glob.has_magic(where):
+    if upload.is_url(where) or Path(where).exists() or not glob.has_magic(where):
         return [where]
     found = sorted(glob.glob(where))
     if not found:
@@ -225,7 +121,7 @@ def step_of(measured: Measured) -> int:
 
 def folder_of(state: checkpoint.State, dataset: str) -> Path:
     """The corpus that was asked for, or that of the run."""
-    return tokens.data_folder(dataset or state.get('config', {}).get('dataset', 'openwebtext'))
+    return data_folder(dataset or state.get('config', {}).get('dataset', 'openwebtext'))
 
 
 def vocabulary_for(state: checkpoint.State, config: GPTConfig, folder: Path) -> tokenizer.Tokenizer:
@@ -233,7 +129,7 @@ def vocabulary_for(state: checkpoint.State, config: GPTConfig, folder: Path) -> 
     of the corpus."""
     learned = state.get('tokenizer')
     if not learned and config.vocab_size not in (50257, tokenizer.model_vocab_size(50257)):
-        learned = tokens.read_meta(folder)['tokenizer']
+        learned = read_meta(folder)['tokenizer']
     vocabulary = tokenizer.from_state(learned or {'name': 'gpt2'})
     if vocabulary.n_vocab > config.vocab_size:
         raise UserError(f'the tokenizer of {folder} has {vocabulary.n_vocab} ids, the model only {config.vocab_size}:\n'
@@ -242,17 +138,18 @@ def vocabulary_for(state: checkpoint.State, config: GPTConfig, folder: Path) -> 
 
 
 def measure(where: str, names: Sequence[str], rows: dict[str, list[Row]], dataset: str, split: str, n_batches: int,
-            batch_size: int, process: parallel.Process, autocast: AbstractContextManager[None],
+            batch_size: int, process: processes.Process, autocast: AbstractContextManager[None],
             progress: Progress) -> Measured:
     """All tasks with one checkpoint. Every process must call it."""
     model, state = checkpoint.open_model(where)
     model.to(process.device)
     config, folder, figures = model.config, folder_of(state, dataset), {}
     if 'val' in names:
-        corpus = tokens.open_split(folder, split, config.block_size, config.vocab_size)
-        learned = checkpoint.vocabulary_of(tokens.read_meta(folder), state, where)
+        corpus = open_split(folder, split, config.block_size, config.vocab_size)
+        learned = checkpoint.vocabulary_of(read_meta(folder), state, where)
         sizes, n_windows = learned.token_sizes() if learned else None, n_batches * batch_size or len(corpus)
-        figures[split] = evaluate(model, config, corpus, n_windows, batch_size, sizes, process, autocast, progress)
+        figures[split] = metrics.evaluate(model, config, corpus, n_windows, batch_size, sizes, process, autocast,
+                                          progress)
     scorer = partial(score, model, config, batch_size, process, autocast, progress)
     if 'hellaswag' in names:
         figures |= measure_hellaswag(rows['hellaswag'], vocabulary_for(state, config, folder), scorer)
@@ -270,7 +167,7 @@ def report(all_measured: Sequence[Measured], notes: dict[str, str]) -> str:
                 measured.figures[name] for measured in all_measured}
         theirs = PUBLISHED.get(f'{name} of {datasets}', PUBLISHED.get(name, {}))
         title = TITLES.get(name, f'{name} of {datasets}')
-        tables.append('\n'.join(filter(None, (title, notes.get(name), table(ours | theirs, {})))))
+        tables.append('\n'.join(filter(None, (title, notes.get(name), metrics.table(ours | theirs, {})))))
     return '\n\n'.join(tables)
 
 
@@ -311,11 +208,11 @@ def main(args: list[str]) -> None:
     configurator.check_range(settings, 'eval_iters limit', 0)
     names, where = find_tasks(tasks), init_from or out_dir
     found = find_checkpoints(where)
-    with parallel.joined(device, backend) as process:
-        parallel.refuse_difference(process, 'checkpoints', found, 'all machines must see the same files')
-        precision, _ = parallel.pick_dtype(dtype, process.device.type)
-        autocast = parallel.autocast(process.device, precision)
-        progress = logger.Logger('', process.is_main, 0, 0).progress
+    with processes.joined(device, backend) as process:
+        processes.refuse_difference(process, 'checkpoints', found, 'all machines must see the same files')
+        precision, _ = pick_dtype(dtype, process.device.type)
+        autocast = device_module.autocast(process.device, precision)
+        progress = Logger('', process.is_main, 0, 0).progress
         paths = {'hellaswag': hellaswag, 'lambada': lambada}
         rows = {name: load(name, path, limit, process) for name, path in paths.items() if name in names}
         all_measured = [measure(one, names, rows, dataset, split, eval_iters, batch_size, process, autocast, progress)
@@ -326,10 +223,10 @@ def main(args: list[str]) -> None:
         console.say(report(all_measured, notes_on(rows)))
         file = json or json_file(where, found)
         try:
-            with logger.replacing(file) as opened:
+            with replacing(file) as opened:
                 opened.write(as_json(all_measured, {
-                    'settings': settings, 'dtype': parallel.name_of(precision),
-                    'device': parallel.card(process) or process.device.type,
+                    'settings': settings, 'dtype': name_of(precision),
+                    'device': card(process.device) or process.device.type,
                     'notes': notes_on(rows), 'python': platform.python_version(), 'torch': str(torch.__version__)}))
         except OSError as error:
             raise UserError(f'{file} cannot be written: {error.strerror}\ngive another file with --json=') from None

@@ -20,18 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import checkpoint
 import configurator
-import errors
-import foreign
-import gguf_file
-import huggingface
-import llmc
-import remote
 import sample
-from errors import UserError
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer
+from plaingpt import errors
+from plaingpt.corpus.tokenizer import Tokenizer
+from plaingpt.errors import UserError
+from plaingpt.formats import gguf, huggingface, llmc, others
+from plaingpt.run import checkpoint, upload
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -202,7 +198,7 @@ def write_run(folder: Path, model: GPT, state: checkpoint.State, vocabulary: Tok
     folder.mkdir(parents=True, exist_ok=True)
     shape = {name: getattr(model.config, name) for name in checkpoint.SHAPE}
     args = checkpoint.model_args(model.config) | {'dropout': state.get('model_args', {}).get('dropout', 0.0)}
-    checkpoint.write(folder, foreign.complete(state | {
+    checkpoint.write(folder, others.complete(state | {
         'model': model.state_dict(), 'model_args': args, 'config': state.get('config', {}) | shape,
         'tokenizer': vocabulary.state() if vocabulary else None}), 2, False)
 
@@ -246,7 +242,7 @@ def export(target: Path, to: str, dtype: str, overwrite: bool, name: str, model:
             huggingface.write(folder, config, weights, vocabulary, precision)
             (folder / 'README.md').write_text(card(name, config, weights, state, vocabulary), encoding='utf-8')
         elif to == 'gguf':
-            gguf_file.write(folder, name, config, weights, vocabulary, precision)
+            gguf.write(folder, name, config, weights, vocabulary, precision)
         else:
             llmc.write(folder, config, weights, vocabulary, precision)
         files = sorted(path.name for path in folder.iterdir())
@@ -256,8 +252,8 @@ def export(target: Path, to: str, dtype: str, overwrite: bool, name: str, model:
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    if remote.is_url(to_dir or out_dir):
-        raise UserError(f'{remote.shown(to_dir or out_dir)} is no folder of this machine: give one as --to_dir')
+    if upload.is_url(to_dir or out_dir):
+        raise UserError(f'{upload.shown(to_dir or out_dir)} is no folder of this machine: give one as --to_dir')
     target = Path(to_dir).resolve() if to_dir else Path(out_dir) if to == 'ckpt' else Path(out_dir, to)
     model, state = open_source(init_from or out_dir, n_head, gelu, dataset)
     check(to, dtype, model)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from errors import CHECKPOINT, UserError
+from plaingpt.errors import CHECKPOINT, UserError
 
 
 # more: the plain file imports this
@@ -259,7 +259,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_folder: str, dropout: float = 0.0) -> 'GPT':
         """GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', any other GPT-2 of the Hugging Face hub, or
         a local folder with one. Raises UserError where it is not there or not whole, or is another model than GPT-2."""
-        import huggingface
+        from plaingpt.formats import huggingface
 
         return cls.from_weights(*huggingface.load(name_or_folder, dropout))
 

@@ -18,16 +18,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import checkpoint
 import configurator
-import console
-import errors
-import parallel
-import remote
-import tokenizer
-import tokens
-from errors import UserError
 from model import GPT
+from plaingpt import console, errors
+from plaingpt.corpus import token_files, tokenizer
+from plaingpt.corpus.folder import data_folder, how_to_prepare, read_meta
+from plaingpt.corpus.order import draw
+from plaingpt.errors import UserError
+from plaingpt.machines import processes
+from plaingpt.machines.device import name_of, pick_dtype
+from plaingpt.run import checkpoint, upload
 
 # ------------------------------------------------------------------------------------------------
 # Settings: names, defaults and meanings are nanoGPT's wherever it has them
@@ -81,7 +81,7 @@ def read_prompt(start: str) -> str:
 
 def find_run(out_dir: str, is_given: bool) -> str:
     """out_dir, if it holds a checkpoint; if not, and nobody asked for that very one, the newest run in this folder."""
-    if remote.is_url(out_dir) or Path(out_dir).is_file() or checkpoint.holds_run(Path(out_dir)):
+    if upload.is_url(out_dir) or Path(out_dir).is_file() or checkpoint.holds_run(Path(out_dir)):
         return out_dir
     runs = sorted((path.stat().st_mtime, path.parent.name) for path in Path().glob('out*/ckpt.pt'))
     if runs and not is_given:
@@ -99,12 +99,12 @@ def find_run(out_dir: str, is_given: bool) -> str:
 def vocabulary_of(state: checkpoint.State, vocab_size: int) -> tokenizer.Tokenizer:
     """The tokenizer that a model of vocab_size tokens has learned. A checkpoint of nanoGPT's brings none: it is that of
     the corpus, where that is here, or else GPT-2's, as for GPT-2's own weights."""
-    learned, folder = state.get('tokenizer'), tokens.data_folder(state.get('config', {}).get('dataset', 'openwebtext'))
+    learned, folder = state.get('tokenizer'), data_folder(state.get('config', {}).get('dataset', 'openwebtext'))
     if state and not learned and any((folder / name).exists() for name in ('meta.json', 'meta.pkl')):
-        learned = tokens.read_meta(folder)['tokenizer']
+        learned = read_meta(folder)['tokenizer']
     vocabulary = tokenizer.from_state(learned or {'name': 'gpt2'})
     if vocabulary.n_vocab > vocab_size:
-        remedy = f'\nthe checkpoint brings none; prepare its corpus here: {tokens.how_to_prepare(folder)}'
+        remedy = f'\nthe checkpoint brings none; prepare its corpus here: {how_to_prepare(folder)}'
         raise UserError(f'the model knows {vocab_size} tokens, and the tokenizer {vocabulary.name} has '
                         f'{vocabulary.n_vocab}: it has learned another one{remedy if state and not learned else ""}',
                         errors.CHECKPOINT)
@@ -122,7 +122,8 @@ def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> lis
     return ids
 
 
-def encode_start(text: str, vocabulary: tokenizer.Tokenizer | None, unseen: tokens.TokenFile) -> tuple[list[int], str]:
+def encode_start(text: str, vocabulary: tokenizer.Tokenizer | None,
+                 unseen: token_files.TokenFile) -> tuple[list[int], str]:
     """The ids that the samples of a training continue, and a line to say where that is not `text`: what the vocabulary
     cannot write gives way to the beginning of the validation text, and an empty text to the beginning of a document."""
     if vocabulary is None:
@@ -138,7 +139,7 @@ def encode_start(text: str, vocabulary: tokenizer.Tokenizer | None, unseen: toke
 
 
 def continue_text(model: GPT, prompt: list[int], vocabulary: tokenizer.Tokenizer, n_tokens: int, seed: int,
-                  process: parallel.Process, beat: Callable[[], None]) -> str:
+                  process: processes.Process, beat: Callable[[], None]) -> str:
     """What a model makes of a prompt while it is trained. Every process must call it, as each may hold a part of it;
     `beat` is called for each token."""
     idx, ids = torch.tensor([prompt], device=process.device), list(prompt)  # (1, T)
@@ -186,14 +187,14 @@ def say(line: str) -> None:
 
 def sample(source: str, prompt: str) -> None:
     """Open the model that `source` names, and print num_samples texts of it."""
-    process = parallel.start(device)
-    precision, why_precision = parallel.pick_dtype(dtype, process.device.type)
+    process = processes.start(device)
+    precision, why_precision = pick_dtype(dtype, process.device.type)
     model, state = checkpoint.open_model(source)
     vocabulary = vocabulary_of(state, model.config.vocab_size)
     ids = encode(prompt, vocabulary, model.config.block_size)
     if stop and vocabulary.eot is None:
         say(f"--stop=True changes nothing: this model's tokenizer '{vocabulary.name}' does not mark a document's end")
-    say(f'{source}; {parallel.describe(process)}; {parallel.name_of(precision)}, {why_precision}')
+    say(f'{source}; {processes.describe(process)}; {name_of(precision)}, {why_precision}')
 
     model.to(process.device, precision).eval()  # fast: every token reads all weights, and smaller ones are read sooner
     if compile is True:
@@ -204,7 +205,7 @@ def sample(source: str, prompt: str) -> None:
         count = min(batch_size, num_samples - first)
         idx = torch.tensor([ids] * count, device=process.device)  # (B, T)
         stream = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p if top_p < 1 else None, end,
-                              tokens.draw(seed, first), vocabulary.n_vocab)
+                              draw(seed, first), vocabulary.n_vocab)
         show(texts(stream, count, prompt, vocabulary, end))
 
 

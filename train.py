@@ -20,22 +20,22 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-import checkpoint
 import configurator
-import console
-import errors
-import evaluate
-import faults
-import logger
-import parallel
-import remote
 import sample
-import sharding
-import tasks
-import tokens
-from check import Wiring, run_checks
-from errors import UserError
-from plan import amount, refuse, show
+from plaingpt import console, errors, metrics
+from plaingpt.check import Wiring, run_checks
+from plaingpt.corpus.batches import Part, parts_of
+from plaingpt.corpus.folder import data_folder, fingerprint, open_split, read_meta
+from plaingpt.corpus.order import Order, draw
+from plaingpt.errors import UserError
+from plaingpt.machines import processes, strategies
+from plaingpt.machines.device import choose, peak_memory
+from plaingpt.machines.stop import Stop
+from plaingpt.machines.watch import Watch, explained, give_up
+from plaingpt.plan import amount, refuse, show
+from plaingpt.run import checkpoint, upload
+from plaingpt.run.log import Logger
+from plaingpt.tasks import for_training, score
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them. Names, defaults and meanings
@@ -144,15 +144,15 @@ def lr_at(step: int, kind: str, peak: float, floor: float, warmup: int, total: i
     return floor + (peak - floor) * height
 
 
-def accumulate_gradient(model: nn.Module, parts: Iterable[tokens.Part], step: int, n_parts: int,
-                        process: parallel.Process, autocast: AbstractContextManager[None],
+def accumulate_gradient(model: nn.Module, parts: Iterable[Part], step: int, n_parts: int,
+                        process: processes.Process, autocast: AbstractContextManager[None],
                         scaler: torch.amp.GradScaler, seed: int) -> Tensor:
     """Leave the gradient of the step's mean loss in the parameters. Returns this process's part of that mean, in nats
     per token."""
     loss = torch.zeros((), device=process.device)
     for i, part in enumerate(parts):  # fast: a step in parts that fit into memory, and on several devices
-        sharding.set_gradient_sync(model, on=i == n_parts - 1)
-        torch.manual_seed(tokens.draw(seed, step, part.number))  # dropout is the same for any number of processes
+        strategies.set_gradient_sync(model, on=i == n_parts - 1)
+        torch.manual_seed(draw(seed, step, part.number))  # dropout is the same for any number of processes
         with autocast:  # fast: matrix products in bfloat16, where the device multiplies it
             _, mean = model(part.x, part.y, logits='none')
         share = mean * part.share
@@ -161,42 +161,43 @@ def accumulate_gradient(model: nn.Module, parts: Iterable[tokens.Part], step: in
     return loss
 
 
-def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, settings: dict[str, Any],
+def train(process: processes.Process, watch: Watch, stop: Stop, settings: dict[str, Any],
           given: set[str]) -> None:
     """The whole run: load, then step after step evaluate, save, sample and learn."""
     # the corpus, and a model for it
     torch.manual_seed(seed)  # every process draws the same initial weights
-    folder = tokens.data_folder(dataset)
-    meta = tokens.read_meta(folder)
+    folder = data_folder(dataset)
+    meta = read_meta(folder)
     raw_model, state, is_resumed = checkpoint.start_from(settings | {'eval_only': eval_only or check}, given,
                                                          meta['vocab_size'], process)
     config, T = raw_model.config, raw_model.config.block_size
-    corpora = {split: tokens.open_split(folder, split, T, config.vocab_size) for split in ('train', 'val')}
-    prints = {split: tokens.fingerprint(corpus, meta) for split, corpus in corpora.items()}
+    corpora = {split: open_split(folder, split, T, config.vocab_size) for split in ('train', 'val')}
+    prints = {split: fingerprint(corpus, meta) for split, corpus in corpora.items()}
     if is_resumed and not ignore_data_change:
         checkpoint.refuse_other_data(state, prints, folder)
-    parallel.refuse_difference(process, 'corpus', prints, f'{folder} must be the same on all machines')
+    processes.refuse_difference(process, 'corpus', prints, f'{folder} must be the same on all machines')
     vocabulary = checkpoint.vocabulary_of(meta, state, init_from)
     token_sizes = vocabulary.token_sizes() if vocabulary else None
     prompt, no_start = sample.encode_start(sample_start, vocabulary, corpora['val'])
 
     # how much there is to do
-    order = tokens.Order(len(corpora['train']), T, seed)
+    order = Order(len(corpora['train']), T, seed)
     first_step = state['iter_num'] if is_resumed else 0
     n_windows, n_parts, last_step, decay_steps = amount(settings, T, order.epoch, process.world_size, first_step)
 
     # the model and its optimizer, on their device
-    compute = parallel.choose(process, dtype, compile)
+    compute = choose(process.device, dtype, compile)
     autocast, blocks = compute.autocast, raw_model.transformer.h
     raw_model.transformer.recomputes = activation_checkpointing
     for block in blocks if compute.compiles else ():
         block.compile()  # fast: one graph that serves all blocks; in place, so that the names of the weights stay
-    model = sharding.distribute(raw_model, blocks, process, strategy, compute.dtype, reshard_after_forward, cpu_offload)
+    model = strategies.distribute(raw_model, blocks, process, strategy, compute.dtype, reshard_after_forward,
+                                  cpu_offload)
     watch.follow(model, () if compute.compiles else blocks)  # a compiled block is one operation
     shards = strategy == 'zero1' and process.world_size > 1
     optimizer = make_optimizer(raw_model, learning_rate, weight_decay, (beta1, beta2), shards)
     scaler = torch.amp.GradScaler(process.device.type, enabled=compute.dtype == torch.float16)
-    best: evaluate.Best = state['best'] if is_resumed else {}
+    best: metrics.Best = state['best'] if is_resumed else {}
     skipped, skipped_in_a_row = state['skipped'] if is_resumed else 0, 0  # steps
     if is_resumed:
         checkpoint.restore(optimizer, scaler, state)
@@ -210,19 +211,19 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
 
     # where the results go
     is_asked = hellaswag_interval > 0 and not overfit_single_batch
-    questions = tasks.for_training(hellaswag, hellaswag_limit, vocabulary, process) if is_asked else None
+    questions = for_training(hellaswag, hellaswag_limit, vocabulary, process) if is_asked else None
     run = Path(out_dir, 'overfit') if overfit_single_batch else Path(out_dir)
     writes = process.is_main and not eval_only
     if writes:
         is_best = bool(best) and best['loss'][1] == first_step > 0
         checkpoint.make_ready(run, overwrite and not overfit_single_batch, is_best, raw_model, keep)
-    uploader = remote.Uploader(upload_to if writes and not overfit_single_batch else '', console.say)
-    log = logger.Logger('' if eval_only else str(run), process.is_main, first_step, last_step,
+    uploader = upload.Uploader(upload_to if writes and not overfit_single_batch else '', console.say)
+    log = Logger('' if eval_only else str(run), process.is_main, first_step, last_step,
                         wandb_project if wandb_log else '', wandb_run_name,
                         state['wandb_run_id'] if is_resumed else '', settings, uploader)
     watch.on_end = log.end
-    with log, faults.explained(watch, settings), checkpoint.Saver(run, keep, uploader, watch.beat) as saver:
-        log.line(f'{compute.line}\n{console.parameter_lines(optimizer.param_groups)}')
+    with log, explained(watch, settings), checkpoint.Saver(run, keep, uploader, watch.beat) as saver:
+        log.line(f'{processes.describe(process)}; {compute.line}\n{console.parameter_lines(optimizer.param_groups)}')
         log.line(f'tokens per iteration will be: {n_windows * T:,} = {n_windows} windows of {T}, in micro-batches of '
                  f'{batch_size}, {n_parts} for each process\n'
                  f'{last_step:,} iterations are {last_step * n_windows / order.epoch:.2f} epochs')
@@ -232,16 +233,16 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
             log.line(checkpoint.describe(state, settings))
         state = {}  # its memory is free again
 
-        def read(step: int) -> Iterator[tokens.Part]:
+        def read(step: int) -> Iterator[Part]:
             starts = order.starts(0 if overfit_single_batch else step * n_windows, n_windows)
-            for part in tokens.parts_of(corpora['train'], starts, batch_size, config, process):
+            for part in parts_of(corpora['train'], starts, batch_size, config, process):
                 watch.beat(step)
                 yield part
 
         def save(step: int, is_best: bool) -> None:
             """Every process gives its part; the main one writes the file, while all go on."""
             saver.wait()
-            weights, moments = sharding.gather(raw_model, optimizer, process)
+            weights, moments = strategies.gather(raw_model, optimizer, process)
             if process.is_main:
                 log.flush()
                 log.line(f'saving checkpoint to {run}')
@@ -256,7 +257,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
         def end_if_asked(step: int) -> None:
             """Save and leave before `step`, on all processes at once, if any of them was asked to."""
             watch.beat(step)
-            if not parallel.total(torch.tensor(float(stop.is_asked()), device=process.device)).item():
+            if not processes.total(torch.tensor(float(stop.is_asked()), device=process.device)).item():
                 return
             if not (is_resumed and step == first_step):
                 save(step, False)
@@ -272,22 +273,22 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
 
         def ask(step: int) -> None:
             if questions:
-                results = questions.answer(partial(tasks.score, model, config, batch_size, process, autocast,
+                results = questions.answer(partial(score, model, config, batch_size, process, autocast,
                                                    partial(progress, step)))
-                log.line(evaluate.table({f'step {step}': results}, {}))
+                log.line(metrics.table({f'step {step}': results}, {}))
                 log.row(step, **results)
 
         def measure(step: int) -> None:
             """Evaluate on both splits, and save what has become of the model."""
             n, was_measured = eval_iters * batch_size, bool(best) and best['loss'][1] == step
-            results = {split: evaluate.evaluate(model, config, corpus, n, batch_size, token_sizes, process, autocast,
+            results = {split: metrics.evaluate(model, config, corpus, n, batch_size, token_sizes, process, autocast,
                                                 partial(progress, step)) for split, corpus in corpora.items()}
             val = results['val']
             if not math.isfinite(val['loss']):
-                faults.give_up(step, 0, model, (), autocast, vocabulary)
-            is_best = evaluate.keep_best(best, val, step)
+                give_up(step, 0, model, (), autocast, vocabulary)
+            is_best = metrics.keep_best(best, val, step)
             log.line(console.step_line(step, results['train']['loss'], val['loss']))
-            log.line(evaluate.table(results, best))
+            log.line(metrics.table(results, best))
             log.row(step, train_loss=results['train']['loss'], **{f'val_{name}': value for name, value in val.items()})
             is_new = step > first_step or (step > 0 and is_best and not was_measured)
             if is_new and (is_best or always_save_checkpoint) and not eval_only:
@@ -316,7 +317,8 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
             log.line(f'one iteration, {n_windows * T:,} tokens, takes about {seconds:.0f} s on this machine')
 
         first_loss = loss = math.nan
-        pace = console.Pace(n_windows * T, raw_model.flops_per_token(), compute.peak, first_step)
+        peak = compute.peak and compute.peak * process.world_size
+        pace = console.Pace(n_windows * T, raw_model.flops_per_token(), peak, first_step)
         for step in range(first_step, last_step + 1):
             # look: ask, measure, save, sample
             is_last = step == last_step
@@ -346,9 +348,9 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
                 parts = log.progress(parts, n_parts, f'step {step}', 'micro-batches')
             step_loss = accumulate_gradient(model, parts, step, n_parts, process, autocast, scaler, seed)
             scaler.unscale_(optimizer)
-            grad_norm = sharding.clip(raw_model.parameters(), grad_clip)
+            grad_norm = strategies.clip(raw_model.parameters(), grad_clip)
             watch.beat(step)
-            loss = parallel.total(step_loss).item()
+            loss = processes.total(step_loss).item()
             # the same on every process; an overflow of float16 is for the scaler, which then updates nothing either
             if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() > 1)):
                 scaler.step(optimizer)
@@ -360,14 +362,14 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
             optimizer.zero_grad()
             watch.tighten()
             if skipped_in_a_row == PATIENCE:
-                faults.give_up(step, PATIENCE, model, read(step), autocast, vocabulary)
+                give_up(step, PATIENCE, model, read(step), autocast, vocabulary)
 
             # report
             if step % log_interval == 0 or step in (first_step, last_step - 1):
                 first_loss = loss if step == first_step else first_loss
                 log.iteration(step, {
                     'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'tokens': (step + 1) * n_windows * T,
-                    'skipped': skipped, 'peak_memory_bytes': parallel.peak_memory(process.device.type),
+                    'skipped': skipped, 'peak_memory_bytes': peak_memory(process.device.type),
                 }, pace.lap(step + 1))
 
         log.plot()
@@ -379,7 +381,7 @@ def train(process: parallel.Process, watch: faults.Watch, stop: faults.Stop, set
                 raise UserError(f'FAIL: {verdict}, not below {LEARNED_BY_HEART} of the first', errors.CHECK_FAILED)
             log.line(f'PASS: {verdict}')
         elif process.is_main:
-            log.line(f'peak memory: {console.short(parallel.peak_memory(process.device.type))} bytes')
+            log.line(f'peak memory: {console.short(peak_memory(process.device.type))} bytes')
             log.line(f'{run} holds {", ".join(sorted(path.name for path in run.iterdir()))}')
             log.line(f'try next: {errors.python()} sample.py --out_dir={run}')
 
@@ -389,9 +391,9 @@ def main(args: list[str]) -> None:
     refuse(settings, given)
     if plan:
         return show(settings, given)
-    with (faults.Stop(max_hours) as stop,
-          parallel.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
-          faults.Watch(process, start_timeout, timeout) as watch, faults.explained(watch, settings)):
+    with (Stop(max_hours) as stop,
+          processes.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
+          Watch(process, start_timeout, timeout) as watch, explained(watch, settings)):
         train(process, watch, stop, settings, given)
 
 

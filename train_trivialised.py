@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 import configurator
-import errors
-import tokenizer
-import tokens
 from model import GPTConfig
 from model_trivialised import GPT
+from plaingpt import errors
+from plaingpt.corpus import token_files, tokenizer
+from plaingpt.corpus.batches import read_batch
+from plaingpt.corpus.folder import data_folder, open_split, read_meta
+from plaingpt.corpus.order import Order, fixed_starts
 
 # ------------------------------------------------------------------------------------------------
 # Settings: as in train.py, without those that only make it faster, safer or more talkative
@@ -48,17 +50,17 @@ def lr_at(step: int, peak: float, floor: float, warmup: int, total: int) -> floa
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model: GPT, corpus: tokens.TokenFile) -> list[float]:
+def train(model: GPT, corpus: token_files.TokenFile) -> list[float]:
     """Update the model's weights max_iters times. Returns the loss of each step, in nats per token."""
     n_windows = total_batch_size // block_size
-    order = tokens.Order(len(corpus), block_size, seed)
+    order = Order(len(corpus), block_size, seed)
     parameters: list[Tensor] = list(model.parameters())
     m = [torch.zeros_like(p) for p in parameters]  # running mean of each gradient
     v = [torch.zeros_like(p) for p in parameters]  # running mean of its square
     losses = []
     for step in range(max_iters):
         starts = order.starts(step * n_windows, n_windows)
-        x, y = tokens.read_batch(corpus, starts, block_size, n_windows, model.config.vocab_size)  # both (B, T)
+        x, y = read_batch(corpus, starts, block_size, n_windows, model.config.vocab_size)  # both (B, T)
         _, loss = model(x, y)  # the model reads x, and must say y: the token after each token
         gradients = list(torch.autograd.grad(loss, parameters))
 
@@ -86,19 +88,19 @@ def train(model: GPT, corpus: tokens.TokenFile) -> list[float]:
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    folder = tokens.data_folder(dataset)
-    meta = tokens.read_meta(folder)
+    folder = data_folder(dataset)
+    meta = read_meta(folder)
     V = tokenizer.model_vocab_size(meta['vocab_size'])
     if total_batch_size < 1 or total_batch_size % block_size:
         raise errors.UserError(f'total_batch_size={total_batch_size} must be a multiple of block_size={block_size}')
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size, V, n_layer, n_head, n_embd, bias=bias))
-    train(model, tokens.open_split(folder, 'train', block_size, V))
+    train(model, open_split(folder, 'train', block_size, V))
 
-    unseen = tokens.open_split(folder, 'val', block_size, V)
-    starts = tokens.fixed_starts(len(unseen), block_size, 400)
+    unseen = open_split(folder, 'val', block_size, V)
+    starts = fixed_starts(len(unseen), block_size, 400)
     with torch.no_grad():
-        _, loss = model(*tokens.read_batch(unseen, starts, block_size, len(starts), V))
+        _, loss = model(*read_batch(unseen, starts, block_size, len(starts), V))
     print(f'val loss {loss.item():.4f}')
 
     vocabulary = tokenizer.from_state(meta['tokenizer'])

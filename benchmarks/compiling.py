@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import parallel
 import train
 from model import GPT, GPTConfig
+from plaingpt.machines import processes
+from plaingpt.machines.device import autocast, pick_dtype
 
 THREADS, STEPS = 1, 20
 SHAPES = {  # by device: batch and model
@@ -31,9 +32,9 @@ SHAPES = {  # by device: batch and model
 def measure(way: str) -> tuple[float, float]:
     """Seconds to the end of the first step, and the median of the steps after it."""
     torch.set_num_threads(THREADS)
-    process = parallel.start('auto')
+    process = processes.start('auto')
     B, config = SHAPES[process.device.type]
-    precision, _ = parallel.pick_dtype('auto', process.device.type)
+    precision, _ = pick_dtype('auto', process.device.type)
     model = GPT(config).to(process.device)
     optimizer = train.make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
     if way == 'whole':
@@ -45,7 +46,7 @@ def measure(way: str) -> tuple[float, float]:
     seconds = []
     for _ in range(STEPS + 1):
         start = time.perf_counter()
-        with parallel.autocast(process.device, precision):
+        with autocast(process.device, precision):
             _, loss = model(idx, targets, logits='none')
         assert loss is not None
         loss.backward()

@@ -27,9 +27,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-import checkpoint
 import configurator
-from errors import CHECK_FAILED, DONE, PEER_LOST, UserError, run
+from plaingpt.errors import CHECK_FAILED, DONE, PEER_LOST, UserError, run
+from plaingpt.run import checkpoint
 from tests.comparing import differences
 
 # ------------------------------------------------------------------------------------------------
@@ -44,7 +44,8 @@ seed: int = 0  # decides when to kill; 0 takes another one each time
 ROOT = Path(__file__).resolve().parents[1]
 STEPS_PER_LIFE = 25  # on average
 LATEST = 0.02  # seconds after the step that decides: in the middle of another one, of a save, of an evaluation
-TRAIN = 'import errors, logger, train; logger.Logger.plot = lambda log: None; errors.run(train.main)'  # no pictures
+TRAIN = ('import train; from plaingpt import errors; from plaingpt.run import log; '
+         'log.Logger.plot = lambda log: None; errors.run(train.main)')  # no pictures
 COMPARED = ('step', 'loss', 'val_loss', 'lr', 'grad_norm')
 
 

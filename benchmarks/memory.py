@@ -23,11 +23,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 import configurator
-import parallel
-import sharding
 import train
-from errors import run
 from model import GPT, GPTConfig
+from plaingpt.errors import run
+from plaingpt.machines import processes, strategies
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -36,11 +35,11 @@ n_embd: int = 128
 answer: str = ''  # a file for the result of one launch, which this script starts itself
 # ------------------------------------------------------------------------------------------------
 
-STRATEGIES: tuple[sharding.Strategy, ...] = ('ddp', 'zero1', 'fsdp')
+STRATEGIES: tuple[strategies.Strategy, ...] = ('ddp', 'zero1', 'fsdp')
 PROCESSES = (1, 2, 4)
 
 
-def expected(strategy: sharding.Strategy, n: int) -> float:
+def expected(strategy: strategies.Strategy, n: int) -> float:
     return {'ddp': 16.0, 'zero1': 8 + 8 / n, 'fsdp': 16 / n}[strategy]
 
 
@@ -59,12 +58,12 @@ def tensors_of(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]
     yield from (value for moments in inner.state.values() for value in moments.values())
 
 
-def measure(strategy: sharding.Strategy, process: parallel.Process) -> float:
+def measure(strategy: strategies.Strategy, process: processes.Process) -> float:
     """The most bytes that a process holds for a parameter."""
     config = GPTConfig(n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=64, vocab_size=1024)
     model = GPT(config)
     n_parameters = sum(p.numel() for p in model.parameters())
-    wrapped = sharding.distribute(model, model.transformer.h, process, strategy, torch.float32, True, False)
+    wrapped = strategies.distribute(model, model.transformer.h, process, strategy, torch.float32, True, False)
     optimizer = train.make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), strategy == 'zero1' and process.world_size > 1)
     ids = torch.randint(1024, (2, 65))
     _, loss = wrapped(ids[:, :-1], ids[:, 1:], logits='none')
@@ -72,13 +71,13 @@ def measure(strategy: sharding.Strategy, process: parallel.Process) -> float:
     optimizer.step()
     mine = torch.zeros(process.world_size)
     mine[process.rank] = held(tensors_of(model, optimizer)) / n_parameters
-    return float(parallel.total(mine).max())
+    return float(processes.total(mine).max())
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if answer:
-        with parallel.joined('cpu', shards=True) as process:  # which leave together
+        with processes.joined('cpu', shards=True) as process:  # which leave together
             results = {strategy: measure(strategy, process) for strategy in STRATEGIES}
             if process.is_main:
                 Path(answer).write_text(json.dumps(results), encoding='utf-8')

@@ -25,12 +25,9 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
-import corpus
-import documents
-import shards
-import tokenizer as tokenizers
-from errors import run
-from token_files import HEADER
+from plaingpt.corpus import documents, shards, tokenise, tokenizer
+from plaingpt.corpus.token_files import HEADER
+from plaingpt.errors import run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -79,20 +76,20 @@ def write_copies(texts: list[str], copies: int, path: Path) -> None:
 def measure_ours(path: Path, folder: Path, num_proc: int) -> Speed:
     """From the file to finished token files."""
     started, before = time.perf_counter(), os.times()
-    encoder = tokenizers.build('gpt2', list, eot=True)
+    encoder = tokenizer.build('gpt2', list, eot=True)
     pieces = list(documents.find_pieces(str(path)))
-    validation = corpus.choose_validation(corpus.count_documents(pieces), 0.0005, 2357)
-    corpus.write_corpus(folder, corpus.Packer(encoder, encoder.eot), pieces, validation, str(path), num_proc)
+    validation = tokenise.choose_validation(tokenise.count_documents(pieces), 0.0005, 2357)
+    tokenise.write_corpus(folder, tokenise.Packer(encoder, encoder.eot), pieces, validation, str(path), num_proc)
     seconds, after = time.perf_counter() - started, os.times()
-    n_tokens = sum((folder / f'{split}.bin').stat().st_size for split in corpus.SPLITS) // BYTES_PER_TOKEN
+    n_tokens = sum((folder / f'{split}.bin').stat().st_size for split in tokenise.SPLITS) // BYTES_PER_TOKEN
     return Speed(n_tokens, seconds, sum(after[:4]) - sum(before[:4]))  # user, system, and the same of children
 
 
 def measure_shards(path: Path, folder: Path, num_proc: int) -> Speed:
     """From the file to finished shards."""
     started, before = time.perf_counter(), os.times()
-    encoder = tokenizers.build('gpt2', list, eot=True)
-    packer = corpus.Packer(encoder, encoder.eot, eot_first=True)
+    encoder = tokenizer.build('gpt2', list, eot=True)
+    packer = tokenise.Packer(encoder, encoder.eot, eot_first=True)
     source = shards.Source([str(path)], str, 'text')
     shards.write_shards(folder, packer, source, SHARD, str(path), num_proc)
     seconds, after = time.perf_counter() - started, os.times()

@@ -1,12 +1,25 @@
 """How tests, and benchmarks/kills.py, compare what runs leave, and what they refuse."""
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from errors import UserError
+from plaingpt.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def copy_script(name: str, target: Path) -> Path:
+    """A script of the repository in a folder of its own, with what it imports, so that it writes there."""
+    shutil.copytree(ROOT / 'plaingpt', target / 'plaingpt', ignore=shutil.ignore_patterns('__pycache__'))
+    for file in ('configurator.py', name):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, target / file)
+    return target / name
 
 
 def refused(call: Callable[..., Any], *positional: Any, code: int, **named: Any) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = sorted(path.stem for path in ROOT.glob('*.py'))  # the modules of this project
+OURS = sorted('.'.join(path.relative_to(ROOT).with_suffix('').parts)
+              for path in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py')))  # the modules of this project
 
 # Before torch is imported, here and in every process that a test starts: one thread each, and no network.
 os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
@@ -45,7 +46,7 @@ def no_pictures() -> Iterator[None]:
         """In place of Logger.plot."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('logger.Logger.plot', draw_nothing)
+        patch.setattr('plaingpt.run.log.Logger.plot', draw_nothing)
         yield
 
 
@@ -95,7 +96,7 @@ def tiny_dataset(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     Written without the project's own writer, so that this states the format. `--dataset=FOLDER` trains on it, and
     `--hellaswag=FOLDER/hellaswag.jsonl` asks questions in these characters."""
     folder = tmp_path_factory.mktemp('tiny')
-    tokenizer = importlib.import_module('tokenizer').build('char', lambda: [tiny_text], eot=False)
+    tokenizer = importlib.import_module('plaingpt.corpus.tokenizer').build('char', lambda: [tiny_text], eot=False)
     cut = len(tiny_text) * 9 // 10
     splits = {}
     for split, text in [('train', tiny_text[:cut]), ('val', tiny_text[cut:])]:

@@ -19,15 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import configurator
-import errors
-import evaluate
-import faults
 import model
-import parallel
-import sharding
-import tokens
 import train
-from errors import UserError
+from plaingpt import errors, metrics
+from plaingpt.corpus import batches
+from plaingpt.errors import UserError
+from plaingpt.machines import processes, strategies
+from plaingpt.machines.stop import Stop
+from plaingpt.machines.watch import Watch
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 32, 'batch_size': 4,
@@ -117,19 +116,19 @@ def plant_mlp(kind: type[model.MLP]) -> Callable[[Patch], None]:
 
 def plant_early_optimizer(patch: Patch) -> None:
     """The optimizer is built before the model is divided."""
-    distribute, make_optimizer, early = sharding.distribute, train.make_optimizer, list[torch.optim.Optimizer]()
+    distribute, make_optimizer, early = strategies.distribute, train.make_optimizer, list[torch.optim.Optimizer]()
 
     def distribute_late(raw_model: nn.Module, *arguments: Any) -> nn.Module:
         early.append(make_optimizer(raw_model, 1e-3, 0.1, (0.9, 0.95)))
         return distribute(raw_model, *arguments)
 
-    patch.setattr(sharding, 'distribute', distribute_late)
+    patch.setattr(strategies, 'distribute', distribute_late)
     patch.setattr(train, 'make_optimizer', lambda *_: early[-1])
 
 
 def plant_no_exchange(patch: Patch) -> None:
     """Each process trains a model of its own."""
-    patch.setattr(sharding, 'distribute', lambda raw_model, *_: raw_model)
+    patch.setattr(strategies, 'distribute', lambda raw_model, *_: raw_model)
 
 
 def plant_training_mode(patch: Patch) -> None:
@@ -148,13 +147,13 @@ def plant_large_weights(patch: Patch) -> None:
 
 def plant_same_targets(patch: Patch) -> None:
     """The target of a token is the token itself."""
-    read_batch = tokens.read_batch
+    read_batch = batches.read_batch
 
     def read_same(*arguments: Any) -> tuple[Tensor, Tensor]:
         x, _ = read_batch(*arguments)
         return x, x
 
-    patch.setattr(tokens, 'read_batch', read_same)
+    patch.setattr('plaingpt.corpus.batches.read_batch', read_same)
 
 
 def plant_ascent(patch: Patch) -> None:
@@ -172,25 +171,25 @@ def plant_ascent(patch: Patch) -> None:
 
 def plant_wrong_divisor(patch: Patch) -> None:
     """The loss that evaluation reports is per window, not per token."""
-    right = evaluate.evaluate
+    right = metrics.evaluate
 
     def wrong(*arguments: Any) -> dict[str, float]:
         results = right(*arguments)
         return results | {'loss': results['loss'] * 32}
 
-    patch.setattr(evaluate, 'evaluate', wrong)
+    patch.setattr(metrics, 'evaluate', wrong)
 
 
 def plant_crash(patch: Patch) -> None:
     """A name that only the main process has, as in a log line."""
-    clip = sharding.clip
+    clip = strategies.clip
 
     def clip_and_log(*arguments: Any) -> float:
         if os.environ.get('RANK', '0') != '0':
             raise NameError("name 'losses' is not defined")
         return clip(*arguments)
 
-    patch.setattr(sharding, 'clip', clip_and_log)
+    patch.setattr(strategies, 'clip', clip_and_log)
 
 
 class Bug(dict[str, Any]):
@@ -238,7 +237,7 @@ def arguments_of(settings: dict[str, Any]) -> list[str]:
 
 
 def answer(settings: dict[str, Any], bug: Bug | None = None,
-           process: parallel.Process | None = None) -> tuple[int, str]:
+           process: processes.Process | None = None) -> tuple[int, str]:
     """The exit code of a check, and what it raises; in a group of processes, or alone."""
     with pytest.MonkeyPatch.context() as patch:
         if bug is not None:
@@ -248,7 +247,7 @@ def answer(settings: dict[str, Any], bug: Bug | None = None,
                 train.main(arguments_of(settings))
             else:
                 values, given = configurator.configure(train, arguments_of(settings))
-                with faults.Stop(0.0) as stop, faults.Watch(process, 300.0, 60.0) as watch:
+                with Stop(0.0) as stop, Watch(process, 300.0, 60.0) as watch:
                     train.train(process, watch, stop, values, given)
         except UserError as error:
             return error.code, str(error)
@@ -273,13 +272,13 @@ def main() -> None:
             plant_crash(patch)
             errors.run(lambda _: train.main(arguments_of(common)))
         return
-    process = parallel.start('cpu', shards=True)
+    process = processes.start('cpu', shards=True)
     for name, settings in [*HEALTHY.items(), *BUGS_OF_TWO.items()]:
         if process.is_main:
             print(f'=== {name}', flush=True)
         code, message = answer(settings | common, BUGS_OF_TWO.get(name), process)
         Path(folder, f'{name}.{process.rank}.json').write_text(json.dumps([code, message]), encoding='utf-8')
-    parallel.stop()
+    processes.stop()
 
 
 @pytest.mark.parametrize('name', HEALTHY)

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import configurator
-from errors import COMMAND, UserError
+from plaingpt.errors import COMMAND, UserError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = '''"""Says what its settings are."""
@@ -18,7 +18,7 @@ import sys
 from typing import Literal
 
 import configurator
-import errors
+from plaingpt import errors
 
 SIZES: dict[str, int] = {}
 
@@ -281,7 +281,7 @@ def test_help_prints_the_docstring_and_the_settings_as_written(script: ModuleTyp
 def test_nothing_in_a_config_file_or_in_the_current_folder_is_executed(script: ModuleType, tmp_path: Path) -> None:
     folder = tmp_path / 'elsewhere'
     folder.mkdir()
-    for name in ('configurator.py', 'errors.py', 'train.py'):
+    for name in ('configurator.py', 'plaingpt.py', 'train.py'):
         (folder / name).write_text("open('executed', 'w')", encoding='utf-8')
     (folder / 'good.py').write_text('batch_size = 7', encoding='utf-8')
     (folder / 'evil.py').write_text("batch_size = 7; import os; os.system('touch executed')", encoding='utf-8')

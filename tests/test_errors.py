@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-import errors
-import logger
 import train
-from errors import CHECK_FAILED, CHECKPOINT, COMMAND, DATA, NOT_FINITE, UserError
+from plaingpt import errors
+from plaingpt.errors import CHECK_FAILED, CHECKPOINT, COMMAND, DATA, NOT_FINITE, UserError
+from plaingpt.run.log import Logger
 
 SHAPE = '--n_layer=1 --n_head=2 --n_embd=8 --block_size=16'
 TINY = (f'{SHAPE} --batch_size=4 --gradient_accumulation_steps=2 --max_iters=2 --eval_interval=2 --eval_iters=1 '
@@ -145,7 +145,7 @@ def answer(command: str, files: dict[str, Path]) -> tuple[int, str]:
 
 
 def check(wrong: Wrong, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(errors.__file__).parent)
+    monkeypatch.chdir(Path(__file__).parents[1])
     listing = {path: path.stat().st_mtime_ns for path in files['run'].iterdir()}
     code, message = answer(wrong.command, files)
     assert code == wrong.code, message
@@ -179,7 +179,7 @@ def test_wrong_commands_with_weights_of_hugging_face_are_answered_in_words(
 def test_the_commands_are_right_but_for_what_is_wrong_in_them(files: dict[str, Path], tmp_path: Path,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """The command that all the wrong ones of train.py begin with does work."""
-    monkeypatch.setattr(logger.Logger, 'plot', logger.Logger.flush)
+    monkeypatch.setattr(Logger, 'plot', Logger.flush)
     _, *args = trains('').format(**files | {'empty': tmp_path}).split()
     train.main(args)
     assert (tmp_path / 'ckpt.pt').exists()

@@ -13,18 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-import checkpoint
-import errors
 import evaluate
-import parallel
-import tokenizer
-import tokens
 import train
-from evaluate import METRICS, Metric, Predictions
 from model import GPT, GPTConfig
+from plaingpt import errors, metrics
+from plaingpt.corpus import token_files, tokenizer
+from plaingpt.corpus.folder import open_split
+from plaingpt.corpus.order import fixed_starts
+from plaingpt.machines import processes
+from plaingpt.machines.device import autocast
+from plaingpt.metrics import METRICS, Metric, Predictions
+from plaingpt.run import checkpoint
 from tests.comparing import refused
 
-ALONE = parallel.Process(0, 1, torch.device('cpu'), '')
+ALONE = processes.Process(0, 1, torch.device('cpu'), '')
 V, T = 128, 16
 
 
@@ -32,15 +34,15 @@ def silent(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[
     yield from items
 
 
-def measured(model: GPT, corpus: tokens.TokenFile, n_windows: int, batch_size: int,
+def measured(model: GPT, corpus: token_files.TokenFile, n_windows: int, batch_size: int,
              sizes: list[int] | None) -> dict[str, float]:
-    return evaluate.evaluate(model, model.config, corpus, n_windows, batch_size, sizes, ALONE,
-                             parallel.autocast(ALONE.device, torch.float32), silent)
+    return metrics.evaluate(model, model.config, corpus, n_windows, batch_size, sizes, ALONE,
+                             autocast(ALONE.device, torch.float32), silent)
 
 
 @pytest.fixture
-def corpus(tiny_dataset: Path) -> tokens.TokenFile:
-    return tokens.open_split(tiny_dataset, 'val', T, V)
+def corpus(tiny_dataset: Path) -> token_files.TokenFile:
+    return open_split(tiny_dataset, 'val', T, V)
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def model() -> GPT:
     return model
 
 
-def of_each_token(model: GPT, corpus: tokens.TokenFile, starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def of_each_token(model: GPT, corpus: token_files.TokenFile, starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """One window at a time, in float64: nats (W, T), whether it was the first choice (W, T), and the targets (W, T)."""
     nats, firsts, targets = [], [], []
     double = GPT.from_weights(model.config, {name: p.double() for name, p in model.state_dict().items()}).eval()
@@ -68,9 +70,9 @@ def of_each_token(model: GPT, corpus: tokens.TokenFile, starts: list[int]) -> tu
     return torch.tensor(nats), torch.tensor(firsts), torch.stack(targets)
 
 
-def test_every_metric_is_what_a_plain_computation_gives(model: GPT, corpus: tokens.TokenFile) -> None:
+def test_every_metric_is_what_a_plain_computation_gives(model: GPT, corpus: token_files.TokenFile) -> None:
     sizes = [1 + i % 5 for i in range(100)]  # of the ids from 100 on, which are padding, there are none
-    starts = tokens.fixed_starts(len(corpus), T, 13).tolist()
+    starts = fixed_starts(len(corpus), T, 13).tolist()
     with torch.no_grad():  # a guess that is right now and then
         model.transformer.ln_f.weight.mul_(0.1)
         model.transformer.ln_f.bias.copy_(10 * model.transformer.wte.weight[corpus.read(starts[3] + 5, 1).item()])
@@ -87,7 +89,7 @@ def test_every_metric_is_what_a_plain_computation_gives(model: GPT, corpus: toke
 
 
 def test_the_size_of_the_batches_changes_nothing_and_fixed_windows_give_the_same_bits(
-        model: GPT, corpus: tokens.TokenFile) -> None:
+        model: GPT, corpus: token_files.TokenFile) -> None:
     expected = measured(model, corpus, 13, 1, [1] * V)
     for batch_size in (2, 5, 13, 50):
         assert measured(model, corpus, 13, batch_size, [1] * V) == pytest.approx(expected, rel=1e-6)
@@ -96,7 +98,7 @@ def test_the_size_of_the_batches_changes_nothing_and_fixed_windows_give_the_same
     assert model.training, 'the mode is what it was'
 
 
-def test_at_most_the_whole_split_is_read_and_no_window_twice(model: GPT, corpus: tokens.TokenFile) -> None:
+def test_at_most_the_whole_split_is_read_and_no_window_twice(model: GPT, corpus: token_files.TokenFile) -> None:
     whole = measured(model, corpus, (len(corpus) - 1) // T, 8, None)
     assert measured(model, corpus, 10**6, 8, None) == whole
     nats, _, _ = of_each_token(model, corpus, list(range(0, len(corpus) - T, T)))
@@ -109,37 +111,37 @@ def confidence(p: Predictions) -> Tensor:
     return p.logits.softmax(dim=-1).amax(dim=-1)
 
 
-def test_a_metric_is_one_more_line(model: GPT, corpus: tokens.TokenFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_is_one_more_line(model: GPT, corpus: token_files.TokenFile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METRICS, 'confidence', Metric(confidence, better=max))
     results = {'val': measured(model, corpus, 10, 4, [1] * V)}
     assert 1 / V < results['val']['confidence'] < 1
-    best: evaluate.Best = {}
-    evaluate.keep_best(best, results['val'], 5)
-    table = evaluate.table(results, best).splitlines()
+    best: metrics.Best = {}
+    metrics.keep_best(best, results['val'], 5)
+    table = metrics.table(results, best).splitlines()
     assert table[0].split()[-1] == 'confidence'
     assert table[1].split()[-1] == f'{results["val"]["confidence"]:.4f}'
     assert best['confidence'] == [results['val']['confidence'], 5]
 
 
 def test_the_best_of_each_metric_is_kept_in_its_own_direction() -> None:
-    best: evaluate.Best = {}
-    assert evaluate.keep_best(best, {'loss': 3.0, 'accuracy': 0.5}, 10)
-    assert not evaluate.keep_best(best, {'loss': 3.5, 'accuracy': 0.6}, 20)
+    best: metrics.Best = {}
+    assert metrics.keep_best(best, {'loss': 3.0, 'accuracy': 0.5}, 10)
+    assert not metrics.keep_best(best, {'loss': 3.5, 'accuracy': 0.6}, 20)
     assert best == {'loss': [3.0, 10], 'accuracy': [0.6, 20]}
-    assert evaluate.keep_best(best, {'loss': 2.5, 'accuracy': 0.6, 'perplexity': 12.0}, 30)
+    assert metrics.keep_best(best, {'loss': 2.5, 'accuracy': 0.6, 'perplexity': 12.0}, 30)
     assert best == {'loss': [2.5, 30], 'accuracy': [0.6, 20], 'perplexity': [12.0, 30]}, 'equal is not better'
 
 
 def test_the_table_shows_each_row_and_the_best() -> None:
     rows = {'train': {'loss': 3.0}, 'val': {'loss': 3.25, 'accuracy': 0.5}}
-    lines = evaluate.table(rows, {'loss': [3.125, 40]}).splitlines()
+    lines = metrics.table(rows, {'loss': [3.125, 40]}).splitlines()
     assert [line.split() for line in lines] == [
         ['loss', 'accuracy'], ['train', '3.0000'], ['val', '3.2500', '0.5000'], ['best', '3.1250'],
         ['at', 'step', '40']]
     assert len({len(line) for line in lines}) == 1, 'columns are aligned'
-    assert len(evaluate.table(rows, {}).splitlines()) == 3
+    assert len(metrics.table(rows, {}).splitlines()) == 3
     rows['val']['loss_stderr'] = 0.0625
-    lines = evaluate.table(rows, {}).splitlines()
+    lines = metrics.table(rows, {}).splitlines()
     assert [line.split() for line in lines[1:]] == [['train', '3.0000'], ['val', '3.2500', '±', '0.0625', '0.5000']]
     assert lines[1].index('3.0000') == lines[2].index('3.2500'), 'decimals are aligned'
 
@@ -191,7 +193,7 @@ def test_the_script_says_what_training_said(trained: Path, tiny_dataset: Path,
     assert figures(trained)['measured'][0]['train']['loss'] == row['train_loss']
 
 
-def test_without_a_number_of_batches_the_whole_split_is_read(trained: Path, corpus: tokens.TokenFile) -> None:
+def test_without_a_number_of_batches_the_whole_split_is_read(trained: Path, corpus: token_files.TokenFile) -> None:
     evaluate.main([f'--out_dir={trained}', '--device=cpu', '--batch_size=100'])
     model, state = checkpoint.open_model(str(trained))
     sizes = tokenizer.from_state(state['tokenizer']).token_sizes()
@@ -265,9 +267,9 @@ def test_text_that_was_cleaned_is_not_taken_for_that_of_the_published_figures(
 def test_any_number_of_processes_writes_the_same_file(trained: Path, questions: list[str], tmp_path: Path) -> None:
     """Three have too little to do: the last of them gets no batch in some rounds."""
     files, command = [], [f'--init_from={trained}', *questions, '--device=cpu', '--batch_size=3']
-    for processes in (1, 2, 3):
-        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-        subprocess.run([sys.executable, *(launcher if processes > 1 else []), 'evaluate.py', *command,
+    for n in (1, 2, 3):
+        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
+        subprocess.run([sys.executable, *(launcher if n > 1 else []), 'evaluate.py', *command,
                         f'--json={tmp_path}/all.json'],
                        cwd=Path(evaluate.__file__).parent, check=True, capture_output=True, timeout=300)
         files.append((tmp_path / 'all.json').read_bytes())
@@ -337,7 +339,7 @@ def test_the_commands_for_gpt2_give_what_transformers_gives(
     printed = re.findall(r'val loss (\d+\.\d+)', capsys.readouterr().out)
     evaluate.main([*more, '--tasks=val'])
 
-    windows = torch.tensor([ids[start:start + 65] for start in tokens.fixed_starts(len(ids), 64, 6).tolist()])
+    windows = torch.tensor([ids[start:start + 65] for start in fixed_starts(len(ids), 64, 6).tolist()])
     with torch.no_grad():
         scores = theirs(windows[:, :-1]).logits.log_softmax(dim=-1)
     expected = -scores.gather(2, windows[:, 1:, None]).mean().item()

@@ -6,7 +6,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,15 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import checkpoint
-import errors
 import export
-import huggingface
-import llmc
 import sample
-import tokenizer as tokenizers
-from errors import UserError
 from model import GPT, GPTConfig
+from plaingpt import errors
+from plaingpt.corpus import tokenizer
+from plaingpt.errors import UserError
+from plaingpt.formats import huggingface, llmc
+from plaingpt.run import checkpoint
 from tests.comparing import refused
 
 SHAPE = GPTConfig(block_size=16, vocab_size=0, n_layer=2, n_head=2, n_embd=8, bias=False)
@@ -46,7 +44,7 @@ def random_model(config: GPTConfig) -> GPT:
     return model.eval()
 
 
-def write_run(folder: Path, model: GPT, vocabulary: tokenizers.Tokenizer | None, **more: Any) -> Path:
+def write_run(folder: Path, model: GPT, vocabulary: tokenizer.Tokenizer | None, **more: Any) -> Path:
     """A checkpoint such as train.py leaves."""
     config = {name: getattr(model.config, name) for name in checkpoint.SHAPE}
     state = {'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config), 'iter_num': 7,
@@ -73,8 +71,8 @@ def documents(shared_data: Path) -> list[str]:
         return [json.loads(line)['text'] for line in file][:200]
 
 
-def build(spec: str, eot: bool = True, texts: tuple[str, ...] = (ODD,)) -> tokenizers.Tokenizer:
-    return tokenizers.build(spec, lambda: texts, eot)
+def build(spec: str, eot: bool = True, texts: tuple[str, ...] = (ODD,)) -> tokenizer.Tokenizer:
+    return tokenizer.build(spec, lambda: texts, eot)
 
 
 VOCABULARIES = [('char', False), ('char', True), ('byte', False), ('byte', True), ('bpe:300', True), ('gpt2', True)]
@@ -181,8 +179,8 @@ def test_another_pattern_of_tiktokens_cuts_words_in_the_same_places(pattern: str
     """cl100k_base's, and one that asks for the end of the text, with GPT-2's tokens in place of their own."""
     import tiktoken
 
-    gpt2 = tokenizers.load_tiktoken('gpt2').library
-    vocabulary = tokenizers.Tiktoken(tiktoken.Encoding(
+    gpt2 = tokenizer.load_tiktoken('gpt2').library
+    vocabulary = tokenizer.Tiktoken(tiktoken.Encoding(
         'other', pat_str=pattern, mergeable_ranks=gpt2._mergeable_ranks,
         special_tokens={'<|endoftext|>': 50300, '<|endofprompt|>': 50310}))
     library = huggingface.tokenizer_of(vocabulary)
@@ -195,11 +193,11 @@ def test_another_pattern_of_tiktokens_cuts_words_in_the_same_places(pattern: str
 def test_a_tokenizer_that_cannot_be_said_in_their_form_is_refused(tiktoken_cache: Path) -> None:
     import tiktoken
 
-    gpt2 = tokenizers.load_tiktoken('gpt2').library
+    gpt2 = tokenizer.load_tiktoken('gpt2').library
     for pattern in (r'\p{L}{2}+\p{L}|[\s\S]', r'(?s).\w*'):  # which means something else there, or nothing
         odd = tiktoken.Encoding('odd', pat_str=pattern, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={})
         with pytest.raises(UserError, match="'odd' gives other ids"):
-            huggingface.tokenizer_of(tokenizers.Tiktoken(odd))
+            huggingface.tokenizer_of(tokenizer.Tiktoken(odd))
 
 
 def test_the_model_card_has_the_numbers_of_the_run(tmp_path: Path) -> None:
@@ -498,15 +496,14 @@ def test_a_second_export_leaves_no_file_of_the_first(tmp_path: Path) -> None:
 
 def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> None:
     source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
-    code = ('import export, huggingface, sys, time\n'
+    code = ('import export, sys, time\nfrom plaingpt.formats import huggingface\n'
             'def hang(*_): print("writing", flush=True); time.sleep(100)\n'
             'huggingface.write_json = hang\n'
             'export.main(sys.argv[1:])')
     process = subprocess.Popen([sys.executable, '-c', code, f'--out_dir={source}'], stdout=subprocess.PIPE, text=True,
                                cwd=Path(export.__file__).parent)
     assert process.stdout
-    while 'writing' not in process.stdout.readline():
-        time.sleep(0.01)
+    assert any('writing' in line for line in process.stdout), 'it has come that far'
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert (tmp_path / '.hf.exporting/model.safetensors').exists() and not (tmp_path / 'hf').exists()

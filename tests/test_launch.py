@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-import checkpoint
-import errors
+from plaingpt import errors
+from plaingpt.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'
@@ -68,7 +68,7 @@ class Slurm:
     """A cluster of this machine alone, which runs batch scripts and signals them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.job = folder, free_port() - 20000  # parallel.py takes the port from the job's number
+        self.folder, self.job = folder, free_port() - 20000  # processes.py takes the port from the job's number
         programs = folder / 'bin'
         programs.mkdir()
         for name, source in {'srun': SRUN, 'scontrol': SCONTROL}.items():
@@ -99,7 +99,7 @@ class Slurm:
 
 
 def free_port() -> int:
-    """One of those that parallel.py takes with Slurm."""
+    """One of those that processes.py takes with Slurm."""
     for port in count(20000 + os.getpid() % 10000):
         with socket.socket() as test:
             if test.connect_ex(('localhost', port)):
@@ -416,12 +416,19 @@ def is_sent(path: str) -> bool:
     return sent
 
 
-def test_the_image_holds_named_files_that_exist_and_no_secret() -> None:
+def sent_files(source: str) -> list[Path]:
+    """The files that COPY finds under a name, a glob or a folder, of those that the builder sees."""
+    found = [*ROOT.glob(source), *ROOT.glob(f'{source}/**/*')]
+    return [path for path in found if path.is_file() and is_sent(path.relative_to(ROOT).as_posix())]
+
+
+def test_the_image_holds_files_that_exist_and_no_secret() -> None:
     for sources, _ in copies():
         for source in sources:
-            assert (ROOT / source).is_file(), f'{source}: COPY names files, so that no other gets into the image'
-            assert is_sent(source), f'{source} is kept out by .dockerignore'
-    rest = re.sub(r'^COPY.*', '', dockerfile(), flags=re.MULTILINE)  # it names tokens.py
+            assert sent_files(source), f'{source} is missing, or kept out by .dockerignore'
+    held = [file for sources, _ in copies() for source in sources for file in sent_files(source)]
+    assert all(file.suffix == '.py' or file.name == 'requirements.txt' for file in held)
+    rest = re.sub(r'^COPY.*', '', dockerfile(), flags=re.MULTILINE)  # it names files
     assert not re.search(r'SECRET|TOKEN|PASSWORD|API_KEY|CREDENTIAL|\bAWS_|netrc|wandb login', rest, re.IGNORECASE)
     assert not re.search(r'curl|wget|\| *(ba)?sh\b', dockerfile()), 'nothing is run that was just downloaded'
 
@@ -452,9 +459,11 @@ def test_what_the_image_holds_is_enough_to_train(tmp_path: Path) -> None:
     """Every file is where COPY puts it, and none is missing: the command that the image runs by default, and torchrun's
     stand-in, import all of them."""
     for sources, target in copies():
-        (tmp_path / target).mkdir(parents=True, exist_ok=True)
         for source in sources:
-            shutil.copy(ROOT / source, tmp_path / target)
+            for file in sent_files(source):
+                inner = file.relative_to(ROOT / source if (ROOT / source).is_dir() else file.parent)
+                (tmp_path / target / inner).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / target / inner)
     modules = ', '.join(sorted(path.stem for path in tmp_path.glob('*.py')))
     for command in (json.loads(only(r'^CMD (.*)$', dockerfile())), ['-c', f'import {modules}'],
                     ['launch/torchrun.py', '--standalone', 'train.py', 'config/train_gpt2.py', '--learning_rte=1']):

@@ -16,12 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import documents
 import evaluate
 import export
-import tasks
-import tokenizer
 from model import GPT, GPTConfig
+from plaingpt.corpus import documents, tokenizer
+from plaingpt.tasks import last_words, lm_eval, pieces, read, to_batch
 
 N = 240  # examples of each task
 pytestmark = [pytest.mark.slow,
@@ -58,10 +57,10 @@ def files(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def learn(files: dict[str, Path]) -> GPT:
     """A small GPT with GPT-2's vocabulary that has learned the right answers of a fourth of the examples."""
     gpt2, model = tokenizer.load_tiktoken('gpt2'), GPT(GPTConfig(128, 50257, 1, 2, 32))
-    questions = tasks.lm_eval(tasks.read('hellaswag', str(files['hellaswag'])), gpt2)
+    questions = lm_eval(read('hellaswag', str(files['hellaswag'])), gpt2)
     right = [questions.pairs[4 * i + label] for i, label in enumerate(questions.labels)]
-    words = tasks.last_words(tasks.read('lambada', str(files['lambada'])), gpt2)
-    batches = [tasks.to_batch(list(tasks.pieces(pairs[::4], model.config.block_size))) for pairs in (right, words)]
+    words = last_words(read('lambada', str(files['lambada'])), gpt2)
+    batches = [to_batch(list(pieces(pairs[::4], model.config.block_size))) for pairs in (right, words)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(30):
         for x, y in batches:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import errors
 from model import GPT, Attention, GPTConfig
+from plaingpt import errors
 
 SHAPES = {  # layers, heads and width of OpenAI's four models, and how many parameters they have
     'gpt2': (12, 12, 768, 124_439_808),

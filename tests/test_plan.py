@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import configurator
-import parallel
-import plan
-import sharding
-import sizes
-import token_files
-import tokens
 import train
-from errors import UserError
 from model import GPT, GPTConfig
+from plaingpt import sizes
+from plaingpt.corpus import token_files
+from plaingpt.corpus.batches import Part
+from plaingpt.errors import UserError
+from plaingpt.machines import processes, strategies
+from plaingpt.machines.device import autocast
+from plaingpt.plan import Plan, describe, disk_bytes, duration, look_at, shape_of
+from plaingpt.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
-ALONE = parallel.Process(0, 1, torch.device('cpu'), '')
+ALONE = processes.Process(0, 1, torch.device('cpu'), '')
 PUBLISHED = {'gpt2': 124_439_808, 'gpt2-medium': 354_823_168, 'gpt2-large': 774_030_080, 'gpt2-xl': 1_557_611_200}
 SMALL = GPTConfig(32, 65, 2, 2, 32)
 
@@ -33,7 +33,7 @@ SMALL = GPTConfig(32, 65, 2, 2, 32)
 def lines_of(*arguments: str, world_size: int = 1) -> list[str]:
     """A plan, line by line."""
     settings, given = configurator.configure(train, list(arguments))
-    return '\n'.join(plan.describe(settings, given, world_size)).splitlines()
+    return '\n'.join(describe(settings, given, world_size)).splitlines()
 
 
 def warnings_of(*arguments: str, world_size: int = 1) -> str:
@@ -58,7 +58,7 @@ def test_the_four_sizes_of_gpt2_have_their_published_parameters() -> None:
 @pytest.mark.parametrize('name', ['gpt_mini', 'gpt_micro', 'gpt_nano'])
 def test_the_small_presets_are_those_of_their_config_files(name: str, tiny_dataset: Path) -> None:
     settings, given = configurator.configure(train, [str(ROOT / f'config/{name}.py')])
-    config, _ = plan.shape_of(settings, given, 65)
+    config, _ = shape_of(settings, given, 65)
     preset = sizes.SMALL[name.replace('_', '-')]
     count = sum(p.numel() for p in GPT(config).parameters())
     assert sizes.n_parameters(sizes.on_meta(preset)) == count
@@ -93,11 +93,11 @@ def counted_peak(config: GPTConfig, batch_size: int, n_parts: int, recomputes: b
     optimizer = train.make_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
     scaler = torch.amp.GradScaler('cpu', enabled=False)
     ids = torch.randint(config.vocab_size, (batch_size, config.block_size + 1))
-    parts = [tokens.Part(i, 1 / n_parts, ids[:, :-1].clone(), ids[:, 1:].clone()) for i in range(n_parts)]
+    parts = [Part(i, 1 / n_parts, ids[:, :-1].clone(), ids[:, 1:].clone()) for i in range(n_parts)]
 
     def step() -> None:
         train.accumulate_gradient(model, parts, 0, n_parts, ALONE, nullcontext(), scaler, 1)
-        sharding.clip(model.parameters(), 1.0)
+        strategies.clip(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -153,7 +153,7 @@ def saved_bytes(config: GPTConfig, width: int) -> int:
 
     ids = torch.randint(config.vocab_size, (4, config.block_size + 1))
     dtype = {4: torch.float32, 2: torch.bfloat16}[width]
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), parallel.autocast(torch.device('cpu'), dtype):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), autocast(torch.device('cpu'), dtype):
         model(ids[:, :-1], ids[:, 1:], logits='none')
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -193,15 +193,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Pat
 
 def test_a_checkpoint_is_as_large_as_planned(run_dir: Path, tiny_dataset: Path) -> None:
     config = checkpoint.config_of(checkpoint.load(run_dir / 'ckpt.pt'))
-    planned = sizes.checkpoint_bytes(sizes.on_meta(config), plan.look_at(str(tiny_dataset)).tokenizer_bytes)
+    planned = sizes.checkpoint_bytes(sizes.on_meta(config), look_at(str(tiny_dataset)).tokenizer_bytes)
     assert planned == pytest.approx((run_dir / 'ckpt.pt').stat().st_size, rel=0.01)
 
 
 def test_the_disk_that_is_planned_is_what_a_run_asks_for(tiny_dataset: Path, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     settings, given = configurator.configure(train, [*TINY, f'--dataset={tiny_dataset}', '--keep=3'])
-    config, _ = plan.shape_of(settings, given, 65)
-    planned = plan.disk_bytes(plan.Plan(settings, sizes.on_meta(config), plan.look_at(str(tiny_dataset)), 1, 0, 1))
+    config, _ = shape_of(settings, given, 65)
+    planned = disk_bytes(Plan(settings, sizes.on_meta(config), look_at(str(tiny_dataset)), 1, 0, 1))
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: real._replace(free=planned - 1))
     with pytest.raises(UserError, match=f' needs {planned:,} bytes '):
@@ -282,7 +282,7 @@ def test_hours_are_tokens_times_operations_over_what_a_card_does() -> None:
 @pytest.mark.parametrize(('seconds', 'text'), [(1, '< 1 min'), (60, '1 min'), (3599, '60 min'), (3600, '1.0 h'),
                                                (359_900, '100.0 h'), (7_200_000, '2,000 h')])
 def test_a_time_is_told_as_exactly_as_it_is_known(seconds: float, text: str) -> None:
-    assert plan.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_a_card_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import checkpoint
 import configurator
-import errors
 import sample
-import tokenizer
-import tokens
 from model import GPT, GPTConfig
+from plaingpt import errors
+from plaingpt.corpus import tokenizer
+from plaingpt.corpus.order import draw
+from plaingpt.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 BLOCK = 32
@@ -102,7 +102,7 @@ def test_the_samples_are_what_the_model_generates_from_the_prompt(trained: Path,
     vocabulary = tokenizer.from_state(state['tokenizer'])
     assert set(''.join(samples)) <= set(state['tokenizer']['characters'])
     ids = torch.tensor([vocabulary.encode('def ')] * 3)
-    ids = model.generate(ids, 60, 0.8, 200, seed=tokens.draw(1337, 0), n_vocab=vocabulary.n_vocab)
+    ids = model.generate(ids, 60, 0.8, 200, seed=draw(1337, 0), n_vocab=vocabulary.n_vocab)
     assert samples == [vocabulary.decode(row.tolist()) for row in ids]
 
 

@@ -199,9 +199,9 @@ def test_requirements_pin_each_package_and_what_it_needs_in_turn() -> None:
 
 def test_every_package_that_is_imported_is_declared() -> None:
     declared = {canonicalize_name(bound.name) for bound in BOUNDS}
-    folders = ('.', 'data/*', 'tests', 'benchmarks')
+    folders = ('.', 'plaingpt/**', 'data/*', 'tests/**', 'benchmarks')
     files = [file for folder in folders for file in ROOT.glob(f'{folder}/*.py')]
-    known = sys.stdlib_module_names | {file.stem for file in files} | {'tests'}
+    known = sys.stdlib_module_names | {file.stem for file in files} | {'plaingpt', 'tests'}
     distributions = metadata.packages_distributions()
     undeclared = set()
     for file in files:
@@ -223,11 +223,13 @@ def test_an_editable_installation_can_be_imported_from_any_folder(tmp_path: Path
     source, elsewhere = tmp_path / 'source', tmp_path / 'elsewhere'
     source.mkdir()
     elsewhere.mkdir()
-    for file in (*ROOT.glob('*.py'), ROOT / 'pyproject.toml'):
-        shutil.copy(file, source)
+    for file in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), ROOT / 'pyproject.toml'):
+        (source / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, source / file.relative_to(ROOT))
     borrow_packages(elsewhere)
     installed = run(elsewhere, '.venv/bin/python', '-m', 'pip', 'install', '--no-build-isolation', '--no-deps', '-e',
                     str(source))
     assert installed.returncode == 0, installed.stderr
-    imported = run(elsewhere, '.venv/bin/python', '-c', 'import configurator; print(configurator.__file__)')
-    assert imported.stdout.strip() == str(source / 'configurator.py')
+    code = 'import train; from plaingpt.corpus import order; print(order.__file__)'
+    imported = run(elsewhere, '.venv/bin/python', '-c', code)
+    assert imported.stdout.strip() == str(source / 'plaingpt/corpus/order.py')

@@ -17,15 +17,34 @@ from typing import Any
 import pytest
 import torch
 
-import errors
-import parallel
-import tasks
-import tokenizer
-import tokens
-from errors import UserError
 from model import GPT, GPTConfig
+from plaingpt import errors
+from plaingpt.corpus import tokenizer
+from plaingpt.errors import UserError
+from plaingpt.machines import device as device_module
+from plaingpt.machines import processes
+from plaingpt.tasks import (
+    SOURCES,
+    Pair,
+    Questions,
+    Scorer,
+    Source,
+    choices,
+    completion,
+    encode_together,
+    for_training,
+    is_raw,
+    last_words,
+    lm_eval,
+    load,
+    measure_hellaswag,
+    measure_lambada,
+    pieces,
+    read,
+    score,
+)
 
-ALONE = parallel.Process(0, 1, torch.device('cpu'), '')
+ALONE = processes.Process(0, 1, torch.device('cpu'), '')
 BYTES = tokenizer.Bytes(eot=False)
 # Two rows as HellaSwag has them, one from a film and one from WikiHow, and two as LAMBADA has them
 RAW: list[dict[str, Any]] = [
@@ -44,9 +63,9 @@ def silent(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[
     yield from items
 
 
-def scorer_of(model: GPT, batch_size: int = 3) -> tasks.Scorer:
-    autocast = parallel.autocast(ALONE.device, torch.float32)
-    return functools.partial(tasks.score, model, model.config, batch_size, ALONE, autocast, silent)
+def scorer_of(model: GPT, batch_size: int = 3) -> Scorer:
+    autocast = device_module.autocast(ALONE.device, torch.float32)
+    return functools.partial(score, model, model.config, batch_size, ALONE, autocast, silent)
 
 
 def make_model(block_size: int = 128) -> GPT:
@@ -73,12 +92,12 @@ def plain_nats(model: GPT, ids: list[int], n_told: int) -> list[float]:
 # What is asked
 
 
-def texts(pairs: Iterable[tasks.Pair]) -> list[tuple[str, str]]:
+def texts(pairs: Iterable[Pair]) -> list[tuple[str, str]]:
     return [(BYTES.decode(context), BYTES.decode(ending)) for context, ending in pairs]
 
 
 def test_completion_asks_with_the_text_as_it_stands() -> None:
-    questions = tasks.completion(RAW, BYTES)
+    questions = completion(RAW, BYTES)
     assert questions.labels == [3, 0]
     assert texts(questions.pairs[:2]) == [('A man is sitting on a roof. he', ' is using wrap to wrap skis.'),
                                           ('A man is sitting on a roof. he', ' is ripping tiles off.')]
@@ -88,7 +107,7 @@ def test_completion_asks_with_the_text_as_it_stands() -> None:
 
 
 def test_lm_eval_asks_with_the_activity_and_without_the_marks_of_wikihow() -> None:
-    questions = tasks.lm_eval(RAW, BYTES)
+    questions = lm_eval(RAW, BYTES)
     assert texts(questions.pairs[:1]) == [
         ('Roof shingle removal: A man is sitting on a roof. He', ' is using wrap to wrap skis.')]
     assert texts(questions.pairs[4:]) == [
@@ -100,18 +119,18 @@ def test_lm_eval_asks_with_the_activity_and_without_the_marks_of_wikihow() -> No
 def test_a_file_that_others_have_cleaned_is_known_as_such_and_scored_as_far_as_it_goes() -> None:
     cleaned = {'row': 0, 'activity_label': 'Canoeing', 'ctx': 'Two women paddle. the child', 'label': 2,
                'endings': ['a.', 'b.', 'c.', 'd.'], 'source': 'activitynet'}
-    assert tasks.is_raw(RAW) and not tasks.is_raw([*RAW, cleaned])
-    assert texts(tasks.lm_eval([cleaned], BYTES).pairs[:1]) == [('Canoeing: Two women paddle. the child', ' a.')]
+    assert is_raw(RAW) and not is_raw([*RAW, cleaned])
+    assert texts(lm_eval([cleaned], BYTES).pairs[:1]) == [('Canoeing: Two women paddle. the child', ' a.')]
 
 
 def test_the_last_word_is_asked_for_with_the_space_before_it() -> None:
-    assert texts(tasks.last_words(WORDS, BYTES)) == [
+    assert texts(last_words(WORDS, BYTES)) == [
         ('She asked for bread and he gave her', ' bread'), ('Two and two is', ' four')]
 
 
 def test_a_word_is_told_in_the_tokens_that_it_has_in_the_text(tiktoken_cache: Path) -> None:
     gpt2 = tokenizer.load_tiktoken('gpt2')
-    context, ending = tasks.encode_together('It is in the  ', ' house', gpt2)
+    context, ending = encode_together('It is in the  ', ' house', gpt2)
     assert gpt2.decode(context) == 'It is in the', 'spaces belong to what follows'
     assert gpt2.decode(ending) == '   house'
     assert [*context, *ending] == gpt2.encode('It is in the   house')
@@ -124,7 +143,7 @@ def test_a_word_is_told_in_the_tokens_that_it_has_in_the_text(tiktoken_cache: Pa
 
 def test_each_ending_costs_what_a_plain_computation_says() -> None:
     model = make_model()
-    pairs = tasks.completion(RAW, BYTES).pairs
+    pairs = completion(RAW, BYTES).pairs
     expected = [sum(plain_nats(model, context + ending, len(ending))) for context, ending in pairs]
     for batch_size in (1, 3, 50):
         nats, _ = scorer_of(model, batch_size)(pairs, '')
@@ -133,24 +152,24 @@ def test_each_ending_costs_what_a_plain_computation_says() -> None:
 
 
 def test_the_answer_is_the_cheapest_ending_and_the_cheapest_for_its_length() -> None:
-    questions = tasks.Questions([], 3 * [1, 2, 4, 8], [3, 0, 3])
+    questions = Questions([], 3 * [1, 2, 4, 8], [3, 0, 3])
     nats = torch.tensor([5.0, 6.0, 7.0, 8.0, 1.0, 3.0, 9.0, 9.0, 5.0, 2.0, 5.0, 4.0])
     #    per length      5.0, 3.0, 1.7, 1.0, 1.0, 1.5, 2.2, 1.1, 5.0, 1.0, 1.2, 0.5
-    results = tasks.choices(questions, nats)
+    results = choices(questions, nats)
     assert results == pytest.approx({'acc': 1 / 3, 'acc_stderr': 1 / 3, 'acc_norm': 1.0, 'acc_norm_stderr': 0.0})
     nats[5] = 1.0  # as cheap as the right one: the first of equals is taken
-    assert tasks.choices(questions, nats)['acc'] == 1 / 3
+    assert choices(questions, nats)['acc'] == 1 / 3
     nats[4] = 1.5
-    assert tasks.choices(questions, nats)['acc'] == 0
+    assert choices(questions, nats)['acc'] == 0
 
 
 def test_of_a_long_context_the_end_is_read_and_a_long_ending_is_told_in_pieces() -> None:
     model = make_model(block_size=8)
     ids = BYTES.encode('The quick brown fox jumps over the lazy dog')
-    assert [(piece.ids, piece.n_told) for piece in tasks.pieces([(ids[:30], ids[30:34])], 8)] == [(ids[25:34], 4)]
-    assert [(piece.ids, piece.n_told) for piece in tasks.pieces([(ids[:30], ids[30:])], 8)] == [
+    assert [(piece.ids, piece.n_told) for piece in pieces([(ids[:30], ids[30:34])], 8)] == [(ids[25:34], 4)]
+    assert [(piece.ids, piece.n_told) for piece in pieces([(ids[:30], ids[30:])], 8)] == [
         (ids[-9:], 8), (ids[-17:-8], 5)], 'every token once, after at least one other'
-    assert [(piece.ids, piece.n_told) for piece in tasks.pieces([(ids[:1], ids[1:18])], 8)] == [
+    assert [(piece.ids, piece.n_told) for piece in pieces([(ids[:1], ids[1:18])], 8)] == [
         (ids[9:18], 8), (ids[1:10], 8), (ids[:2], 1)]
 
     nats, _ = scorer_of(model)([(ids[:30], ids[30:34]), (ids[:30], ids[30:])], '')
@@ -174,17 +193,17 @@ def learn(texts: Iterable[str]) -> GPT:
 
 def test_a_model_that_knows_the_texts_by_heart_gives_the_right_answers() -> None:
     right = [f'{row["ctx"]} {row["endings"][int(row["label"])]}' for row in RAW]
-    figures = tasks.measure_hellaswag(RAW, BYTES, scorer_of(learn(right)))
+    figures = measure_hellaswag(RAW, BYTES, scorer_of(learn(right)))
     assert figures['hellaswag_completion'] == {'acc': 1.0, 'acc_norm': 1.0, 'acc_stderr': 0.0, 'acc_norm_stderr': 0.0}
     wrong = [f'{row["ctx"]} {row["endings"][1]}' for row in RAW]
-    assert tasks.measure_hellaswag(RAW, BYTES, scorer_of(learn(wrong)))['hellaswag_completion']['acc_norm'] == 0
+    assert measure_hellaswag(RAW, BYTES, scorer_of(learn(wrong)))['hellaswag_completion']['acc_norm'] == 0
     assert list(figures) == ['hellaswag_completion', 'hellaswag_lm_eval'], 'one is never taken for the other'
 
 
 def test_a_last_word_counts_when_each_of_its_tokens_is_the_first_choice() -> None:
     model = learn(['She asked for bread and he gave her bread', 'Two and two is foul'])
-    figures = tasks.measure_lambada(WORDS, BYTES, scorer_of(model))['lambada_openai']
-    nats = [sum(plain_nats(model, context + word, len(word))) for context, word in tasks.last_words(WORDS, BYTES)]
+    figures = measure_lambada(WORDS, BYTES, scorer_of(model))['lambada_openai']
+    nats = [sum(plain_nats(model, context + word, len(word))) for context, word in last_words(WORDS, BYTES)]
     assert nats[0] < 0.2 < 3 < nats[1], "of 'four' it knows all but the last letter"
     assert figures['acc'] == 0.5
     assert figures['acc_stderr'] == 0.5
@@ -192,32 +211,34 @@ def test_a_last_word_counts_when_each_of_its_tokens_is_the_first_choice() -> Non
 
 
 def test_a_run_notes_the_completion_style_under_the_name_of_its_text(tmp_path: Path) -> None:
-    model, questions = make_model(), tasks.completion(RAW, BYTES)
-    raw = tasks.for_training(str(write(tmp_path / 'raw.jsonl', RAW)), 0, BYTES, ALONE)
+    model, questions = make_model(), completion(RAW, BYTES)
+    raw = for_training(str(write(tmp_path / 'raw.jsonl', RAW)), 0, BYTES, ALONE)
     nats, _ = scorer_of(model)(questions.pairs, '')
     assert raw.answer(scorer_of(model)) == {
-        f'hellaswag_{name}': value for name, value in tasks.choices(questions, nats).items()}
+        f'hellaswag_{name}': value for name, value in choices(questions, nats).items()}
     cleaned = [{name: value for name, value in row.items() if name not in ('ctx_a', 'ctx_b')} for row in RAW]
-    other = tasks.for_training(str(write(tmp_path / 'cleaned.jsonl', cleaned)), 1, BYTES, ALONE)
+    other = for_training(str(write(tmp_path / 'cleaned.jsonl', cleaned)), 1, BYTES, ALONE)
     assert 'hellaswag_cleaned_acc_norm' in other.answer(scorer_of(model))
     assert len(other.questions.labels) == 1
     with pytest.raises(UserError, match='--hellaswag_interval=0'):
-        tasks.for_training('', 0, None, ALONE)
+        for_training('', 0, None, ALONE)
 
 
 TRAINING = """
-import sys, torch, parallel, sharding, tasks, test_tasks
-with parallel.joined('cpu', shards=True) as process:
+import sys, torch, test_tasks
+from plaingpt import tasks
+from plaingpt.machines import device, processes, strategies
+with processes.joined('cpu', shards=True) as process:
     torch.manual_seed(0)
     model, raw = test_tasks.make_model(), test_tasks.make_model()
     raw.load_state_dict(model.state_dict())
     blocks = model.transformer.h
     for block in blocks:
         block.compile()
-    distributed = sharding.distribute(model, blocks, process, sys.argv[1], torch.float32, True, False)
+    distributed = strategies.distribute(model, blocks, process, sys.argv[1], torch.float32, True, False)
     pairs = tasks.completion(test_tasks.RAW, test_tasks.BYTES).pairs
     alone = test_tasks.scorer_of(raw)(pairs, '')
-    together = tasks.score(distributed, model.config, 3, process, parallel.autocast(process.device, torch.float32),
+    together = tasks.score(distributed, model.config, 3, process, device.autocast(process.device, torch.float32),
                            test_tasks.silent, pairs, '')
     assert torch.equal(alone[0], together[0]) and torch.equal(alone[1], together[1])
     assert not torch._dynamo.utils.counters['frames'], 'nothing was compiled'
@@ -231,7 +252,7 @@ with parallel.joined('cpu', shards=True) as process:
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
 def test_a_model_that_several_processes_train_is_asked_as_if_by_one(strategy: str, tmp_path: Path) -> None:
     """With blocks to compile: the many lengths of the questions compile nothing. And training goes on."""
-    root = Path(tasks.__file__).parent
+    root = Path(__file__).parents[1]
     (tmp_path / 'ask.py').write_text(TRAINING, encoding='utf-8')
     asked = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'ask.py'),
@@ -251,19 +272,19 @@ def write(path: Path, rows: Iterable[Any]) -> Path:
 
 
 def test_the_files_that_are_around_are_read(shared_data: Path) -> None:
-    questions = list(tasks.read('hellaswag', str(shared_data / 'hellaswag/hellaswag_val.jsonl.xz')))
+    questions = list(read('hellaswag', str(shared_data / 'hellaswag/hellaswag_val.jsonl.xz')))
     assert len(questions) == 10042
-    assert not tasks.is_raw(questions)
-    passages = list(tasks.read('lambada', str(shared_data / 'lambada/lambada_openai.jsonl')))
+    assert not is_raw(questions)
+    passages = list(read('lambada', str(shared_data / 'lambada/lambada_openai.jsonl')))
     assert len(passages) == 5153
-    assert texts(tasks.last_words(passages[:1], BYTES))[0][1] == ' signs'
+    assert texts(last_words(passages[:1], BYTES))[0][1] == ' signs'
 
 
 def test_only_the_first_examples_are_read_when_so_many_are_asked_for(tmp_path: Path) -> None:
     path = write(tmp_path / 'a.jsonl', [*RAW, 'no example'])
-    assert tasks.load('hellaswag', str(path), 2, ALONE) == RAW
+    assert load('hellaswag', str(path), 2, ALONE) == RAW
     with pytest.raises(UserError, match='line 3'):
-        tasks.load('hellaswag', str(path), 0, ALONE)
+        load('hellaswag', str(path), 0, ALONE)
 
 
 @pytest.mark.parametrize(('task', 'row'), [
@@ -276,7 +297,7 @@ def test_only_the_first_examples_are_read_when_so_many_are_asked_for(tmp_path: P
 def test_what_is_no_example_is_refused_with_its_line(task: str, row: Any, tmp_path: Path) -> None:
     path = write(tmp_path / 'a.jsonl', [*(RAW if task == 'hellaswag' else WORDS), row])
     with pytest.raises(UserError, match=fr'a\.jsonl, line 3 is not an example of {task}') as caught:
-        tasks.load(task, str(path), 0, ALONE)
+        load(task, str(path), 0, ALONE)
     assert caught.value.code == errors.DATA
 
 
@@ -285,7 +306,7 @@ def test_files_that_are_damaged_or_empty_are_refused(tmp_path: Path) -> None:
     (tmp_path / 'empty.jsonl').write_bytes(b'')
     for name, message in (('bad', 'line 1'), ('empty', 'is empty'), ('nowhere', 'matches no file')):
         with pytest.raises(UserError, match=message) as caught:
-            tasks.load('lambada', str(tmp_path / f'{name}.jsonl'), 0, ALONE)
+            load('lambada', str(tmp_path / f'{name}.jsonl'), 0, ALONE)
         assert caught.value.code == errors.DATA
 
 
@@ -324,32 +345,32 @@ def served(tmp_path: Path) -> Iterator[str]:
 
 def test_two_machines_that_share_a_folder_may_download_at_the_same_time(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, 'DATA_ROOT', tmp_path / 'data')
+    monkeypatch.setattr('plaingpt.tasks.DATA_ROOT', tmp_path / 'data')
     with serving(tmp_path / 'web', InStep) as address, ThreadPoolExecutor() as machines:
         write(tmp_path / 'web/mine.jsonl', WORDS)
-        loading = [machines.submit(tasks.load, 'lambada', f'{address}/mine.jsonl', 0, ALONE) for _ in range(2)]
+        loading = [machines.submit(load, 'lambada', f'{address}/mine.jsonl', 0, ALONE) for _ in range(2)]
         assert [machine.result() for machine in loading] == [WORDS, WORDS]
     assert [path.name for path in (tmp_path / 'data/lambada').iterdir()] == ['mine.jsonl']
 
 
 def test_without_a_path_the_original_is_downloaded_and_anything_else_refused(
         served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, 'DATA_ROOT', tmp_path / 'data')
+    monkeypatch.setattr('plaingpt.tasks.DATA_ROOT', tmp_path / 'data')
     file = write(tmp_path / 'web/hellaswag_val.jsonl', RAW)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setitem(tasks.SOURCES, 'hellaswag', tasks.Source(f'{served}/hellaswag_val.jsonl', digest))
-    assert tasks.load('hellaswag', '', 0, ALONE) == RAW
+    monkeypatch.setitem(SOURCES, 'hellaswag', Source(f'{served}/hellaswag_val.jsonl', digest))
+    assert load('hellaswag', '', 0, ALONE) == RAW
     assert (tmp_path / 'data/hellaswag/hellaswag_val.jsonl').read_bytes() == file.read_bytes()
     file.unlink()
-    assert tasks.load('hellaswag', '', 0, ALONE) == RAW, 'it is there now'
+    assert load('hellaswag', '', 0, ALONE) == RAW, 'it is there now'
 
     write(tmp_path / 'web/lambada_test.jsonl', WORDS)
-    monkeypatch.setitem(tasks.SOURCES, 'lambada', tasks.Source(f'{served}/lambada_test.jsonl', digest))
+    monkeypatch.setitem(SOURCES, 'lambada', Source(f'{served}/lambada_test.jsonl', digest))
     with pytest.raises(UserError, match=r'sha256 is .* is expected\n.*--lambada=PATH'):
-        tasks.load('lambada', '', 0, ALONE)
-    assert tasks.load('lambada', f'{served}/lambada_test.jsonl', 1, ALONE) == WORDS[:1], 'by its address, as it is'
+        load('lambada', '', 0, ALONE)
+    assert load('lambada', f'{served}/lambada_test.jsonl', 1, ALONE) == WORDS[:1], 'by its address, as it is'
 
 
 def test_the_originals_are_named_by_their_known_hashes() -> None:
-    assert {name: (source.url.rpartition('/')[2], source.sha256[:8]) for name, source in tasks.SOURCES.items()} == {
+    assert {name: (source.url.rpartition('/')[2], source.sha256[:8]) for name, source in SOURCES.items()} == {
         'hellaswag': ('hellaswag_val.jsonl', '0aa3b888'), 'lambada': ('lambada_test.jsonl', '4aa8d02c')}

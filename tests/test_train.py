@@ -1,6 +1,6 @@
 """Training: the schedule, the optimizer, the batch, what a run leaves behind, and that an interruption changes nothing.
 
-Most runs take place in this process, on a tiny model and real text. None draws its picture (tests/test_logger.py does),
+Most runs take place in this process, on a tiny model and real text. None draws its picture (run/test_log.py does),
 but for those in a process of their own.
 """
 import ast
@@ -18,15 +18,17 @@ from typing import Any
 import pytest
 import torch
 
-import checkpoint
-import errors
-import evaluate
-import logger
-import parallel
-import plan
-import tokens
 import train
 from model import GPT, GPTConfig
+from plaingpt import errors, metrics
+from plaingpt.corpus import token_files
+from plaingpt.corpus.batches import Part, parts_of
+from plaingpt.corpus.folder import open_split
+from plaingpt.corpus.order import Order
+from plaingpt.machines import processes
+from plaingpt.machines.device import autocast, pick_dtype
+from plaingpt.plan import windows_in_step
+from plaingpt.run import checkpoint
 from tests.comparing import differences, refused
 
 ROOT = Path(__file__).parents[1]
@@ -133,17 +135,17 @@ def test_matrices_decay_and_vectors_do_not(tie: bool) -> None:
 
 @pytest.mark.parametrize(('total', 'nearest'), [(1000, '992 and 1008'), (5, '16'), (17, '16 and 32')])
 def test_a_total_batch_size_that_is_no_multiple_of_the_block_names_the_nearest(total: int, nearest: str) -> None:
-    message = refused(plan.windows_in_step, total, 40, 12, 16, code=errors.COMMAND)
+    message = refused(windows_in_step, total, 40, 12, 16, code=errors.COMMAND)
     assert f'total_batch_size={total} must be a multiple of block_size=16' in message
     assert message.endswith(f'the nearest are {nearest}')
-    assert plan.windows_in_step(1008, 40, 12, 16) == 63
-    assert plan.windows_in_step(0, 40, 12, 16) == 480
+    assert windows_in_step(1008, 40, 12, 16) == 63
+    assert windows_in_step(0, 40, 12, 16) == 480
 
 
-def batch(n_windows: int, corpus: tokens.TokenFile, config: GPTConfig, batch_size: int) -> list[tokens.Part]:
-    alone = parallel.Process(0, 1, torch.device('cpu'), '')
-    starts = tokens.Order(len(corpus), config.block_size, 1).starts(0, n_windows)
-    return list(tokens.parts_of(corpus, starts, batch_size, config, alone))
+def batch(n_windows: int, corpus: token_files.TokenFile, config: GPTConfig, batch_size: int) -> list[Part]:
+    alone = processes.Process(0, 1, torch.device('cpu'), '')
+    starts = Order(len(corpus), config.block_size, 1).starts(0, n_windows)
+    return list(parts_of(corpus, starts, batch_size, config, alone))
 
 
 @pytest.mark.parametrize('scaled', [False, True])
@@ -151,8 +153,8 @@ def test_gradients_add_up_over_micro_batches_with_a_loss_scale_and_without(tiny_
     """The scaler that float16 needs on cuda works on a CPU too, though train.py leaves it out there."""
     config = GPTConfig(16, 128, 2, 2, 16)
     model = GPT(config)
-    corpus = tokens.open_split(tiny_dataset, 'train', 16, 128)
-    alone = parallel.Process(0, 1, torch.device('cpu'), '')
+    corpus = open_split(tiny_dataset, 'train', 16, 128)
+    alone = processes.Process(0, 1, torch.device('cpu'), '')
     (whole,) = batch(10, corpus, config, 10)
     _, expected = model(whole.x, whole.y)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
@@ -160,7 +162,7 @@ def test_gradients_add_up_over_micro_batches_with_a_loss_scale_and_without(tiny_
     parts = batch(10, corpus, config, 4)  # the last one lacks two windows
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0**12, enabled=scaled)
     optimizer = train.make_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
-    precision = parallel.autocast(alone.device, torch.float32)
+    precision = autocast(alone.device, torch.float32)
     loss = train.accumulate_gradient(model, parts, 0, 3, alone, precision, scaler, 1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     grown = 2.0**12 if scaled else 1.0
@@ -179,8 +181,8 @@ def test_float16_and_bfloat16_on_a_machine_that_lacks_them_fall_back_and_say_so(
     assert losses(half) == losses(plain)
     assert 'float32, float16 was asked for, and is for cuda alone' in capsys.readouterr().out
     assert last(tmp_path / 'b')['scaler'] == {}
-    assert parallel.pick_dtype('auto', 'cpu')[0] == torch.float32
-    assert parallel.pick_dtype('bfloat16', 'mps')[0] == torch.bfloat16
+    assert pick_dtype('auto', 'cpu')[0] == torch.float32
+    assert pick_dtype('bfloat16', 'mps')[0] == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------
@@ -212,7 +214,8 @@ def uses_of(file: str) -> set[str]:
 def test_every_setting_is_read_somewhere() -> None:
     names = block_of_settings()
     assert {'out_dir', 'seed', 'deterministic', 'n_layer'} <= set(names)
-    read = uses_of('train.py') | uses_of('plan.py') | uses_of('checkpoint.py') | set(checkpoint.SHAPE)
+    files = ('train.py', 'plaingpt/plan.py', 'plaingpt/run/checkpoint.py')
+    read = set(checkpoint.SHAPE).union(*map(uses_of, files))
     assert [name for name in names if name not in read] == []
     assert set(checkpoint.SHAPE) <= set(names)
 
@@ -309,7 +312,7 @@ def test_max_iters_does_not_move_the_schedule(run: Run, tmp_path: Path) -> None:
 
 
 def test_max_epochs_ends_the_run_and_the_schedule(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
-    order = tokens.Order(len(tokens.open_split(tiny_dataset, 'train', 16, 128)), 16, 1337)
+    order = Order(len(open_split(tiny_dataset, 'train', 16, 128)), 16, 1337)
     steps = math.ceil(0.02 * order.epoch / 8)
     rows = run(tmp_path, max_epochs=0.02, max_iters=1000, lr_decay_iters=1000, eval_interval=100)
     assert len(losses(rows)) == steps == last(tmp_path)['iter_num']
@@ -597,7 +600,7 @@ def test_the_best_value_and_its_step_are_kept_across_a_resume(run: Run, tmp_path
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path)
     best = last(tmp_path)['best']
-    assert set(best) == set(evaluate.METRICS)
+    assert set(best) == set(metrics.METRICS)
     capsys.readouterr()
     run(tmp_path, init_from='resume', max_iters=12, learning_rate=1.0, min_lr=1.0)
     assert last(tmp_path)['best']['loss'] == best['loss'], 'what came after was worse'
@@ -700,7 +703,7 @@ def test_weights_are_fine_tuned_under_a_new_wandb_run_and_resumed_under_the_old(
         started.append(run_id)
 
     started: list[str] = []
-    monkeypatch.setattr(logger, 'start_wandb', start_nothing)
+    monkeypatch.setattr('plaingpt.run.log.start_wandb', start_nothing)
     run(tmp_path / 'first', wandb_log=True, max_iters=2)
     run(tmp_path / 'first', wandb_log=True, max_iters=3, init_from='resume')
     run(tmp_path / 'second', wandb_log=True, max_iters=2, init_from=tmp_path / 'first')

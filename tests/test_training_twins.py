@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import configurator
-import tokens
 import train
 import train_trivialised
 from model import GPTConfig
 from model_trivialised import GPT
+from plaingpt.corpus.folder import open_split, read_meta
+from plaingpt.run import checkpoint
 
 SHAPE = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--total_batch_size=256']
 OVERRIDES = {
@@ -26,12 +26,12 @@ OVERRIDES = {
 def train_plainly(dataset: Path, overrides: list[str]) -> tuple[list[float], GPT]:
     configurator.configure(train_trivialised, [f'--dataset={dataset}', *SHAPE, *overrides])
     settings = train_trivialised
-    meta = tokens.read_meta(dataset)
+    meta = read_meta(dataset)
     torch.manual_seed(settings.seed)
     config = GPTConfig(settings.block_size, meta['vocab_size'], settings.n_layer, settings.n_head, settings.n_embd,
                        bias=settings.bias)
     model = GPT(config)
-    corpus = tokens.open_split(dataset, 'train', settings.block_size, meta['vocab_size'])
+    corpus = open_split(dataset, 'train', settings.block_size, meta['vocab_size'])
     return train_trivialised.train(model, corpus), model
 
 

@@ -19,11 +19,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-import corpus
-import documents
-import shards
-import tokenizer as tokenizers
-from errors import COMMAND, UserError, python, run
+from plaingpt.corpus import documents, shards, tokenise
+from plaingpt.corpus.download import fetch_hub_files, find_hub_files
+from plaingpt.corpus.tokenizer import build
+from plaingpt.errors import COMMAND, UserError, python, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -44,7 +43,7 @@ DATA_FOLDER = Path(__file__).resolve().parents[1]
 
 def fetch(name: str) -> str:
     """A file of the hub, on this machine."""
-    return documents.fetch_hub_files([name])[0]
+    return fetch_hub_files([name])[0]
 
 
 def main(args: list[str]) -> None:
@@ -54,13 +53,13 @@ def main(args: list[str]) -> None:
                         "tiktoken's, or byte\nor let data/text/prepare.py do it, which writes no shards", COMMAND)
     if not name or Path(name).name != name:
         raise UserError(f'--name={name} must be a plain name, since it becomes the folder data/<name>', COMMAND)
-    encoder, folder = tokenizers.build(tokenizer, list, eot=True), DATA_FOLDER / name
+    encoder, folder = build(tokenizer, list, eot=True), DATA_FOLDER / name
     if input:
         texts = shards.Source(documents.find_files(input, folder), str, column)
     else:
-        texts = shards.Source(documents.find_hub_files(source, config, revision), fetch, column)
+        texts = shards.Source(find_hub_files(source, config, revision), fetch, column)
     print(f'found: files {len(texts.files):,}', flush=True)
-    shards.write_shards(folder, corpus.Packer(encoder, encoder.eot, eot_first=True), texts, shard_size,
+    shards.write_shards(folder, tokenise.Packer(encoder, encoder.eot, eot_first=True), texts, shard_size,
                         input or f'{source}/{config}@{revision or "main"}', num_proc, overwrite)
     print('next:\n    torchrun --standalone --nproc_per_node=gpu train.py config/train_fineweb_edu.py '
           f'--dataset={name}\n'

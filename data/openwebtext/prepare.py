@@ -17,10 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-import corpus
-import documents
-import tokenizer as tokenizers
-from errors import run
+from plaingpt.corpus import documents, tokenise, tokenizer
+from plaingpt.corpus.download import fetch_hub_files, find_hub_files
+from plaingpt.errors import run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -38,17 +37,17 @@ FOLDER = Path(__file__).resolve().parent
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    encoder = tokenizers.build('gpt2', list, eot=True)
+    encoder = tokenizer.build('gpt2', list, eot=True)
     if input:
         files = documents.find_files(input, FOLDER)
     else:
-        files = documents.fetch_hub_files(documents.find_hub_files(source, '', revision))
+        files = fetch_hub_files(find_hub_files(source, '', revision))
     pieces = [piece for file in files for piece in documents.find_pieces(file, column)]
-    n_documents = corpus.count_documents(pieces)
+    n_documents = tokenise.count_documents(pieces)
     print(f'found: files {len(files):,}, documents {n_documents:,}', flush=True)
 
-    validation = corpus.choose_validation(n_documents, val_fraction, seed)
-    corpus.write_corpus(FOLDER, corpus.Packer(encoder, encoder.eot), pieces, validation,
+    validation = tokenise.choose_validation(n_documents, val_fraction, seed)
+    tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot), pieces, validation,
                         input or f'{source}@{revision or "main"}', num_proc)
     print('next:\n    torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py')
 

@@ -11,10 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-import corpus
-import documents
-import errors
-import tokenizer as tokenizers
+from plaingpt import errors
+from plaingpt.corpus import documents, tokenise, tokenizer
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -27,8 +25,9 @@ FOLDER = Path(__file__).resolve().parent
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     text = documents.read_tiny_shakespeare(input, FOLDER)
-    encoder = tokenizers.build('char', lambda: [text], eot=False)
-    corpus.write_corpus(FOLDER, corpus.Packer(encoder, eot=None), *corpus.split_text(text, 0.1), 'tiny Shakespeare')
+    encoder = tokenizer.build('char', lambda: [text], eot=False)
+    parts, validation = tokenise.split_text(text, 0.1)
+    tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, eot=None), parts, validation, 'tiny Shakespeare')
     print(f'next:\n    {errors.python()} train.py config/train_shakespeare_char.py\n'
           f'    {errors.python()} sample.py --out_dir=out-shakespeare-char')
 

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
-import corpus
-import errors
+from plaingpt import errors
+from plaingpt.corpus import tokenise
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -53,8 +53,8 @@ def main(args: list[str]) -> None:
     print(f'found {len(files):,} files in {library}')
 
     texts, validation = [text for _, text in files], np.flatnonzero([is_val for is_val, _ in files])
-    encoder = corpus.build_tokenizer(tokenizer, [texts], validation, eot=True)
-    corpus.write_corpus(FOLDER, corpus.Packer(encoder, encoder.eot), [texts], validation, source)
+    encoder = tokenise.build_tokenizer(tokenizer, [texts], validation, eot=True)
+    tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot), [texts], validation, source)
     print(f'next:\n    {errors.python()} train.py config/train_stdlib.py\n'
           f'    {errors.python()} sample.py --out_dir=out-stdlib')
 

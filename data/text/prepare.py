@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
-import corpus
-import documents
-from errors import COMMAND, DATA, UserError, python, run
+from plaingpt.corpus import documents, tokenise
+from plaingpt.errors import COMMAND, DATA, UserError, python, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -48,24 +47,24 @@ def main(args: list[str]) -> None:
     val_files = documents.find_files(val_input, folder, '--val_input') if val_input else []
     train, val = ([piece for file in files for piece in documents.find_pieces(file, column)]
                   for files in (train_files, val_files))
-    n_train, n_val = corpus.count_documents(train), corpus.count_documents(val)
+    n_train, n_val = tokenise.count_documents(train), tokenise.count_documents(val)
     print(f'found: files {len(train_files) + len(val_files):,}, documents {n_train + n_val:,}')
     if n_train == 0:
         raise UserError(f'--input={input} holds no documents', DATA)
 
-    parts: Sequence[corpus.Part] = [*train, *val]
+    parts: Sequence[tokenise.Part] = [*train, *val]
     by_position = n_train == 1 and not val_files
     if by_position:
         print(f'a single document: the last {val_fraction:.0%} of its characters are for validation')
-        parts, validation = corpus.split_text(next(documents.read_documents(train)), val_fraction)
+        parts, validation = tokenise.split_text(next(documents.read_documents(train)), val_fraction)
     elif val_files:
         validation = np.arange(n_train, n_train + n_val)
     else:
-        validation = np.sort(corpus.choose_validation(n_train, val_fraction, seed))
+        validation = np.sort(tokenise.choose_validation(n_train, val_fraction, seed))
 
-    encoder = corpus.build_tokenizer(tokenizer, parts, validation, eot=n_train > 1 or n_val > 1)
-    packer = corpus.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
-    corpus.write_corpus(folder, packer, parts, validation, input, num_proc)
+    encoder = tokenise.build_tokenizer(tokenizer, parts, validation, eot=n_train > 1 or n_val > 1)
+    packer = tokenise.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
+    tokenise.write_corpus(folder, packer, parts, validation, input, num_proc)
     print(f'next:\n    {python()} train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'
           f'    {python()} sample.py --out_dir=out-{name}')
 

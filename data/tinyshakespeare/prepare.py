@@ -14,10 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
-import corpus
-import documents
-import errors
-import tokenizer as tokenizers
+from plaingpt import errors
+from plaingpt.corpus import documents, tokenise, tokenizer
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -37,17 +35,17 @@ def split_sections(text: str) -> list[str]:
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     text = documents.read_tiny_shakespeare(input, FOLDER)
-    encoder = tokenizers.build('gpt2', list, eot=True)
-    packer = corpus.Packer(encoder, encoder.eot, eot_first=True)
+    encoder = tokenizer.build('gpt2', list, eot=True)
+    packer = tokenise.Packer(encoder, encoder.eot, eot_first=True)
     ids = np.frombuffer(packer.pack(split_sections(text)).tokens, packer.dtype)
     sizes = np.array(encoder.token_sizes())  # bytes of text
 
-    def fill(writers: dict[str, corpus.Writer]) -> None:
+    def fill(writers: dict[str, tokenise.Writer]) -> None:
         for split, part in [('val', ids[:N_VALIDATION]), ('train', ids[N_VALIDATION:])]:
             n_documents, n_bytes = int((part == encoder.eot).sum()), int(sizes[part].sum())
-            writers[split].write(corpus.Packed(part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes))
+            writers[split].write(tokenise.Packed(part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes))
 
-    corpus.write_files(FOLDER, packer, 'tiny Shakespeare', fill)
+    tokenise.write_files(FOLDER, packer, 'tiny Shakespeare', fill)
     print(f'next:\n    {errors.python()} train.py config/overfit_tinyshakespeare.py')
 
 

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
-import corpus
-import documents
-from errors import COMMAND, DATA, UserError, python, run
+from plaingpt.corpus import documents, tokenise
+from plaingpt.corpus.download import fetch_hub_files, find_hub_files
+from plaingpt.errors import COMMAND, DATA, UserError, python, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -37,8 +37,8 @@ def find_files() -> tuple[list[str], list[str]]:
     """For training and for validation."""
     if input:
         return documents.find_files(input, FOLDER), documents.find_files(val_input, FOLDER, '--val_input')
-    train, val = (documents.find_hub_files(source, '', revision, split) for split in ('train', 'validation'))
-    return documents.fetch_hub_files(train), documents.fetch_hub_files(val)
+    train, val = (find_hub_files(source, '', revision, split) for split in ('train', 'validation'))
+    return fetch_hub_files(train), fetch_hub_files(val)
 
 
 def main(args: list[str]) -> None:
@@ -46,14 +46,14 @@ def main(args: list[str]) -> None:
     if bool(input) != bool(val_input):
         raise UserError('give --input=PATH and --val_input=PATH together; without them both are downloaded', COMMAND)
     train, val = ([piece for file in files for piece in documents.find_pieces(file, column)] for files in find_files())
-    n_train, n_val = corpus.count_documents(train), corpus.count_documents(val)
+    n_train, n_val = tokenise.count_documents(train), tokenise.count_documents(val)
     print(f'found: stories {n_train:,}, for validation {n_val:,}', flush=True)
     if not n_train or not n_val:
         raise UserError(f'{input or source} holds no stories to train on, or none for validation', DATA)
 
     parts, validation = [*train, *val], np.arange(n_train, n_train + n_val)
-    encoder = corpus.build_tokenizer(tokenizer, parts, validation, eot=True)
-    corpus.write_corpus(FOLDER, corpus.Packer(encoder, encoder.eot, keep_empty=False), parts, validation,
+    encoder = tokenise.build_tokenizer(tokenizer, parts, validation, eot=True)
+    tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot, keep_empty=False), parts, validation,
                         input or f'{source}@{revision or "main"}', num_proc)
     print(f'next:\n    {python()} train.py config/train_tinystories.py\n'
           f'    {python()} sample.py --out_dir=out-tinystories')

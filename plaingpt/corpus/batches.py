@@ -1,0 +1,92 @@
+"""Windows of a corpus -> x and y, the tokens that a model reads and those that it should say."""
+import glob
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from model import GPTConfig
+from plaingpt.corpus.folder import read_meta
+from plaingpt.corpus.order import Integers
+from plaingpt.corpus.token_files import Ids, TokenFile, open_files
+from plaingpt.errors import DATA, UserError
+from plaingpt.machines.device import to_device
+from plaingpt.machines.processes import Process
+
+
+class Encoder(Protocol):
+    """All that a window asks of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+class Windows(Dataset[tuple[Tensor, Tensor]]):
+    """Windows that do not overlap, in their order: item i is x (T,) and y (T,), where y is x shifted by one token. For
+    anybody's DataLoader. `source` is a token file, a glob of some, ids, or, with a tokenizer, text."""
+
+    def __init__(self, source: TokenFile | str | Path | Sequence[int] | Ids, block_size: int,
+                 tokenizer: Encoder | None = None) -> None:
+        if isinstance(source, str) and tokenizer is not None:
+            source = tokenizer.encode(source)
+        if isinstance(source, str | Path):
+            path = Path(source)
+            dtype = read_meta(path.parent)['dtype'] if path.with_name('meta.json').exists() else ''
+            found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+            source = open_files(found or [path], path, dtype)
+        self.source = source
+        self.block_size = block_size
+        if len(self.source) <= block_size:
+            raise UserError(f'{len(self.source)} tokens are too few for a window of {block_size} + 1', DATA)
+
+    def __len__(self) -> int:
+        return (len(self.source) - 1) // self.block_size
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= i < len(self):
+            raise IndexError(f'window {i} of {len(self)}')
+        start, count = i * self.block_size, self.block_size + 1
+        ids = self.source.read(start, count) if isinstance(self.source, TokenFile) else self.source[start:start + count]
+        xy = torch.from_numpy(np.asarray(ids, dtype=np.int64))
+        return xy[:-1], xy[1:]
+
+
+def read_batch(tokens: TokenFile, starts: Integers, block_size: int, batch_size: int,
+               vocab_size: int) -> tuple[Tensor, Tensor]:
+    """x and y (batch_size, T): the windows at `starts`. Rows for which there is no start have targets -1, which do not
+    count."""
+    xy = np.full((batch_size, block_size + 1), -1, dtype=np.int64)
+    for row, start in enumerate(starts.tolist()):
+        ids = tokens.read(start, block_size + 1)
+        if ids.max() >= vocab_size:
+            raise UserError(f'{tokens.name_of(start + int(ids.argmax()))} holds token {ids.max()}, and the model knows '
+                            f'only 0 to {vocab_size - 1}:\nit is damaged, or another tokenizer made it', DATA)
+        xy[row] = ids
+    x = xy[:, :-1].copy()
+    x[len(starts):] = 0
+    return torch.from_numpy(x), torch.from_numpy(xy[:, 1:].copy())
+
+
+class Part(NamedTuple):
+    """One micro-batch of a step: what is computed at once."""
+
+    number: int  # among the step's micro-batches, over all processes
+    share: float  # of the step's windows
+    x: Tensor  # (B, T)
+    y: Tensor  # (B, T), -1 where there is no target
+
+
+def parts_of(corpus: TokenFile, starts: Integers, batch_size: int, config: GPTConfig,
+             process: Process) -> Iterator[Part]:
+    """This process's micro-batches of the windows of one step. Every process gets the same number of them, of the same
+    shape; where windows are missing, targets are -1."""
+    rounds = math.ceil(len(starts) / (batch_size * process.world_size))
+    for number in range(process.rank, rounds * process.world_size, process.world_size):
+        mine = starts[number * batch_size:(number + 1) * batch_size]
+        x, y = read_batch(corpus, mine, config.block_size, batch_size, config.vocab_size)
+        x, y = to_device(x, process.device), to_device(y, process.device)
+        yield Part(number, len(mine) / len(starts), x, y)

@@ -1,0 +1,227 @@
+"""
+Files anywhere -> documents, and the pieces of files that several processes read.
+
+    path  ->  files  ->  pieces, each some documents that stand together  ->  their texts
+
+Planning looks at every file once, and so knows how many documents there are and where they stand. Most pieces can be
+read by any process without the others, so that no text has to be sent to it.
+"""
+import itertools
+import json
+import lzma
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+from plaingpt.corpus.download import BLOCK, download
+from plaingpt.errors import DATA, UserError
+
+KINDS = ('.txt', '.jsonl', '.parquet')
+PACKED = ('.gz', '.xz', '.bz2')
+PIECE = 1 << 21  # bytes of text that a process reads and tokenises at a time, or little more
+LARGEST = 1 << 25  # bytes of a row group that a process reads at once
+TINY_SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+TINY_SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+
+
+class Piece(NamedTuple):
+    """Some documents of one file: those between two bytes (.jsonl) or row groups (.parquet), or the whole file."""
+
+    name: str
+    column: str
+    start: int
+    stop: int
+    n_documents: int
+    is_apart: bool  # it is small, and can be read without what stands before it
+
+
+# ------------------------------------------------------------------------------------------------
+# Finding
+
+
+def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
+    """The files that `path` names, in a fixed order: one file, the .txt, .jsonl and .parquet files of a folder (packed
+    or not), a glob, or a URL that fsspec opens. What http has is fetched into `folder` first: it is read twice."""
+    import fsspec
+
+    if path.startswith(('http://', 'https://')):
+        name = PurePosixPath(path.partition('?')[0]).name
+        return [str(download(path, folder / f'{option.removeprefix("--")}-{name}', option=option))]
+    try:
+        files, root = fsspec.url_to_fs(path)
+        is_folder = files.isdir(root)
+        if is_folder:
+            found = [name for name in files.find(root) if kind_of(name) in KINDS]
+        else:
+            found = [root] if files.exists(root) else [name for name in files.glob(root) if not files.isdir(name)]
+    except (ImportError, OSError, ValueError) as error:  # a protocol that is unknown or not installed; no permission
+        raise UserError(f'{option}={path} cannot be opened: {error}', DATA) from error
+    if not found:
+        what = 'is a folder without .txt, .jsonl or .parquet files' if is_folder else 'matches no file and no folder'
+        raise UserError(f'{option}={path} {what}', DATA)
+    return sorted(files.unstrip_protocol(name) if '://' in path else name for name in found)
+
+
+def is_packed(name: str) -> bool:
+    return name.endswith(PACKED)
+
+
+def kind_of(name: str) -> str:
+    """The suffix that says how a file is to be read, without that of the compression, which fsspec sees to."""
+    path = PurePosixPath(name)
+    return PurePosixPath(path.stem if is_packed(name) else path).suffix.lower()
+
+
+# ------------------------------------------------------------------------------------------------
+# Planning and reading
+
+
+@contextmanager
+def opened(name: str) -> Iterator[BinaryIO]:
+    """The bytes of a file anywhere, unpacked."""
+    import fsspec
+
+    try:
+        with fsspec.open(name, 'rb', compression='infer') as file:
+            yield file
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UserError(f'{name} cannot be read: {error}', DATA) from error
+
+
+def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:
+    """All documents of a file, in pieces, in order."""
+    with opened(name) as file:
+        if kind_of(name) == '.jsonl':
+            yield from find_lines(name, column, file)
+        elif kind_of(name) == '.parquet':
+            yield from find_row_groups(name, column, file)
+        else:
+            yield Piece(name, column, 0, 1, 1, is_apart=False)
+
+
+def find_lines(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
+    """Pieces of a .jsonl file that begin and end with a line. Blank lines are no documents."""
+    is_apart, start, stop, n_documents = not is_packed(name), 0, 0, 0
+    for line in file:
+        stop += len(line)
+        n_documents += not line.isspace()
+        if is_apart and stop - start >= PIECE:
+            yield Piece(name, column, start, stop, n_documents, is_apart)
+            start, n_documents = stop, 0
+    if n_documents:
+        yield Piece(name, column, start, stop, n_documents, is_apart)
+
+
+def find_row_groups(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
+    """Pieces of a .parquet file: whole row groups, since none can be read from its middle."""
+    groups = open_parquet(name, column, file).metadata
+    start = n_documents = size = 0
+    for stop in range(1, groups.num_row_groups + 1):
+        n_documents += groups.row_group(stop - 1).num_rows
+        size += groups.row_group(stop - 1).total_byte_size
+        if size >= PIECE or stop == groups.num_row_groups:
+            yield Piece(name, column, start, stop, n_documents, size <= LARGEST and not is_packed(name))
+            start, n_documents, size = stop, 0, 0
+
+
+def read_documents(pieces: Iterable[Piece]) -> Iterator[str]:
+    """The documents of all pieces in order: the lines of a .jsonl file, the rows of a .parquet file, and any other file
+    as a whole. Raises UserError that names the file, and the line or byte that is wrong."""
+    for piece in pieces:
+        with opened(piece.name) as file:
+            if kind_of(piece.name) == '.jsonl':
+                yield from read_lines(piece, file)
+            elif kind_of(piece.name) == '.parquet':
+                yield from read_row_groups(piece, file)
+            else:
+                yield decode(piece.name, file.read(), 0)
+
+
+def decode(name: str, text: bytes, offset: int) -> str:
+    """UTF-8 -> str. `offset` is where `text` starts in its file."""
+    try:
+        return text.decode('utf-8')
+    except UnicodeDecodeError as error:
+        raise UserError(f'{name} is not UTF-8: byte {offset + error.start} is 0x{text[error.start]:02x}\n'
+                        'save it as UTF-8, for example: iconv -f latin1 -t utf-8 OLD > NEW', DATA) from None
+
+
+def read_lines(piece: Piece, file: BinaryIO) -> Iterator[str]:
+    """The field `column` of every line that is not blank."""
+    name, column, offset, stop = piece[:4]
+    file.seek(offset)
+    for line in file:
+        if offset >= stop:
+            break
+        if not line.isspace():
+            try:
+                row = json.loads(decode(name, line, offset))
+            except json.JSONDecodeError as error:
+                raise UserError(f'{name}, line {line_number(file, offset)} is not JSON: {error}', DATA) from None
+            fields = list(row) if isinstance(row, dict) else []
+            if column not in fields or not isinstance(row[column], str):
+                raise missing_column(f'{name}, line {line_number(file, offset)}', column, fields)
+            yield replace_surrogates(row[column])
+        offset += len(line)
+
+
+def replace_surrogates(text: str) -> str:
+    """Half a surrogate pair, which JSON may have and UTF-8 has not, becomes U+FFFD, as tiktoken does it."""
+    try:
+        text.encode('utf-8')
+    except UnicodeEncodeError:
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    return text
+
+
+def line_number(file: BinaryIO, offset: int) -> int:
+    """Of the line that starts at byte `offset`, counted from 1."""
+    file.seek(0)
+    ends = itertools.accumulate(map(len, file))
+    return 1 + sum(1 for _ in itertools.takewhile(lambda end: end <= offset, ends))
+
+
+def open_parquet(name: str, column: str, file: BinaryIO) -> Any:
+    """The file as pyarrow has it, with text in that column."""
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False)  # by pages, not by row groups
+    except ValueError as error:
+        raise UserError(f'{name} is not a parquet file: {error}', DATA) from None
+    types = {field.name: str(field.type) for field in table.schema_arrow}
+    if types.get(column) not in ('string', 'large_string'):
+        raise missing_column(name, column, list(types))
+    return table
+
+
+def read_row_groups(piece: Piece, file: BinaryIO) -> Iterator[str]:
+    table = open_parquet(piece.name, piece.column, file)
+    groups = list(range(piece.start, piece.stop))
+    for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=[piece.column]):
+        yield from (text or '' for text in batch.column(0).to_pylist())
+
+
+def missing_column(where: str, column: str, there_are: list[str]) -> UserError:
+    return UserError(f"{where} has no text in a column '{column}'; its columns: {', '.join(there_are) or 'none'}\n"
+                     'name the one to read with --column=', DATA)
+
+
+# ------------------------------------------------------------------------------------------------
+# Downloading
+
+
+
+
+
+
+
+
+
+
+def read_tiny_shakespeare(path: str, folder: Path) -> str:
+    """The text at `path`, or, where that is '', the download in `folder`/input.txt."""
+    if not path:
+        path = str(download(TINY_SHAKESPEARE, folder / 'input.txt', TINY_SHAKESPEARE_SHA256))
+    return next(read_documents(find_pieces(find_files(path, folder)[0])))

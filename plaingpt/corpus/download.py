@@ -1,0 +1,69 @@
+"""Files of others -> this machine, whole or not at all."""
+import hashlib
+import http.client
+import secrets
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from plaingpt.errors import DATA, UserError
+
+BLOCK = 1 << 20  # bytes of a file that are read at a time
+TIMEOUT = 30  # seconds that a download may stand still
+
+
+def download(url: str, path: Path, sha256: str = '', option: str = '--input') -> Path:
+    """`path`, fetched from `url` unless it is there with that sha256. It never appears with wrong or missing bytes. The
+    `option` takes a file that was got in another way."""
+    if sha256 and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return path
+    temporary = path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')  # machines may share the folder
+    digest = hashlib.sha256()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(temporary, 'wb') as file:
+            while block := answer.read(BLOCK):
+                digest.update(block)
+                file.write(block)
+            if answer.length:  # still to come; urlopen itself raises where the server's status is an error
+                raise OSError(f'it broke off {answer.length} bytes early')
+        if sha256 and digest.hexdigest() != sha256:
+            raise OSError(f'its sha256 is {digest.hexdigest()}, and {sha256} is expected')
+        temporary.replace(path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f'{url} cannot be used: {error}\n'
+                        f'get the file in another way, and name it with {option}=PATH', DATA) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return path
+
+
+def find_hub_files(dataset: str, config: str, revision: str, split: str = 'train') -> list[str]:
+    """Where the files of one split of a dataset are: on the Hugging Face hub, or in a folder. Nothing in the dataset is
+    executed."""
+    from datasets import load_dataset_builder
+
+    with explained_hub(dataset):
+        builder = load_dataset_builder(dataset, config or None, revision=revision or None)
+        return [str(file) for file in builder.config.data_files[split]]
+
+
+def fetch_hub_files(files: list[str]) -> list[str]:
+    """These files on this machine, in Hugging Face's cache, which goes on with a download that was interrupted."""
+    from datasets import DownloadConfig, DownloadManager
+
+    with explained_hub(files[0]):
+        manager = DownloadManager(download_config=DownloadConfig(max_retries=5, resume_download=True))
+        return [str(path) for path in manager.download(files)]
+
+
+@contextmanager
+def explained_hub(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f'{what} cannot be downloaded: {reason}\n'
+                        'get its parquet files in another way, and name them with --input=PATH', DATA) from error

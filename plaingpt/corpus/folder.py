@@ -1,0 +1,152 @@
+"""
+A corpus on disk: a folder, or a glob, of token files, and what is wrong with it.
+
+train.bin and val.bin, or shards, of which those with `val` in their name validate. meta.json says which tokenizer made
+them and what they looked like when they were made.
+"""
+import glob
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from plaingpt.corpus.token_files import VOCABULARIES, TokenFile, ends_of, open_files
+from plaingpt.errors import DATA, UserError, python
+
+DATA_ROOT = Path(__file__).parents[2] / 'data'
+SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
+
+
+
+
+def data_folder(dataset: str) -> Path:
+    """Where a corpus is: data/<dataset> beside the stages, or any other folder or glob of token files."""
+    return DATA_ROOT / dataset if glob.glob(str(DATA_ROOT / dataset)) or not glob.glob(dataset) else Path(dataset)
+
+
+def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
+    """What tells these tokens from others, without reading all of them: how many, the ends of each file, and the hashes
+    of whole files that their maker left in `meta`."""
+    marks = [ends_of(file.path) | {'sha256': meta['splits'].get(file.path.stem, {}).get('sha256', '')}
+             for file in tokens.files]
+    if len(marks) > 1:
+        joined = {name: ' '.join(mark[name] for mark in marks) for name in marks[0]}
+        marks = [{name: hashlib.sha256(text.encode()).hexdigest() for name, text in joined.items()}]
+    return {'tokens': len(tokens), **marks[0]}
+
+
+def is_for(split: str, name: str) -> bool:
+    """Files with `val` in their name validate; all others are for training."""
+    return ('val' in name) == (split == 'val')
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """The token files of a split, in the order of their names. `folder` may be a glob, too."""
+    if (folder / 'train.bin').exists():
+        return [path for path in (folder / f'{split}.bin',) if path.exists()]
+    found = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(str(folder), recursive=True))
+    return sorted(path for path in found
+                  if path.suffix in SUFFIXES and is_for(split, path.name) and not path.name.startswith('.'))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a corpus's maker wrote into meta.json. Other projects' corpora have none: they hold GPT-2's tokens, unless
+    their files say otherwise."""
+    paths, path = files_of(folder, 'train'), (folder if folder.is_dir() else folder.parent) / 'meta.json'
+    meta = load_json(path)
+    if isinstance(meta, dict) and meta.get('unfinished'):
+        raise UserError(f'{folder} is not complete: a preparation was interrupted, or is at work\n'
+                        f'go on with: {meta.get("created_by") or how_to_prepare(folder)}', DATA)
+    if not paths:
+        raise UserError(f'{folder} holds no prepared corpus\nfirst run: {how_to_prepare(folder)}', DATA)
+    if path.exists():
+        if not is_meta(meta):
+            raise UserError(f'{path} is damaged\nrebuild the corpus: {how_to_prepare(folder)}', DATA)
+        return meta
+    if path.with_suffix('.pkl').exists():
+        raise UserError(f'{path.with_suffix(".pkl")} is a pickle, which could run any code: it is not read\n'
+                        f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
+    name = TokenFile(paths[0]).tokenizer
+    return {'tokenizer': {'name': name}, 'vocab_size': VOCABULARIES[name], 'dtype': '', 'splits': {}}
+
+
+def load_json(path: Path) -> object:
+    """What a file holds, or None."""
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+
+
+def is_meta(meta: object) -> TypeGuard[dict[str, Any]]:
+    """Whether it has all that is read of a meta.json, in the right types. `splits` has an entry for each file, by its
+    name without suffix."""
+    match meta:
+        case {'tokenizer': {'name': str()}, 'vocab_size': int(), 'dtype': 'uint16' | 'uint32', 'splits': dict(splits)}:
+            return all(isinstance(made, dict) and isinstance(made.get('tokens'), int)
+                       and isinstance(made.get('largest_id'), int) and {'head', 'tail'} <= made.keys()
+                       for made in splits.values())
+    return False
+
+
+def how_to_prepare(folder: Path) -> str:
+    """The command that makes this corpus."""
+    name = folder.parent.name if folder.suffix in SUFFIXES else folder.name
+    if (DATA_ROOT / name / 'prepare.py').exists():
+        return f'{python()} data/{name}/prepare.py'
+    return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={name}'
+
+
+def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> TokenFile:
+    """The tokens of 'train' or 'val', checked: they are what their maker wrote, enough for one window, and known to a
+    model of vocab_size tokens. Raises UserError that names the file and the sizes."""
+    meta, paths = read_meta(folder), files_of(folder, split)
+    listed = {name for name in meta['splits'] if is_for(split, name)}
+    missing = listed - {path.stem for path in paths} if folder.is_dir() else set()
+    if missing or not paths:
+        lost = folder / f'{min(missing)}.bin' if missing else folder / f'{split}.bin' if folder.is_dir() else folder
+        what = 'is not there' if missing or folder.is_dir() else f'has no file to {split}: val in a name decides'
+        raise UserError(f'{lost} {what}\nfirst run: {how_to_prepare(folder)}', DATA)
+    tokens = open_files(paths, (folder if folder.is_dir() else folder.parent) / split, meta['dtype'])
+    for file in tokens.files:
+        if meta['splits'] and file.path.stem not in meta['splits']:
+            raise UserError(f'{file.path} is not in the meta.json beside it: it belongs to another corpus\n'
+                            f'move it away, or rebuild the corpus: {how_to_prepare(folder)}', DATA)
+        check_file(file, meta['splits'].get(file.path.stem, {}), vocab_size, folder)
+    if len(tokens) <= block_size:
+        raise UserError(f'{tokens.path} has {len(tokens)} tokens: too few for a window of block_size + 1 = '
+                        f'{block_size + 1}\ngive --block_size={max(1, len(tokens) - 1)} or less, or prepare more text',
+                        DATA)
+    return tokens
+
+
+def check_file(file: TokenFile, made: dict[str, Any], vocab_size: int, folder: Path) -> None:
+    """Refuse a file that is not as it was `made`, where that is known."""
+    if len(file) != made.get('tokens', len(file)):
+        raise UserError(f'{file.path} has {len(file)} tokens, and meta.json says {made["tokens"]}: it is damaged\n'
+                        f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
+    if made and ends_of(file.path) != {name: made[name] for name in ('head', 'tail')}:
+        raise UserError(f'{file.path} is not the file that meta.json describes: its first or last bytes differ\n'
+                        f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
+    if made.get('largest_id', 0) >= vocab_size:
+        raise UserError(f'{file.path} holds token {made["largest_id"]}, and the model knows only 0 to {vocab_size - 1}'
+                        f'\ngive --vocab_size={made["largest_id"] + 1}, or prepare the text with another tokenizer',
+                        DATA)
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+

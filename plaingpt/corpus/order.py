@@ -1,0 +1,76 @@
+"""
+The order in which training reads a corpus: windows of block_size tokens, as a pure function of the seed and the number
+of the window. Nothing to save, nothing to restore, the same for any number of processes.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.int64]
+
+
+def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Each 64-bit number -> one that looks unrelated to it (splitmix64, Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def draw(*key: int) -> int:
+    """A 63-bit number that depends on nothing but the key."""
+    state = np.zeros(1, dtype=np.uint64)
+    for number in key:
+        state = mix(state + np.uint64(number % 2**64) + np.uint64(0x9E3779B97F4A7C15))
+    return int(state[0]) >> 1
+
+
+def shuffle(index: Integers, n: int, key: int) -> Integers:
+    """Where a random order of 0 .. n - 1 puts each index: a keyed permutation that is computed, not stored. Six rounds
+    of a Feistel network permute the next power of four; what falls outside 0 .. n - 1 is permuted again (Black and
+    Rogaway 2002)."""
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of each of the two halves
+    mask = np.uint64((1 << int(half)) - 1)
+    x, outside = index.astype(np.uint64), np.ones(len(index), dtype=bool)
+    while outside.any():
+        left, right = x[outside] >> half, x[outside] & mask
+        for number in range(6):
+            left, right = right, left ^ (mix(right + np.uint64(draw(key, number))) & mask)
+        x[outside] = left << half | right
+        outside = x >= n
+    return x.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The endless sequence of windows that training reads, epoch after epoch. Each epoch cuts the corpus into windows
+    that do not overlap, from an offset of its own below block_size, shuffles them, and reads each once. Fewer than 2
+    block_size tokens at the ends sit out."""
+
+    n_tokens: int
+    block_size: int
+    seed: int
+
+    @property
+    def epoch(self) -> int:
+        """Windows in an epoch."""
+        return max(1, self.n_tokens // self.block_size - 1)
+
+    def starts(self, first: int, count: int) -> Integers:
+        """Where windows number first .. first + count - 1 of the sequence start in the corpus."""
+        numbers = np.arange(first, first + count)
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(numbers // self.epoch).tolist():
+            here = numbers // self.epoch == epoch
+            spare = min(self.block_size, self.n_tokens - self.epoch * self.block_size)  # offsets to choose from
+            offset = draw(self.seed, epoch, 0) % spare
+            windows = shuffle(numbers[here] % self.epoch, self.epoch, key=draw(self.seed, epoch, 1))
+            starts[here] = offset + self.block_size * windows
+        return starts
+
+
+def fixed_starts(n_tokens: int, block_size: int, count: int) -> Integers:
+    """Where the same `count` windows, or all where there are fewer, start each time: evenly spread over a split, to
+    evaluate on."""
+    total = (n_tokens - 1) // block_size
+    return np.arange(min(count, total)) * total // min(count, total) * block_size

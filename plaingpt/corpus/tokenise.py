@@ -1,0 +1,397 @@
+"""
+Documents -> token files: what every data/<name>/prepare.py shares.
+
+    pieces of files, or texts  ->  batches  ->  tokens, by several processes  ->  train.bin, val.bin; meta.json last
+
+A corpus is a sequence of documents, numbered from 0, and the numbers of those that are for validation. A process that
+tokenises reads its pieces of the files itself, and hands back packed tokens. Everything streams: memory holds a few
+batches for each process, however long the corpus is. Files appear under their names only when both splits are complete,
+so that an interrupted run leaves what was there before.
+"""
+import errno
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from plaingpt.corpus.documents import PIECE, Piece, read_documents
+from plaingpt.corpus.token_files import END
+from plaingpt.corpus.tokenizer import Tokenizer, build, from_state
+from plaingpt.errors import COMMAND, DATA, DISK_FULL, OUT_OF_MEMORY, UserError
+
+Part = Piece | list[str]  # of a corpus: where some documents stand, or what they say
+Numbers = npt.NDArray[np.int64]  # of documents
+
+SPLITS = ('train', 'val')
+CHUNK = 1 << 18  # characters that a tokenizer is given at once
+SMALL = 4  # batches that one process has done before others would have started
+PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+# ------------------------------------------------------------------------------------------------
+# Splitting
+
+
+def choose_validation(n_documents: int, fraction: float, seed: int) -> Numbers:
+    """The numbers of the validation documents, as Hugging Face's train_test_split(test_size=fraction, seed=seed) lists
+    them. While it draws, it needs 8 bytes for each document of the corpus."""
+    check_fraction(fraction)
+    return np.random.default_rng(seed).permutation(n_documents)[:math.ceil(fraction * n_documents)].copy()
+
+
+def split_text(text: str, fraction: float) -> tuple[list[Part], Numbers]:
+    """One document by position, as a corpus of two: the last part of its characters is for validation."""
+    check_fraction(fraction)
+    cut = int(len(text) * (1 - fraction))
+    return [[text[:cut], text[cut:]]], np.array([1])
+
+
+def check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise UserError(f'val_fraction={fraction} must lie between 0 and 1', COMMAND)
+
+
+def count_documents(parts: Iterable[Part]) -> int:
+    return sum(part.n_documents if isinstance(part, Piece) else len(part) for part in parts)
+
+
+def read_texts(parts: Iterable[Part]) -> Iterator[str]:
+    for part in parts:
+        yield from read_documents([part]) if isinstance(part, Piece) else part
+
+
+def build_tokenizer(spec: str, parts: Sequence[Part], validation: Numbers, eot: bool) -> Tokenizer:
+    """The tokenizer that `spec` names, for these documents. Every character must be known, wherever it stands; a BPE
+    learns its merges from the training documents alone."""
+    left_out = set() if spec == 'char' else set(validation.tolist())
+    return build(spec, lambda: (text for i, text in enumerate(read_texts(parts)) if i not in left_out), eot)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenising, in several processes
+
+
+class Batch(NamedTuple):
+    """Documents that one process tokenises at a time."""
+
+    part: Part
+    first: int  # the number of its first document in the corpus
+    n_documents: int
+    validation: list[int]  # the numbers of those that are for validation, in order
+
+
+def make_batches(parts: Iterable[Part], validation: Numbers) -> Iterator[Batch]:
+    """All documents in order. What stands apart is left to other processes to read."""
+    in_order, first = np.sort(validation), 0
+    for is_apart, some in itertools.groupby(parts, lambda part: isinstance(part, Piece) and part.is_apart):
+        for part in some if is_apart else group(read_texts(some), PIECE):
+            n_documents = count_documents([part])
+            start, stop = np.searchsorted(in_order, [first, first + n_documents])
+            yield Batch(part, first, n_documents, in_order[start:stop].tolist())
+            first += n_documents
+
+
+def group(texts: Iterable[str], n_characters: int) -> Iterator[list[str]]:
+    """So many characters at a time, or little more."""
+    waiting: list[str] = []
+    size = 0
+    for text in texts:
+        waiting.append(text)
+        size += len(text)
+        if size >= n_characters:
+            yield waiting
+            waiting, size = [], 0
+    if waiting:
+        yield waiting
+
+
+class Packed(NamedTuple):
+    """Some documents as token files have them. Bytes: a list of Python integers costs more to hand over from process to
+    process than its tokens cost to find."""
+
+    tokens: bytes
+    largest_id: int
+    n_documents: int
+    n_bytes: int  # of the text in UTF-8
+
+
+class Done(NamedTuple):
+    """What came of a batch."""
+
+    train: Packed
+    val: list[Packed]  # each document apart, since val.bin may have them in another order
+
+
+class Packer:
+    """Documents -> Packed. `eot` follows each document, or stands before it, unless it is None. Empty ones may be left
+    out."""
+
+    def __init__(self, tokenizer: Tokenizer, eot: int | None, keep_empty: bool = True, eot_first: bool = False) -> None:
+        self.tokenizer, self.eot, self.keep_empty, self.eot_first = tokenizer, eot, keep_empty, eot_first
+        self.dtype = np.dtype('<u2' if tokenizer.n_vocab <= 1 << 16 else '<u4')  # nanoGPT's, where it holds all ids
+        self.end = np.array([] if eot is None else [eot], dtype=np.uint32)
+
+    def with_eot(self, ids: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+        return (self.end, ids) if self.eot_first else (ids, self.end)
+
+    def pack(self, texts: Iterable[str]) -> Packed:
+        """A little at a time, so that memory never holds all of the texts."""
+        tokens, largest_id, n_documents, n_bytes = bytearray(), 0, 0, 0
+        for some in group((text for text in texts if text or self.keep_empty), CHUNK):
+            ids = np.concatenate([part for ids in self.tokenizer.encode_batch(some) for part in self.with_eot(ids)])
+            tokens += ids.astype(self.dtype).data
+            largest_id = max(largest_id, int(ids.max(initial=0)))
+            n_documents += len(some)
+            n_bytes += sum(len(text) if text.isascii() else len(text.encode('utf-8')) for text in some)
+        return Packed(bytes(tokens), largest_id, n_documents, n_bytes)
+
+    def __call__(self, batch: Batch) -> Done:
+        chosen, val = set(batch.validation), list[Packed]()
+
+        def training_texts() -> Iterator[str]:
+            for number, text in enumerate(read_texts([batch.part]), start=batch.first):
+                if number in chosen:
+                    val.append(self.pack([text]))
+                else:
+                    yield text
+
+        return Done(self.pack(training_texts()), val)
+
+
+def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[tuple[Batch, Done], None, None]:
+    """Every batch and what came of it, in order."""
+    batches = iter(batches)
+    first = list(itertools.islice(batches, SMALL))
+    if num_proc == 1 or len(first) < SMALL:
+        yield from ((batch, packer(batch)) for batch in itertools.chain(first, batches))
+        return
+    waiting: deque[tuple[Batch, Future[Done]]] = deque()
+    with started_workers(packer, num_proc) as workers:
+        for batch in itertools.chain(first, batches):
+            waiting.append((batch, workers.submit(pack_in_worker, batch)))
+            if len(waiting) > 2 * num_proc:  # never more: an executor's own queue has no limit
+                yield waiting[0][0], waiting.popleft()[1].result()
+        yield from ((batch, future.result()) for batch, future in waiting)
+
+
+WORKER: dict[str, Packer] = {}  # in a worker process: what it packs with
+
+
+@contextmanager
+def started_workers(packer: Packer, num_proc: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that start afresh on every system (spawn), leave Ctrl-C to this one, and end when it is killed. Raises
+    UserError where one of them is killed."""
+    workers = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), set_up_worker,
+                                  (packer.tokenizer.state(), packer.eot, packer.keep_empty, packer.eot_first))
+    try:
+        with delayed_interrupts():
+            for _ in range(num_proc):
+                workers.submit(os.getpid)  # starts one process, as there is none that is idle
+        yield workers
+    except BrokenProcessPool:
+        raise UserError('a process was killed while it tokenised, most likely for want of memory\n'
+                        f'give --num_proc={max(1, num_proc // 2)}', OUT_OF_MEMORY) from None
+    finally:
+        workers.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def delayed_interrupts() -> Iterator[None]:
+    """A Ctrl-C comes at the end. Processes that start here inherit that, and see none before they can ignore it."""
+    if sys.platform == 'win32':
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def set_up_worker(state: dict[str, Any], eot: int | None, keep_empty: bool, eot_first: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # there is a process for each core already
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    WORKER['packer'] = Packer(from_state(state), eot, keep_empty, eot_first)
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, 'a worker has a parent'
+    parent.join()
+    os._exit(1)
+
+
+def pack_in_worker(batch: Batch) -> Done:
+    return WORKER['packer'](batch)
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing
+
+
+class Writer:
+    """One token file, and what meta.json will say about it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.head, self.tail = file, hashlib.sha256(), b'', b''
+        self.n_documents = self.n_bytes = self.size = self.largest_id = 0
+
+    def write(self, packed: Packed) -> None:
+        self.file.write(packed.tokens)
+        self.sha256.update(packed.tokens)
+        self.head += packed.tokens[:END - len(self.head)]
+        self.tail = (self.tail + packed.tokens[-END:])[-END:]
+        self.size += len(packed.tokens)
+        self.n_documents += packed.n_documents
+        self.n_bytes += packed.n_bytes
+        self.largest_id = max(self.largest_id, packed.largest_id)
+
+    def finish(self, dtype: np.dtype[Any]) -> dict[str, Any]:
+        """Put everything on the disk; return the numbers for meta.json."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {'tokens': self.size // dtype.itemsize, 'documents': self.n_documents, 'bytes': self.n_bytes,
+                'largest_id': self.largest_id, 'sha256': self.sha256.hexdigest(),
+                'head': hashlib.sha256(self.head).hexdigest(), 'tail': hashlib.sha256(self.tail).hexdigest()}
+
+
+class Progress:
+    """A bar; where there is no terminal, a line every PLAIN_SECONDS."""
+
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, unit=' documents', disable=not sys.stderr.isatty())
+        self.total, self.done = total, 0
+        self.start = self.said = time.monotonic()
+
+    def update(self, n_documents: int) -> None:
+        self.done += n_documents
+        self.bar.update(n_documents)
+        now = time.monotonic()
+        if self.bar.disable and now - self.said >= PLAIN_SECONDS and self.done < self.total:
+            left = (now - self.start) / self.done * (self.total - self.done)
+            print(f'tokenising: {self.done:,}/{self.total:,} documents, {now - self.start:.0f} s, '
+                  f'about {left:.0f} s to go', flush=True)
+            self.said = now
+
+
+def write_splits(writers: dict[str, Writer], results: Iterable[tuple[Batch, Done]], validation: Numbers,
+                 progress: Progress) -> None:
+    """The training documents in their order, the validation documents in that of `validation`: those whose turn has not
+    come wait in memory."""
+    turn, waiting = 0, dict[int, Packed]()
+    for batch, done in results:
+        writers['train'].write(done.train)
+        waiting.update(zip(batch.validation, done.val, strict=True))
+        while turn < len(validation) and int(validation[turn]) in waiting:
+            writers['val'].write(waiting.pop(int(validation[turn])))
+            turn += 1
+        progress.update(batch.n_documents)
+
+
+def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation: Numbers, source: str,
+                 num_proc: int = 0) -> None:
+    """Tokenise a corpus into folder/train.bin and val.bin by `num_proc` processes (0: one for each core), and print
+    what came of it. UserError where a split is empty or the disk full."""
+    num_proc = num_proc if num_proc > 0 else os.cpu_count() or 1
+
+    def fill(writers: dict[str, Writer]) -> None:
+        progress = Progress(count_documents(parts))
+        with closing(progress.bar), closing(tokenise(make_batches(parts, validation), packer, num_proc)) as results:
+            write_splits(writers, results, validation, progress)
+
+    write_files(folder, packer, source, fill)
+
+
+def write_files(folder: Path, packer: Packer, source: str, fill: Callable[[dict[str, Writer]], None]) -> None:
+    """What `fill` writes becomes folder/train.bin and val.bin, with their meta.json, or leaves no trace."""
+    temporary = {split: folder / f'{split}.bin.tmp' for split in SPLITS}
+    with alone_in(folder), ExitStack() as files:
+        for path in temporary.values():
+            files.callback(path.unlink, missing_ok=True)
+        writers = {split: Writer(files.enter_context(open(temporary[split], 'wb'))) for split in SPLITS}
+        fill(writers)
+        splits = {split: writer.finish(packer.dtype) for split, writer in writers.items()}
+        empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
+        if empty:
+            raise UserError(f'{source} holds no text for {empty[0]}.bin', DATA)
+        meta = {'format': 1, 'tokenizer': packer.tokenizer.reference(), 'vocab_size': packer.tokenizer.n_vocab,
+                'dtype': packer.dtype.name, 'source': source, 'created_by': shlex.join(['python', *sys.argv]),
+                'splits': splits}
+        write_meta(folder, {'format': 1, 'unfinished': True})  # so that half of it is not taken for the whole
+        for split in SPLITS:
+            temporary[split].replace(folder / f'{split}.bin')
+        write_meta(folder, meta)
+    report(folder, meta)
+
+
+@contextmanager
+def alone_in(folder: Path, remedy: str = '') -> Iterator[None]:
+    """A folder that one process at a time writes into. UserError where another does already, where the folder cannot be
+    written, and where the disk is full, with `remedy`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            yield
+    except OSError as error:
+        code = DISK_FULL if error.errno == errno.ENOSPC else DATA
+        raise UserError(f'{folder} cannot be written: {error.strerror}{remedy}', code) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A lock that ends with the process, however that ends, and leaves no file."""
+    if sys.platform == 'win32':  # has none for folders
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):  # and not a file system that locks no folders
+            os.close(handle)
+            raise UserError(f'{folder} is being written by another process\n'
+                            'wait until it has ended, then run the same command', COMMAND) from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    temporary = folder / 'meta.json.tmp'
+    with open(temporary, 'w', encoding='utf-8') as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / 'meta.json')
+
+
+def report(folder: Path, meta: dict[str, Any]) -> None:
+    for split, made in meta['splits'].items():
+        print(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text each '
+              f'({made["bytes"]:,} in all; documents: {made["documents"]:,})')
+    print(f'vocabulary: {meta["tokenizer"]["name"]}, {meta["vocab_size"]:,} ids, stored as {meta["dtype"]}')
+    print(f'wrote train.bin, val.bin and meta.json to {folder}')

@@ -1,0 +1,325 @@
+"""Text <-> ids. Four kinds of vocabulary: characters, bytes, a byte-pair encoding trained on the text, and tiktoken's.
+
+    build('bpe:1024', texts, eot=True)     makes the tokenizer of a text, while it is being prepared
+    tokenizer.state()                      travels in the checkpoint; from_state(state) needs no file and no network
+    tokenizer.reference()                  is what meta.json keeps: the same, but only the name of a tiktoken vocabulary
+"""
+import base64
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plaingpt.errors import COMMAND, DATA, UserError
+
+if TYPE_CHECKING:
+    import tiktoken
+    import tokenizers
+
+END_OF_TEXT = '<|endoftext|>'
+SMALLEST_BPE = 257  # every byte, and the end of a text
+GPT2_PATTERNS = (  # two ways to write it: the published one, and tiktoken's, which is faster
+    r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+)
+
+
+class Tokenizer(ABC):
+    """`pieces` holds the UTF-8 bytes of every id; `eot` is the id that ends a document, None where there is none."""
+
+    def __init__(self, name: str, pieces: list[bytes], eot: int | None) -> None:
+        self.name, self.pieces, self.eot = name, pieces, eot
+
+    @property
+    def n_vocab(self) -> int:
+        return len(self.pieces)
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of ordinary text: a special token's name in it is text like any other."""
+
+    def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
+        """The ids of each text, as `encode` gives them, in arrays."""
+        return (np.array(self.encode(text), dtype=np.uint32) for text in texts)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Like `encode`, but a literal <|endoftext|> becomes `eot`, where there is one."""
+        if self.eot is None:
+            return self.encode(text)
+        first, *others = text.split(END_OF_TEXT)
+        ids = self.encode(first)
+        for part in others:
+            ids += [self.eot, *self.encode(part)]
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes of `ids`; a few ids may well end in the middle of a character."""
+        return b''.join(self.pieces[i] for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+    def token_sizes(self) -> list[int]:
+        """UTF-8 bytes of text that each id stands for, 0 for the end of a document: what bits per byte divide by."""
+        return [0 if i == self.eot else len(piece) for i, piece in enumerate(self.pieces)]
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """All that `from_state` needs, in plain Python values."""
+
+    def reference(self) -> dict[str, Any]:
+        """What meta.json keeps, in values that JSON has."""
+        return self.state()
+
+    @abstractmethod
+    def to_huggingface(self) -> 'tokenizers.Tokenizer':
+        """The same vocabulary in the form that Hugging Face's libraries load. As in `encode_prompt`, the name of a
+        special token stands for its id."""
+
+
+class Characters(Tokenizer):
+    """One id for every character that the text holds, in the order of their code points, as nanoGPT has it."""
+
+    def __init__(self, characters: str, eot: bool) -> None:
+        pieces = [character.encode('utf-8') for character in characters] + [END_OF_TEXT.encode()] * eot
+        super().__init__('char', pieces, len(characters) if eot else None)
+        self.characters = characters
+        self.id_of = {character: i for i, character in enumerate(characters)}
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [self.id_of[character] for character in text]
+        except KeyError as error:
+            position = text.index(error.args[0])
+            raise UserError(f'character {error.args[0]!r} (position {position} of the text) is not among the '
+                            f'{len(self.characters)} of the vocabulary, which holds what its own text held:\n'
+                            f'{self.characters[:100]!r}', DATA) from None
+
+    def state(self) -> dict[str, Any]:
+        return {'name': self.name, 'characters': self.characters, 'eot': self.eot is not None}
+
+    def to_huggingface(self) -> 'tokenizers.Tokenizer':
+        """An unknown character is an error there, too: it has no id."""
+        from tokenizers import Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Library
+
+        library = Library(models.WordLevel(self.id_of, unk_token=END_OF_TEXT * 2))  # which no character is
+        library.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+        library.decoder = decoders.Fuse()
+        library.add_special_tokens([END_OF_TEXT] if self.eot is not None else [])
+        return library
+
+
+class Bytes(Tokenizer):
+    """The 256 bytes of UTF-8: any text, nothing to train, long sequences."""
+
+    def __init__(self, eot: bool) -> None:
+        super().__init__('byte', [bytes([i]) for i in range(256)] + [END_OF_TEXT.encode()] * eot, 256 if eot else None)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode('utf-8'))
+
+    def state(self) -> dict[str, Any]:
+        return {'name': self.name, 'eot': self.eot is not None}
+
+    def to_huggingface(self) -> 'tokenizers.Tokenizer':
+        """A byte-pair encoding without any pair."""
+        library = byte_level(bytes_of_printable_alphabet(), [])
+        library.add_special_tokens([END_OF_TEXT] if self.eot is not None else [])
+        return library
+
+
+class TrainedBPE(Tokenizer):
+    """GPT-2's kind of byte-pair encoding, its merges learned from the text at hand by the library `tokenizers`."""
+
+    def __init__(self, name: str, library: 'tokenizers.Tokenizer') -> None:
+        byte_of = bytes_of_printable_alphabet()
+        added = {token.content for token in library.get_added_tokens_decoder().values()}  # such as <|endoftext|>
+        vocabulary = sorted(library.get_vocab().items(), key=lambda item: item[1])
+        pieces = [token.encode() if token in added else bytes(byte_of[symbol] for symbol in token)
+                  for token, _ in vocabulary]
+        super().__init__(name, pieces, library.token_to_id(END_OF_TEXT))
+        self.library = library
+        self.library.encode_special_tokens = True  # that is: as ordinary text
+
+    @classmethod
+    def train(cls, name: str, texts: Iterable[str], n_vocab: int) -> 'TrainedBPE':
+        """At most `n_vocab` ids: a small text may hold too few pairs of neighbours for all of them."""
+        from tokenizers import Tokenizer as Library
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        library = Library(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
+        library.train_from_iterator(texts, trainer)
+        library.add_special_tokens([END_OF_TEXT])
+        return cls(name, library)
+
+    def encode(self, text: str) -> list[int]:
+        return self.library.encode(text).ids
+
+    def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
+        return (np.array(encoding.ids, dtype=np.uint32) for encoding in self.library.encode_batch_fast(texts))
+
+    def state(self) -> dict[str, Any]:
+        return {'name': self.name, 'json': self.library.to_str()}
+
+    def to_huggingface(self) -> 'tokenizers.Tokenizer':
+        from tokenizers import Tokenizer as Library
+        return Library.from_str(self.library.to_str())
+
+
+class Tiktoken(Tokenizer):
+    """A published vocabulary: 'gpt2', 'cl100k_base', ... Ids that it leaves unused stand for no bytes."""
+
+    def __init__(self, library: 'tiktoken.Encoding') -> None:
+        pieces = [b''] * library.n_vocab
+        for token, rank in library._mergeable_ranks.items():
+            pieces[rank] = token
+        for token_name, i in library._special_tokens.items():
+            pieces[i] = token_name.encode('utf-8')
+        super().__init__(library.name, pieces, library._special_tokens.get(END_OF_TEXT))
+        self.library = library
+
+    def encode(self, text: str) -> list[int]:
+        return self.library.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
+        return (self.library.encode_to_numpy(text, disallowed_special=()) for text in texts)
+
+    def token_sizes(self) -> list[int]:
+        special = set(self.library._special_tokens.values())
+        return [0 if i in special else len(piece) for i, piece in enumerate(self.pieces)]
+
+    def state(self) -> dict[str, Any]:
+        """The ranks are in the form of tiktoken's own files: a token in base 64 and its rank on every line."""
+        ranks = sorted(self.library._mergeable_ranks.items(), key=lambda item: item[1])
+        lines = (f'{base64.b64encode(token).decode()} {rank}' for token, rank in ranks)
+        return {'name': self.name, 'pattern': self.library._pat_str, 'ranks': '\n'.join(lines),
+                'special_tokens': dict(self.library._special_tokens)}
+
+    def reference(self) -> dict[str, Any]:
+        return {'name': self.name}
+
+    def to_huggingface(self) -> 'tokenizers.Tokenizer':
+        """Its pattern is written in another dialect of regular expressions: there, {1,3}+ repeats what {1,3} has
+        repeated, and $ is the end of a line."""
+        symbol_of = {byte: symbol for symbol, byte in bytes_of_printable_alphabet().items()}
+        ranks, special = self.library._mergeable_ranks, self.library._special_tokens
+        names = {token: ''.join(symbol_of[byte] for byte in token) for token in ranks}
+        merges = [(names[left], names[right]) for left, right in merges_of(ranks)]
+        pattern = re.sub(r'(\{\d+,\d+\})\+', r'\1', self.library._pat_str).replace('$', r'\z')
+        library = byte_level({names[token]: rank for token, rank in ranks.items()} | special, merges,
+                             '' if is_gpt2_like(self) else pattern)
+        library.add_special_tokens(list(special))
+        return library
+
+
+def model_vocab_size(n_vocab: int) -> int:
+    """The ids that a model provides for: a large vocabulary is rounded up to a multiple of 128, since matrices of round
+    sizes multiply faster (GPT-2's 50257 become 50304)."""
+    return n_vocab if n_vocab < 4096 else -(-n_vocab // 128) * 128
+
+
+def bytes_of_printable_alphabet() -> dict[str, int]:
+    """GPT-2's way to write bytes: a printable one is its Latin-1 character, the n-th of the others is chr(256 + n)."""
+    printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def is_gpt2_like(vocabulary: Tokenizer) -> bool:
+    """Whether text is cut into words as GPT-2 cuts it, and words are then merged from bytes; or if that makes no
+    difference, since bytes stay bytes."""
+    if isinstance(vocabulary, Tiktoken):
+        return vocabulary.library._pat_str in GPT2_PATTERNS
+    return isinstance(vocabulary, TrainedBPE | Bytes)
+
+
+def byte_level(ids: dict[str, int], merges: list[tuple[str, str]],
+               pattern: str | None = None) -> 'tokenizers.Tokenizer':
+    """A byte-pair encoding on GPT-2's way to write bytes. `pattern` matches the words that are encoded each for itself;
+    '' is GPT-2's, and None takes the text as one."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE(vocab=ids, merges=merges, ignore_merges=pattern is not None))
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == '')
+    library.pre_tokenizer = bytes_of
+    if pattern:
+        library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'isolated'), bytes_of])
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+def merges_of(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
+    """The two parts that each token of a byte-pair encoding was made of, in the order of its learning: what is left of
+    the token when all that was learned before it is merged."""
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+            first = pairs.index(min(pairs))
+            if pairs[first] == rank:
+                break  # no merges lead there: such a token is only ever a whole word
+            parts[first:first + 2] = [parts[first] + parts[first + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
+def load_tiktoken(name: str) -> Tiktoken:
+    """A vocabulary that tiktoken knows by name; it downloads the files of one that it has not met before."""
+    import tiktoken
+
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise UserError(f"tokenizer '{name}' is unknown; it may be 'char', 'byte', 'bpe:N' with a number N,\n"
+                        f"or one of tiktoken's: {', '.join(known)}", COMMAND)
+    try:
+        return Tiktoken(tiktoken.get_encoding(name))
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
+        raise UserError(f"tiktoken cannot get the files of '{name}': {type(error).__name__}\n"
+                        'connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds them', DATA) from error
+
+
+def build(spec: str, texts: Callable[[], Iterable[str]], eot: bool) -> Tokenizer:
+    """The tokenizer that `spec` names: 'char', 'byte', 'bpe:N' or a name that tiktoken knows. `texts()` iterates over
+    the training text, for those that look at it. `eot` asks char and byte for one more id, the end of a document."""
+    if spec == 'char':
+        characters: set[str] = set()
+        for text in texts():
+            characters.update(text)
+        return Characters(''.join(sorted(characters)), eot)
+    if spec == 'byte':
+        return Bytes(eot)
+    if spec.startswith('bpe:'):
+        size = spec.removeprefix('bpe:')
+        if not size.isdecimal() or int(size) < SMALLEST_BPE:
+            raise UserError(f"tokenizer '{spec}': N of 'bpe:N' is a number of ids, {SMALLEST_BPE} or more", COMMAND)
+        return TrainedBPE.train(spec, texts(), int(size))
+    return load_tiktoken(spec)
+
+
+def from_state(state: dict[str, Any]) -> Tokenizer:
+    """The tokenizer whose `state()`, or `reference()`, this is."""
+    name = state['name']
+    if name == 'char':
+        return Characters(state['characters'], state['eot'])
+    if name == 'byte':
+        return Bytes(state['eot'])
+    if name.startswith('bpe:'):
+        from tokenizers import Tokenizer as Library
+        return TrainedBPE(name, Library.from_str(state['json']))
+    if 'ranks' not in state:
+        return load_tiktoken(name)
+    import tiktoken
+    lines = (line.split() for line in state['ranks'].splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    return Tiktoken(tiktoken.Encoding(name, pat_str=state['pattern'], mergeable_ranks=ranks,
+                                      special_tokens=state['special_tokens']))

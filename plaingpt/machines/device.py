@@ -1,0 +1,144 @@
+"""Where a process computes, how precisely, and what the device promises."""
+import re
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plaingpt.errors import UserError
+
+# Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets and architecture white papers (which
+# often print twice as much, for sparse matrices). The words of a line all stand in the name that the driver gives; the
+# first such line counts.
+PEAK_FLOPS = {
+    'GB200': 2500e12, 'B200': 2250e12,
+    'GH200': 989.4e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12,
+    'H100 NVL': 835.5e12, 'H100 PCIe': 756e12, 'H100 HBM3': 989.4e12,
+    'A100': 312e12, 'A40': 149.7e12, 'A30': 165e12, 'A10': 125e12, 'A10G': 70e12,
+    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12,
+    'V100S PCIe': 130e12, 'V100 PCIe': 112e12, 'V100 SXM2': 125e12, 'T4': 65e12,
+    'RTX 6000 Ada': 364.2e12, 'RTX A6000': 154.8e12,
+    'RTX 5090': 209.5e12, 'RTX 4090': 165.2e12, 'RTX 3090 Ti': 80e12, 'RTX 3090': 71e12,
+}
+FLOAT16_ONLY = {'V100S', 'V100', 'T4'}  # before Ampere: neither bfloat16 nor TF32
+OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a card, or a smaller chip under the same name
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+def pick_device(name: str) -> tuple[str, str]:
+    """'auto' takes the first of cuda, mps and cpu that this machine has. Returns the device's type, and why."""
+    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if name == 'auto':
+        name = next(device for device, is_there in there.items() if is_there)
+        return name, f'the first of {", ".join(there)} that is here'
+    kind, colon, number = name.partition(':')
+    if kind not in there or (colon and not number.isdecimal()):
+        raise UserError(f"--device={name}: expected 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
+    if not there[kind]:
+        raise UserError(f'--device={name}: this machine, or this build of torch {torch.__version__}, has no {kind}\n'
+                        'try --device=cpu, or --device=auto for the best there is')
+    if kind == 'cuda' and colon and int(number) >= torch.cuda.device_count():
+        raise UserError(f'--device={name}: the last card here is cuda:{torch.cuda.device_count() - 1}')
+    return name, 'as asked'
+
+
+def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
+    """The precision of the matrix products, and why: 'auto' takes the fastest that trains soundly on this type of
+    device."""
+    if device == 'cuda':
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if name == 'auto':
+            best = torch.bfloat16 if has_bfloat16 else torch.float16
+            return best, 'the card computes with it' if has_bfloat16 else 'the card has no bfloat16'
+    elif device == 'mps':
+        has_bfloat16 = True
+    else:
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if name == 'auto':
+        return torch.float32, f'which is sound on every {device}'
+    if name == 'bfloat16' and not has_bfloat16:
+        return torch.float32, f'bfloat16 was asked for, and this {device} is not known to multiply it'
+    if name == 'float16' and device != 'cuda':
+        return torch.float32, 'float16 was asked for, and is for cuda alone'
+    return DTYPES[name], 'as asked'
+
+
+def pick_compile(choice: bool | str, device: str) -> tuple[bool, str]:
+    """Whether to compile, and why."""
+    if choice != 'auto':
+        return bool(choice), 'as asked'
+    if device != 'cuda':
+        return False, 'which rarely pays off cuda'
+    compiles = find_spec('triton') is not None and torch.cuda.get_device_capability() >= (7, 0)
+    return compiles, 'which pays on cuda' if compiles else 'for want of Triton, or of a newer card'
+
+
+class Compute(NamedTuple):
+    """How a process computes."""
+
+    dtype: torch.dtype  # of matrix products
+    autocast: AbstractContextManager[None]  # in which they have it; weights, sums and the loss stay in float32
+    compiles: bool
+    peak: float | None  # FLOP/s that the device promises in them, if that is known
+    line: str  # for people: all this, and why
+
+
+def choose(device: torch.device, dtype: str, compile: bool | str) -> Compute:
+    """What the settings `dtype` and `compile` come to on this device."""
+    precision, why_precision = pick_dtype(dtype, device.type)
+    compiles, why_compile = pick_compile(compile, device.type)
+    line = (f'{name_of(precision)}, {why_precision}; '
+            f'{"compiled" if compiles else "not compiled"}, {why_compile}')
+    peak = peak_flops(card(device), name_of(precision))
+    return Compute(precision, autocast(device, precision), compiles, peak, line)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Matrix products in `dtype`; weights, sums and the loss stay in float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix('torch.')
+
+
+def card(device: torch.device) -> str:
+    """What the maker calls it; '' where there is none."""
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """On cuda this process does not wait for the copy: it queues it, as it queues the work on it, and goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """FLOP/s that the card promises in matrix products of `dtype` ('float32': with TF32 allowed, half the 16-bit rate);
+    None where it is not known, so that no wrong utilisation is shown."""
+    words = set(re.split(r'[\s-]+', device_name.lower()))
+    if not words.isdisjoint(OTHER_CHIP):
+        return None
+    for name, flops in PEAK_FLOPS.items():
+        if words.issuperset(name.lower().split()):
+            if name.split()[0] in FLOAT16_ONLY and dtype != 'float16':
+                return None
+            return flops / 2 if dtype == 'float32' else flops
+    return None
+
+
+def peak_memory(device_type: str) -> int:
+    """The most bytes that this process has held, on the card ('mps': that it holds now) or in main memory; 0 where the
+    system does not say."""
+    if device_type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    if device_type == 'mps':
+        return torch.mps.driver_allocated_memory()
+    if sys.platform == 'win32':
+        return 0
+    import resource  # absent on Windows
+
+    unit = 1 if sys.platform == 'darwin' else 1024  # getrusage(2): bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,68 @@
+"""Signals and the end of max_hours -> a request to save and leave."""
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import Any, Self
+
+from plaingpt import errors
+
+SIGNALS = ('SIGTERM', 'SIGUSR1', 'SIGINT')  # Kubernetes and torchrun, Slurm, Ctrl-C; a system need not have them all
+AGAIN = 1.0  # seconds: a second Ctrl-C sooner than that is the first one, passed on by torchrun
+
+
+class Stop:
+    """Asks for a run to save and end: after a signal, or after `max_hours` (0 sets no end). A second Ctrl-C ends it at
+    once, and so does the first signal before it has begun, since there is nothing to save then.
+
+    Python runs handlers between two operations of the main thread, which may wait in C++ for other processes. So the
+    handlers do nothing; a thread reads the number of each signal from the pipe into which the interpreter writes it."""
+
+    def __init__(self, max_hours: float) -> None:
+        self.end = time.monotonic() + 3600 * max_hours if max_hours else math.inf
+        self.reason, self.since, self.before = '', 0.0, dict[int, Any]()
+        self.has_begun = False  # there is something to save
+
+    def __enter__(self) -> Self:
+        reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        self.pipe_before = signal.set_wakeup_fd(self.writer)
+        threading.Thread(target=self.read, args=(reader,), daemon=True).start()
+        for number in (getattr(signal, name) for name in SIGNALS if name in vars(signal)):
+            self.before[number] = signal.signal(number, leave_to_the_thread)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self.pipe_before)
+        os.close(self.writer)  # which ends the thread
+
+    def read(self, reader: int) -> None:
+        """The thread."""
+        while number := os.read(reader, 1):
+            if number[0] in self.before:
+                self.ask(signal.Signals(number[0]).name)
+        os.close(reader)
+
+    def ask(self, reason: str) -> None:
+        now, is_interrupt = time.monotonic(), reason == 'SIGINT'
+        if not self.has_begun or (is_interrupt and self.reason and now - self.since > AGAIN):
+            os._exit(errors.INTERRUPTED if is_interrupt else errors.STOPPED)
+        if not self.reason:
+            self.reason, self.since = reason, now
+            with suppress(OSError):  # whoever read it may have got the same signal
+                os.write(sys.stderr.fileno(), f'{reason}: saving after this step\n'.encode())
+
+    def is_asked(self) -> bool:
+        if not self.reason and time.monotonic() > self.end:
+            self.reason = 'the end of max_hours'
+        return self.has_begun and self.reason != ''
+
+
+def leave_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """A handler, without which there would be nothing to read."""

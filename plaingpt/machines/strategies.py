@@ -1,0 +1,110 @@
+"""Who holds what when several processes train one model, all of it or a part, and how a checkpoint puts it together."""
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from plaingpt.errors import UserError
+from plaingpt.machines.processes import Process
+
+Strategy = Literal['ddp', 'zero1', 'fsdp']
+
+
+def distribute(model: nn.Module, blocks: Iterable[nn.Module], process: Process, strategy: Strategy, dtype: torch.dtype,
+               reshard: bool, cpu_offload: bool) -> nn.Module:
+    """The model on its device, whose backward pass ends with the mean of the gradients over all processes. Each holds
+    all of it, or, with 'fsdp', an equal part of every tensor (Zhao et al. 2023), which it has others complete where it
+    is used: block after block. Build the optimizer afterwards, of what is held then."""
+    if cpu_offload and strategy != 'fsdp':
+        raise UserError('--cpu_offload=True is a part of --strategy=fsdp: give both, or neither')
+    if strategy != 'fsdp':
+        model.to(process.device)
+        if process.world_size == 1:
+            return model
+        torch._dynamo.config.optimize_ddp = False  # what is compiled are blocks: DDP need not cut them further
+        cards = [process.device] if process.device.type == 'cuda' else None
+        return DistributedDataParallel(model, device_ids=cards, gradient_as_bucket_view=True)
+    if dtype == torch.float16:
+        raise UserError('float16 needs a GradScaler, and that does not know the parts of fsdp: give --dtype=bfloat16, '
+                        '--dtype=float32, or another --strategy')
+    mesh = dist.init_device_mesh(process.device.type, (process.world_size,))
+    offload = CPUOffloadPolicy(pin_memory=process.device.type == 'cuda') if cpu_offload else OffloadPolicy()
+    # Weights travel in `dtype`, gradients are added in float32, and autocast sees to the rest as it does for ddp. But a
+    # CPU's autocast cannot give bfloat16 gains to float32 numbers: there a block gets bfloat16, and returns float32.
+    precision = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(
+        dtype, torch.float32, torch.float32, cast_forward_inputs=process.device.type == 'cpu')
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
+    fully_shard(model, mesh=mesh, offload_policy=offload)
+    return model
+
+
+def set_gradient_sync(model: nn.Module, on: bool) -> None:
+    """Gradients are exchanged once in a step, after its last micro-batch: before that it would be waste. With 'fsdp'
+    after each, as no process has room for all of them."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float) -> float:
+    """Shorten the gradient, as one vector over all processes, to `limit`. Returns the length that it had."""
+    norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def gather(model: nn.Module, optimizer: Optimizer, process: Process) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the optimizer's state, whole, under the names they would have in one process, as copies in main
+    memory, so that training can go on. Every process must call it; those that are not the main one get nothing."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # evaluation may have left a module complete
+    weights, copies = {}, dict[int, Any]()  # tied weights stay one tensor
+    for name, p in model.named_parameters(remove_duplicate=False):
+        copies[id(p)] = copies[id(p)] if id(p) in copies else whole(p, process)
+        weights[name] = copies[id(p)]
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)  # each process has the state of its own part
+        state = optimizer.state_dict() if process.is_main else {}
+    else:
+        state = optimizer.state_dict()
+    state = whole(state, process)
+    return (weights, state) if process.is_main else ({}, {})
+
+
+def whole(tree: Any, process: Process) -> Any:
+    """The same dicts and lists, with a whole copy in main memory of every tensor; only the main process keeps it."""
+    if isinstance(tree, Tensor):
+        tensor = tree.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return tensor.to('cpu', copy=True) if process.is_main else None
+    if isinstance(tree, dict):
+        return {key: whole(value, process) for key, value in tree.items()}
+    return [whole(value, process) for value in tree] if isinstance(tree, list) else tree
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Give the optimizer the state of each weight, whole as `gather` made it; a process keeps its part. Learning rates
+    and the like stay as they are."""
+    numbers = itertools.count()
+    groups = [group | {'params': [next(numbers) for _ in group['params']]} for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group['params']]
+    ours = {number: {name: shard_like(tensor, parameters[number]) for name, tensor in moments.items()}
+            for number, moments in state.items()}
+    optimizer.load_state_dict({'state': ours, 'param_groups': groups})
+
+
+def shard_like(tensor: Tensor, p: nn.Parameter) -> Tensor:
+    """This process's part of a tensor that belongs to `p`; the number of steps, a scalar, belongs to everybody."""
+    if not isinstance(p, DTensor) or tensor.dim() == 0:
+        return tensor
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)  # all have the same: no exchange

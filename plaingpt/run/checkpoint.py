@@ -1,0 +1,336 @@
+"""
+Files: a checkpoint is one file of whole, unwrapped tensors on the CPU and plain Python values, and all that sampling,
+evaluating or training on needs. It is a superset of nanoGPT's, and nanoGPT's load here.
+
+It is written under a temporary name and renamed, so a kill at any moment leaves the previous one; the zip's checksums
+are compared on loading, so that no damage is ever taken for weights.
+"""
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from model import GPT, GPTConfig
+from plaingpt.corpus import tokenizer
+from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, UserError
+from plaingpt.formats import huggingface, llmc, others
+from plaingpt.machines import processes
+from plaingpt.run import upload
+
+State = dict[str, Any]
+MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
+NOT_SHARED = 'out_dir must be one folder that all machines share, or --upload_to name a place that all can read'
+SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'gelu', 'tie_weights')  # weights decide it
+
+
+def link(source: Path, target: Path) -> None:
+    """Give the file `source` a second name, in place of what had it: without a copy where the file system can."""
+    temporary = target.with_name(target.name + '.tmp')
+    temporary.unlink(missing_ok=True)
+    upload.link_or_copy(source, temporary)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # rename(2) does nothing where both are names of one file
+
+
+class Saver:
+    """Writes the checkpoints of a run while it goes on: it waits for the disk only where the one before is not written
+    yet, and at the end. Each new file goes to the uploader, too."""
+
+    def __init__(self, out_dir: Path, keep: int, uploader: upload.Uploader, while_waiting: Callable[[], None]) -> None:
+        self.out_dir, self.keep, self.uploader, self.while_waiting = out_dir, keep, uploader, while_waiting
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        """What a run that goes on has saved may not have reached its other place."""
+        for path in (self.out_dir / 'ckpt.pt', self.out_dir / 'best.pt'):
+            if path.exists():
+                self.uploader.put(path)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
+
+    def save(self, is_best: bool, state: State) -> None:
+        """Begin to write `state`, which nobody may change any more."""
+        self.wait()
+        self.thread = threading.Thread(target=self.write, args=(state, is_best))
+        self.thread.start()
+
+    def write(self, state: State, is_best: bool) -> None:
+        try:
+            write(self.out_dir, state, self.keep, is_best)
+            for name in ('ckpt.pt', 'best.pt') if is_best else ('ckpt.pt',):
+                self.uploader.put(self.out_dir / name)
+        except BaseException as error:  # which wait() or complain() raises where it is seen
+            self.error = error
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk. Raises what went wrong with it."""
+        while self.thread and self.thread.is_alive():
+            self.while_waiting()
+            self.thread.join(1.0)
+        self.complain()
+
+    def complain(self) -> None:
+        """Raise what went wrong with the last checkpoint, if it is known by now."""
+        error, self.error = self.error, None
+        if error:
+            raise error
+
+
+def model_args(config: GPTConfig) -> dict[str, Any]:
+    """The shape of a model under nanoGPT's names, and with no other, so that its sample.py takes our checkpoints."""
+    return {name: getattr(config, name) for name in MODEL_ARGS}
+
+
+def write(out_dir: Path, state: State, keep: int, is_best: bool) -> None:
+    """Put `state` into out_dir/ckpt.pt; those before it become ckpt.1.pt and so on, `keep` in all; the best so far is
+    best.pt as well. At every moment there is a whole ckpt.pt, if there was one before."""
+    newest, new = out_dir / 'ckpt.pt', out_dir / 'ckpt.new.pt'
+    state['versions'] = {'python': platform.python_version(), 'torch': str(torch.__version__)}
+    try:
+        with open(new, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        for age in range(keep - 1, 1, -1):
+            if older(newest, age - 1).exists():
+                os.replace(older(newest, age - 1), older(newest, age))
+        if newest.exists():
+            link(newest, older(newest, 1))  # it has two names for a moment, so that there is a ckpt.pt at every moment
+        os.replace(new, newest)
+        if is_best:
+            link(newest, out_dir / 'best.pt')
+    except (OSError, RuntimeError) as error:  # a full disk is either, by the moment at which torch meets it
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise UserError(f'{new} cannot be written: {str(error).splitlines()[0]}\n'
+                        f'it needs {n_bytes(state):,} bytes, and {shutil.disk_usage(out_dir).free:,} are free\n'
+                        f'{newest}, if it is there, is whole: make room, and resume', DISK_FULL) from None
+
+
+def n_bytes(tree: Any) -> int:
+    """What the tensors in it take."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return sum(map(n_bytes, values))
+
+
+def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int) -> None:
+    """Before a run begins: its folder, without what a kill left half written or, for a new run, the checkpoints of
+    another, and with best.pt where the newest is the best. `keep` of them, the best and a new one must find room."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--out_dir={out_dir} cannot be made a folder: {error.strerror}') from None
+    patterns = ('*.tmp', '.*.fetching', '.*.uploading', 'ckpt.new.pt', *(('ckpt*.pt', 'best.pt') if is_new else ()))
+    for path in {path for pattern in patterns for path in out_dir.glob(pattern)}:
+        path.unlink(missing_ok=True)
+    if is_best and (out_dir / 'ckpt.pt').exists():
+        link(out_dir / 'ckpt.pt', out_dir / 'best.pt')  # a kill may have come between the two
+    need = bytes_needed(sum(p.numel() for p in model.parameters()), keep)
+    ours = {path.stat().st_ino: path.stat().st_size for path in [*out_dir.glob('ckpt*.pt'), *out_dir.glob('best.pt')]}
+    room = shutil.disk_usage(out_dir).free + sum(ours.values())
+    if need > room:
+        raise UserError(f'{out_dir} needs {need:,} bytes for {keep + 2} checkpoints, and there is room for {room:,}\n'
+                        'make room, or give another --out_dir', DISK_FULL)
+
+
+def bytes_needed(n_parameters: int, keep: int) -> int:
+    """For `keep` checkpoints, the best and a new one: a float32 for each weight, and two for AdamW's moments."""
+    return (keep + 2) * 3 * 4 * n_parameters
+
+
+def older(newest: Path, age: int) -> Path:
+    return newest.with_name(f'ckpt.{age}.pt')
+
+
+def load(path: Path, answers: dict[str, Any] | None = None) -> State:
+    """What a file holds, in this project's form, also where another project wrote it: `answers` gives the n_head and
+    gelu that it may not say. Raises UserError for a file that is missing, damaged, or of another model."""
+    if not path.is_file():
+        raise UserError(f'no checkpoint at {path}', CHECKPOINT)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f'{path} is damaged, or not a checkpoint: {error}', CHECKPOINT) from None
+    if damaged:
+        raise UserError(f'{path} is damaged: the checksum of its part {damaged} does not fit', CHECKPOINT)
+    return others.adopt(others.read(path), path, answers or {})
+
+
+def load_newest(out_dir: Path) -> State:
+    """The newest checkpoint of a run that is whole, with a line for each newer one that is not. Raises UserError where
+    none is."""
+    paths = [out_dir / 'ckpt.pt', *sorted(out_dir.glob('ckpt.[0-9]*.pt'), key=age_of)]
+    complaints = []
+    for path in paths:
+        try:
+            state = load(path)
+        except UserError as error:
+            complaints.append(str(error))
+            continue
+        if complaints:
+            instead = f'{path} is used in its place, from step {state["iter_num"]}'
+            print('\n'.join([*complaints, instead]), file=sys.stderr)
+        return state
+    advice = f'nothing to continue in {out_dir}: give another --out_dir, or start a run with --init_from=scratch'
+    raise UserError('\n'.join([*complaints[:2], advice]), CHECKPOINT)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is a checkpoint, be it damaged. What a kill left half written is none."""
+    return (folder / 'ckpt.pt').exists() or any(folder.glob('ckpt.[0-9]*.pt'))
+
+
+def age_of(path: Path) -> int:
+    return int(path.name.split('.')[1])
+
+
+def config_of(state: State, dropout: float = 0.0) -> GPTConfig:
+    """The shape of a checkpoint's model. Dropout is a matter of training, and given anew each time."""
+    shape = {name: value for name, value in state['model_args'].items() if name in MODEL_ARGS}
+    gelu, tie_weights = state['config']['gelu'], state['config']['tie_weights']
+    return GPTConfig(**shape | {'dropout': dropout}, gelu=gelu, tie_weights=tie_weights)
+
+
+def model_of(state: State, dropout: float = 0.0) -> GPT:
+    return GPT.from_weights(config_of(state, dropout), state['model'])
+
+
+def refuse_other_data(state: State, data: dict[str, Any], folder: Path) -> None:
+    """A run that goes on reads the corpus that it has begun with: other tokens would pass for the same windows."""
+    if state['data'] and state['data'] != data:
+        before, now = (', '.join(f'{split} {mark["tokens"]:,} tokens, sha256 {mark["sha256"][:8]}'
+                                 for split, mark in marks.items()) for marks in (state['data'], data))
+        raise UserError(f'the corpus in {folder} is another one than this run has read: {now}; it was: {before}\n'
+                        'prepare that one again, or give --ignore_data_change=True to go on with this one', DATA)
+
+
+def describe(state: State, settings: dict[str, Any]) -> str:
+    """Where a run goes on, and which settings are different from before."""
+    changed = [f'{name}={value} (was {state["config"][name]})' for name, value in settings.items()
+               if state['config'].get(name, value) != value and name not in ('init_from', 'overwrite', *SHAPE)]
+    return f'resuming at step {state["iter_num"]}' + (f', with {", ".join(changed)}' if changed else '')
+
+
+def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) -> None:
+    """Give the optimizer the moments of a checkpoint. Learning rate, betas and weight decay stay as this run sets
+    them."""
+    ours, theirs = optimizer.param_groups, state.get('optimizer', {}).get('param_groups', [])
+    if [len(group['params']) for group in ours] != [len(group['params']) for group in theirs]:
+        raise UserError('the checkpoint has no optimizer state, or that of another model: it cannot be resumed\n'
+                        'start a new run from its weights: give its path as --init_from', CHECKPOINT)
+    from plaingpt.machines import strategies  # it takes half a second, and only training needs it
+
+    strategies.load_optimizer(optimizer, state['optimizer']['state'])
+    if state['scaler']:
+        scaler.load_state_dict(state['scaler'])
+
+
+def fetch_run(out_dir: Path, url: str) -> None:
+    """Where this machine has no checkpoint of a run, take what was uploaded from another."""
+    if url and not holds_run(out_dir) and upload.checkpoints(url):
+        for path in upload.fetch(url, out_dir):
+            print(f'{path} comes from {upload.shown(url)}', flush=True)
+
+
+def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None = None) -> tuple[GPT, State]:
+    """The model that `where` names: a checkpoint file or the folder of a run, here or at a URL, llm.c's model file, a
+    Hugging Face folder, or a GPT-2 of the hub; and its checkpoint, of which the last three have little or nothing.
+    `answers` are those of `load`."""
+    path = Path(where)
+    if upload.is_url(where):
+        with tempfile.TemporaryDirectory() as folder:
+            [file] = upload.fetch(where if where.endswith('.pt') else f'{where}/ckpt.pt', Path(folder))
+            state = load(file, answers)
+    elif holds_run(path):
+        state = load_newest(path)
+    elif path.is_file() and llmc.is_model(path):
+        return GPT.from_weights(*llmc.load(path, dropout)), huggingface.read_origin(path.parent)
+    elif path.is_file() or path.suffix in ('.pt', '.pth'):
+        state = load(path, answers)
+    elif (path / 'config.json').exists() or (where.startswith('gpt2') and not path.exists()) or (
+            where.count('/') == 1 and not path.parent.exists()):
+        return GPT.from_pretrained(where, dropout), huggingface.read_origin(path) or huggingface.read_tokenizer(where)
+    else:
+        raise UserError(f'{where!r} is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2', CHECKPOINT)
+    return model_of(state, dropout), state
+
+
+def start_from(settings: dict[str, Any], given: set[str], n_vocab: int,
+               process: processes.Process) -> tuple[GPT, State, bool]:
+    """The model, for a corpus of n_vocab tokens; the checkpoint that it comes from ({} where there is none); and
+    whether this run continues that one. Every process must call it."""
+    source, run, dropout = settings['init_from'], Path(settings['out_dir']), settings['dropout']
+    if source in ('resume', 'auto') and process.local_rank == 0:
+        fetch_run(run, settings['upload_to'])
+    processes.wait_for_all(process)
+    has_run, state, error = holds_run(run), State(), None
+    if source == 'resume' or (source == 'auto' and has_run):
+        try:
+            state = load_newest(run)
+        except UserError as caught:
+            error = caught
+    if source in ('resume', 'auto'):
+        processes.refuse_difference(process, 'checkpoint of step', state.get('iter_num'), NOT_SHARED)
+    if error:
+        raise error
+    if state:
+        model = model_of(state, dropout)
+        refuse_other_shape(model.config, settings, given)
+        return model, state, True
+    if has_run and not (settings['overwrite'] or settings['eval_only'] or settings['overfit_single_batch']):
+        raise UserError(f'{run} holds a run already: --init_from=resume continues it, --overwrite=True starts over,\n'
+                        'another --out_dir leaves it alone')
+    if source not in ('scratch', 'start', 'auto'):
+        answers = {name: settings[name] for name in given & {'n_head', 'gelu'}}
+        model, state = open_model(source, dropout, answers)
+        refuse_other_shape(model.config, settings, given - {'block_size'})
+        return model.crop_block_size(settings['block_size']) if 'block_size' in given else model, state, False
+    return GPT(new_config(settings, n_vocab)), {}, False
+
+
+def new_config(settings: dict[str, Any], n_vocab: int) -> GPTConfig:
+    """The shape that the settings give a new model, for a tokenizer of n_vocab ids."""
+    shape = {name: settings[name] for name in SHAPE}
+    shape['vocab_size'] = shape['vocab_size'] or tokenizer.model_vocab_size(n_vocab)
+    return GPTConfig(**shape, dropout=settings['dropout'])
+
+
+def refuse_other_shape(config: GPTConfig, settings: dict[str, Any], given: set[str]) -> None:
+    """Weights decide the shape of their model: a setting that somebody gave and that says otherwise is refused."""
+    for name in given.intersection(SHAPE):
+        ours, theirs = settings[name], getattr(config, name)
+        if ours != theirs and (name, ours) != ('vocab_size', 0):
+            raise UserError(f'{name}={ours} was given, and the model in {settings["init_from"]!r} has {theirs}\n'
+                            f'leave {name} out, or start another model with --init_from=scratch')
+
+
+def vocabulary_of(meta: dict[str, Any], state: State, init_from: str) -> tokenizer.Tokenizer | None:
+    """The tokenizer of a corpus, which must be the one that a loaded model has learned; None where its files cannot be
+    had."""
+    theirs = meta['tokenizer']
+    learned = state.get('tokenizer') or ({'name': 'gpt2'} if init_from.startswith('gpt2') else theirs)
+    try:
+        vocabulary = tokenizer.from_state(learned)
+    except UserError:
+        vocabulary = None
+    if learned['name'] != theirs['name'] or (vocabulary and vocabulary.reference() != theirs):
+        raise UserError(f'the corpus was prepared with the tokenizer {theirs["name"]}, and the model has learned '
+                        f'another: {learned["name"]}\nprepare the text again with the tokenizer of the model', DATA)
+    return vocabulary

@@ -1,0 +1,228 @@
+"""
+Copies elsewhere: checkpoints go to and come from any folder that fsspec can write to, such as s3://bucket/folder.
+
+Uploading happens behind training and never stops it. Credentials come from the environment and the files where each
+service's own tools look for them; none is taken from a URL, since URLs end up in checkpoints and logs.
+"""
+import itertools
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from threading import Condition, Thread
+from typing import Any
+
+from plaingpt.errors import CHECKPOINT, COMMAND, UserError, python
+
+PAUSES = (1.0, 5.0, 25.0)  # seconds between one attempt to upload a file and the next
+OBJECT_STORES = ('s3://', 's3a://', 'gs://', 'gcs://', 'abfs://', 'abfss://', 'az://')
+CHECKPOINTS = re.compile(r'ckpt(\.\d+)?\.pt|best\.pt')
+SECRETS = re.compile(r'SECRET|TOKEN|PASSWORD|KEY|CONNECTION_STRING')  # in the names of environment variables
+SHORTEST_SECRET = 8  # characters; what is shorter may be a part of any word
+
+
+def is_url(where: str) -> bool:
+    """Whether this is s3://..., file://... and the like, rather than a path (C:\\... is one)."""
+    return re.match(r'[a-zA-Z][\w.+-]+://', where) is not None
+
+
+def shown(text: str) -> str:
+    """A URL, or an error that may quote one, without what nobody else may read: user:password@, signatures in a query,
+    and whatever the environment holds in variables that are named like secrets."""
+    text = re.sub(r'://[^/\s]*@', '://', text)
+    text = re.sub(r'(://[^\s?]*)\?[^\s\'"]*', r'\1', text)
+    hidden = {value for name, value in os.environ.items() if SECRETS.search(name) and len(value) >= SHORTEST_SECRET}
+    for value in sorted(hidden, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(value, '***')
+    return text
+
+
+def reason(error: BaseException) -> str:
+    return shown(next(iter(str(error).splitlines()), '') or type(error).__name__)
+
+
+def open_url(url: str, code: int) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it. Nothing is asked of the network yet. Raises UserError with this
+    code for a path, a URL with a password, a protocol that is unknown or whose package is missing."""
+    import fsspec
+    if not is_url(url):
+        raise UserError(f'{url!r} is no URL: write s3://bucket/folder, or {Path(url).absolute().as_uri()}', code)
+    if re.search(r'://[^/]*:[^/]*@', url):
+        raise UserError(f'{shown(url)} was given with a password, which checkpoints and logs would show: leave it out, '
+                        'and put it into the environment', code)
+    try:
+        files, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)  # others write there
+    except ImportError as error:
+        package = getattr(error.__cause__, 'name', None) or 'fsspec[full]'
+        raise UserError(f'{shown(url)} needs a package that is not installed: {reason(error)}\n'
+                        f'{python()} -m pip install {package}', code) from None
+    except Exception as error:  # each file system raises errors of its own
+        raise UserError(f'{shown(url)} cannot be used: {reason(error)}', code) from None
+    return files, path.rstrip('/')
+
+
+def checkpoints(url: str) -> list[str]:
+    """The names of the checkpoint files in a folder; none where there is no such folder or bucket. Raises UserError
+    where that cannot be known: no permission, no network."""
+    files, folder = open_url(url, CHECKPOINT)
+    try:
+        names = [Path(path).name for path in files.ls(folder, detail=False)]
+    except FileNotFoundError:
+        return []
+    except Exception as error:  # each file system raises errors of its own
+        raise UserError(f'{shown(url)} cannot be read: {reason(error)}', CHECKPOINT) from None
+    return sorted(name for name in names if CHECKPOINTS.fullmatch(name))
+
+
+def fetch(url: str, folder: Path) -> list[Path]:
+    """Copy a checkpoint file (*.pt), or those of the folder at `url`, into a local folder, each whole or not at all.
+    Raises UserError where there is none, or no way to it."""
+    files, path = open_url(url, CHECKPOINT)
+    sources = [path] if path.endswith('.pt') else [f'{path}/{name}' for name in checkpoints(url)]
+    if not sources:
+        raise UserError(f'no checkpoint at {shown(url)}', CHECKPOINT)
+    targets = [folder / Path(source).name for source in sources]
+    for source, target in zip(sources, targets, strict=True):
+        temporary = target.with_name(f'.{target.name}.{secrets.token_hex(4)}.fetching')  # machines may share the folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.get_file(source, str(temporary))
+            os.replace(temporary, target)
+        except Exception as error:  # each file system raises errors of its own
+            temporary.unlink(missing_ok=True)
+            raise UserError(f'{shown(url)} cannot be fetched to {target}: {reason(error)}', CHECKPOINT) from None
+    return targets
+
+
+def link_or_copy(path: Path, snapshot: Path) -> None:
+    """A second name for the file, or a copy where the file system knows no links. Raises OSError, leaving nothing."""
+    try:
+        os.link(path, snapshot)
+    except OSError:
+        try:
+            shutil.copyfile(path, snapshot)
+        except OSError:
+            snapshot.unlink(missing_ok=True)
+            raise
+
+
+class Uploader:
+    """Copies files to a folder anywhere, in the background, in order. Of several versions of a file that wait, only the
+    newest is uploaded, so that a slow network holds back at most two of each on the disk."""
+
+    def __init__(self, url: str, say: Callable[[str], None]) -> None:
+        """`say` gets a line for each failure, also from the background. Nothing at all happens where `url` is ''.
+        Raises UserError for a URL that no file system can serve here."""
+        self.url, self.say = url.rstrip('/'), say
+        self.changed = Condition()  # its lock guards what follows; say() is called without it
+        self.waiting: dict[str, Path] = {}  # names, and copies of the newest versions, that are not there yet
+        self.failed: set[str] = set()  # those of them that wait for the next put
+        self.busy_with: Path | None = None
+        self.is_closed = not url
+        self.numbers = itertools.count()
+        if url:
+            self.files, self.folder = open_url(url, COMMAND)
+            Thread(target=self.work, name='uploader', daemon=True).start()  # it holds up no process that wants to end
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of the files whose newest version is not there, or not yet."""
+        with self.changed:
+            return list(self.waiting)
+
+    def put(self, path: Path) -> None:
+        """Upload the file as it is now, whatever becomes of `path`: it may be renamed, replaced or deleted, though not
+        written to in place. Returns at once. What failed earlier is tried again as well."""
+        if self.is_closed:
+            return
+        snapshot = path.with_name(f'.{path.name}.{os.getpid()}-{next(self.numbers)}.uploading')
+        why_not = ''
+        with self.changed:
+            self.waiting[path.name] = snapshot
+            self.failed.clear()
+            try:
+                self.sweep(path.parent)
+                link_or_copy(path, snapshot)
+            except OSError as error:  # a full disk, say
+                why_not = reason(error)
+                self.failed.add(path.name)
+            self.changed.notify_all()
+        if why_not:
+            self.complain(path.name, why_not)
+
+    def close(self, seconds: float) -> None:
+        """Wait for what is under way, at most so long. Then give up, with a line for each file that is not there."""
+        with self.changed:
+            self.failed.clear()
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.waiting.keys() <= self.failed, seconds)
+            self.is_closed = True
+            late = [name for name in self.waiting if name not in self.failed]
+            for snapshot in {*self.waiting.values()} - {self.busy_with}:
+                snapshot.unlink(missing_ok=True)
+            self.changed.notify_all()
+        for name in late:
+            self.complain(name, f'{seconds:g} seconds were not enough')
+
+    def work(self) -> None:
+        """What the thread does: upload what waits, one file after the other."""
+        while job := self.next_job():
+            name, snapshot = job
+            why_not = self.attempt(name, snapshot)
+            if why_not and not self.is_superseded(name, snapshot):
+                self.complain(name, why_not)
+            with self.changed:
+                self.busy_with = None
+                if why_not and not self.is_superseded(name, snapshot):
+                    self.failed.add(name)
+                elif not why_not and self.waiting.get(name) == snapshot:
+                    del self.waiting[name]
+                self.sweep(snapshot.parent)
+                self.changed.notify_all()
+
+    def next_job(self) -> tuple[str, Path] | None:
+        """Wait for a file to upload, and give its name and copy; None at the end."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.is_closed or self.waiting.keys() - self.failed)
+            if self.is_closed:
+                return None
+            name = next(name for name in self.waiting if name not in self.failed)
+            self.busy_with = self.waiting[name]
+            return name, self.busy_with
+
+    def attempt(self, name: str, snapshot: Path) -> str:
+        """Upload a file, and again after each pause until it is there, or a newer one waits. Gives why it is not there,
+        or ''."""
+        why_not = ''
+        for pause in (*PAUSES, 0.0):
+            try:
+                self.upload(name, snapshot)
+                return ''
+            except Exception as error:  # each file system raises errors of its own
+                why_not = reason(error)
+            with self.changed:
+                if self.changed.wait_for(lambda: self.is_superseded(name, snapshot), pause):
+                    break
+        return why_not
+
+    def is_superseded(self, name: str, snapshot: Path) -> bool:
+        return self.is_closed or self.waiting.get(name) != snapshot
+
+    def upload(self, name: str, snapshot: Path) -> None:
+        target = f'{self.folder}/{name}'
+        if self.url.startswith(OBJECT_STORES):  # these show no object before it is whole, and renaming would copy it
+            self.files.put_file(str(snapshot), target)
+            return
+        self.files.makedirs(self.folder, exist_ok=True)
+        self.files.put_file(str(snapshot), f'{target}.tmp')
+        self.files.mv(f'{target}.tmp', target)
+
+    def complain(self, name: str, why_not: str) -> None:
+        self.say(f'{shown(self.url)}/{name} is not uploaded: {why_not}; the run goes on')
+
+    def sweep(self, folder: Path) -> None:
+        """Delete the copies of older versions, and those that a killed process has left."""
+        for snapshot in {*folder.glob('.*.uploading')} - {*self.waiting.values(), self.busy_with}:
+            snapshot.unlink(missing_ok=True)

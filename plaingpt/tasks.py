@@ -1,0 +1,313 @@
+"""
+Two tests of what a model knows, each by how many nats it would cost it to be told how a text goes on.
+
+    HellaSwag (Zellers et al. 2019)    which of four endings is right? The cheapest one is the answer of the model
+    LAMBADA (Paperno et al. 2016)      what is the last word? The likeliest token, at each place, is the answer
+
+HellaSwag is quoted in two scorings, whose figures differ by percents and must not be compared. 'completion', that of
+build-nanogpt and llm.c, reads the raw context, and divides by tokens. 'lm_eval', that of EleutherAI's harness, cleans
+the text, puts the activity before it, and divides by characters.
+"""
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import GPTConfig
+from plaingpt.corpus import documents
+from plaingpt.corpus.download import download
+from plaingpt.corpus.folder import DATA_ROOT
+from plaingpt.corpus.tokenizer import Tokenizer
+from plaingpt.errors import DATA, UserError
+from plaingpt.machines import processes
+from plaingpt.machines.device import to_device
+
+Row = dict[str, Any]  # a line of a test's file
+Pair = tuple[list[int], list[int]]  # the ids of a text, and of how it may go on
+
+
+class Source(NamedTuple):
+    """Where a test's file comes from."""
+
+    url: str
+    sha256: str
+
+
+SOURCES = {
+    'hellaswag': Source('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
+                        '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'),
+    'lambada': Source('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
+                      '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226'),
+}
+LABELS = ('0', '1', '2', '3')  # of the right one among four endings
+
+
+# ------------------------------------------------------------------------------------------------
+# Files -> rows
+
+
+def load(task: str, path: str, limit: int, process: processes.Process) -> list[Row]:
+    """The first `limit` rows (0: all) of 'hellaswag' or 'lambada', from the file or URL at `path`, or, where that is
+    '', from the original, which one process of each machine downloads. Every process must call it."""
+    folder, option = DATA_ROOT / task, f'--{task}'
+    if not path or path.startswith(('http://', 'https://')):
+        url, sha256 = Source(path, '') if path else SOURCES[task]
+        path = str(folder / PurePosixPath(url.partition('?')[0]).name)
+        if process.local_rank == 0:
+            download(url, Path(path), sha256, option)
+        processes.wait_for_all(process)
+    rows = list(read(task, documents.find_files(path, folder, option)[0], limit))
+    if not rows:
+        raise UserError(f'{path} is empty: {option}= takes a file with an example of {task} in each line', DATA)
+    return rows
+
+
+def read(task: str, path: str, limit: int = 0) -> Iterator[Row]:
+    """The rows of a .jsonl file, packed or not. Raises UserError that names a line which is no example of the task."""
+    is_right = {'hellaswag': is_hellaswag, 'lambada': is_lambada}[task]
+    with documents.opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not is_right(row):
+                start = str(line[:60], 'utf-8', 'replace')
+                raise UserError(f'{path}, line {number} is not an example of {task}: {start}', DATA)
+            yield row
+            if number == limit:
+                return
+
+
+def is_hellaswag(row: object) -> bool:
+    match row:
+        case {'activity_label': str(), 'ctx': str(context), 'endings': [*endings], 'label': label, **more}:
+            texts = [*endings, more.get('ctx_a', ''), more.get('ctx_b', '')]
+            is_complete = context.strip() != '' and len(endings) == len(LABELS) and str(label) in LABELS
+            return is_complete and all(isinstance(text, str) for text in texts)
+    return False
+
+
+def is_lambada(row: object) -> bool:
+    match row:
+        case {'text': str(text)}:
+            context, _, word = text.rpartition(' ')
+            return context.strip() != '' and word != ''
+        case {'context': str(context), 'continuation': str(word)}:
+            return context.strip() != '' and word != ''
+    return False
+
+
+def is_raw(rows: Sequence[Row]) -> bool:
+    """Whether this is HellaSwag as published, rather than one of the files that others have cleaned: these have joined
+    the two parts of the context."""
+    return all('ctx_a' in row for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows -> questions in ids
+
+
+class Questions(NamedTuple):
+    """Each has the same number of endings, which stand one after the other."""
+
+    pairs: list[Pair]
+    lengths: list[int]  # of each ending, by which its nats are divided for acc_norm
+    labels: list[int]  # of each question: which of its endings is right
+
+
+def completion(rows: Iterable[Row], vocabulary: Tokenizer) -> Questions:
+    """HellaSwag as build-nanogpt and llm.c ask it: context and ending as they stand, each in tokens of its own."""
+    pairs, labels = [], []
+    for row in rows:
+        context = vocabulary.encode(row['ctx'])
+        pairs += [(context, vocabulary.encode(f' {ending}')) for ending in row['endings']]
+        labels.append(int(row['label']))
+    return Questions(pairs, [len(ending) for _, ending in pairs], labels)
+
+
+def lm_eval(rows: Iterable[Row], vocabulary: Tokenizer) -> Questions:
+    """HellaSwag as lm-eval asks it. Files that others have cleaned no longer say where the second part of the context
+    begins, which lm-eval capitalises: there it stays as it is."""
+    pairs, lengths, labels = [], [], []
+    for row in rows:
+        context = f'{row["ctx_a"]} {row.get("ctx_b", "").capitalize()}' if 'ctx_a' in row else row['ctx']
+        query = cleaned(f'{row["activity_label"]}: {context}')
+        endings = [cleaned(ending) for ending in row['endings']]
+        pairs += [encode_together(query, f' {ending}', vocabulary) for ending in endings]
+        lengths += [max(1, len(ending)) for ending in endings]
+        labels.append(int(row['label']))
+    return Questions(pairs, lengths, labels)
+
+
+def cleaned(text: str) -> str:
+    """Without the marks that WikiHow's headings have left: '[header] How to', ' [title] Look', '[substeps]'."""
+    text = text.strip().replace(' [title]', '. ')
+    return re.sub(r'\[.*?\]', '', text).replace('  ', ' ')
+
+
+def last_words(rows: Iterable[Row], vocabulary: Tokenizer) -> list[Pair]:
+    """LAMBADA as lm-eval's lambada_openai asks it: the word after the last space, with that space."""
+    pairs = []
+    for row in rows:
+        context, _, word = row['text'].rpartition(' ') if 'text' in row else (row['context'], '', row['continuation'])
+        pairs.append(encode_together(context, f' {word}', vocabulary))
+    return pairs
+
+
+def encode_together(context: str, ending: str, vocabulary: Tokenizer) -> Pair:
+    """The tokens of the whole text, parted where those of the context alone end. Spaces at the end of the context go to
+    the ending, as most tokens begin with theirs."""
+    bare = context.rstrip()
+    before = vocabulary.encode(bare)
+    return before, vocabulary.encode(context + ending)[len(before):]
+
+
+# ------------------------------------------------------------------------------------------------
+# Questions -> nats
+
+
+class Progress(Protocol):
+    """A progress bar around a loop."""
+
+    def __call__(self, items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]: ...
+
+
+class Piece(NamedTuple):
+    """What the model reads at once: the last n_told of these ids are what it is told, those before are the context."""
+
+    pair: int  # the number of the pair that it is a part of
+    ids: list[int]  # at most block_size + 1
+    n_told: int
+
+
+NOTHING = Piece(0, [0, 0], 0)  # for a process that has nothing left to read while others have
+Scorer = Callable[[list[Pair], str], tuple[Tensor, Tensor]]  # `score` of some model, on some machine
+
+
+def pieces(pairs: Iterable[Pair], block_size: int) -> Iterator[Piece]:
+    """One for each pair, without the beginning of a context that is too long. Of an ending that is too long itself, a
+    piece for each block_size tokens."""
+    for number, (context, ending) in enumerate(pairs):
+        ids, untold = [*context, *ending], len(ending)
+        while untold:
+            last = ids[-block_size - 1:]
+            n_told = min(untold, len(last) - 1)
+            assert n_told, 'the first token of all follows nothing'
+            yield Piece(number, last, n_told)
+            ids, untold = ids[:-n_told], untold - n_told
+
+
+def size(piece: Piece) -> int:
+    return len(piece.ids)
+
+
+def to_batch(batch: list[Piece]) -> tuple[Tensor, Tensor]:
+    """x and y (B, T), filled up on the right: y is -1 wherever nothing is told."""
+    T = max(len(piece.ids) for piece in batch) - 1
+    x, y = torch.zeros(len(batch), T, dtype=torch.int64), torch.full((len(batch), T), -1)
+    for row, (_, ids, n_told) in enumerate(batch):
+        end = len(ids) - 1
+        x[row, :end] = torch.tensor(ids[:-1])
+        y[row, end - n_told:end] = torch.tensor(ids[len(ids) - n_told:])
+    return x, y
+
+
+@torch.no_grad()
+def score(model: nn.Module, config: GPTConfig, batch_size: int, process: processes.Process,
+          autocast: AbstractContextManager[None], progress: Progress, pairs: list[Pair],
+          label: str) -> tuple[Tensor, Tensor]:
+    """What each ending costs, in nats (N,), and how many of its tokens were not the model's first choice (N,). Every
+    process must call it. Which pieces are read together does not depend on the number of processes, so that neither
+    does any bit of the result."""
+    todo = sorted(pieces(pairs, config.block_size), key=size, reverse=True)  # too little memory shows at once
+    rounds = math.ceil(len(todo) / (batch_size * process.world_size))
+    of_pieces = torch.zeros(2, len(todo), dtype=torch.float64)
+    model.eval()
+    for number in progress(range(rounds), rounds, label, 'batches'):
+        first = (number * process.world_size + process.rank) * batch_size
+        x, y = to_batch(todo[first:first + batch_size] or [NOTHING])
+        x, y = to_device(x, process.device), to_device(y, process.device)
+        with torch.compiler.set_stance('force_eager'), autocast:  # each batch has a length of its own
+            logits, _ = model(x)  # (B, T, V)
+        told = y >= 0
+        logits, y = logits[told].float(), y[told]  # (N, V), (N,)
+        nats, is_missed = F.cross_entropy(logits, y, reduction='none'), logits.argmax(dim=-1) != y  # (N,) each
+        rows = first + torch.arange(len(told))[:, None].expand_as(told)[told.cpu()]  # (N,), the piece of each token
+        of_pieces.index_add_(1, rows, torch.stack([nats, is_missed.float()]).cpu().double())
+    model.train()
+    if process.world_size > 1:
+        of_pieces = processes.total(of_pieces.to(process.device)).cpu()  # each number is 0 on all processes but one
+    of_pairs = torch.zeros(2, len(pairs), dtype=torch.float64)
+    of_pairs.index_add_(1, torch.tensor([piece.pair for piece in todo]), of_pieces)
+    return of_pairs[0], of_pairs[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Nats -> figures
+
+
+def choices(questions: Questions, nats: Tensor) -> dict[str, float]:
+    """How often the right ending is the cheapest (acc), and the cheapest for its length (acc_norm)."""
+    labels = torch.tensor(questions.labels)
+    lengths = torch.tensor(questions.lengths, dtype=torch.float64)
+    results: dict[str, float] = {}
+    for name, costs in (('acc', nats), ('acc_norm', nats / lengths)):
+        is_right = costs.view(len(labels), -1).argmin(dim=1) == labels
+        results |= share(name, is_right)
+    return results
+
+
+def exp(x: float) -> float:
+    return math.inf if x > 709 else math.exp(x)  # beyond that it does not fit into a float
+
+
+def share(name: str, is_right: Tensor) -> dict[str, float]:
+    """How many of (N,) are, and the standard error of that."""
+    n, mean = len(is_right), is_right.double().mean().item()
+    return {name: mean, f'{name}_stderr': math.sqrt(mean * (1 - mean) / max(1, n - 1))}
+
+
+def measure_hellaswag(rows: list[Row], vocabulary: Tokenizer, scorer: Scorer) -> dict[str, dict[str, float]]:
+    """The figures of either scoring, under its name."""
+    results = {}
+    for name, ask in (('hellaswag_completion', completion), ('hellaswag_lm_eval', lm_eval)):
+        questions = ask(rows, vocabulary)
+        nats, _ = scorer(questions.pairs, name)
+        results[name] = choices(questions, nats)
+    return results
+
+
+def measure_lambada(rows: list[Row], vocabulary: Tokenizer, scorer: Scorer) -> dict[str, dict[str, float]]:
+    """How often all tokens of the last word are the model's first choices, and the perplexity of words: exp of their
+    mean cost in nats, whatever their number of tokens."""
+    nats, missed = scorer(last_words(rows, vocabulary), 'lambada_openai')
+    return {'lambada_openai': {**share('acc', missed == 0), 'perplexity': exp(nats.mean().item())}}
+
+
+class InTraining(NamedTuple):
+    """HellaSwag in completion style, for a run to answer again and again."""
+
+    prefix: str  # 'hellaswag_', or another one where the text is cleaned, and the figures not the published ones
+    questions: Questions
+
+    def answer(self, scorer: Scorer) -> dict[str, float]:
+        nats, _ = scorer(self.questions.pairs, 'HellaSwag')
+        return {f'{self.prefix}{name}': value for name, value in choices(self.questions, nats).items()}
+
+
+def for_training(path: str, limit: int, vocabulary: Tokenizer | None, process: processes.Process) -> InTraining:
+    """Every process must call it. Raises UserError where the tokenizer is not to be had."""
+    if vocabulary is None:
+        raise UserError("HellaSwag cannot be asked without the files of the corpus's tokenizer:\n"
+                        'connect once, so that tiktoken gets them, or give --hellaswag_interval=0', DATA)
+    rows = load('hellaswag', path, limit, process)
+    return InTraining('hellaswag_' if is_raw(rows) else 'hellaswag_cleaned_', completion(rows, vocabulary))

@@ -1,0 +1,402 @@
+"""The prepare scripts, from text to token files that training opens."""
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from plaingpt.corpus import tokenizer
+from plaingpt.corpus.folder import open_split, read_meta
+from plaingpt.errors import COMMAND, DATA, UserError
+from tests.comparing import copy_script
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """data/<name>/prepare.py, which writes below `folder` instead of data/."""
+    module = importlib.import_module(f'data.{name}.prepare')
+    if name == 'text':
+        monkeypatch.setattr(module, 'DATA_FOLDER', folder)
+    else:
+        monkeypatch.setattr(module, 'FOLDER', folder / name)
+    return module
+
+
+def read_split(folder: Path, split: str) -> list[int]:
+    """The ids of one split, opened as training opens them."""
+    file = open_split(folder, split, 1, 1 << 20)
+    return [int(i) for i in file.read(0, len(file))]
+
+
+def tokenizer_of(folder: Path) -> tokenizer.Tokenizer:
+    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    return tokenizer.from_state(meta['tokenizer'])
+
+
+def documents_of(folder: Path, split: str) -> list[str]:
+    """What stands between the ends of text."""
+    tokenizer, ids = tokenizer_of(folder), read_split(folder, split)
+    assert ids[-1] == tokenizer.eot, 'the last document ends'
+    return tokenizer.decode(ids).split('<|endoftext|>')[:-1]
+
+
+def web_pages(shared_data: Path) -> list[str]:
+    with open(shared_data / 'openwebtext/openwebtext-1000.jsonl', encoding='utf-8') as file:
+        return [json.loads(line)['text'] for line in file]
+
+
+# ------------------------------------------------------------------------------------------------
+# stdlib
+
+
+def test_the_default_text_is_pythons_library_without_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    prepare = load('stdlib', tmp_path, monkeypatch)
+    prepare.main([])
+    assert 'python train.py config/train_stdlib.py' in capsys.readouterr().out
+    folder = tmp_path / 'stdlib'
+    train, val = documents_of(folder, 'train'), documents_of(folder, 'val')
+
+    library = Path(json.__file__).parents[1]
+    assert (library / 'json/decoder.py').read_text(encoding='utf-8') in train
+    assert (library / 'copy.py').read_text(encoding='utf-8') in val  # the hash of its name says so, on every machine
+    together = ''.join(train + val)
+    assert 8e6 < len(together) < 14e6
+    assert 0.02 < len(''.join(val)) / len(together) < 0.08
+    assert not set(train) & set(val) - {''}
+    names = prepare.find_sources(library)
+    assert names == sorted(names)
+    for part in ('test/', 'tests/', 'site-packages/', 'encodings/'):
+        assert not [name for name in names if part in f'/{name}' and f'/{part}' in f'/{name}']
+    assert tokenizer_of(folder).n_vocab == 1024
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    prepare.main([])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, 'the same text gives the same files'
+
+
+# ------------------------------------------------------------------------------------------------
+# Shakespeare
+
+
+def test_shakespeare_by_characters_is_nanogpts_byte_for_byte(
+        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shared_data / 'tinyshakespeare/input.txt'
+    load('shakespeare_char', tmp_path, monkeypatch).main([f'--input={path}'])
+    text = path.read_text(encoding='utf-8')
+    number = {character: i for i, character in enumerate(sorted(set(text)))}
+    ids = np.array([number[character] for character in text], dtype=np.uint16)
+    cut = int(len(text) * 0.9)
+    folder = tmp_path / 'shakespeare_char'
+    assert (folder / 'train.bin').read_bytes() == ids[:cut].tobytes()
+    assert (folder / 'val.bin').read_bytes() == ids[cut:].tobytes()
+    assert (len(read_split(folder, 'train')), len(read_split(folder, 'val'))) == (1_003_854, 111_540)
+    assert (tokenizer_of(folder).n_vocab, tokenizer_of(folder).eot) == (65, None)
+
+
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_shakespeare_in_gpt2s_tokens_has_nanogpts_counts(
+        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shared_data / 'tinyshakespeare/input.txt'
+    load('shakespeare', tmp_path, monkeypatch).main([f'--input={path}'])
+    folder = tmp_path / 'shakespeare'
+    train, val = read_split(folder, 'train'), read_split(folder, 'val')
+    assert (len(train), len(val)) == (301_966, 36_059)
+    tokenizer = tokenizer_of(folder)
+    assert tokenizer.decode(train) + tokenizer.decode(val) == path.read_text(encoding='utf-8')
+
+
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_tiny_shakespeare_in_llm_cs_split_has_its_counts(
+        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shared_data / 'tinyshakespeare/input.txt'
+    load('tinyshakespeare', tmp_path, monkeypatch).main([f'--input={path}'])
+    assert capsys.readouterr().out.endswith(' train.py config/overfit_tinyshakespeare.py\n')
+    folder = tmp_path / 'tinyshakespeare'
+    train, val = read_split(folder, 'train'), read_split(folder, 'val')
+    assert (len(train), len(val)) == (305_260, 32_768)
+    assert val[:6] == [50256, 5962, 22307, 25, 198, 8421], 'the end of text, then: First Citizen:, new line, Before'
+    text = path.read_text(encoding='utf-8')
+    assert tokenizer_of(folder).decode(val + train) == '<|endoftext|>' + text.replace('\n\n', '\n\n<|endoftext|>')
+    splits = read_meta(folder)['splits']
+    assert sum(split['bytes'] for split in splits.values()) == len(text.encode())
+    assert sum(split['documents'] for split in splits.values()) == 1 + text.count('\n\n') == 7222
+
+
+# ------------------------------------------------------------------------------------------------
+# tinystories
+
+
+@pytest.mark.parametrize('is_local', [True, False])
+def test_tiny_stories_keep_their_own_validation_and_learn_nothing_from_it(
+        is_local: bool, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """From files that are here, and through `datasets` from a folder that is laid out as the dataset is."""
+    import pyarrow
+    import pyarrow.parquet
+
+    stories = {'train': [text for text in tiny_text.split('\n\n') if text], 'validation': ['qqqqzzzz' * 500, 'The end']}
+    (tmp_path / 'hub/data').mkdir(parents=True)
+    for split, texts in stories.items():
+        path = tmp_path / f'hub/data/{split}-00000-of-00001.parquet'
+        pyarrow.parquet.write_table(pyarrow.table({'text': texts}), path)
+    arguments = [f'--source={tmp_path}/hub']
+    if is_local:
+        arguments = [f'--{name}={tmp_path}/hub/data/{split}-*.parquet' for name, split in
+                     [('input', 'train'), ('val_input', 'validation')]]
+    prepare, folder = load('tinystories', tmp_path, monkeypatch), tmp_path / 'tinystories'
+    prepare.main([*arguments, '--tokenizer=bpe:400'])
+    assert documents_of(folder, 'train') == stories['train']
+    assert documents_of(folder, 'val') == stories['validation']
+    tokenizer = tokenizer_of(folder)
+    assert tokenizer.n_vocab == 400 and b'zz' not in tokenizer.pieces
+    assert 'train.py config/train_tinystories.py' in capsys.readouterr().out
+    if is_local:
+        with pytest.raises(UserError, match='--input=PATH and --val_input=PATH together') as caught:
+            prepare.main(arguments[:1])
+        assert caught.value.code == COMMAND
+
+
+def test_without_network_shakespeare_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
+    with pytest.raises(UserError, match=r'tinyshakespeare/input\.txt cannot be used.*\n.*--input=PATH') as caught:
+        load('shakespeare_char', tmp_path, monkeypatch).main([])
+    assert caught.value.code == DATA
+    assert not list((tmp_path / 'shakespeare_char').iterdir())
+
+
+# ------------------------------------------------------------------------------------------------
+# text
+
+
+@pytest.mark.parametrize('spec', ['char', 'byte', 'bpe:300', 'gpt2'])
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_ones_own_documents_become_a_corpus(
+        spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f'Document {i}: ' + 'naïve 🙂\r\n' * (i % 5) for i in range(50)]
+    rows = [json.dumps({'body': text}) for text in [*texts[:20], '', *texts[20:]]]
+    (tmp_path / 'mine.jsonl').write_text('\n'.join(rows), encoding='utf-8')
+    load('text', tmp_path, monkeypatch).main(
+        [f'--input={tmp_path}/mine.jsonl', '--column=body', f'--tokenizer={spec}', '--name=mine', '--val_fraction=0.2'])
+
+    train, val = documents_of(tmp_path / 'mine', 'train'), documents_of(tmp_path / 'mine', 'val')
+    assert Counter(train + val) == Counter(texts)  # each once, and the empty one not at all
+    assert len(val) in (10, 11)  # a fifth of 51, of which one may be the empty one
+    assert train == [text for text in texts if text in train], 'the order of the file'
+    assert max(map(texts.index, val)) > 30 > min(map(texts.index, val)), 'drawn from everywhere'
+    out = capsys.readouterr().out
+    for line in ('found: files 1, documents 51', f'vocabulary: {spec}, {tokenizer_of(tmp_path / "mine").n_vocab:,} ids',
+                 'python train.py config/train_stdlib.py --dataset=mine --out_dir=out-mine',
+                 'python sample.py --out_dir=out-mine'):
+        assert line in out
+
+
+@pytest.mark.parametrize('spec', ['char', 'byte', 'bpe:300', 'gpt2'])
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_a_single_document_is_split_by_position_and_has_no_end(
+        spec: str, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / 'book.txt').write_text(tiny_text, encoding='utf-8')
+    load('text', tmp_path, monkeypatch).main([f'--input={tmp_path}/book.txt', f'--tokenizer={spec}', '--name=book'])
+    folder = tmp_path / 'book'
+    tokenizer = tokenizer_of(folder)
+    train, val = read_split(folder, 'train'), read_split(folder, 'val')
+    cut = int(len(tiny_text) * 0.9)
+    assert (tokenizer.decode(train), tokenizer.decode(val)) == (tiny_text[:cut], tiny_text[cut:])
+    assert tokenizer.eot is None or tokenizer.eot not in train + val
+    assert spec not in ('char', 'byte') or tokenizer.eot is None
+    assert 'a single document: the last 10% of its characters are for validation\n' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('spec', ['char', 'bpe:300'])
+def test_a_validation_text_of_ones_own_is_used_whole(
+        spec: str, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'in').mkdir()
+    for name in ('a', 'b'):
+        (tmp_path / f'in/{name}.txt').write_text(name + tiny_text, encoding='utf-8')
+    (tmp_path / 'val.txt').write_text('Ünseen characters, too', encoding='utf-8')
+    load('text', tmp_path, monkeypatch).main(
+        [f'--input={tmp_path}/in', f'--val_input={tmp_path}/val.txt', f'--tokenizer={spec}', '--name=own'])
+    assert documents_of(tmp_path / 'own', 'train') == [f'a{tiny_text}', f'b{tiny_text}']
+    assert documents_of(tmp_path / 'own', 'val') == ['Ünseen characters, too']
+
+
+def test_the_seed_decides_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': str(i)}) for i in range(100)), encoding='utf-8')
+    prepare, val = load('text', tmp_path, monkeypatch), {}
+    for name, seed in [('a', 1), ('b', 1), ('c', 2)]:
+        prepare.main([f'--input={tmp_path}/a.jsonl', '--tokenizer=byte', f'--name={name}', f'--seed={seed}'])
+        val[name] = documents_of(tmp_path / name, 'val')
+    assert val['a'] == val['b'] != val['c']
+
+
+@pytest.mark.parametrize(('arguments', 'message', 'code'), [
+    ([], 'give --input=PATH', COMMAND),
+    (['--input=HERE/nowhere'], r'--input=.*/nowhere matches no file', DATA),
+    (['--input=HERE/a.txt', '--val_input=HERE/nowhere'], r'--val_input=.*/nowhere matches no file', DATA),
+    (['--input=HERE/a.txt', '--name=../out'], r'--name=\.\./out must be a plain name', COMMAND),
+    (['--input=HERE/a.txt', '--name='], r'--name= must be a plain name', COMMAND),
+    (['--input=HERE/a.txt', '--tokenizer=gpt9'], "tokenizer 'gpt9' is unknown", COMMAND),
+    (['--input=HERE/a.txt', '--val_fraction=2'], 'val_fraction=2.0 must lie between 0 and 1', COMMAND),
+    (['--input=HERE/empty.txt'], r'empty\.txt holds no text', DATA),
+    (['--input=HERE/blank.jsonl'], r'blank\.jsonl holds no documents', DATA),
+    (['--input=HERE/rows.jsonl', '--column=body'], "no text in a column 'body'; its columns: text", DATA),
+])
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_a_wrong_command_is_one_clear_message(
+        arguments: list[str], message: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in [('a.txt', 'some text'), ('empty.txt', ''), ('blank.jsonl', '\n\n'),
+                          ('rows.jsonl', '{"text": "a"}\n{"text": "b"}')]:
+        (tmp_path / name).write_text(content, encoding='utf-8')
+    with pytest.raises(UserError, match=message) as caught:
+        load('text', tmp_path / 'out', monkeypatch).main([a.replace('HERE', str(tmp_path)) for a in arguments])
+    assert caught.value.code == code
+    assert len(str(caught.value).splitlines()) <= 3
+    assert not [path for path in tmp_path.rglob('*') if path.suffix in ('.bin', '.tmp')]
+
+
+# ------------------------------------------------------------------------------------------------
+# openwebtext
+
+
+@pytest.fixture
+def as_nanogpt(shared_data: Path) -> tuple[list[list[int]], bytes]:
+    """The train documents of the 1000 web pages, and val.bin, as nanoGPT's procedure makes them with the libraries that
+    it uses. Its fraction of 0.0005 is one document here; eleven times that are six, whose order shows."""
+    import datasets
+    import tiktoken
+
+    encoding = tiktoken.get_encoding('gpt2')
+    pages = datasets.Dataset.from_dict({'text': web_pages(shared_data)})
+    split = pages.train_test_split(test_size=0.0055, seed=2357, shuffle=True)
+    train, val = ([[*encoding.encode_ordinary(text), encoding.eot_token] for text in split[name]['text']]
+                  for name in ('train', 'test'))
+    return train, np.array([i for document in val for i in document], dtype=np.uint16).tobytes()
+
+
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_openwebtext_is_split_and_written_as_nanogpt_does(
+        as_nanogpt: tuple[list[list[int]], bytes], shared_data: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """From local jsonl, and from a folder of parquet files through `datasets`, as from the hub."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pages, train_documents, val_bin = web_pages(shared_data), *as_nanogpt
+    (tmp_path / 'hub').mkdir()
+    for number, start in enumerate(range(0, 1000, 250)):
+        table = pyarrow.table({'text': pages[start:start + 250]})
+        pyarrow.parquet.write_table(table, tmp_path / f'hub/train-{number:05}-of-00004.parquet')
+
+    prepare, folder = load('openwebtext', tmp_path, monkeypatch), tmp_path / 'openwebtext'
+    for arguments in ([f'--input={shared_data}/openwebtext/openwebtext-1000.jsonl'],
+                      [f'--source={tmp_path}/hub', '--revision=']):
+        prepare.main([*arguments, '--val_fraction=0.0055'])
+        assert (folder / 'val.bin').read_bytes() == val_bin
+        ids = np.array(read_split(folder, 'train'))
+        ours = np.split(ids, np.flatnonzero(ids == 50256) + 1)[:-1]
+        assert Counter(tuple(d.tolist()) for d in ours) == Counter(map(tuple, train_documents))
+        shutil.rmtree(folder)
+
+    prepare.main([f'--input={tmp_path}/hub'])
+    assert len(documents_of(folder, 'val')) == 1
+    assert len(read_split(folder, 'train')) + len(read_split(folder, 'val')) == 1_053_999 + 1000
+
+
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_openwebtext_that_cannot_be_downloaded_names_the_remedy(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r'nobody/nothing cannot be downloaded.*\n.*--input=PATH') as caught:
+        load('openwebtext', tmp_path, monkeypatch).main(['--source=nobody/nothing'])
+    assert caught.value.code == DATA
+
+
+def processes_of(group: int) -> list[int]:
+    """The processes of a group that are alive."""
+    listing = subprocess.run(['ps', '-eo', 'pid,pgid,stat'], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listing.splitlines()[1:]]
+    return [int(pid) for pid, pgid, status in rows if int(pgid) == group and not status.startswith('Z')]
+
+
+def is_gone(group: int) -> bool:
+    return not processes_of(group)
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, 'it did not come'
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def _heeds_ctrl_c() -> Iterator[None]:
+    """As in a terminal. What a shell starts with & ignores Ctrl-C, and what that starts: pytest, and the run below."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='sends POSIX signals')
+@pytest.mark.usefixtures('tiktoken_cache', '_heeds_ctrl_c')
+def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(shared_data: Path, tmp_path: Path) -> None:
+    """Killed, and stopped by Ctrl-C, while its workers are at it; then the same command again, to the end."""
+    copy_script('data/openwebtext/prepare.py', tmp_path)
+    folder, short, long = tmp_path / 'data/openwebtext', tmp_path / 'short.jsonl', tmp_path / 'long'
+    shutil.copy(shared_data / 'openwebtext/openwebtext-1000.jsonl', short)
+    long.mkdir()
+    for i in range(300):  # half a minute of work for two cores, at the least
+        os.link(short, long / f'{i}.jsonl')
+    command = [sys.executable, str(folder / 'prepare.py'), '--num_proc=2']
+    subprocess.run([*command, f'--input={short}'], check=True, capture_output=True)
+    before = {name: (folder / name).read_bytes() for name in ('train.bin', 'val.bin', 'meta.json')}
+    temporary = folder / 'train.bin.tmp'
+
+    for number, code in [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]:
+        temporary.unlink(missing_ok=True)
+        running = subprocess.Popen([*command, f'--input={long}'], start_new_session=True, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True, encoding='utf-8')
+        try:
+            wait_until(lambda: temporary.exists() and temporary.stat().st_size > 0)
+            assert len(processes_of(running.pid)) >= 3, 'this one and two workers'
+            if number == signal.SIGKILL:
+                running.kill()  # it alone: its workers must notice
+            else:
+                os.killpg(running.pid, number)  # all of them, as a terminal does
+            wait_until(partial(is_gone, running.pid))
+        finally:
+            if not is_gone(running.pid):
+                os.killpg(running.pid, signal.SIGKILL)
+        _, error = running.communicate()
+        assert running.returncode == code
+        assert {name: (folder / name).read_bytes() for name in before} == before
+        if number == signal.SIGINT:
+            assert error == 'interrupted\n'
+            assert not temporary.exists()
+
+    subprocess.run([*command, f'--input={short}'], check=True, capture_output=True)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert sorted(path.name for path in folder.iterdir() if path.suffix == '.tmp') == []
+
+
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_a_script_ends_with_the_documented_codes_and_no_traceback(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / 'data/text/prepare.py')]
+    for arguments, code, words in [(['--help'], 0, '--input'), ([], 2, '--input=PATH'), (['--inptu=x'], 2, 'input'),
+                                   ([f'--input={tmp_path}/nowhere'], 3, 'nowhere')]:
+        answer = subprocess.run([*script, *arguments], capture_output=True, encoding='utf-8', check=False)
+        assert answer.returncode == code
+        assert words in answer.stdout + answer.stderr
+        assert 'Traceback' not in answer.stderr and len(answer.stderr.splitlines()) <= 3

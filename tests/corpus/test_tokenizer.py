@@ -1,0 +1,176 @@
+"""Tokenizers, against independent implementations and real text."""
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from plaingpt.corpus import tokenizer
+from plaingpt.errors import COMMAND, DATA, UserError
+
+ODD = 'naïve café\n\tdef f(x): return "日本語 🙂"\r\n\x00 <|endoftext|> end  of   text\n\n'
+SPECS = ['char', 'byte', 'bpe:300', 'gpt2']
+
+
+@pytest.fixture
+def documents(shared_data: Path) -> list[str]:
+    """Real web pages."""
+    with open(shared_data / 'openwebtext/openwebtext-1000.jsonl', encoding='utf-8') as file:
+        return [json.loads(line)['text'] for line in file][:100]
+
+
+def make(spec: str, eot: bool = True, texts: Iterable[str] = (ODD,)) -> tokenizer.Tokenizer:
+    return tokenizer.build(spec, lambda: texts, eot)
+
+
+@pytest.mark.parametrize('spec', SPECS)
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_text_comes_back_from_its_ids(spec: str) -> None:
+    tokenizer = make(spec)
+    ids = tokenizer.encode(ODD)
+    assert tokenizer.decode(ids) == ODD
+    assert tokenizer.decode_bytes(ids) == ODD.encode('utf-8')
+    assert all(0 <= i < tokenizer.n_vocab and i != tokenizer.eot for i in ids)
+    assert tokenizer.encode('') == []
+
+
+@pytest.mark.parametrize('spec', SPECS)
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_the_name_of_the_end_of_text_is_ordinary_text_but_in_a_prompt(spec: str) -> None:
+    tokenizer = make(spec)
+    prompt = tokenizer.encode_prompt('end<|endoftext|>text<|endoftext|>')
+    assert prompt == [*tokenizer.encode('end'), tokenizer.eot, *tokenizer.encode('text'), tokenizer.eot]
+    assert tokenizer.decode(prompt) == 'end<|endoftext|>text<|endoftext|>'
+    assert tokenizer.eot not in tokenizer.encode('end<|endoftext|>text')
+
+
+@pytest.mark.parametrize('spec', SPECS)
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_the_sizes_of_tokens_add_up_to_the_bytes_of_the_text(spec: str) -> None:
+    tokenizer = make(spec)
+    sizes = tokenizer.token_sizes()
+    assert len(sizes) == tokenizer.n_vocab
+    assert sum(sizes[i] for i in tokenizer.encode(ODD)) == len(ODD.encode('utf-8'))
+    assert tokenizer.eot is not None and sizes[tokenizer.eot] == 0
+
+
+@pytest.mark.parametrize('spec', SPECS)
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_a_tokenizer_survives_a_checkpoint_that_loads_weights_only(
+        spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    before = make(spec)
+    file = io.BytesIO()
+    torch.save({'tokenizer': before.state()}, file)
+    assert file.tell() < 2_000_000
+    file.seek(0)
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))  # which is empty: nothing but the state is needed
+    after = tokenizer.from_state(torch.load(file, weights_only=True)['tokenizer'])
+    assert (after.name, after.n_vocab, after.eot, after.pieces) == (spec, before.n_vocab, before.eot, before.pieces)
+    assert after.encode(ODD) == before.encode(ODD)
+    assert after.encode_prompt(ODD) == before.encode_prompt(ODD)
+
+
+@pytest.mark.parametrize('spec', SPECS)
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_a_tokenizer_is_rebuilt_from_what_meta_json_keeps(spec: str) -> None:
+    before = make(spec)
+    after = tokenizer.from_state(json.loads(json.dumps(before.reference())))
+    assert after.encode(ODD) == before.encode(ODD)
+    assert after.state() == before.state()
+
+
+@pytest.mark.parametrize('spec', SPECS)
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_a_batch_has_the_ids_of_its_texts(spec: str, documents: list[str]) -> None:
+    texts = [ODD, '', *documents]
+    tokenizer = make(spec, texts=texts)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
+
+
+def test_gpt2_gives_the_ids_of_another_implementation(tiktoken_cache: Path, documents: list[str]) -> None:
+    """OpenAI's own vocabulary and merges, under the names that tiktoken gives its downloads, in Hugging Face's code."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    vocabulary, merges = (tiktoken_cache / name for name in ('6c7ea1a7e38e3a7f062df639a5b80947f075ffe6',
+                                                             '6d1cbeee0f20b3d9449abfede4726ed8212e3aee'))
+    reference = ByteLevelBPETokenizer(str(vocabulary), str(merges))
+    tokenizer = make('gpt2')
+    assert (tokenizer.n_vocab, tokenizer.eot) == (50257, 50256)
+    for document in [ODD.replace('<|endoftext|>', ''), *documents]:
+        assert tokenizer.encode(document) == reference.encode(document).ids
+
+
+def test_characters_are_numbered_as_nanogpt_numbers_them(shared_data: Path) -> None:
+    text = (shared_data / 'tinyshakespeare/input.txt').read_text(encoding='utf-8')
+    tokenizer = make('char', eot=False, texts=[text])
+    order = sorted(set(text))
+    assert (tokenizer.n_vocab, tokenizer.eot) == (65, None)
+    assert tokenizer.encode(text[:5000]) == [order.index(character) for character in text[:5000]]
+
+
+def test_characters_and_bytes_get_an_end_of_text_only_when_asked() -> None:
+    assert (make('byte', eot=False).n_vocab, make('byte', eot=False).eot) == (256, None)
+    assert (make('byte').n_vocab, make('byte').eot) == (257, 256)
+    assert make('char').n_vocab == make('char', eot=False).n_vocab + 1
+    assert make('byte', eot=False).encode_prompt('<|endoftext|>') == list(b'<|endoftext|>')
+
+
+def test_a_bpe_has_as_many_ids_as_asked_and_fewer_only_for_a_small_text(tiny_text: str) -> None:
+    tokenizer = make('bpe:512', eot=False, texts=[tiny_text])
+    assert (tokenizer.n_vocab, tokenizer.eot) == (512, 511)
+    assert len(tokenizer.encode(tiny_text)) < 0.6 * len(make('byte').encode(tiny_text))
+    small = make('bpe:512', texts=['aaaa'])
+    assert 256 < small.n_vocab < 512
+    assert small.decode(small.encode(ODD)) == ODD
+
+
+def test_a_bpe_is_the_same_in_every_process(tiny_text: str, tmp_path: Path) -> None:
+    (tmp_path / 'text').write_text(tiny_text, encoding='utf-8', newline='')
+    program = ('import sys\nfrom plaingpt.corpus import tokenizer\n'
+               'text = open(sys.argv[1], encoding="utf-8", newline="").read()\n'
+               'print(tokenizer.build("bpe:600", lambda: text.splitlines(True), True).state()["json"])')
+    answers = [subprocess.run([sys.executable, '-c', program, str(tmp_path / 'text')], check=True, text=True,
+                              cwd=Path(__file__).parents[2], capture_output=True, encoding='utf-8',
+                              env={**os.environ, 'PYTHONHASHSEED': seed, 'RAYON_NUM_THREADS': seed}).stdout.strip()
+               for seed in ('1', '4')]
+    assert answers[0] == answers[1] == make('bpe:600', texts=tiny_text.splitlines(True)).state()['json']
+
+
+def test_a_character_cut_in_two_decodes_to_a_replacement() -> None:
+    tokenizer = make('byte')
+    assert tokenizer.decode(tokenizer.encode('é')[:1]) == '\ufffd'
+    assert tokenizer.decode_bytes(tokenizer.encode('é')[:1]) == b'\xc3'
+
+
+def test_an_unknown_character_is_named_with_its_place() -> None:
+    with pytest.raises(UserError, match=r"character 'z' \(position 2 of the text\)") as caught:
+        make('char', texts=['abc']).encode('abz')
+    assert caught.value.code == DATA
+
+
+@pytest.mark.parametrize(('spec', 'message'), [
+    ('gpt9', "tokenizer 'gpt9' is unknown.*\n.*gpt2.*cl100k_base"), ('bpe:', 'bpe:N'), ('bpe:100', '257 or more'),
+    ('bpe:1k', 'bpe:N'),
+])
+def test_a_wrong_name_of_a_tokenizer_is_refused(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        make(spec)
+    assert caught.value.code == COMMAND
+
+
+def test_without_network_one_line_names_the_remedy(tmp_path: Path) -> None:
+    """In a process of its own, where no vocabulary is loaded yet and no proxy answers."""
+    program = ('from plaingpt import errors; from plaingpt.corpus.tokenizer import build; '
+               'errors.run(lambda _: print(build("gpt2", list, True)))')
+    answer = subprocess.run([sys.executable, '-c', program], capture_output=True, check=False, encoding='utf-8',
+                            cwd=Path(__file__).parents[2],
+                            env=os.environ | {'TIKTOKEN_CACHE_DIR': str(tmp_path), 'HTTPS_PROXY': 'http://127.0.0.1:9'})
+    assert answer.returncode == DATA
+    assert 'TIKTOKEN_CACHE_DIR' in answer.stderr and 'Traceback' not in answer.stderr
+    assert len(answer.stderr.splitlines()) <= 3

@@ -1,0 +1,379 @@
+"""README's promises: its commands are run as they stand there, and what it says of files and settings is compared.
+
+What README marks with † it calls GPU and download rows. A command that this file runs is in RUN, any other one in
+EXCEPTIONS, with the reason; where the reason is a GPU or a download, README must say so.
+"""
+import ast
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+PROSE = re.sub(r'^```.*?^```$', '', README, flags=re.MULTILINE | re.DOTALL)  # without its blocks of code
+PROGRAMS = ('make ', 'python ', 'python3 ', '.venv/bin/python ', 'torchrun ', 'pip ', 'diff ', '. ', 'sbatch ', 'srun ',
+            'kubectl ', 'docker ')
+MARKS = {'a GPU': ('†', 'GPU', 'Apple'), 'a download': ('†', 'download', 'hub'),
+         'a cluster': ('machines', 'cluster', 'Slurm')}  # how README says that it needs one
+
+
+class Run(NamedTuple):
+    """How a command of README is run here."""
+
+    more: str  # what is appended, to make it short
+    expected: str  # somewhere in its output: a regular expression; its group is the number that README says to expect
+
+
+TRAIN, SAMPLE = '--max_iters=3 --eval_iters=1 --sample_tokens=5', '--max_new_tokens=5 --num_samples=1'
+PLAIN = Run('--max_iters=3', r'\nval loss \d\.\d{4}\n')
+VENV, ACTIVATE = 'python3 -m venv .venv', '. .venv/bin/activate'  # the fixture `clone` runs the first, all the other
+DEFAULT = 'python train.py config/train_stdlib.py'
+
+# In an order in which each finds what it needs
+RUN = {
+    'python data/stdlib/prepare.py': Run('', r'(?m)^train: .* tokens, (\d\.\d+) bytes of text each'),
+    'python train.py config/train_gpt2.py --plan=True':
+        Run('', r'(?m)^  gpt2-xl, 48 x 1600 +1,557,611,200 '),
+    f'{DEFAULT} --check=True': Run('', r'\n9 checks passed\n'),
+    f'{DEFAULT} --overwrite=True': Run(TRAIN, r'\n=== step 3 ===\n'),
+    f'{DEFAULT} --init_from=auto': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
+    '.venv/bin/python sample.py --out_dir=out-stdlib --start="def main("': Run(SAMPLE, r'(?m)^def main\('),
+    'python export.py --out_dir=out-stdlib --to=hf': Run('', r' out-stdlib/hf/model\.safetensors\n(?s:.*)\nnext:\n'),
+    'python export.py --out_dir=out-stdlib --to=gguf': Run('', r' out-stdlib/gguf/model\.gguf\n(?s:.*)ollama create'),
+    'python export.py --out_dir=out-stdlib --to=llmc': Run('', r' out-stdlib/llmc/model\.bin\n(?s:.*)train_gpt2cu'),
+    'python export.py --init_from=THEIRS.pt --out_dir=out-theirs --to=ckpt --n_head=12 --gelu=tanh':
+        Run('--n_head=4 --dataset=stdlib', r' out-theirs/ckpt\.pt\n'),
+    'python evaluate.py --out_dir=out-stdlib': Run('--eval_iters=2', r'bits_per_byte\nout-stdlib, step \d+ +\d+\.\d+ '),
+    'python evaluate.py --init_from="out-stdlib/ckpt*.pt"':
+        Run('--eval_iters=1', r'\nout-stdlib/ckpt\.1\.pt, step \d .*\nout-stdlib/ckpt\.pt, step \d '),
+    f'{DEFAULT} --overfit_single_batch=True --max_iters=100': Run('', r'\nPASS: .* in 100 steps\n'),
+    'torchrun --standalone --nproc_per_node=2 train.py config/train_stdlib.py --device=cpu --out_dir=out-two '
+    '--overwrite=True':
+        Run(TRAIN, r'(?s)\b2 processes; .*\n=== step 3 ===\n'),
+    'python train_trivialised.py --max_iters=1': Run('', r'(?m)^step 0, loss (\d\.\d+)'),
+    'python train_trivialised.py --n_layer=0': PLAIN,
+    'python train_trivialised.py --n_layer=1': PLAIN,
+    'python train_trivialised.py --learning_rate=4e-4': PLAIN,
+    'python train_trivialised.py': PLAIN,
+    'python data/text/prepare.py --input=PATH --tokenizer=bpe:4096 --name=mine':
+        Run('', r'\n    python train\.py config/train_stdlib\.py --dataset=mine --out_dir=out-mine\n'),
+    f'{DEFAULT} --dataset=mine --out_dir=out-mine': Run(TRAIN, r'\n=== step 3 ===\n'),
+    'python sample.py --out_dir=out-mine': Run(SAMPLE, r'-{15}\n'),
+    'python train.py --help': Run('', re.escape("out_dir: str = 'out'\n")),
+    'python benchmarks/fast_marks.py': Run('', r'(?m)^AdamW +\d'),
+    'python benchmarks/memory.py': Run('--n_layer=1', r'2 processes: ddp 16\.\d\d .*, zero1 1[23]\.\d\d .*, fsdp 8\.'),
+    'diff model_trivialised.py model.py || test $? = 1': Run('', r'# fast: '),  # 1: they differ
+}
+GPT2_ON_A_CPU = ('python train.py config/train_gpt2.py --device=cpu --compile=False --block_size=256 --batch_size=4 '
+                 '--n_layer=4 --n_head=4')
+EXCEPTIONS = {
+    'make train': 'tests/test_pipeline.py runs it',
+    'make test': 'runs this very file',
+    'python -m pytest': 'runs this very file',
+    'python -m pytest tests/test_twins.py': 'is a part of what runs this file',
+    'pip install -r requirements.txt': 'a download',
+    'python data/shakespeare/prepare.py': 'a download',
+    'python data/fineweb_edu/prepare.py': 'a download',
+    "python train.py config/train_stdlib.py --dataset='SHARDS/*.bin' --out_dir=out-shards":
+        'tests/corpus/test_shards.py trains on such files',
+    'python train.py config/overfit_tinyshakespeare.py': 'a download',
+    'python train.py config/train_tinystories.py': 'a download',
+    'torchrun --standalone --nproc_per_node=8 train.py config/train_fineweb_edu.py': 'a GPU',
+    'python sample.py --init_from=gpt2-xl --start="What is the answer to life, the universe, and everything?"':
+        'a download',
+    'python train.py config/finetune_shakespeare.py': 'a download',
+    'python train.py config/finetune_shakespeare.py --init_from=gpt2': 'a download',
+    'python train.py config/eval_gpt2.py': 'a download',
+    'python evaluate.py --out_dir=out-stdlib --tasks=val,hellaswag,lambada --limit=200': 'a download',
+    'torchrun --standalone --nproc_per_node=gpu evaluate.py --init_from=gpt2-xl --tasks=hellaswag,lambada': 'a GPU',
+    'python train.py config/gpt_nano.py': 'a download',
+    'python train.py config/train_shakespeare_char.py': 'a GPU',
+    'python train.py config/train_gpt2.py --device=mps --compile=False --batch_size=4': 'a GPU',
+    'python train.py config/train_gpt2.py --device=cuda': 'a GPU',
+    'torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py': 'a GPU',
+    'torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py': 'a GPU',
+    'torchrun --standalone --nproc_per_node=gpu --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=120 '
+    'train.py config/train_gpt2.py --init_from=auto': 'a GPU',
+    **{f'torchrun --nnodes=2 {more} train.py config/train_gpt2.py': 'a cluster' for more in (
+        '--node_rank=0 --nproc_per_node=8 --master_addr=HOST', '--node_rank=1 --nproc_per_node=8 --master_addr=HOST',
+        '--nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500')},
+    'srun python train.py config/train_gpt2.py': 'a cluster',
+    'sbatch launch/slurm.sbatch config/train_gpt2.py --out_dir=/shared/out-gpt2': 'a cluster',
+    'sbatch --nodes=4 --partition=gpu launch/slurm.sbatch config/train_gpt2.py --out_dir=/shared/out-gpt2': 'a cluster',
+    'sbatch --nodes=2 launch/slurm.sbatch config/train_gpt2.py --out_dir=/fsx/out-gpt2': 'a cluster',
+    'pip install aws-parallelcluster': 'a cluster',
+    'pcluster create-cluster --cluster-name=plaingpt --cluster-configuration=launch/aws-cluster.yaml': 'a cluster',
+    'pcluster ssh --cluster-name=plaingpt -i KEY.pem': 'a cluster',
+    'pcluster delete-cluster --cluster-name=plaingpt': 'a cluster',
+    'docker build -f launch/Dockerfile -t REGISTRY/plaingpt:1 . && docker push REGISTRY/plaingpt:1': 'a cluster',
+    'kubectl create secret generic plaingpt --from-env-file=secrets.env': 'a cluster',
+    'kubectl apply -f launch/kubernetes.yaml': 'a cluster',
+    'kubectl logs -f job/plaingpt': 'a cluster',
+}
+SHORT_GPT2 = '--n_embd=32 --max_iters=2 --gradient_accumulation_steps=2 --eval_iters=1 --sample_tokens=5'
+
+
+def tables(text: str) -> dict[str, list[list[str]]]:
+    """The rows of each table, by what its first column is called."""
+    found = {}
+    for table in re.findall(r'(?:^\|.*\n)+', text, re.MULTILINE):
+        head, _, *rows = ([cell.strip() for cell in line.strip('|').split(' | ')] for line in table.splitlines())
+        found[head[0].strip('| ')] = [[cell.strip('| ') for cell in row] for row in rows]
+    return found
+
+
+def block(language: str) -> list[str]:
+    """The lines of README's blocks of code in a language."""
+    blocks = re.findall(rf'^```{language}\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+    return ''.join(blocks).splitlines()
+
+
+def commands() -> dict[str, str]:
+    """Every command that README shows, without its comment, and the line that it stands in."""
+    lines = {line: line for line in block('sh')}
+    for line in PROSE.splitlines():
+        lines |= {span: line for span in spans(line) if span.startswith(PROGRAMS)}
+    return {re.sub(r'\s+# .*', '', command).strip(): line for command, line in lines.items()}
+
+
+def spans(text: str) -> list[str]:
+    """What stands in `backticks`."""
+    return re.findall(r'`([^`\n]+)`', text)
+
+
+def top_level_files() -> list[str]:
+    return sorted(path.name for path in ROOT.glob('*.py'))
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands
+
+
+def test_every_command_is_run_by_a_test_or_is_an_exception() -> None:
+    shown, run = set(commands()), {command.partition(' || ')[0] for command in RUN} | {GPT2_ON_A_CPU, VENV, ACTIVATE}
+    assert not run & EXCEPTIONS.keys()
+    assert shown - run - EXCEPTIONS.keys() == set(), 'run these in tests/docs/test_readme.py, or say there why not'
+    assert (run | EXCEPTIONS.keys()) - shown == set(), 'README shows these no more'
+
+
+def test_readme_marks_what_needs_a_gpu_or_a_download() -> None:
+    sections = re.split(r'^##+ .*$', README, flags=re.MULTILINE)
+    for command, line in commands().items():
+        marks = MARKS.get(EXCEPTIONS.get(command, ''), ())
+        section = next(section for section in sections if line in section)
+        if '|' in line:
+            assert ('†' in line) == bool(marks), line
+        elif marks:
+            assert any(mark in section for mark in marks), f'{line}: does not say that it needs {EXCEPTIONS[command]}'
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a clone of the repository would hold, with a .venv as README makes it, and the packages that these tests
+    run on in it."""
+    folder = tmp_path_factory.mktemp('clone')
+    for pattern in ('*.py', 'plaingpt/**/*.py', '*.txt', 'Makefile', 'benchmarks/*.py', 'config/*.py',
+                    'data/*/prepare.py'):
+        for file in ROOT.glob(pattern):
+            (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder / file.relative_to(ROOT))
+    shell(folder, VENV)
+    packages = next((folder / '.venv/lib').glob('python*/site-packages'))
+    (packages / 'borrowed.pth').write_text('\n'.join(site.getsitepackages()), encoding='utf-8')
+    return folder
+
+
+def shell(folder: Path, *lines: str) -> str:
+    """What lines print that a user types in a terminal, each of which must end well. No GPU is found, and no key for
+    wandb."""
+    secret = ('WANDB', 'MAKE', 'VIRTUAL_ENV')
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(secret)}
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'  # its python3, and its torchrun
+    result = subprocess.run(['sh', '-e', '-c', '\n'.join(lines)], cwd=folder, stdin=subprocess.DEVNULL, timeout=600,
+                            env={**environment, 'PATH': path, 'CUDA_VISIBLE_DEVICES': '', 'NETRC': str(folder / 'no'),
+                                 'WANDB_CONFIG_DIR': str(folder)},
+                            capture_output=True, text=True, encoding='utf-8')
+    assert result.returncode == 0, f'{lines[-1]}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}'
+    assert 'Traceback' not in result.stderr, f'{lines[-1]}\n{result.stderr[-2000:]}'
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_do_what_readme_says(clone: Path, tiny_text: str) -> None:
+    """As written, but for PATH, and made short by settings that are appended."""
+    (clone / 'texts').mkdir()
+    for number, text in enumerate(tiny_text.split('\nclass ')):
+        (clone / f'texts/{number}.txt').write_text(text, encoding='utf-8')
+    torch, model = importlib.import_module('torch'), importlib.import_module('model')
+    torch.save(model.GPT(model.GPTConfig(16, 1024, 1, 4, 16)).state_dict(), clone / 'THEIRS.pt')
+    for command, (more, expected) in RUN.items():
+        output = shell(clone, ACTIVATE, f'{command.replace("PATH", "texts")} {more}')
+        found = re.search(expected, output)
+        assert found, f'{command}\n{output}'
+        for measured in found.groups():
+            row = next(row for table in tables(README).values() for row in table if f'`{command}`' in row)
+            assert float(measured) == pytest.approx(float(re.findall(r'\d+\.\d+', row[-1])[0]), abs=0.1), command
+
+
+@pytest.mark.slow
+def test_gpt2_trains_on_a_cpu_and_goes_on_without_a_key_for_wandb(
+        clone: Path, shared_data: Path, tiktoken_cache: Path, tmp_path: Path) -> None:
+    lines = (shared_data / 'openwebtext/openwebtext-1000.jsonl').read_text(encoding='utf-8').splitlines()
+    assert 'text' in json.loads(lines[0])
+    (tmp_path / 'some.jsonl').write_text('\n'.join(lines[:100]), encoding='utf-8')
+    prepare = f'python data/openwebtext/prepare.py --input={tmp_path}/some.jsonl --val_fraction=0.1'
+    output = shell(clone, ACTIVATE, prepare, f'{GPT2_ON_A_CPU} {SHORT_GPT2}')
+    assert len(re.findall(r'^wandb is off: .*; the run goes on$', output, re.MULTILINE)) == 1
+    assert re.search(r'^tokens per iteration will be: 2,048 = 8 windows of 256', output, re.MULTILINE)
+    assert re.search(r'^step 2: train loss \d+\.\d+, val loss \d+\.\d+$', output, re.MULTILINE)
+    assert output.endswith('python sample.py --out_dir=out\n')
+
+
+# ------------------------------------------------------------------------------------------------
+# What it says
+
+
+def test_no_number_is_missing() -> None:
+    assert re.findall(r'.*@@.*', README) == []
+
+
+def test_the_settings_are_those_of_the_scripts_line_for_line() -> None:
+    shown = re.findall(r'^### Settings of (\S+)$(.*?)(?=^##)', README, re.MULTILINE | re.DOTALL)
+    assert [script for script, _ in shown] == ['train.py', 'sample.py', 'evaluate.py', 'export.py',
+                                                'data/text/prepare.py']
+    for script, section in shown:
+        _, lines, _ = (ROOT / script).read_text(encoding='utf-8').split(f'# {"-" * 96}\n')
+        settings = section.partition('```python\n')[2].partition('```')[0]
+        assert lines.endswith(settings), script
+        assert re.findall(r'^\w+: ', settings, re.MULTILINE) == re.findall(r'^\w+: ', lines, re.MULTILINE)
+
+
+def test_the_exit_codes_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = importlib.import_module('plaingpt.errors')
+    sources = [path.read_text(encoding='utf-8') for pattern in ('*.py', 'plaingpt/**/*.py', 'data/*/*.py')
+               for path in ROOT.glob(pattern)]
+    names = [name for name, value in vars(errors).items() if isinstance(value, int) and name.isupper()]
+    used = {getattr(errors, name): name for name in names if is_used(name, sources)}
+    rows = {int(code): meaning for code, meaning in tables(README)['code']}
+    assert list(rows) == sorted(used)
+    for code, name in used.items():
+        words = {'INTERRUPTED': 'ctrl-c'}.get(name, name.lower()).split('_')
+        assert set(words) <= set(re.findall(r'[\w-]+', rows[code].lower())), f'{rows[code]!r} does not mean {name}'
+
+
+def is_used(name: str, sources: list[str]) -> bool:
+    """Whether some file reads a constant of errors.py, DONE apart, which is what a process ends with by itself."""
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    read = [node for node in nodes if isinstance(getattr(node, 'ctx', None), ast.Load)]
+    return any(name in (getattr(node, 'id', ''), getattr(node, 'attr', '')) for node in read)
+
+
+FAULTS = {  # what holds each row of the table of faults, in tests/
+    'SIGTERM, SIGUSR1, Ctrl-C': 'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on',
+    'a second Ctrl-C': 'test_watch.test_a_second_interrupt_leaves_at_once',
+    'nobody reads the output any more, as when Ctrl-C ends `tee` too':
+        'test_watch.test_a_closed_output_is_a_reason_to_save',
+    '`--max_hours` are over': 'test_watch.test_a_run_ends_when_its_time_is_over',
+    'SIGKILL at any moment, also while saving': 'test_kills.test_twenty_kills_change_nothing',
+    'a process dies, freezes or hangs': 'test_watch.test_a_process_that_is_lost_is_named_and_the_others_end',
+    'a process fails': 'test_watch.test_what_ends_one_process_is_said_by_the_others',
+    'torchrun dies on one of two machines':
+        'test_watch.test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goes_on',
+    '`ckpt.pt` is damaged, cut off or empty':
+        'test_train.test_a_damaged_checkpoint_gives_way_to_the_one_before_it_with_one_line',
+    'every checkpoint is damaged': 'test_watch.test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over',
+    'the disk is full': 'test_watch.test_a_full_disk_ends_the_run_and_leaves_what_was_saved',
+    'the disk would become full': 'test_watch.test_a_run_that_would_fill_the_disk_does_not_begin',
+    'a loss or gradient that is not finite':
+        'test_watch.test_an_infinite_loss_on_one_of_two_processes_skips_the_step_on_both',
+    'ten of them in a row': 'test_watch.test_ten_steps_in_a_row_that_are_not_finite_end_the_run',
+    'memory runs out': 'test_watch.test_a_batch_that_is_too_large_is_answered_with_the_settings_that_fit',
+    'the corpus has changed since': 'test_train.test_a_resume_on_another_corpus_is_refused_unless_asked_for',
+    'the corpus shrinks while it is read': 'test_folder.test_a_file_that_shrinks_while_it_is_read_ends_in_a_message',
+    'two machines do not share `out_dir`': 'test_watch.test_processes_that_do_not_share_a_folder_are_told_so',
+    'an upload fails': 'test_watch.test_an_upload_that_fails_is_seen_and_does_not_end_the_run',
+    'a checkpoint, config or corpus that would run code': 'test_watch.test_a_corpus_that_is_a_pickle_runs_nothing',
+}
+
+
+def test_every_row_of_the_table_of_faults_has_its_test() -> None:
+    assert [row[0] for row in tables(README)['fault']] == list(FAULTS)
+    for where in FAULTS.values():
+        file, _, name = where.partition('.')
+        [path] = ROOT.glob(f'tests/**/{file}.py')
+        assert f'def {name}(' in path.read_text(encoding='utf-8')
+
+
+def test_the_table_of_files_names_every_file_once() -> None:
+    named = [span for row in tables(README)['file'] for span in spans(row[0])]
+    rooms = {f'plaingpt/{path.parent.name}/' for path in ROOT.glob('plaingpt/*/__init__.py')}
+    assert sorted(name for name in named if '/' not in name) == top_level_files()
+    assert {name for name in named if '/' in name} == {
+        'data/<name>/prepare.py', 'config/', 'launch/', 'plaingpt/', *rooms}
+
+
+def test_every_file_that_is_named_or_linked_is_there() -> None:
+    links = re.findall(r'\]\(([^)\s]+)\)', README)
+    assert len(links) > 10
+    written = {'out-stdlib/', 'out_dir/', 'loss.png', 'data/<name>/'}  # by a run, or by prepare.py
+    words = [word for span in (*spans(PROSE), *block('sh')) for word in shlex.split(span, comments=True)]
+    named = [word for word in words if re.fullmatch(r'[\w/<>.-]+(\.(py|md|toml|png)|/)', word)]
+    assert 'config/train_gpt2.py' in named
+    missing = {name for name in (*links, *named) if not name.startswith('https://') and name not in written
+               and not [*ROOT.glob(re.sub('<.*>', '*', name))]}
+    assert missing == set()
+
+
+def test_what_the_ladder_says_to_read_is_in_the_files_that_it_names() -> None:
+    ladder = tables(README)['rung']
+    assert len(ladder) == len({row[0] for row in ladder}) > 5
+    twins = ['model_trivialised.py', 'train_trivialised.py']
+    for rung, read, *_ in ladder:
+        sources = [(ROOT / name).read_text(encoding='utf-8') for name in re.findall(r'\]\((.+?)\)', read) or twins]
+        for name in spans(read):
+            assert any(has_definition(source, name.split('.')) for source in sources), f'{rung}: where is {name}?'
+
+
+def has_definition(source: str, names: list[str]) -> bool:
+    """Whether a file defines a function or class of this name; with two names, the second in the first."""
+    scopes: list[ast.AST] = [ast.parse(source)]
+    for name in names:
+        nodes = [node for scope in scopes for node in ast.walk(scope)]
+        scopes = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name]
+    return scopes != []
+
+
+def test_every_optimisation_has_its_row() -> None:
+    marks = {name: (ROOT / name).read_text(encoding='utf-8').count('# fast: ') for name in top_level_files()}
+    assert marks['model.py'] > 3
+    rows = {head.partition(' in ')[2]: len(table) for head, table in tables(README).items() if 'fast:' in head}
+    assert rows == {name: count for name, count in marks.items() if count}
+
+
+def test_the_plain_files_are_as_short_as_it_says() -> None:
+    stated = re.search(r'Two files, (\d+) lines', README)
+    lines = sum(len(path.read_text(encoding='utf-8').splitlines()) for path in ROOT.glob('*_trivialised.py'))
+    assert stated and lines == pytest.approx(int(stated[1]), abs=10)
+
+
+def test_readme_and_the_default_run_agree() -> None:
+    config = (ROOT / 'config/train_stdlib.py').read_text(encoding='utf-8')
+    expected = re.search(r'expected: (\d\.\d+) bits per byte', config)
+    stated = re.findall(r'(\S+) bits per byte(?: on files|\s*\|)', README)
+    assert expected and stated == [expected[1]] * 2
+    assert f'=== step {importlib.import_module("configurator").configure(*default_run())[0]["max_iters"]} ===' in README
+
+
+def default_run() -> tuple[ModuleType, list[str]]:
+    return importlib.import_module('train'), [str(ROOT / 'config/train_stdlib.py')]

@@ -1,0 +1,445 @@
+"""Checkpoints of other projects: what they compute is computed here, what they do not say is asked for, and nothing in
+them runs. Their models are written again below, as far as their files tell of them."""
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import export
+import sample
+from model import GPT, GPTConfig
+from plaingpt import errors
+from plaingpt.run import checkpoint
+from tests.comparing import refused
+
+# ------------------------------------------------------------------------------------------------
+# Their files: a config class in a module that is gone when the file is read
+
+
+def config_of(module: str, fields: dict[str, Any]) -> Any:
+    """An instance of the dataclass `module`.GPTConfig, which can be pickled as long as the module is there."""
+    made = dataclasses.make_dataclass('GPTConfig', [(name, type(value)) for name, value in fields.items()])
+    made.__module__ = module
+    for name in parents(module):
+        sys.modules.setdefault(name, types.ModuleType(name))
+    vars(sys.modules[module])['GPTConfig'] = made
+    return made(**fields)
+
+
+def parents(module: str) -> list[str]:
+    """'a.b' -> ['a', 'a.b']"""
+    parts = module.split('.')
+    return ['.'.join(parts[:end + 1]) for end in range(len(parts))]
+
+
+def save(tree: Any, path: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    torch.save(tree, path)
+    if module == '__main__':
+        monkeypatch.delattr('__main__.GPTConfig')
+    else:
+        for name in parents(module):
+            monkeypatch.delitem(sys.modules, name)
+    return path
+
+
+def build_nanogpt(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, nn.Module]:
+    """Its log/model_05000.pt: GPT-2 as it is, the config a dataclass of the script that ran."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=50304, n_layer=2, n_head=4, n_embd=16))
+    randomise(model)
+    fields = {'block_size': 16, 'vocab_size': 50304, 'n_layer': 2, 'n_head': 4, 'n_embd': 16}
+    tree = {'model': model.state_dict(), 'config': config_of('__main__', fields), 'step': 5000, 'val_loss': 3.25}
+    return save(tree, path, '__main__', monkeypatch), model
+
+
+class Their001(nn.Module):
+    """gpt_from_scratch's model: an untied head, and q, k and v without biases if not asked for."""
+
+    def __init__(self, qkv_bias: bool) -> None:
+        super().__init__()
+        V, C, T = 384, 16, 16
+        self.gpt = nn.ModuleDict({
+            't_embedding': nn.Embedding(V, C), 'p_embedding': nn.Embedding(T, C), 'dropout': nn.Dropout(0.0),
+            'transformers': nn.Sequential(*(nn.ModuleDict({
+                'mha': nn.ModuleDict({'qkv': nn.Linear(C, 3 * C, bias=qkv_bias), 'proj': nn.Linear(C, C)}),
+                'ff': nn.ModuleDict({'layers': nn.Sequential(nn.Linear(C, 4 * C), nn.GELU(approximate='tanh')),
+                                     'final_l': nn.Linear(4 * C, C)}),
+                'norm1': nn.LayerNorm(C), 'norm2': nn.LayerNorm(C)}) for _ in range(2))),
+            'final_ln': nn.LayerNorm(C), 'ln_out': nn.Linear(C, V, bias=False)})
+
+    def forward(self, idx: Tensor) -> tuple[Tensor, None]:
+        B, T = idx.shape
+        x = self.gpt['t_embedding'](idx) + self.gpt['p_embedding'](torch.arange(T))
+        for block in self.gpt['transformers'].children():
+            parts = dict(block.named_children())
+            mha, ff = (dict(parts[name].named_children()) for name in ('mha', 'ff'))
+            q, k, v = (z.view(B, T, 4, 4).transpose(1, 2) for z in mha['qkv'](parts['norm1'](x)).split(16, dim=2))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + mha['proj'](y.transpose(1, 2).reshape(B, T, 16))
+            x = x + ff['final_l'](ff['layers'](parts['norm2'](x)))
+        return self.gpt['ln_out'](self.gpt['final_ln'](x)), None
+
+
+def gpt_from_scratch(path: Path, monkeypatch: pytest.MonkeyPatch, qkv_bias: bool = False) -> tuple[Path, nn.Module]:
+    """Its log/model_epoch0_iter05000.pt, with the state of its optimizer."""
+    model = Their001(qkv_bias)
+    randomise(model)
+    fields = {'vocab_size': 384, 'emb_dim': 16, 'context_length': 16, 'drop_rate': 0.0, 'n_layers': 2, 'n_heads': 4,
+              'qkv_bias': qkv_bias}
+    module = 'gpt_from_scratch.models.utils'
+    tree = {'model': model.state_dict(), 'optimizer': torch.optim.AdamW(model.parameters()).state_dict(),
+            'config': config_of(module, fields), 'epoch': 0, 'iter': 5000, 'val_loss': 3.25}
+    return save(tree, path, module, monkeypatch), model
+
+
+def randomise(model: nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(1.0 if p.dim() == 1 else 0.0, 0.3)
+
+
+@torch.no_grad()
+def assert_same_logits(ours: GPT, theirs: nn.Module, n_vocab: int = 384) -> None:
+    idx = torch.randint(n_vocab, (3, 16))
+    torch.testing.assert_close(ours.eval()(idx)[0], theirs.eval()(idx)[0], rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def test_build_nanogpts_checkpoint_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, theirs = build_nanogpt(tmp_path / 'model_05000.pt', monkeypatch)
+    ours, state = checkpoint.open_model(str(path), dropout=0.1)
+    assert ours.config == GPTConfig(16, 50304, 2, 4, 16, dropout=0.1, bias=True, gelu='tanh', tie_weights=True)
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert (state['iter_num'], state['best_val_loss'], state['best']) == (5000, 3.25, {'loss': [3.25, 5000]})
+    assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize('qkv_bias', [False, True])
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.'])
+def test_gpt_from_scratchs_checkpoint_loads(qkv_bias: bool, prefix: str, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    path, theirs = gpt_from_scratch(tmp_path / 'model_epoch0_iter05000.pt', monkeypatch, qkv_bias)
+    if prefix:
+        tree = {'model': {f'{prefix}{name}': p for name, p in theirs.state_dict().items()}, 'iter': 5000, 'epoch': 0,
+                'val_loss': 3.25, 'config': config_of('gone', {'n_heads': 4})}
+        save(tree, path, 'gone', monkeypatch)
+    ours, state = checkpoint.open_model(str(path))
+    assert ours.config == GPTConfig(16, 384, 2, 4, 16, bias=True, gelu='tanh', tie_weights=False)
+    assert_same_logits(ours, theirs)
+    assert ours.state_dict()['transformer.h.0.attn.c_attn.bias'].any() == qkv_bias
+    assert state['iter_num'] == 5000 and 'optimizer' not in state
+
+
+def test_bare_weights_need_two_answers(tmp_path: Path) -> None:
+    theirs = GPT(GPTConfig(16, 50304, 2, 4, 256))
+    randomise(theirs)
+    path = tmp_path / 'weights.pth'
+    for tied in (True, False):
+        weights = theirs.state_dict()
+        if tied:
+            del weights['lm_head.weight']
+        else:
+            weights['lm_head.weight'] = weights['lm_head.weight'] + 1
+        weights['transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()  # the mask of old models
+        torch.save(weights, path)
+        message = refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+        assert message.count('\n') == 0 and f'{path} does not say n_head and gelu: ' in message
+        assert f'export.py --init_from={path} --to=ckpt --n_head=4 --gelu=tanh' in message
+        ours, _ = checkpoint.open_model(str(path), answers={'n_head': 4, 'gelu': 'exact'})
+        assert ours.config == GPTConfig(16, 50304, 2, 4, 256, gelu='exact', tie_weights=tied)
+
+
+def test_what_it_advises_makes_a_run_that_says_all(tmp_path: Path, tiktoken_cache: Path,
+                                                   run_script: Callable[..., Any]) -> None:
+    """The advice, as it stands there, and then sample.py on what it made."""
+    theirs = GPT(GPTConfig(16, 50304, 1, 1, 64))
+    torch.save({'model': theirs.state_dict()}, tmp_path / 'theirs.pt')
+    result = run_script('sample.py', '--init_from=theirs.pt', cwd=tmp_path)
+    assert result.returncode == errors.CHECKPOINT
+    _, _, advice = result.stderr.partition('export.py ')
+    result = run_script('export.py', *advice.partition(' makes ')[0].split(), '--out_dir=new', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = run_script('sample.py', '--out_dir=new', '--num_samples=1', '--max_new_tokens=3', cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    model, state = checkpoint.open_model(str(tmp_path / 'new'))
+    assert all(torch.equal(p, theirs.state_dict()[name]) for name, p in model.state_dict().items())
+    assert state['tokenizer']['name'] == 'gpt2'
+
+
+def test_training_takes_the_answers_from_its_own_settings(tmp_path: Path, tiny_dataset: Path,
+                                                          run_script: Callable[..., Any]) -> None:
+    torch.save(GPT(GPTConfig(16, 128, 1, 2, 8)).state_dict(), tmp_path / 'theirs.pt')
+    arguments = [f'--init_from={tmp_path}/theirs.pt', f'--out_dir={tmp_path}/out', f'--dataset={tiny_dataset}',
+                 '--max_iters=1', '--gradient_accumulation_steps=1', '--batch_size=2', '--eval_iters=1',
+                 '--sample_interval=0', '--device=cpu']
+    assert 'does not say n_head and gelu' in run_script('train.py', *arguments).stderr
+    result = run_script('train.py', *arguments, '--n_head=4', '--gelu=exact')
+    assert result.returncode == 0, result.stderr
+    model, _ = checkpoint.open_model(f'{tmp_path}/out')
+    assert (model.config.n_head, model.config.gelu) == (4, 'exact')
+
+
+@pytest.mark.slow
+def test_an_imported_model_can_be_evaluated_exported_and_trained_on(
+        tmp_path: Path, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch, run_script: Callable[..., Any]) -> None:
+    path, theirs = gpt_from_scratch(tmp_path / 'theirs.pt', monkeypatch)
+    common = [f'--init_from={path}', f'--dataset={tiny_dataset}']
+    for script, arguments in [
+            ('evaluate.py', ['--eval_iters=1']), ('export.py', ['--to=hf', f'--out_dir={tmp_path}']),
+            ('train.py', [f'--out_dir={tmp_path}/out', '--max_iters=1', '--gradient_accumulation_steps=1',
+                          '--batch_size=2', '--eval_iters=1', '--sample_interval=0', '--device=cpu'])]:
+        result = run_script(script, *common, *arguments)
+        assert result.returncode == 0, f'{script}\n{result.stderr}'
+    model, state = checkpoint.open_model(f'{tmp_path}/hf')
+    n_vocab = sample.vocabulary_of(state, model.config.vocab_size).n_vocab
+    assert model.config.vocab_size == n_vocab < 384
+    idx = torch.randint(n_vocab, (2, 16))
+    torch.testing.assert_close(model.eval()(idx)[0], theirs.eval()(idx)[0][:, :, :n_vocab], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(('tree', 'reason'), [
+    ({'n_iter': 1, 'model_state_dict': {}, 'optimizer_state_dict': {}, 'wandb_run_id': '', 'train_loss': 1.0,
+      'val_loss': 1.0}, 'RMSNorm, and what its attention projects is never used'),
+    ({'epoch': 1, 'model_state_dict': {}, 'optimizer_state_dict': {}, 'loss': 1.0}, 'GELU after the MLP'),
+    ({'model_state': {}, 'optimizer_state': {}, 'finished_epoch': 1}, 'sees later tokens'),
+    ({'model': {'transformer.wte.weight': torch.ones(4, 2), 'transformer.h.0.ln_1.weight': torch.ones(2)}},
+     'no table of positions'),
+])
+def test_other_models_are_refused_with_the_reason(tree: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    torch.save(tree, tmp_path / 'chkpoint_100.pth')
+    message = refused(checkpoint.open_model, str(tmp_path / 'chkpoint_100.pth'), code=errors.CHECKPOINT)
+    assert 'is another model than GPT-2' in message and reason in message
+
+
+def test_a_model_that_only_looks_like_theirs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, theirs = gpt_from_scratch(tmp_path / 'theirs.pt', monkeypatch)
+    weights = theirs.state_dict()
+    odd = [{name: p for name, p in weights.items() if 'norm2' not in name},
+           weights | {'gpt.rope.frequencies': torch.ones(2)},
+           weights | {'gpt.final_ln.weight': torch.ones(3)}]
+    for changed in odd:
+        torch.save({'model': changed}, path)
+        assert 'do not fit' in refused(checkpoint.open_model, str(path), answers={'n_head': 4}, code=errors.CHECKPOINT)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizers in Hugging Face folders
+
+
+def their_tokenizer(**options: Any) -> Any:
+    """A byte-level BPE as others train it, special tokens first."""
+    library = tokenizers.ByteLevelBPETokenizer(**options)
+    library.train_from_iterator([__doc__], vocab_size=300, special_tokens=['<s>', '<|endoftext|>'], show_progress=False)
+    library.enable_truncation(8)
+    return library
+
+
+def their_folder(folder: Path, vocab_size: int) -> Path:
+    transformers = pytest.importorskip('transformers')
+    config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize('is_one_file', [True, False])
+def test_a_tokenizer_of_gpt2s_kind_is_read_from_a_folder(is_one_file: bool, tmp_path: Path) -> None:
+    folder, theirs = their_folder(tmp_path / 'theirs', 300), their_tokenizer()
+    if is_one_file:
+        theirs.save(str(folder / 'tokenizer.json'))
+    else:
+        theirs.save_model(str(folder))
+    model, state = checkpoint.open_model(str(folder))
+    ours = sample.vocabulary_of(state, model.config.vocab_size)
+    theirs.no_truncation()
+    for text in (__doc__, 'naïve café 日本語 \x00 end  of\n'):
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.eot, ours.n_vocab, ours.pieces[0]) == (1, theirs.get_vocab_size(), b'<s>')
+    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/ours'])
+    assert checkpoint.open_model(f'{tmp_path}/ours')[1]['tokenizer'] == ours.state()
+    assert tokenizers.Tokenizer.from_file(f'{tmp_path}/ours/tokenizer.json').encode(__doc__).ids == ours.encode(__doc__)
+
+
+def test_a_model_of_the_hub_has_the_tokenizer_that_is_there(tmp_path: Path, run_script: Callable[..., Any]) -> None:
+    """Without network, out of the cache that a download has left."""
+    cache = tmp_path / 'hub/models--somebody--novels'
+    (cache / 'refs').mkdir(parents=True)
+    (cache / 'refs/main').write_text('0' * 40, encoding='utf-8')
+    folder = their_folder(cache / 'snapshots' / ('0' * 40), 300)
+    their_tokenizer().save(str(folder / 'tokenizer.json'))
+    arguments = ['export.py', '--init_from=somebody/novels', f'--to_dir={tmp_path}/ours']
+    result = run_script(*arguments, cwd=tmp_path, environment={'HF_HOME': str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    state = json.loads((tmp_path / 'ours/plaingpt.json').read_text(encoding='utf-8'))
+    expected = checkpoint.open_model(str(folder))[1]['tokenizer']
+    assert state['tokenizer'] == expected and expected['name'].startswith('bpe:')
+
+
+def test_gpt2s_tokenizer_is_known_by_its_tokens(tmp_path: Path, tiktoken_cache: Path) -> None:
+    folder = their_folder(tmp_path, 50257)
+    for name, file in (('vocab.json', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6'),
+                       ('merges.txt', '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')):
+        shutil.copy(tiktoken_cache / file, folder / name)
+    assert checkpoint.open_model(str(folder))[1] == {}
+    pytest.importorskip('transformers').AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    assert (folder / 'tokenizer.json').is_file() and checkpoint.open_model(str(folder))[1] == {}
+
+
+@pytest.mark.parametrize('kind', ['lowercase', 'a space first', 'a start token', 'without all bytes', 'words',
+                                  'damaged'])
+def test_a_tokenizer_of_another_kind_is_not_taken_for_gpt2s(kind: str, tmp_path: Path) -> None:
+    library = their_tokenizer(lowercase=kind == 'lowercase', add_prefix_space=kind == 'a space first')
+    if kind == 'a start token':
+        library.post_processor = tokenizers.processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 0)])
+    text = library.to_str()
+    if kind == 'without all bytes':
+        tree = json.loads(text)
+        vocab = tree['model']['vocab']
+        vocab['ĀĀ'] = vocab.pop('Ā')
+        text = json.dumps(tree)
+    if kind == 'words':
+        text = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, '')).to_str()
+    path = their_folder(tmp_path, 300) / 'tokenizer.json'
+    path.write_text('{' if kind == 'damaged' else text, encoding='utf-8')
+    message = refused(checkpoint.open_model, str(tmp_path), code=errors.CHECKPOINT)
+    assert f"the tokenizer of {tmp_path} is damaged, or of another kind than GPT-2's" in message
+    path.unlink()
+    assert checkpoint.open_model(str(tmp_path))[1] == {}, 'as it advises'
+
+
+# ------------------------------------------------------------------------------------------------
+# Nothing runs
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f'touch {self.witness}',)
+
+
+class Call:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable[[str], Any], argument: str) -> None:
+        self.function, self.argument = function, argument
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.function, (self.argument,)
+
+
+def test_the_class_that_a_file_names_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module is there, and says so when it is asked for anything."""
+    touched: list[str] = []
+
+    class Trap(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            touched.append(name)
+            raise AttributeError(name)
+
+    path, theirs = gpt_from_scratch(tmp_path / 'theirs.pt', monkeypatch)
+    monkeypatch.setitem(sys.modules, 'gpt_from_scratch.models.utils', Trap('trap'))
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    allowed = torch.serialization.get_safe_globals()
+    assert_same_logits(checkpoint.open_model(str(path))[0], theirs)
+    assert touched == []
+    assert torch.serialization.get_safe_globals() == allowed, 'it is allowed for that one file only'
+
+
+@pytest.mark.parametrize('where', ['instead of the config', 'in a field', 'beside it', 'as its class'])
+def test_a_pickle_in_the_place_of_a_config_runs_nothing(where: str, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    witness, path = tmp_path / 'witness', tmp_path / 'theirs.pt'
+    _, theirs = gpt_from_scratch(path, monkeypatch)
+    tree: dict[str, Any] = {'model': theirs.state_dict(), 'config': config_of('gone', {'n_heads': 4})}
+    if where == 'instead of the config':
+        tree['config'] = Evil(witness)
+    elif where == 'in a field':
+        tree['config'].n_heads = Evil(witness)
+    elif where == 'beside it':
+        tree['epoch'] = Evil(witness)
+    else:  # a name that looks like a config, with a call instead of fields
+        made = vars(sys.modules['gone'])['GPTConfig']
+        made.__init__ = run_a_command
+        tree['config'] = Call(made, f'touch {witness}')
+    torch.save(tree, path)
+    message = refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+    assert 'could run any code' in message and not witness.exists()
+    torch.load(path, weights_only=False)
+    assert witness.exists(), 'it would have run'
+    monkeypatch.delitem(sys.modules, 'gone')
+
+
+def run_a_command(_: Any, command: str) -> None:
+    os.system(command)
+
+
+def test_a_config_with_odd_fields_is_asked_about_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, theirs = gpt_from_scratch(tmp_path / 'theirs.pt', monkeypatch)
+    odd: list[dict[str, Any]] = [{'heads': 4}, *({'n_heads': value} for value in ('4', 0, -4, [4], True))]
+    for fields in odd:
+        tree = {'model': theirs.state_dict(), 'config': config_of('gone', fields)}
+        save(tree, path, 'gone', monkeypatch)
+        assert 'n_head' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+
+
+def test_only_one_class_and_only_a_config_is_read_as_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, theirs = gpt_from_scratch(tmp_path / 'theirs.pt', monkeypatch)
+    tree = {'model': theirs.state_dict(), 'config': config_of('gone', {'n_heads': 4})}
+    type(tree['config']).__qualname__ = type(tree['config']).__name__ = 'Optimizer'
+    vars(sys.modules['gone'])['Optimizer'] = type(tree['config'])
+    torch.save(tree, path)
+    assert 'could run any code' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+    torch.save({**tree, 'config': config_of('gone', {'n_heads': 4}), 'other': config_of('elsewhere', {'a': 1})}, path)
+    assert 'could run any code' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+    for name in ('gone', 'elsewhere'):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_export_says_no_to_an_answer_that_does_not_fit(tmp_path: Path) -> None:
+    torch.save(GPT(GPTConfig(16, 128, 1, 2, 8)).state_dict(), tmp_path / 'theirs.pt')
+    arguments = [f'--init_from={tmp_path}/theirs.pt', f'--out_dir={tmp_path}/new', '--to=ckpt', '--gelu=tanh']
+    assert 'multiple of n_head=3' in refused(export.main, [*arguments, '--n_head=3'], code=errors.COMMAND)
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_a_run_without_a_tokenizer_is_made_with_a_line_and_a_corpus_brings_one(
+        tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(GPT(GPTConfig(16, 128, 1, 2, 8)).state_dict(), tmp_path / 'theirs.pt')
+    arguments = [f'--init_from={tmp_path}/theirs.pt', '--to=ckpt', '--gelu=exact', '--n_head=4']
+    export.main([*arguments, f'--out_dir={tmp_path}/without'])
+    assert 'the tokenizer stays behind: the model knows 128 tokens' in capsys.readouterr().out
+    model, state = checkpoint.open_model(f'{tmp_path}/without')
+    assert (model.config.n_head, model.config.gelu, state['tokenizer']) == (4, 'exact', None)
+    export.main([*arguments, f'--out_dir={tmp_path}/with', f'--dataset={tiny_dataset}'])
+    assert checkpoint.open_model(f'{tmp_path}/with')[1]['tokenizer']['name'] == 'char'
+    without = [f'--init_from={tmp_path}/without', f'--out_dir={tmp_path}/new', '--to=hf']
+    assert 'has learned another one' in refused(export.main, without, code=errors.CHECKPOINT)
+
+
+def test_nanogpts_gelu_is_the_exact_one_unless_somebody_knows_better(tmp_path: Path) -> None:
+    """Its files do not say; those of its relatives, which have its names and the other GELU, do not either."""
+    args = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'block_size': 16, 'bias': True, 'vocab_size': 64, 'dropout': 0.0}
+    tree = {'model': GPT(GPTConfig(16, 64, 1, 2, 8)).state_dict(), 'model_args': args, 'iter_num': 3}
+    torch.save(tree, tmp_path / 'ckpt.pt')
+    assert checkpoint.open_model(str(tmp_path / 'ckpt.pt'))[0].config.gelu == 'exact'
+    export.main([f'--init_from={tmp_path}/ckpt.pt', f'--out_dir={tmp_path}/new', '--to=ckpt', '--gelu=tanh'])
+    assert checkpoint.open_model(f'{tmp_path}/new')[0].config.gelu == 'tanh'

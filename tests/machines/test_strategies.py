@@ -1,0 +1,236 @@
+"""Several processes learn what one learns, whatever each of them holds. This file is also the script that torchrun
+starts: it trains a list of runs, one after the other, in one group of processes."""
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import configurator
+import train
+from plaingpt.corpus import batches
+from plaingpt.corpus.batches import Part
+from plaingpt.machines import processes
+from plaingpt.machines.stop import Stop
+from plaingpt.machines.watch import Watch
+from plaingpt.run import checkpoint
+from plaingpt.run.log import Logger
+
+ROOT = Path(__file__).parents[2]
+SETTINGS: dict[str, Any] = {
+    'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'dropout': 0.1, 'max_iters': 8, 'lr_decay_iters': 8,
+    'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3, 'eval_interval': 4, 'device': 'cpu', 'sample_interval': 4,
+    'sample_tokens': 5, 'hellaswag_interval': 4,
+}
+RUNS: dict[str, dict[str, Any]] = {
+    'four micro-batches': {'batch_size': 2, 'gradient_accumulation_steps': 4, 'eval_iters': 4},
+    'three micro-batches': {'batch_size': 2, 'gradient_accumulation_steps': 3, 'eval_iters': 3},
+    'a short last one': {'batch_size': 3, 'total_batch_size': 7 * 16, 'eval_iters': 5},
+    'one window': {'batch_size': 4, 'total_batch_size': 16, 'eval_iters': 1},
+    'more windows than there are': {'batch_size': 5, 'gradient_accumulation_steps': 1, 'eval_iters': 100,
+                                    'block_size': 128},
+    'no clipping, untied, with biases': {'batch_size': 1, 'gradient_accumulation_steps': 5, 'eval_iters': 7,
+                                         'grad_clip': 0, 'tie_weights': False, 'bias': True},
+    'resumed': {'batch_size': 2, 'gradient_accumulation_steps': 3, 'eval_iters': 3, 'init_from': 'resume'},
+}
+
+
+def arguments(settings: dict[str, Any]) -> list[str]:
+    questions = f'{settings["dataset"]}/hellaswag.jsonl'
+    return [f'--{name}={value}' for name, value in (SETTINGS | {'hellaswag': questions} | settings).items()]
+
+
+def draw_nothing(log: Logger) -> None:
+    """In place of the picture of a run, which costs as much time as a hundred of its steps."""
+
+
+def note_tokens(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """Have every micro-batch that is read in training noted beside the run: a line of JSON in tokens.RANK.jsonl."""
+    parts_of = batches.parts_of
+
+    def noting(*arguments: Any) -> Iterator[Part]:
+        Path(train.out_dir).mkdir(exist_ok=True)  # the main process may not have come so far
+        for part in parts_of(*arguments):
+            with open(Path(train.out_dir, f'tokens.{rank}.jsonl'), 'a', encoding='utf-8') as file:
+                print(json.dumps([part.number, part.share, part.x.tolist(), part.y.tolist()]), file=file)
+            yield part
+
+    patch.setattr('train.parts_of', noting)
+
+
+def tokens_of(folder: Path) -> list[list[Any]]:
+    """The micro-batches that all processes of a run have read, in the order of the steps, as one process reads them.
+    The first one, which only measures the time, is left out, and so are those that are there to fill up."""
+    steps: dict[int, list[list[Any]]] = {}
+    for path in sorted(folder.glob('tokens.*.jsonl')):
+        parts = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()][1:]
+        step, last = -1, sys.maxsize
+        for part in parts:
+            step, last = step + (part[0] <= last), part[0]
+            steps.setdefault(step, []).append(part)
+    assert len(steps) >= 8 > 0, 'each step has been noted'
+    return [part for _, parts in sorted(steps.items()) for part in sorted(parts) if part[1] > 0]
+
+
+def main() -> None:
+    """Train each run of the file that the command line names."""
+    plan = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
+    process = processes.start('cpu', 'nccl', shards=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Logger, 'plot', draw_nothing)
+        note_tokens(patch, process.rank)
+        for run in plan:
+            settings, given = configurator.configure(train, arguments(run))
+            with Stop(0.0) as stop, Watch(process, 300.0, 60.0) as watch:
+                train.train(process, watch, stop, settings, given)
+    processes.stop()
+
+
+def torchrun(processes: int, *command: str) -> str:
+    """What a launch prints, which must end well."""
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    result = subprocess.run([*launch, *command], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=300,
+                            stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8')
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-9000:]
+    return result.stdout
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+    return [{name: x for name, x in json.loads(line).items() if name not in ('tokens_per_second', 'peak_memory_bytes')}
+            for line in lines]
+
+
+def assert_equal_to_rounding(one: Path, several: Path, steps: int = 8) -> None:
+    """The same steps, losses, metrics, answers and weights."""
+    ours, theirs = rows_of(one), rows_of(several)
+    assert [row['step'] for row in ours if 'hellaswag_acc_norm' in row] == list(range(0, steps + 1, 4))
+    assert [row.keys() for row in theirs] == [row.keys() for row in ours]
+    for mine, other in zip(ours, theirs, strict=True):
+        norms = [row.pop('grad_norm', 0.0) for row in (other, mine)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+        assert other == pytest.approx(mine, rel=1e-5)
+    first, second = checkpoint.load(one / 'ckpt.pt'), checkpoint.load(several / 'ckpt.pt')
+    assert second['iter_num'] == first['iter_num'] == steps
+    assert list(second['model']) == list(first['model']), 'clean names'
+    for name, weight in first['model'].items():
+        torch.testing.assert_close(second['model'][name], weight, atol=2e-5, rtol=1e-4, msg=name)
+    assert second['best']['loss'] == pytest.approx(first['best']['loss'], rel=1e-5)
+    groups = [state['optimizer']['param_groups'] for state in (first, second)]
+    assert groups[0] == groups[1]
+    moments = [state['optimizer']['state'] for state in (first, second)]
+    assert list(moments[0]) == list(moments[1])
+    for number, moment in moments[0].items():
+        for kind, tensor in moment.items():
+            torch.testing.assert_close(moments[1][number][kind], tensor, atol=1e-5, rtol=1e-3, msg=f'{kind} {number}')
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
+    """Every run, in this one process."""
+    folder = tmp_path_factory.mktemp('alone')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Logger, 'plot', draw_nothing)
+        note_tokens(patch, 0)
+        for name, settings in RUNS.items():
+            whole = settings | {'init_from': 'scratch'}  # the one to resume too: without an interruption
+            train.main(arguments(whole | {'out_dir': folder / name, 'dataset': tiny_dataset}))
+    return folder
+
+
+STRATEGIES = ('ddp', 'zero1', 'fsdp')
+CROSSING = ('ddp', 'ddp', 'zero1', 'zero1', 'fsdp', 'fsdp', 'ddp', 'fsdp', 'zero1', 'ddp')  # each after each
+SOME = ['four micro-batches', 'three micro-batches', 'a short last one']
+
+
+def plan_of(folder: Path, dataset: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """For each of these runs and each strategy the settings, under the name of its folder."""
+    return {f'{name}, {strategy}': RUNS[name] | {'strategy': strategy, 'out_dir': str(folder / f'{name}, {strategy}'),
+                                                 'dataset': str(dataset)}
+            for name in names for strategy in STRATEGIES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('processes', 'names'), [(1, SOME[:2]), (2, list(RUNS)), (3, SOME), (4, SOME)])
+def test_several_processes_learn_what_one_learns(alone: Path, tiny_dataset: Path, tmp_path: Path, processes: int,
+                                                 names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout; micro-batches that divide among the processes and others, some of which get none at all; evaluation
+    on windows that do not divide; a run that one process began; and one that each strategy continues after each."""
+    monkeypatch.setattr(Logger, 'plot', draw_nothing)
+    plan = plan_of(tmp_path, tiny_dataset, names)
+    for settings in plan.values():
+        if settings.get('init_from') == 'resume':
+            train.main(arguments(settings | {'max_iters': 4, 'init_from': 'scratch', 'strategy': 'ddp'}))
+    crossing = RUNS['three micro-batches'] | {'out_dir': str(tmp_path / 'crossing'), 'dataset': str(tiny_dataset)}
+    train.main(arguments(crossing | {'max_iters': 1, 'eval_interval': 1}))
+    segments = [crossing | {'max_iters': step, 'eval_interval': 1, 'init_from': 'resume', 'strategy': strategy}
+                for step, strategy in enumerate(CROSSING, start=2)]
+    (tmp_path / 'plan.json').write_text(json.dumps([*plan.values(), *segments]), encoding='utf-8')
+
+    printed = torchrun(processes, __file__, str(tmp_path / 'plan.json'))
+
+    for folder in plan:
+        name = folder.partition(', ')[0] if folder.startswith(tuple(SOME)) else folder.rpartition(', ')[0]
+        assert_equal_to_rounding(alone / name, tmp_path / folder)
+        assert (tmp_path / folder / 'samples.txt').read_text(encoding='utf-8') == (
+            alone / name / 'samples.txt').read_text(encoding='utf-8')
+        if RUNS[name].get('init_from') != 'resume':
+            assert tokens_of(tmp_path / folder) == tokens_of(alone / name), 'the same windows in the same order'
+    assert printed.count('gloo takes the place of nccl') == len(plan) + len(segments)
+
+    train.main(arguments(crossing | {'max_iters': 12, 'eval_interval': 1, 'init_from': 'resume'}))  # one process again
+    train.main(arguments(crossing | {'max_iters': 12, 'eval_interval': 1, 'out_dir': str(tmp_path / 'never crossed')}))
+    assert_equal_to_rounding(tmp_path / 'never crossed', tmp_path / 'crossing', 12)
+
+
+@pytest.mark.slow
+def test_what_saves_memory_changes_nothing_that_is_learned(alone: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    """Recomputing blocks, keeping weights after a block, offloading them, and compiling, with each strategy."""
+    name = 'three micro-batches'
+    variants: list[dict[str, Any]] = [
+        *({'strategy': strategy, 'activation_checkpointing': True} for strategy in STRATEGIES),
+        {'strategy': 'fsdp', 'reshard_after_forward': False},
+        {'strategy': 'fsdp', 'cpu_offload': True},
+        *({'strategy': strategy, 'compile': True, 'activation_checkpointing': strategy != 'zero1'}
+          for strategy in STRATEGIES),
+    ]
+    plan = [RUNS[name] | {'dropout': 0.0 if 'compile' in variant else 0.1, 'dataset': str(tiny_dataset),
+                          'out_dir': str(tmp_path / str(number))} | variant for number, variant in enumerate(variants)]
+    (tmp_path / 'plan.json').write_text(json.dumps(plan), encoding='utf-8')
+    torchrun(2, __file__, str(tmp_path / 'plan.json'))
+    train.main(arguments(RUNS[name] | {'dropout': 0.0, 'dataset': tiny_dataset, 'out_dir': tmp_path / 'no dropout'}))
+    for number, variant in enumerate(variants):
+        one = tmp_path / 'no dropout' if 'compile' in variant else alone / name
+        assert_equal_to_rounding(one, tmp_path / str(number))
+
+
+@pytest.mark.slow
+def test_bfloat16_means_the_same_to_each_strategy(tiny_dataset: Path, tmp_path: Path) -> None:
+    plan = [RUNS['three micro-batches'] | {'strategy': strategy, 'dtype': 'bfloat16', 'dataset': str(tiny_dataset),
+                                           'out_dir': str(tmp_path / strategy)} for strategy in STRATEGIES]
+    (tmp_path / 'plan.json').write_text(json.dumps(plan), encoding='utf-8')
+    torchrun(2, __file__, str(tmp_path / 'plan.json'))
+    for strategy in STRATEGIES[1:]:
+        for mine, other in zip(rows_of(tmp_path / strategy), rows_of(tmp_path / 'ddp'), strict=True):
+            assert mine['step'] == other['step']
+            assert mine.get('loss', 0.0) == pytest.approx(other.get('loss', 0.0), rel=2e-3)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_runs_on_two_processes(alone: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    name = 'three micro-batches'
+    printed = torchrun(2, 'train.py', str(ROOT / 'config/train_gpt2.py'), *arguments(
+        {'out_dir': tmp_path, 'dataset': tiny_dataset, 'log_interval': 1, 'wandb_log': False} | RUNS[name]))
+    assert 'iter 7: ' in printed
+    assert (tmp_path / 'loss.png').stat().st_size > 1000
+    assert json.loads((tmp_path / 'status.json').read_text(encoding='utf-8'))['state'] == 'done'
+    assert_equal_to_rounding(alone / name, tmp_path)
+
+
+if __name__ == '__main__':
+    main()

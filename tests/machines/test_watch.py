@@ -1,0 +1,755 @@
+"""What befalls a run from outside: signals, kills, processes that die or hang, numbers that are not finite, too little
+memory, full disks. Real signals to real processes; where a number is broken on purpose, it is in a real run."""
+import errno
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from plaingpt import errors
+from plaingpt.corpus import batches
+from plaingpt.corpus.batches import Part
+from plaingpt.machines.stop import AGAIN
+from plaingpt.machines.watch import smaller_batch
+from plaingpt.run import checkpoint
+from plaingpt.run.log import Logger
+
+ROOT = Path(__file__).parents[2]
+Start = Callable[..., subprocess.Popen[str]]
+TINY: dict[str, Any] = {
+    'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 2,
+    'max_iters': 12, 'lr_decay_iters': 12, 'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3, 'dropout': 0.1,
+    'eval_interval': 4, 'eval_iters': 2, 'sample_interval': 0, 'device': 'cpu', 'init_from': 'auto',
+}
+PATIENT = 120  # seconds that a test waits for what should come at once
+TRAIN = 'import sys, train; train.main(sys.argv[1:])'
+# the steps take a tenth of a second each, so that there is time to see one
+SLOWLY = """import os, sys, time, train
+from plaingpt import errors
+parts_of = train.parts_of
+def slowly(*arguments):
+    time.sleep(0.1)
+    yield from parts_of(*arguments)
+train.parts_of = slowly
+"""
+RUN = 'errors.run(train.main)'
+ALONE = 'import train; from plaingpt import errors; ' + RUN
+
+
+def arguments(out_dir: Path, dataset: Path, **changes: Any) -> list[str]:
+    return [f'--{name}={value}' for name, value in (TINY | {'out_dir': out_dir, 'dataset': dataset} | changes).items()]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a process and return at once: start('-c', CODE, *arguments, name=value for its environment). It is killed
+    when the test ends, with all that it has started."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*command: str, **environment: str) -> subprocess.Popen[str]:
+        running.append(subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env={**os.environ, 'PYTHONUNBUFFERED': '1', **environment},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding='utf-8',
+            start_new_session=True))
+        return running[-1]
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout is not None, 'it is a pipe'
+        process.stdout.close()
+
+
+def wait_for(process: subprocess.Popen[str], word: str) -> str:
+    """What a process prints up to the line with this word."""
+    lines = []
+    assert process.stdout is not None, 'it is a pipe'
+    for line in process.stdout:
+        lines.append(line)
+        if word in line:
+            return ''.join(lines)
+    raise AssertionError(f'{word!r} never came:\n{"".join(lines)[-3000:]}')
+
+
+def end_of(process: subprocess.Popen[str]) -> str:
+    """What a process prints until it ends, by itself."""
+    return process.communicate(timeout=PATIENT)[0]
+
+
+def status_of(out_dir: Path) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads((out_dir / 'status.json').read_text(encoding='utf-8'))
+    return status
+
+
+def rows_of(out_dir: Path) -> list[dict[str, Any]]:
+    lines = (out_dir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+    return [{name: row.get(name) for name in ('step', 'loss', 'val_loss', 'lr', 'grad_norm', 'skipped')}
+            for row in map(json.loads, lines)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer state and rows, bit for bit."""
+    first, second = checkpoint.load(one / 'ckpt.pt'), checkpoint.load(other / 'ckpt.pt')
+    assert first['iter_num'] == second['iter_num']
+    for name, weight in first['model'].items():
+        assert torch.equal(weight, second['model'][name]), name
+    for number, moments in first['optimizer']['state'].items():
+        for kind, tensor in moments.items():
+            assert torch.equal(tensor, second['optimizer']['state'][number][kind]), (number, kind)
+    assert rows_of(one) == rows_of(other)
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return str(free.getsockname()[1])
+
+
+def start_two(start: Start, code: str, out_dir: Path, dataset: Path, **changes: Any) -> list[subprocess.Popen[str]]:
+    """A run of two processes, without torchrun, which would end one for the other."""
+    port = free_port()
+    return [start('-c', code, *arguments(out_dir, dataset, **changes), RANK=str(rank), LOCAL_RANK=str(rank),
+                  WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for rank in range(2)]
+
+
+def freezing(rank: int, out_dir: Path) -> str:
+    """The process of this rank halts itself (SIGSTOP) in a step after the first checkpoint."""
+    is_time = f"os.environ['RANK'] == '{rank}' and os.path.exists('{out_dir}/ckpt.pt')"
+    return SLOWLY.replace('time.sleep(0.1)', f'if {is_time}: os.kill(os.getpid(), 19)')
+
+
+# ------------------------------------------------------------------------------------------------
+# Signals and time
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(start: Start, tmp_path: Path,
+                                                                         tiny_dataset: Path) -> None:
+    """All three signals one after the other; the run is then what it would have been without any."""
+    stopped = tmp_path / 'stopped'
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        process = start('-c', SLOWLY + RUN, *arguments(stopped, tiny_dataset))
+        wait_for(process, 'iter ')
+        process.send_signal(number)
+        printed = end_of(process)
+        assert process.returncode == errors.STOPPED, printed
+        step = checkpoint.load(stopped / 'ckpt.pt')['iter_num']
+        assert f'stopped before step {step} of 12 by {number.name}' in printed
+        assert 'Traceback' not in printed
+        status = status_of(stopped)
+        assert (status['state'], status['exit_code'], status['step']) == ('stopped', 75, step - 1)
+    train.main(arguments(stopped, tiny_dataset))
+    train.main(arguments(tmp_path / 'whole', tiny_dataset))
+    assert status_of(stopped)['state'] == 'done'
+    assert_same_run(stopped, tmp_path / 'whole')
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(start: Start, tmp_path: Path,
+                                                                 tiny_dataset: Path) -> None:
+    endless = ('import time; from plaingpt import metrics; read_batch = metrics.read_batch\n'
+               'metrics.read_batch = lambda *all: (time.sleep(0.3), print("reading"), read_batch(*all))[-1]\n')
+    process = start('-c', 'import train; from plaingpt import errors\n' + endless + RUN,
+                    *arguments(tmp_path, tiny_dataset, eval_iters=2000, eval_interval=1))
+    wait_for(process, 'reading')
+    process.terminate()
+    assert 'stopped before step 0 of 12 by SIGTERM' in end_of(process)
+    assert process.returncode == errors.STOPPED
+    train.main(arguments(tmp_path, tiny_dataset, eval_interval=12))
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 12
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    process = start('-c', SLOWLY.replace('0.1', '30') + RUN, *arguments(tmp_path, tiny_dataset))
+    wait_for(process, 'iterations are')
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    wait_for(process, 'saving after this step')
+    time.sleep(AGAIN + 0.2)
+    process.send_signal(signal.SIGINT)
+    end_of(process)
+    assert process.returncode == errors.INTERRUPTED
+
+
+@pytest.mark.slow
+def test_signals_are_heard_by_a_process_that_waits_for_others(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    """Python's own handlers would have to wait as long: for peers that never come, or one that is frozen in a step."""
+    for number, code in [(signal.SIGTERM, errors.STOPPED), (signal.SIGINT, errors.INTERRUPTED)]:
+        alone = start('-c', ALONE, *arguments(tmp_path / 'alone', tiny_dataset),
+                      RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
+        wait_for(alone, 'Overriding: dataset')
+        time.sleep(3)
+        alone.send_signal(number)
+        end_of(alone)
+        assert alone.returncode == code
+    both = start_two(start, freezing(1, tmp_path / 'frozen') + RUN, tmp_path / 'frozen', tiny_dataset, eval_interval=2)
+    wait_for(both[0], 'saving checkpoint')
+    time.sleep(2)
+    both[0].send_signal(signal.SIGINT)
+    wait_for(both[0], 'saving after this step')
+    time.sleep(AGAIN + 0.2)
+    both[0].send_signal(signal.SIGINT)
+    assert both[0].wait(PATIENT) == errors.INTERRUPTED
+
+
+@pytest.mark.slow
+def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    """`python train.py | tee log`: Ctrl-C ends tee as well, and nobody reads any more."""
+    process = start('-c', SLOWLY + RUN, *arguments(tmp_path, tiny_dataset))
+    wait_for(process, 'iter ')
+    assert process.stdout is not None, 'it is a pipe'
+    process.stdout.close()
+    assert process.wait(PATIENT) == errors.STOPPED
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] > 0
+    assert status_of(tmp_path)['state'] == 'stopped'
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_a_run_ends_when_its_time_is_over(tmp_path: Path, tiny_dataset: Path) -> None:
+    with pytest.raises(errors.UserError, match='max_hours') as caught:
+        train.main(arguments(tmp_path, tiny_dataset, max_hours=1e-9))
+    assert caught.value.code == errors.STOPPED
+    assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, 'the handlers are those from before'
+
+
+@pytest.mark.slow
+def test_torchrun_passes_a_signal_on_and_both_processes_stop_at_the_same_step(start: Start, tmp_path: Path,
+                                                                             tiny_dataset: Path) -> None:
+    script = tmp_path / 'slowly.py'
+    script.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SLOWLY}{RUN}', encoding='utf-8')
+    process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                    '--signals-to-handle=SIGTERM,SIGINT,SIGUSR1', str(script),
+                    *arguments(tmp_path / 'run', tiny_dataset, max_iters=1000))
+    wait_for(process, 'iter ')
+    process.send_signal(signal.SIGUSR1)
+    printed = end_of(process)
+    assert process.returncode == 1, 'which torchrun makes of every code'
+    assert len(set(re.findall(r'stopped before step (\d+)', printed))) == 1
+    assert printed.count('stopped before step') == 2
+    assert status_of(tmp_path / 'run')['exit_code'] == errors.STOPPED
+
+
+@pytest.mark.slow
+def test_a_stop_under_torchrun_waits_for_a_slow_disk(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    """The time of max_hours is over on all processes; the main one writes for longer than its peers may be silent, and
+    torchrun would end it as soon as another had left."""
+    script = tmp_path / 'slow_disk.py'
+    script.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import os, time, errors, train
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(10 if 'ckpt' in os.readlink(f'/proc/self/fd/{{file}}') else 0), fsync(file))
+{RUN}""", encoding='utf-8')
+    process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script),
+                    *arguments(tmp_path / 'run', tiny_dataset, max_iters=100_000, eval_interval=100_000, timeout=2,
+                               max_hours=4 / 3600))
+    printed = end_of(process)
+    assert checkpoint.load(tmp_path / 'run/ckpt.pt')['iter_num'] > 0, printed[-3000:]
+    assert status_of(tmp_path / 'run')['exit_code'] == errors.STOPPED
+    assert not (tmp_path / 'run/ckpt.new.pt').exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes that are lost
+
+
+def hang(start: Start, tmp_path: Path, dataset: Path, what: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
+    """Two processes of which the second, after two steps, does `what`; and what both print."""
+    code = SLOWLY.replace('    time.sleep(0.1)\n', f"""
+    global calls
+    calls += 1
+    if calls == 4 and os.environ['RANK'] == '1':
+        {what}
+""").replace('parts_of = ', 'import signal; calls = 0; parts_of = ', 1)
+    both = start_two(start, code + RUN, tmp_path, dataset, timeout=6, start_timeout=30)
+    return both, [end_of(both[0])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('what', 'word'), [
+    ('os.kill(os.getpid(), signal.SIGKILL)', 'is silent'), ('os.kill(os.getpid(), signal.SIGSTOP)', 'is silent'),
+    ('time.sleep(1000)', 'hangs'),
+])
+def test_a_process_that_is_lost_is_named_and_the_others_end(start: Start, tmp_path: Path, tiny_dataset: Path, what: str,
+                                                            word: str) -> None:
+    both, (printed,) = hang(start, tmp_path, tiny_dataset, what)
+    assert both[0].returncode == errors.PEER_LOST, printed
+    assert re.search(rf'process 1 \(pid {both[1].pid} on .*\), at step \d+, {word}', printed), printed
+    assert status_of(tmp_path)['exit_code'] == errors.PEER_LOST
+    assert 'process 1' in status_of(tmp_path)['message']
+    assert 'Traceback' not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('where', 'strategy'), [('forward', 'ddp'), ('backward', 'ddp'), ('forward', 'fsdp'),
+                                                 ('backward', 'fsdp')])
+def test_a_process_that_hangs_in_the_model_is_named(start: Start, tmp_path: Path, tiny_dataset: Path, where: str,
+                                                    strategy: str) -> None:
+    code = f"""import model, os, time, torch, train
+from plaingpt import errors
+calls = 0
+def sleep(*_):
+    global calls
+    calls += 1
+    if calls == 8 and os.environ['RANK'] == '1':
+        time.sleep(1000)
+forward = model.MLP.forward
+def hanging(self, x):
+    y = forward(self, x)
+    if '{where}' == 'forward':
+        sleep()
+    elif y.requires_grad:
+        y.register_hook(sleep)
+    return y
+model.MLP.forward = hanging
+"""
+    both = start_two(start, code + RUN, tmp_path, tiny_dataset, timeout=6, start_timeout=20, eval_interval=100,
+                     gradient_accumulation_steps=4, strategy=strategy)
+    printed = end_of(both[0])
+    assert both[0].returncode == errors.PEER_LOST, printed
+    assert re.search(rf'process 1 \(pid {both[1].pid} on .*\), at step \d+, hangs', printed), printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('error', 'codes', 'words'), [
+    ('raise ValueError("planted")', [errors.PEER_LOST, 1], 'planted'),
+    ('raise RuntimeError("cannot allocate: not enough memory")', [errors.OUT_OF_MEMORY] * 2, '--batch_size=2'),
+])
+def test_what_ends_one_process_is_said_by_the_others(start: Start, tmp_path: Path, tiny_dataset: Path, error: str,
+                                                     codes: list[int], words: str) -> None:
+    both, (printed,) = hang(start, tmp_path, tiny_dataset, error)
+    end_of(both[1])
+    assert [process.returncode for process in both] == codes, printed
+    assert re.search(rf'process 1 \(pid {both[1].pid} on .*\): .*', printed), printed
+    assert words in printed
+    assert status_of(tmp_path)['exit_code'] == codes[0]
+    assert words in status_of(tmp_path)['message']
+
+
+@pytest.mark.slow
+def test_a_frozen_process_that_keeps_the_store_is_noticed(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    both = start_two(start, freezing(0, tmp_path / 'frozen') + RUN, tmp_path / 'frozen', tiny_dataset, eval_interval=2,
+                     timeout=5, start_timeout=30)
+    printed = end_of(both[1])
+    assert both[1].returncode == errors.PEER_LOST, printed
+    assert 'process 0, at 127.0.0.1, is silent' in printed
+
+
+@pytest.mark.slow
+def test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goes_on(start: Start, tmp_path: Path,
+                                                                                     tiny_dataset: Path) -> None:
+    """Two torchruns that find each other by c10d rendezvous. The one that does not keep the store is killed."""
+    script = tmp_path / 'slowly.py'
+    script.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SLOWLY}{RUN}', encoding='utf-8')
+
+    def launch(**changes: Any) -> list[subprocess.Popen[str]]:
+        endpoint = f'127.0.0.1:{free_port()}'
+        agents = []
+        for host in ('true', 'false'):
+            rendezvous = ['--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint={endpoint}',
+                          f'--rdzv_conf=is_host={host}', '--rdzv_id=test', '--local_addr=127.0.0.1']
+            agents.append(start('-m', 'torch.distributed.run', *rendezvous, str(script), *arguments(
+                tmp_path / 'run', tiny_dataset, timeout=6, start_timeout=30, **changes)))
+        return agents
+
+    agents = launch(max_iters=1000)
+    printed: list[str] = []
+    readers = [threading.Thread(target=lambda agent=agent: printed.append(agent.stdout.read())) for agent in agents]
+    for reader in readers:
+        reader.start()
+    deadline = time.monotonic() + PATIENT
+    while not (tmp_path / 'run/ckpt.pt').exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    agents[1].kill()  # not its worker, which must notice
+    for reader in readers:
+        reader.join(PATIENT)
+    assert agents[0].wait(PATIENT) == 1
+    text = '\n'.join(printed)
+    assert re.search(r'torchrun, which started process \d \(pid \d+ on .*\), has died', text), text[-3000:]
+    step = checkpoint.load(tmp_path / 'run/ckpt.pt')['iter_num']
+    assert step > 0
+    again = launch(max_iters=step + 2)
+    outputs = [end_of(agent) for agent in again]
+    assert [agent.returncode for agent in again] == [0, 0], outputs
+    assert f'resuming at step {step}' in ''.join(outputs)
+    assert '2 processes' in ''.join(outputs)
+
+
+# ------------------------------------------------------------------------------------------------
+# What is not finite
+
+
+def break_steps(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool], number: float) -> None:
+    """The loss of these steps is multiplied by `number`."""
+    calls, parts_of = [-2], batches.parts_of  # the first call measures the time; the next is that of step 0
+
+    def breaking(*rest: Any) -> Iterator[Part]:
+        calls[0] += 1
+        for part in parts_of(*rest):
+            yield part._replace(share=part.share * number) if broken(calls[0]) else part
+
+    monkeypatch.setattr('train.parts_of', breaking)
+
+
+@pytest.mark.usefixtures('no_pictures')
+@pytest.mark.parametrize('number', [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                          tiny_dataset: Path, number: float) -> None:
+    updates: list[int] = []
+    make_optimizer = train.make_optimizer
+
+    def watched(*rest: Any) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(*rest)
+        optimizer.register_step_post_hook(lambda *_: updates.append(1))
+        return optimizer
+
+    monkeypatch.setattr(train, 'make_optimizer', watched)
+    break_steps(monkeypatch, lambda step: step == 5, number)
+    train.main(arguments(tmp_path, tiny_dataset))
+    rows = rows_of(tmp_path)
+    assert [row['skipped'] for row in rows] == [0] * 5 + [1] * 7 + [None]
+    assert rows[5]['loss'] is None
+    assert all(row['loss'] > 0 for row in rows[:5] + rows[6:12])
+    assert sum(updates) == 11
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert state['skipped'] == 1
+    assert all(moments['step'] == 11 for moments in state['optimizer']['state'].values())
+    assert all(weight.isfinite().all() for weight in state['model'].values())
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                            tiny_dataset: Path) -> None:
+    train.main(arguments(tmp_path, tiny_dataset, max_iters=4))
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    break_steps(monkeypatch, lambda step: True, math.nan)
+    with pytest.raises(errors.UserError, match='10 steps in a row') as caught:
+        train.main(arguments(tmp_path, tiny_dataset, max_iters=100, eval_interval=50))
+    assert caught.value.code == errors.NOT_FINITE
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+    assert (status_of(tmp_path)['exit_code'], status_of(tmp_path)['step']) == (errors.NOT_FINITE, 12)
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_the_text_on_which_the_loss_is_not_finite_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                           tiny_dataset: Path, tiny_text: str) -> None:
+    """One position has an embedding that overflows: every window has a loss that is not finite."""
+    train.main(arguments(tmp_path, tiny_dataset, max_iters=4))
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    state['model']['transformer.wpe.weight'][3] = math.inf
+    torch.save(state, tmp_path / 'ckpt.pt')
+    with pytest.raises(errors.UserError, match='10 steps in a row') as caught:
+        train.main(arguments(tmp_path, tiny_dataset, max_iters=100, eval_interval=50))
+    shown = re.search(r'no finite loss: (.*)$', str(caught.value), re.MULTILINE)
+    assert shown is not None, str(caught.value)
+    assert shown[1][1:-1].encode().decode('unicode_escape') in tiny_text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_an_infinite_loss_on_one_of_two_processes_skips_the_step_on_both(start: Start, tmp_path: Path,
+                                                                        tiny_dataset: Path, strategy: str) -> None:
+    code = """import math, os, train
+from plaingpt import errors
+calls, parts_of = [-2], train.parts_of
+def breaking(*rest):
+    calls[0] += 1
+    for part in parts_of(*rest):
+        yield part._replace(share=math.inf) if calls[0] == 5 and os.environ['RANK'] == '1' else part
+train.parts_of = breaking
+"""
+    both = start_two(start, code + RUN, tmp_path, tiny_dataset, strategy=strategy)
+    printed = [end_of(process) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert 'step 5 is skipped: loss inf' in printed[0]
+    assert [row['skipped'] for row in rows_of(tmp_path)] == [0] * 5 + [1] * 7 + [None]
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert all(moments['step'] == 11 for moments in state['optimizer']['state'].values())
+    assert all(weight.isfinite().all() for weight in state['model'].values())
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory and disk
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_too_large_is_answered_with_the_settings_that_fit(tmp_path: Path, tiny_dataset: Path) -> None:
+    limit = 8 << 30  # bytes of address space; torch itself takes a part of it
+
+    def with_limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    result = subprocess.run(
+        [sys.executable, 'train.py', *arguments(tmp_path, tiny_dataset, batch_size=1_000_000, n_embd=64,
+                                                gradient_accumulation_steps=3, eval_iters=1, eval_interval=1000)],
+        cwd=ROOT, preexec_fn=with_limit, capture_output=True, text=True, timeout=PATIENT, check=False)
+    assert result.returncode == errors.OUT_OF_MEMORY, result.stdout[-2000:] + result.stderr[-2000:]
+    assert '--batch_size=500000 --gradient_accumulation_steps=6' in result.stderr
+    assert len(result.stderr.splitlines()) <= 3
+    assert status_of(tmp_path)['exit_code'] == errors.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize(('batch_size', 'accumulation', 'total', 'advice'), [
+    (12, 40, 0, '--batch_size=6 --gradient_accumulation_steps=80'),
+    (5, 4, 0, '--batch_size=2 --gradient_accumulation_steps=10'),
+    (7, 3, 0, '--batch_size=3 --gradient_accumulation_steps=7'), (12, 40, 491520, '--batch_size=6'),
+    (1, 40, 0, '--activation_checkpointing=True'),
+])
+def test_the_advice_keeps_the_tokens_of_a_step(batch_size: int, accumulation: int, total: int, advice: str) -> None:
+    said = smaller_batch(batch_size, accumulation, total)
+    assert said.startswith(advice)
+    if batch_size > 1 and not total:
+        new = dict(re.findall(r'--(\w+)=(\d+)', said))
+        assert int(new['batch_size']) * int(new['gradient_accumulation_steps']) == batch_size * accumulation
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_a_run_that_would_fill_the_disk_does_not_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                       tiny_dataset: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage._replace(free=100_000))
+    with pytest.raises(errors.UserError, match=r'needs [\d,]+ bytes .*, and there is room for 100,000') as caught:
+        train.main(arguments(tmp_path / 'run', tiny_dataset))
+    assert caught.value.code == errors.DISK_FULL
+    assert not (tmp_path / 'run/metrics.jsonl').exists()
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                        tiny_dataset: Path) -> None:
+    """The disk waits until two more steps are done; the checkpoint holds the weights of its own step all the same."""
+    went_on, write, iteration = threading.Event(), checkpoint.write, Logger.iteration
+    written: list[int] = []
+
+    def slowly(out_dir: Path, state: checkpoint.State, keep: int, is_best: bool) -> None:
+        assert state['iter_num'] != 4 or went_on.wait(PATIENT), 'no step was done in the meantime'
+        write(out_dir, state, keep, is_best)
+        written.append(state['iter_num'])
+
+    def noting(log: Logger, step: int, *rest: Any) -> None:
+        iteration(log, step, *rest)
+        if step == 5:
+            assert written == [], 'the disk was not waited for'
+            went_on.set()
+
+    monkeypatch.setattr(checkpoint, 'write', slowly)
+    monkeypatch.setattr(Logger, 'iteration', noting)
+    train.main(arguments(tmp_path / 'slow', tiny_dataset, keep=5))
+    assert written == [4, 8, 12]
+    monkeypatch.undo()
+    for age, step in (('.2', 4), ('.1', 8), ('', 12)):
+        assert checkpoint.load(tmp_path / f'slow/ckpt{age}.pt')['iter_num'] == step
+    shutil.copytree(tmp_path / 'slow', tmp_path / 'resumed')
+    os.replace(tmp_path / 'resumed/ckpt.2.pt', tmp_path / 'resumed/ckpt.pt')
+    train.main(arguments(tmp_path / 'resumed', tiny_dataset, eval_interval=4))
+    assert_same_run(tmp_path / 'slow', tmp_path / 'resumed')
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, tiny_dataset: Path) -> None:
+    for name in ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp'):
+        (tmp_path / name).write_bytes(b'half')
+    train.main(arguments(tmp_path, tiny_dataset))
+    assert not list(tmp_path.glob('*.tmp')) + list(tmp_path.glob('*new*'))
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_a_run_goes_on_elsewhere_from_what_it_has_uploaded(
+        tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str],
+        run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    url = (tmp_path / 'elsewhere').as_uri()
+    train.main(arguments(tmp_path / 'here', tiny_dataset, max_iters=8, upload_to=url))
+    assert status_of(tmp_path / 'here')['not_uploaded'] == []
+    assert (tmp_path / 'elsewhere/ckpt.pt').read_bytes() == (tmp_path / 'here/ckpt.pt').read_bytes()
+    train.main(arguments(tmp_path / 'there', tiny_dataset, upload_to=url))
+    assert 'resuming at step 8' in capsys.readouterr().out
+    train.main(arguments(tmp_path / 'whole', tiny_dataset))
+    first, second = (checkpoint.load(tmp_path / name / 'ckpt.pt') for name in ('there', 'whole'))
+    assert all(torch.equal(weight, second['model'][name]) for name, weight in first['model'].items())
+    model, state = checkpoint.open_model(url)
+    assert state['iter_num'] == 12
+    sampled = run_script('sample.py', f'--out_dir={url}', '--num_samples=1', '--max_new_tokens=20', '--start=import')
+    assert sampled.stdout.startswith('import'), sampled.stderr
+    assert torch.equal(model.lm_head.weight, second['model']['lm_head.weight'])
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_an_upload_that_fails_is_seen_and_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                              tiny_dataset: Path,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr('plaingpt.run.upload.PAUSES', (0.01, 0.01))
+    (tmp_path / 'file').write_text('in the way', encoding='utf-8')
+    url = (tmp_path / 'file/run').as_uri()
+    train.main(arguments(tmp_path / 'run', tiny_dataset, upload_to=url, init_from='scratch'))
+    assert 'is not uploaded' in capsys.readouterr().out
+    status = status_of(tmp_path / 'run')
+    assert (status['state'], status['exit_code']) == ('done', 0)
+    assert sorted(status['not_uploaded']) == ['best.pt', 'ckpt.pt']
+    (tmp_path / 'file').unlink()
+    train.main(arguments(tmp_path / 'run', tiny_dataset, upload_to=url))  # there is nothing to do but that
+    assert status_of(tmp_path / 'run')['not_uploaded'] == []
+    assert (tmp_path / 'file/run/ckpt.pt').read_bytes() == (tmp_path / 'run/ckpt.pt').read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------
+# More of disks, folders and numbers
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(tmp_path: Path, tiny_dataset: Path) -> None:
+    """`ulimit -f`: no file may become larger than half a checkpoint."""
+    subprocess.run([sys.executable, 'train.py', *arguments(tmp_path, tiny_dataset, max_iters=8)], cwd=ROOT, check=True,
+                   capture_output=True)
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+
+    def with_limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    result = subprocess.run([sys.executable, 'train.py', *arguments(tmp_path, tiny_dataset)], cwd=ROOT, timeout=PATIENT,
+                            preexec_fn=with_limit, capture_output=True, text=True, check=False)
+    assert result.returncode == errors.DISK_FULL, result.stdout[-2000:] + result.stderr[-2000:]
+    assert re.search(r'it needs [\d,]{6,} bytes, and [\d,]{6,} are free', result.stderr), result.stderr
+    assert len(result.stderr.splitlines()) <= 3
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+    assert not (tmp_path / 'ckpt.new.pt').exists()
+    assert status_of(tmp_path)['exit_code'] == errors.DISK_FULL
+
+
+@pytest.mark.slow
+def test_a_disk_that_has_no_room_for_a_row_is_full_in_one_line(tmp_path: Path, tiny_dataset: Path) -> None:
+    def with_limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+
+    result = subprocess.run([sys.executable, 'train.py', *arguments(tmp_path, tiny_dataset, eval_interval=1000)],
+                            cwd=ROOT, preexec_fn=with_limit, capture_output=True, text=True, check=False)
+    assert result.returncode == errors.DISK_FULL, result.stdout[-2000:] + result.stderr[-2000:]
+    assert result.stderr.startswith('the disk is full'), result.stderr
+
+
+@pytest.mark.usefixtures('no_pictures')
+@pytest.mark.parametrize('what', ['link', 'write'])
+def test_what_goes_wrong_behind_training_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                      tiny_dataset: Path, what: str) -> None:
+    """In the thread that writes: when the files are renamed, and where nobody would expect it."""
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, 'planted')
+
+    def surprise(*_: Any) -> None:
+        raise ArithmeticError('planted')
+
+    monkeypatch.setattr(checkpoint, what, {'link': fail, 'write': surprise}[what])
+    with pytest.raises((errors.UserError, ArithmeticError), match='planted'):
+        train.main(arguments(tmp_path, tiny_dataset))
+    assert status_of(tmp_path)['state'] == 'failed'
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path: Path, tiny_dataset: Path) -> None:
+    train.main(arguments(tmp_path, tiny_dataset))
+    for path in tmp_path.glob('*.pt'):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.unlink()  # best.pt may be a second name of it
+        path.write_bytes(data)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(errors.UserError, match='is damaged') as caught:
+        train.main(arguments(tmp_path, tiny_dataset, max_iters=16))
+    assert caught.value.code == errors.CHECKPOINT
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_a_folder_are_told_so(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    train.main(arguments(tmp_path / 'here', tiny_dataset, max_iters=4))
+    port = free_port()
+    both = [start('-c', ALONE, *arguments(tmp_path / name, tiny_dataset), RANK=str(rank),
+                  LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+            for rank, name in enumerate(['here', 'there'])]
+    for process in both:
+        printed = end_of(process)
+        assert process.returncode == errors.COMMAND, printed
+        assert 'process 0 has found the checkpoint of step 4, and process 1 none\nout_dir must be one folder' in printed
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_an_overflow_that_the_scaler_answers_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                            tiny_dataset: Path) -> None:
+    """float16 on the CPU, which only a test asks for, with a scale that overflows for the first steps."""
+    monkeypatch.setattr('plaingpt.machines.device.pick_dtype', lambda name, device: (torch.float16, 'for a test'))
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device, 2.0**30, enabled=enabled))
+    train.main(arguments(tmp_path, tiny_dataset, max_iters=40, eval_interval=40))
+    rows = rows_of(tmp_path)
+    overflows = [row['step'] for row in rows[:-1] if row['grad_norm'] is None]
+    assert len(overflows) > 10, 'more than would end a run'
+    assert all(row['skipped'] == 0 for row in rows[:-1])
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert all(moments['step'] == 40 - len(overflows) for moments in state['optimizer']['state'].values())
+    assert state['scaler']['scale'] < 2.0**30
+    assert rows[39]['loss'] < rows[0]['loss']
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_gradients_that_no_scale_makes_finite_end_a_run_in_float16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                                   tiny_dataset: Path) -> None:
+    make_optimizer = train.make_optimizer
+
+    def breaking(model: torch.nn.Module, *rest: Any) -> torch.optim.Optimizer:
+        next(model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+        return make_optimizer(model, *rest)
+
+    monkeypatch.setattr(train, 'make_optimizer', breaking)
+    monkeypatch.setattr('plaingpt.machines.device.pick_dtype', lambda name, device: (torch.float16, 'for a test'))
+    with pytest.raises(errors.UserError, match='10 steps in a row') as caught:
+        train.main(arguments(tmp_path, tiny_dataset, max_iters=60, eval_interval=60))
+    assert caught.value.code == errors.NOT_FINITE
+
+
+@pytest.mark.slow
+def test_no_secret_of_the_environment_is_left_anywhere(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    secrets = {name: f'{name.lower()}-0123456789abcdef0123456789abcdef'[-40:] for name in (
+        'WANDB_API_KEY', 'AWS_SECRET_ACCESS_KEY', 'AWS_SESSION_TOKEN', 'HF_TOKEN', 'MY_PASSWORD')}
+    process = start('train.py', *arguments(tmp_path / 'run', tiny_dataset, wandb_log=True,
+                                           upload_to=(tmp_path / 'elsewhere').as_uri()),
+                    **secrets, WANDB_MODE='offline')
+    printed = end_of(process)
+    assert process.returncode == 0, printed
+    files = [path for path in tmp_path.rglob('*') if path.is_file()]
+    assert any('wandb' in str(path) for path in files)
+    assert any(path.parent.name == 'elsewhere' for path in files)
+    for secret in secrets.values():
+        assert secret not in printed
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_a_corpus_that_is_a_pickle_runs_nothing(tmp_path: Path, tiny_dataset: Path) -> None:
+    """The protocol-0 pickle of a call of os.system, in place of each file of a corpus."""
+    witness = tmp_path / 'it ran'
+    evil = f"cos\nsystem\n(S'touch \"{witness}\"'\ntR.".encode()
+    evil += b' ' * (len(evil) % 2)
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        folder = tmp_path / name
+        shutil.copytree(tiny_dataset, folder)
+        (folder / name).write_bytes(evil * 200)
+        with pytest.raises(errors.UserError, match=re.escape(str(folder))) as caught:
+            train.main(arguments(tmp_path / 'run', folder))
+        assert caught.value.code == errors.DATA
+    assert not witness.exists()

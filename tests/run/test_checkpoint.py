@@ -1,0 +1,423 @@
+"""Checkpoints: nanoGPT's load here and ours load there, damage is noticed, and nothing in a file is ever run."""
+import dataclasses
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import train
+from model import GPT, GPTConfig
+from plaingpt import errors
+from plaingpt.corpus import token_files
+from plaingpt.corpus.batches import read_batch
+from plaingpt.corpus.folder import open_split
+from plaingpt.corpus.order import Order, fixed_starts
+from plaingpt.errors import UserError
+from plaingpt.run import checkpoint
+from tests.comparing import differences, leaves, refused
+
+SETTINGS: dict[str, Any] = {
+    'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 1,
+    'max_iters': 4, 'eval_interval': 2, 'eval_iters': 2, 'sample_interval': 0, 'device': 'cpu', 'decay_lr': False,
+    'learning_rate': 1e-2,
+}
+
+
+pytestmark = pytest.mark.usefixtures('no_pictures')
+
+
+@pytest.fixture
+def run(tiny_dataset: Path) -> Callable[..., Path]:
+    """Train in this process: run(out_dir, name=value, ...). None leaves a setting out."""
+    def run(out_dir: Path, **changes: Any) -> Path:
+        settings = SETTINGS | {'out_dir': out_dir, 'dataset': tiny_dataset} | changes
+        train.main([f'--{name}={value}' for name, value in settings.items() if value is not None])
+        return out_dir / 'ckpt.pt'
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def ours(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that no test changes."""
+    folder = tmp_path_factory.mktemp('ours')
+    settings = SETTINGS | {'out_dir': folder, 'dataset': tiny_dataset, 'gelu': 'exact'}
+    train.main([f'--{name}={value}' for name, value in settings.items()])
+    return folder / 'ckpt.pt'
+
+
+# ------------------------------------------------------------------------------------------------
+# nanoGPT's model, as far as its checkpoints tell of it: its names, its exact GELU, its seven arguments
+
+
+@dataclasses.dataclass
+class TheirConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+
+class TheirBlock(nn.Module):
+    def __init__(self, c: TheirConfig) -> None:
+        super().__init__()
+        self.n_head = c.n_head
+        self.ln_1 = nn.LayerNorm(c.n_embd, bias=c.bias)
+        self.attn = nn.ModuleDict({'c_attn': nn.Linear(c.n_embd, 3 * c.n_embd, c.bias),
+                                   'c_proj': nn.Linear(c.n_embd, c.n_embd, c.bias)})
+        self.ln_2 = nn.LayerNorm(c.n_embd, bias=c.bias)
+        self.mlp = nn.ModuleDict({'c_fc': nn.Linear(c.n_embd, 4 * c.n_embd, c.bias),
+                                  'c_proj': nn.Linear(4 * c.n_embd, c.n_embd, c.bias)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.attn['c_attn'](self.ln_1(x)).chunk(3, dim=-1)
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in qkv)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+        x = x + self.attn['c_proj'](y)
+        y = self.mlp['c_proj'](F.gelu(self.mlp['c_fc'](self.ln_2(x))))
+        return x + y
+
+
+class TheirGPT(nn.Module):
+    def __init__(self, c: TheirConfig) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict({
+            'wte': nn.Embedding(c.vocab_size, c.n_embd), 'wpe': nn.Embedding(c.block_size, c.n_embd),
+            'h': nn.ModuleList(TheirBlock(c) for _ in range(c.n_layer)), 'ln_f': nn.LayerNorm(c.n_embd, bias=c.bias)})
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer['wte'].get_parameter('weight')
+        for p in self.parameters():
+            nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)  # so large that the two GELUs differ
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.transformer['wte'](idx) + self.transformer['wpe'](torch.arange(idx.size(1)))
+        for block in self.transformer['h'].children():
+            x = block(x)
+        logits: Tensor = self.lm_head(self.transformer['ln_f'](x))
+        return logits
+
+
+def their_step(model: TheirGPT, optimizer: torch.optim.Optimizer, corpus: token_files.TokenFile, step: int) -> float:
+    """One update on the four windows that this project reads in that step."""
+    starts = Order(len(corpus), 16, 1337).starts(4 * step, 4)
+    x, y = read_batch(corpus, starts, 16, 4, 128)
+    loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def their_run(folder: Path, corpus: token_files.TokenFile, bias: bool) -> tuple[TheirGPT, torch.optim.Optimizer]:
+    """Train for three steps and leave the ckpt.pt of a compiled run, with the causal mask that old ones hold."""
+    config = TheirConfig(16, 128, 2, 2, 16, 0.0, bias)
+    model = TheirGPT(config)
+    groups = [{'params': [p for p in model.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
+              {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    for step in range(3):
+        their_step(model, optimizer, corpus, step)
+    mask = torch.ones(16, 16).tril().view(1, 1, 16, 16)
+    weights = model.state_dict() | {f'transformer.h.{i}.attn.bias': mask for i in range(2)}
+    model_args = {name: getattr(config, name)
+                  for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    torch.save({
+        'model': {f'_orig_mod.{name}': weight for name, weight in weights.items()}, 'optimizer': optimizer.state_dict(),
+        'model_args': model_args, 'iter_num': 3, 'best_val_loss': torch.tensor(4.25),
+        'config': {'out_dir': 'out', 'dataset': 'tiny', 'eval_interval': 2000, 'init_from': 'scratch', 'dropout': 0.0,
+                   'bias': bias, 'learning_rate': 1e-2, 'device': 'cuda', 'dtype': 'bfloat16', 'compile': True},
+    }, folder / 'ckpt.pt')
+    return model, optimizer
+
+
+@pytest.fixture
+def corpus(tiny_dataset: Path) -> token_files.TokenFile:
+    return open_split(tiny_dataset, 'train', 16, 128)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_nanogpts_checkpoint_computes_here_what_it_computed_there(tmp_path: Path, corpus: token_files.TokenFile,
+                                                                  bias: bool) -> None:
+    theirs, _ = their_run(tmp_path, corpus, bias)
+    state = checkpoint.load(tmp_path / 'ckpt.pt')
+    assert state['best_val_loss'] == 4.25
+    assert isinstance(state['best_val_loss'], float)
+    model = checkpoint.model_of(state)
+    assert (model.config.gelu, model.config.tie_weights, model.config.bias) == ('exact', True, bias)
+    x, _ = read_batch(corpus, fixed_starts(len(corpus), 16, 8), 16, 8, 128)
+    logits, _ = model(x)
+    torch.testing.assert_close(logits, theirs(x), atol=2e-5, rtol=0)
+
+    tanh = GPT.from_weights(GPTConfig(**vars(model.config) | {'gelu': 'tanh'}), state['model'])
+    assert (tanh(x)[0] - logits).abs().max() > 1e-4, 'the other GELU would be seen'
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_nanogpts_run_goes_on_here_with_its_moments(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
+                                                    run: Callable[..., Path]) -> None:
+    theirs, optimizer = their_run(tmp_path, corpus, bias)
+    fresh = GPT.from_weights(checkpoint.config_of(checkpoint.load(tmp_path / 'ckpt.pt')), {
+        name: weight.clone() for name, weight in theirs.state_dict().items()})
+    for step in (3, 4):
+        their_step(theirs, optimizer, corpus, step)
+    state = checkpoint.load(run(tmp_path, init_from='resume', max_iters=5, n_layer=None))
+    assert state['iter_num'] == 5
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(state['model'][name], weight, atol=2e-5, rtol=1e-4, msg=name)
+    for i, moments in optimizer.state_dict()['state'].items():
+        for name, value in moments.items():
+            torch.testing.assert_close(state['optimizer']['state'][i][name], value, atol=1e-5, rtol=1e-3)
+
+    forgetful = train.make_optimizer(fresh, 1e-2, 0.1, (0.9, 0.95))
+    for step in (3, 4):
+        starts = Order(len(corpus), 16, 1337).starts(4 * step, 4)
+        fresh(*read_batch(corpus, starts, 16, 4, 128))[1].backward()
+        nn.utils.clip_grad_norm_(fresh.parameters(), 1.0)
+        forgetful.step()
+        forgetful.zero_grad()
+    distance = (fresh.transformer.wte.weight - state['model']['transformer.wte.weight']).abs().max().item()
+    assert distance > 1e-3, 'without the moments it would have gone elsewhere'
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_our_checkpoint_is_one_of_nanogpts(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
+                                           run: Callable[..., Path]) -> None:
+    """What its sample.py does: load with torch's own defaults, strip the prefix of compiled models, build the model
+    from model_args, and load strictly; and what its train.py does on resume."""
+    path = run(tmp_path, bias=bias, gelu='exact')
+    file = torch.load(path)
+    assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= file.keys()
+    assert set(file['model_args']) == {field.name for field in dataclasses.fields(TheirConfig)}
+    assert not any(name.startswith('_orig_mod.') for name in file['model'])
+    theirs = TheirGPT(TheirConfig(**file['model_args']))
+    assert {name: weight.shape for name, weight in theirs.state_dict().items()} == {
+        name: weight.shape for name, weight in file['model'].items()}
+    theirs.load_state_dict(file['model'])
+    x, _ = read_batch(corpus, fixed_starts(len(corpus), 16, 8), 16, 8, 128)
+    torch.testing.assert_close(theirs(x), checkpoint.model_of(checkpoint.load(path))(x)[0], atol=1e-5, rtol=1e-4)
+
+    groups = [{'params': [p for p in theirs.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
+              {'params': [p for p in theirs.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    optimizer.load_state_dict(file['optimizer'])
+    for p, moments in optimizer.state.items():
+        assert moments['exp_avg'].shape == p.shape
+        assert moments['step'].item() == 4
+    assert len(optimizer.state) == len(list(theirs.parameters()))
+
+
+def test_prefixes_are_stripped_in_any_order_and_only_in_front(ours: Path, tmp_path: Path) -> None:
+    state = torch.load(ours)
+    clean = checkpoint.load(ours)['model']
+    for prefix in ('', '_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.'):
+        weights = {prefix + name: weight for name, weight in state['model'].items()}
+        torch.save(state | {'model': weights}, tmp_path / 'a')
+        assert not differences(checkpoint.load(tmp_path / 'a')['model'], clean)
+    odd = {'transformer.module.x': torch.ones(1), 'transformer._orig_mod.y': torch.ones(1)}
+    torch.save(state | {'model': odd}, tmp_path / 'a')
+    assert checkpoint.load(tmp_path / 'a')['model'].keys() == odd.keys()
+
+
+# ------------------------------------------------------------------------------------------------
+# What a file holds
+
+
+def test_a_checkpoint_holds_tensors_and_plain_values_and_nothing_else(ours: Path) -> None:
+    state = torch.load(ours, weights_only=True)
+    assert state.keys() == {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer',
+                            'scaler', 'wandb_run_id', 'data', 'versions', 'best', 'skipped'}
+    for name, value in leaves(state):
+        assert type(value) in (Tensor, str, int, float, bool, bytes, type(None)), name
+        assert not isinstance(value, Tensor) or value.device.type == 'cpu'
+    assert state['config']['learning_rate'] == 1e-2
+    assert state['data']['train']['tokens'] > 40_000
+    assert set(state['data']['val']) == {'tokens', 'head', 'tail', 'sha256'}
+    assert state['versions']['torch'] == torch.__version__
+
+
+def test_the_checkpoint_alone_is_enough_to_continue_a_text(ours: Path, tmp_path: Path, tiny_text: str) -> None:
+    from plaingpt.corpus import tokenizer
+
+    model, state = checkpoint.open_model(str(shutil.copy(ours, tmp_path / 'moved.pt')))
+    vocabulary = tokenizer.from_state(state['tokenizer'])
+    ids = vocabulary.encode(tiny_text[:10])
+    assert vocabulary.decode(ids) == tiny_text[:10]
+    new = model.generate(torch.tensor([ids]), 5, seed=1, n_vocab=vocabulary.n_vocab)
+    assert len(vocabulary.decode(new[0].tolist())) == 15
+
+
+def test_tied_tensors_are_stored_once_and_stay_tied(run: Callable[..., Path], tmp_path: Path) -> None:
+    tied = run(tmp_path / 'tied', vocab_size=4096, max_iters=1)
+    untied = run(tmp_path / 'untied', vocab_size=4096, max_iters=1, tie_weights=False)
+    table = 4096 * 16 * 4  # bytes
+    assert untied.stat().st_size - tied.stat().st_size == pytest.approx(3 * table, rel=0.05), 'weights and two moments'
+    weights = sum(p.numel() for p in checkpoint.model_of(checkpoint.load(tied)).parameters()) * 4
+    assert tied.stat().st_size < 3 * weights + 40_000
+    model = checkpoint.model_of(checkpoint.load(tied))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model = checkpoint.model_of(checkpoint.load(untied))
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+
+
+def test_the_best_is_a_second_name_of_the_newest_and_outlives_it(run: Callable[..., Path], tmp_path: Path) -> None:
+    newest, best = run(tmp_path), tmp_path / 'best.pt'
+    assert os.path.samefile(newest, best), 'no copy where the file system needs none'
+    content = best.read_bytes()
+    run(tmp_path, init_from='resume', max_iters=6, learning_rate=1.0)
+    assert checkpoint.load(newest)['iter_num'] == 6
+    assert best.read_bytes() == content, 'and the next one does not write through it'
+    assert not list(tmp_path.glob('*.tmp')) + list(tmp_path.glob('*.new.*'))
+
+
+def test_where_a_file_can_have_one_name_only_the_best_is_a_copy(ours: Path, tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: Any) -> None:
+        raise OSError('this file system has no links')
+
+    monkeypatch.setattr(os, 'link', no_links)
+    (tmp_path / 'best.pt').write_bytes(b'old')
+    checkpoint.link(ours, tmp_path / 'best.pt')
+    assert (tmp_path / 'best.pt').read_bytes() == ours.read_bytes()
+    assert not os.path.samefile(ours, tmp_path / 'best.pt')
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def spoiled(data: bytes, rng: random.Random) -> Iterator[tuple[str, bytes]]:
+    """A file with one bit flipped: anywhere, and in the directory and headers of the zip, where a flip may point to
+    other data; then files that are cut short, or full of zeros from somewhere on."""
+    directory = data.index(b'PK\x01\x02')
+    headers = [at + i for at in range(directory) if data.startswith(b'PK\x03\x04', at) for i in range(30)]
+    bits = [*rng.choices(range(len(data)), k=120), *rng.choices(range(directory, len(data)), k=200),
+            *rng.choices(headers, k=60)]
+    for at in bits:
+        bit = rng.randrange(8)
+        yield f'bit {bit} of byte {at}', data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1:]
+    for length in [0, 1, 22, len(data) - 1, len(data) - 22, directory, *rng.choices(range(len(data)), k=20)]:
+        yield f'cut at {length}', data[:length]
+        yield f'zeros from {length} on', data[:length] + bytes(len(data) - length)
+
+
+def test_no_damage_ever_loads_other_values(ours: Path, tmp_path: Path) -> None:
+    """A flip may hit what nobody reads, such as the date of a part. Then the values must be the same."""
+    data, right, path = ours.read_bytes(), checkpoint.load(ours), tmp_path / 'ckpt.pt'
+    refusals = 0
+    for what, bad in spoiled(data, random.Random(1)):
+        path.write_bytes(bad)
+        try:
+            state = checkpoint.load(path)
+        except UserError as error:
+            message, state = str(error), right
+            refusals += 1
+        else:
+            message = str(path)
+        assert str(path) in message, what
+        assert not differences(state, right), what
+    assert refusals > 250
+
+
+def test_every_bit_of_the_weights_counts(ours: Path, tmp_path: Path) -> None:
+    data, path = ours.read_bytes(), tmp_path / 'ckpt.pt'
+    weights = checkpoint.load(ours)['model']['transformer.wpe.weight'].numpy().tobytes()
+    first = data.index(weights)
+    for at in random.Random(2).choices(range(first, first + len(weights)), k=60):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        assert torch.load(path)['iter_num'] == 4, 'torch itself does not notice'
+        assert f'{path} is damaged' in refused(checkpoint.load, path, code=errors.CHECKPOINT)
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f'touch {self.witness}',)
+
+
+@pytest.mark.parametrize('where', ['model', 'config', 'tokenizer', 'evil'])
+def test_a_file_that_would_run_a_command_is_refused_whatever_the_environment_says(
+        ours: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    witness = tmp_path / 'witness'
+    for zipped in (True, False):
+        torch.save(torch.load(ours, weights_only=True) | {where: Evil(witness)}, tmp_path / 'evil.pt',
+                   _use_new_zipfile_serialization=zipped)
+        assert str(tmp_path / 'evil.pt') in refused(checkpoint.load, tmp_path / 'evil.pt', code=errors.CHECKPOINT)
+        assert not witness.exists()
+    torch.load(tmp_path / 'evil.pt', weights_only=False)
+    assert witness.exists(), 'it would have run'
+
+
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / 'ckpt.pt'
+    assert refused(checkpoint.load, path, code=errors.CHECKPOINT) == f'no checkpoint at {path}'
+    assert f'no checkpoint at {tmp_path}' in refused(checkpoint.load, tmp_path, code=errors.CHECKPOINT)
+    for content in (b'', b'text', b'PK\x03\x04' + bytes(100)):
+        path.write_bytes(content)
+        assert f'{path} is damaged, or not a checkpoint' in refused(checkpoint.load, path, code=errors.CHECKPOINT)
+    trees: list[Any] = [[1, 2], {'model': {}}, {'model': [1], 'model_args': {}}, torch.ones(3)]
+    for tree in trees:
+        torch.save(tree, path)
+        assert f"{path} has no 'model' and 'model_args'" in refused(checkpoint.load, path, code=errors.CHECKPOINT)
+
+
+def test_a_file_whose_entries_are_of_the_wrong_kind_is_refused(ours: Path, tmp_path: Path) -> None:
+    state, path = torch.load(ours), tmp_path / 'ckpt.pt'
+    weights = dict(state['model'])
+    del weights['transformer.ln_f.weight']
+    changes: list[dict[str, Any]] = [
+        {'model': weights}, {'model': {**state['model'], 'odd': torch.ones(1)}}, {'model_args': {}},
+        {'model_args': state['model_args'] | {'n_layer': 3}}, {'model_args': [1]}, {'model': [1]}]
+    for change in changes:
+        torch.save(state | change, path)
+        refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+
+
+def test_weights_without_an_optimizer_can_be_fine_tuned_and_not_resumed(ours: Path, tmp_path: Path,
+                                                                        run: Callable[..., Path]) -> None:
+    state = torch.load(ours)
+    del state['optimizer']
+    torch.save(state, tmp_path / 'ckpt.pt')
+    assert checkpoint.load(run(tmp_path / 'new', init_from=tmp_path / 'ckpt.pt', max_iters=1))['iter_num'] == 1
+    assert 'optimizer' in refused(run, tmp_path, init_from='resume', max_iters=6, code=errors.CHECKPOINT)
+
+
+def test_moments_of_another_model_are_refused(ours: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
+    state = torch.load(ours)
+    state['optimizer']['param_groups'][0]['params'].pop()
+    torch.save(state, tmp_path / 'ckpt.pt')
+    assert 'another model' in refused(run, tmp_path, init_from='resume', max_iters=6, code=errors.CHECKPOINT)
+
+
+def test_resuming_needs_something_to_resume(run: Callable[..., Path], tmp_path: Path) -> None:
+    message = refused(run, tmp_path / 'nothing', init_from='resume', code=errors.CHECKPOINT)
+    assert f'no checkpoint at {tmp_path}/nothing/ckpt.pt' in message
+    assert '--init_from=scratch' in message
+
+
+def test_a_model_is_opened_by_its_file_its_folder_or_its_name(ours: Path, tmp_path: Path) -> None:
+    for path in (ours, ours.parent):
+        model, state = checkpoint.open_model(str(path), dropout=0.2)
+        assert (model.config.dropout, model.config.gelu, state['iter_num']) == (0.2, 'exact', 4)
+    for where in ('nonsense', str(tmp_path / 'nothing'), str(tmp_path)):
+        assert where in refused(checkpoint.open_model, where, code=errors.CHECKPOINT)
+    shutil.copy(ours, tmp_path / 'ckpt.1.pt')
+    assert checkpoint.open_model(str(tmp_path))[1]['iter_num'] == 4, 'a run whose newest file is gone'
