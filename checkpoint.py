@@ -26,6 +26,7 @@ import huggingface
 import llmc
 import parallel
 import remote
+import sharding
 import tokenizer
 from errors import CHECKPOINT, DATA, DISK_FULL, UserError
 from model import GPT, GPTConfig
@@ -237,8 +238,6 @@ def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) ->
     if [len(group['params']) for group in ours] != [len(group['params']) for group in theirs]:
         raise UserError('the checkpoint has no optimizer state, or that of another model: it cannot be resumed\n'
                         'start a new run from its weights: give its path as --init_from', CHECKPOINT)
-    import sharding  # it takes half a second, and only training needs it
-
     sharding.load_optimizer(optimizer, state['optimizer']['state'])
     if state['scaler']:
         scaler.load_state_dict(state['scaler'])
