@@ -189,14 +189,12 @@ def test_without_transformers_one_line_says_what_to_install(monkeypatch: pytest.
 @pytest.mark.parametrize('name', SHAPES)
 def test_the_four_sizes_have_gpt2s_number_of_parameters(name: str) -> None:
     n_layer, n_head, n_embd, expected = SHAPES[name]
-    with torch.device('meta'):
-        model = GPT(GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    model = GPT.on_meta(GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
 def test_training_the_smallest_takes_854_7_million_operations_per_token() -> None:
-    with torch.device('meta'):
-        tied, untied = (GPT(GPTConfig(tie_weights=tie_weights)) for tie_weights in (True, False))
+    tied, untied = (GPT.on_meta(GPTConfig(tie_weights=tie_weights)) for tie_weights in (True, False))
     assert round(tied.flops_per_token() / 1e6, 1) == 854.7
     assert untied.flops_per_token() == tied.flops_per_token()  # an embedding is a choice of rows, not a product
 
@@ -238,6 +236,16 @@ def test_a_new_model_knows_nothing() -> None:
     model = GPT(GPTConfig(BLOCK, V, n_layer=4, n_head=4, n_embd=64))
     x = random_tokens(8, BLOCK + 1)
     assert abs(model(x[:, :-1], x[:, 1:])[1].item() - math.log(V)) < 0.05
+
+
+def test_a_model_from_weights_is_the_same_model_and_draws_no_random_number() -> None:
+    model = random_gpt(tie_weights=False)
+    before = torch.get_rng_state()
+    other = GPT.from_weights(model.config, model.state_dict())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert other.state_dict().keys() == model.state_dict().keys()
+    x = random_tokens(2, BLOCK)
+    assert torch.equal(other(x)[0], model(x)[0])
 
 
 @pytest.mark.parametrize('bias', [True, False])
