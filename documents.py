@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from errors import DATA, UserError
+from errors import DATA, UserError, missing_package
 
 KINDS = ('.txt', '.jsonl', '.parquet')
 PACKED = ('.gz', '.xz', '.bz2')
@@ -60,7 +60,9 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
             found = [name for name in files.find(root) if kind_of(name) in KINDS]
         else:
             found = [root] if files.exists(root) else [name for name in files.glob(root) if not files.isdir(name)]
-    except (ImportError, OSError, ValueError) as error:  # a protocol that is unknown or not installed; no permission
+    except ImportError as error:
+        raise missing_package(error) from None
+    except (OSError, ValueError) as error:  # a protocol that is unknown; no permission
         raise UserError(f'{option}={path} cannot be opened: {error}', DATA) from error
     if not found:
         what = 'is a folder without .txt, .jsonl or .parquet files' if is_folder else 'matches no file and no folder'

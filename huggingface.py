@@ -122,9 +122,9 @@ def readable_errors(name_or_folder: str) -> Iterator[None]:
                         'give one that save_pretrained wrote, or a name such as gpt2', CHECKPOINT)
     try:
         yield
-    except ImportError as error:
-        raise UserError(f'{error.name} is not here: pip install {error.name}') from None
-    except Exception as error:  # of four libraries
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # of three libraries
         if isinstance(error, UserError) and error.code == CHECKPOINT:
             raise
         raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {(str(error).splitlines() or [repr(error)])[0]}\n'
@@ -187,11 +187,9 @@ def write(folder: Path, config: GPTConfig, weights: dict[str, Tensor], vocabular
           dtype: torch.dtype) -> None:
     """Weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them. The model must
     have biases, and a token for each of its ids."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError('safetensors, which writes these weights, is not here: pip install safetensors') from None
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(dtype).contiguous() for name, p in weights.items()
               if not (config.tie_weights and name == 'lm_head.weight')}
     try:
@@ -227,6 +225,8 @@ def tokenizer_of(vocabulary: Tokenizer) -> 'tokenizers.Tokenizer':
                         'it is not exported')
     try:
         library = vocabulary.to_huggingface()
+    except ModuleNotFoundError:
+        raise
     except Exception:  # whatever the library finds wrong with the pattern
         raise refusal from None
     text = vocabulary.decode(i for i, size in enumerate(vocabulary.token_sizes()) if size)

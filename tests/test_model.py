@@ -276,14 +276,6 @@ def test_a_file_of_weights_executes_nothing(their_gpt2: Any, tmp_path: Path) -> 
     assert not (tmp_path / 'executed').exists()
 
 
-def test_without_safetensors_one_line_says_what_to_install(their_gpt2: Any, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    their_gpt2()
-    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    with pytest.raises(errors.UserError, match='pip install safetensors'):
-        GPT.from_pretrained(str(tmp_path))
-
-
 @pytest.mark.parametrize('name', SHAPES)
 def test_the_four_sizes_have_gpt2s_number_of_parameters(name: str) -> None:
     n_layer, n_head, n_embd, expected = SHAPES[name]
