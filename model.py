@@ -11,14 +11,15 @@ The model is that of Radford et al. 2019, "Language Models are Unsupervised Mult
 the weights.
 """
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from plaingpt.errors import CHECKPOINT, UserError
@@ -63,6 +64,16 @@ class Cache:
         self.k[:, :, new], self.v[:, :, new] = k, v
         self.length = new.stop
         return self.k[:, :, :new.stop], self.v[:, :, :new.stop]
+
+
+# more: models without numbers
+class Undrawn(TorchFunctionMode):
+    """Within it, normal_ draws nothing. Where a tensor has no numbers, there is nothing to draw, but PyTorch would
+    load its compiler to find that out: a second, at the start of every sample.py."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        return None if func in (nn.init.normal_, Tensor.normal_) else func(*args, **(kwargs or {}))
 
 
 LayerNorm = nn.LayerNorm  # fast: one kernel for what the plain file writes out: mean, variance, gain and bias
@@ -242,10 +253,15 @@ class GPT(nn.Module):
         return torch.cat([idx, *(token[:, None] for token in new)], dim=1)
 
     @classmethod
+    def on_meta(cls, config: GPTConfig) -> 'GPT':
+        """A model whose parameters have shapes and no numbers: it takes no memory, and nothing is drawn at random."""
+        with torch.device('meta'), Undrawn():
+            return cls(config)
+
+    @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> 'GPT':
         """A model that takes these tensors as its parameters, without drawing any at random and without a copy."""
-        with torch.device('meta'):
-            model = cls(config)
+        model = cls.on_meta(config)
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:

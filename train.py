@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import configurator
 import sample
@@ -128,6 +127,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, betas: tupl
     groups = [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
     # fast: one kernel for all weights; the plain file writes AdamW out
     if shards:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # it takes half a second
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=lr, betas=betas, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -138,16 +137,11 @@ def names(found: list[str]) -> str:
     return ', '.join(found[:3]) + (f' and {len(found) - 3} more' if len(found) > 3 else '')
 
 
-def whole(p: Tensor) -> Tensor:
-    """All of a tensor of which each process may hold a part. Every process must call it."""
-    return p.full_tensor() if isinstance(p, DTensor) else p
-
-
 def prints(model: GPT) -> Tensor:
     """Two sums for each parameter, (P, 2) in float64: they change with nearly any change of it."""
     rows = []
     for p in model.parameters():
-        numbers = whole(p.detach()).cpu()
+        numbers = strategies.complete(p.detach()).cpu()
         rows.append(torch.stack([numbers.sum(dtype=torch.float64), numbers.square().sum(dtype=torch.float64)]))
     return torch.stack(rows)
 
@@ -233,7 +227,7 @@ def gradient(w: Wiring) -> Result:
     found = torch.zeros(len(list(w.raw_model.parameters())), device=w.process.device)
     for i, p in enumerate(w.raw_model.parameters()):
         if p.grad is not None:
-            found[i] = (p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad).count_nonzero()
+            found[i] = (p.grad.to_local() if strategies.is_divided(p.grad) else p.grad).count_nonzero()
     found = processes.total(found)
     none = [name for (name, _), n in zip(w.raw_model.named_parameters(), found.tolist(), strict=True) if n == 0]
     w.is_stuck = none != [] and isinstance(w.model, DistributedDataParallel)
@@ -254,7 +248,7 @@ def update(w: Wiring) -> Result:
     still = [name for (name, _), stay in zip(w.raw_model.named_parameters(), stays, strict=True) if stay]
     seen = f'nothing moves {names(still)}' if still else 'one step moves each parameter'
     return Result('update', not still, seen,
-                  'the optimizer has other parameters than the model: build it after sharding.distribute')
+                  'the optimizer has other parameters than the model: build it after strategies.distribute')
 
 
 def same_weights(w: Wiring) -> Result:

@@ -2,6 +2,7 @@
 read."""
 import errno
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,6 +22,10 @@ STOPPED = 75  # stopped after saving: run the same command again
 INTERRUPTED = 130  # Ctrl-C, as shells count it
 BROKEN_PIPE = 141  # nobody reads the output any more, as shells count it
 
+REQUIREMENTS = Path(__file__).resolve().parents[1] / 'requirements.txt'  # where this is a checkout
+PACKAGES = ('PIL', 'datasets', 'fsspec', 'gguf', 'huggingface_hub', 'matplotlib', 'pyarrow', 's3fs', 'safetensors',
+            'tiktoken', 'tokenizers', 'wandb')  # in there, and imported only where they are used
+
 
 class UserError(ValueError):
     """A mistake that the message lets its reader repair: what is wrong, where, what to type next, in at most three
@@ -38,6 +43,22 @@ def python() -> str:
     return 'python' if is_on_path or not here.is_relative_to(Path.cwd()) else str(here.relative_to(Path.cwd()))
 
 
+def is_missing_package(error: BaseException) -> bool:
+    return isinstance(error, ModuleNotFoundError) and (error.name or '').partition('.')[0] in PACKAGES
+
+
+def missing_package(error: BaseException) -> UserError:
+    """What to type where a package is not installed. fsspec, which raises errors of its own, names it in their
+    cause."""
+    cause = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+    package = (getattr(cause, 'name', None) or 'fsspec[full]').partition('.')[0]
+    path, here = REQUIREMENTS, Path.cwd()
+    path = path.relative_to(here) if path.is_relative_to(here) else path
+    is_in_file = package in PACKAGES and REQUIREMENTS.is_file()
+    return UserError(f'the package {package} is missing: {python()} -m pip install '
+                     f'{f"-r {shlex.quote(str(path))}" if is_in_file else package}')
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """On cards PyTorch has a class for it; in main memory it is a RuntimeError."""
     words = ('out of memory', "can't allocate memory", 'not enough memory')
@@ -53,6 +74,8 @@ def code_of(error: BaseException) -> int:
     """The exit code of a process that this error ends."""
     if isinstance(error, UserError):
         return error.code
+    if is_missing_package(error):
+        return COMMAND
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     if is_disk_full(error):
@@ -62,11 +85,15 @@ def code_of(error: BaseException) -> int:
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Call main with the command line's arguments. A UserError ends the process with its message and code, no
-    traceback."""
+    traceback; and so does a package that is not installed."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         leave(str(error), error.code)
+    except ModuleNotFoundError as error:
+        if not is_missing_package(error):
+            raise
+        leave(str(missing_package(error)), COMMAND)
     except KeyboardInterrupt:
         leave('interrupted', INTERRUPTED)
     except BrokenPipeError as error:  # `python train.py | head`: nobody reads on

@@ -289,7 +289,7 @@ def others() -> Iterator[str]:
     """Models to compare with: parameters, and the bytes of their weights and of a checkpoint."""
     yield row('to compare', 'parameters', 'weights', 'checkpoint', width=13)
     for name, config in (sizes.GPT2 | sizes.SMALL).items():
-        model = sizes.on_meta(config)
+        model = GPT.on_meta(config)
         n, file = sizes.n_parameters(model), sizes.checkpoint_bytes(model, 0)
         yield row(f'{name}, {config.n_layer} x {config.n_embd}', f'{n:,}', size(sizes.FLOAT * n), size(file), width=13)
 
@@ -299,7 +299,7 @@ def describe(settings: dict[str, Any], given: set[str], world_size: int) -> Iter
     corpus = look_at(settings['dataset'])
     config, first_step = shape_of(settings, given, corpus.n_vocab)
     order = Order(corpus.tokens.get('train', 0), config.block_size, settings['seed'])
-    plan = Plan(settings, sizes.on_meta(config), corpus, order.epoch if corpus.tokens else 0, first_step, world_size)
+    plan = Plan(settings, GPT.on_meta(config), corpus, order.epoch if corpus.tokens else 0, first_step, world_size)
     yield from about_the_model(plan)
     yield f'\n{corpus.line}'
     if settings['eval_only']:

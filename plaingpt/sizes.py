@@ -4,8 +4,6 @@ AdamW's two moments are float32, 4 bytes each; the rest depends on the batch.
 """
 from typing import NamedTuple
 
-import torch
-
 from model import GPT, GPTConfig
 from plaingpt.machines import strategies
 
@@ -20,12 +18,6 @@ SMALL = {  # minGPT's, on the 65 characters of tiny Shakespeare
 FLOAT = 4  # bytes
 RECORD = 350  # bytes that a checkpoint takes for each tensor beside its numbers: a name, a shape, a checksum
 REST = 4000  # bytes that it takes for settings and the like
-
-
-def on_meta(config: GPTConfig) -> GPT:
-    """The model, without its numbers."""
-    with torch.device('meta'):
-        return GPT(config)
 
 
 def parts_of(model: GPT) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Wrong commands: each ends in at most three lines that say what is wrong, where, and what to type next, and in the
 exit code that scripts read."""
+import ast
 import importlib
 import json
 import shutil
@@ -18,6 +19,7 @@ from plaingpt import errors
 from plaingpt.errors import CHECK_FAILED, CHECKPOINT, COMMAND, DATA, NOT_FINITE, UserError
 from plaingpt.run.log import Logger
 
+ROOT = Path(__file__).parents[1]
 SHAPE = '--n_layer=1 --n_head=2 --n_embd=8 --block_size=16'
 TINY = (f'{SHAPE} --batch_size=4 --gradient_accumulation_steps=2 --max_iters=2 --eval_interval=2 --eval_iters=1 '
         '--sample_interval=0 --device=cpu')
@@ -98,7 +100,7 @@ WRONG = [
     Wrong('data.text.prepare --input={typo} --tokenizer=nonsense', COMMAND, ["'nonsense'", 'char', 'bpe:N']),
     Wrong('data.text.prepare --input={typo} --name=a/b', COMMAND, ['--name=a/b']),
 ]
-# These import transformers, which takes its time
+# Their model comes from transformers, which takes its time
 WRONG_GPT2 = [
     Wrong(fine_tunes('--init_from=gpt2'), CHECKPOINT, ["'gpt2'", 'without network']),
     Wrong(fine_tunes('--init_from={gpt2} --block_size=2048'), COMMAND,
@@ -219,6 +221,84 @@ def test_a_run_that_fails_says_so_in_its_status(run_script: Script, files: dict[
     status = json.loads((tmp_path / 'status.json').read_text(encoding='utf-8'))
     assert (status['state'], status['exit_code']) == ('failed', NOT_FINITE)
     assert status['message'] in result.stderr
+
+
+ABSENT_PACKAGES = {  # and a command of each that needs it
+    'tokenizers': 'data/text/prepare.py --input={typo} --name=absent --tokenizer=bpe:300',
+    'tiktoken': 'data/text/prepare.py --input={typo} --name=absent --tokenizer=gpt2',
+    'pyarrow': 'data/text/prepare.py --input={odd}/x.parquet --name=absent',
+    'fsspec': 'data/text/prepare.py --input={typo} --name=absent',
+    'datasets': 'data/fineweb_edu/prepare.py --tokenizer=byte --name=absent',
+    'huggingface_hub': 'sample.py --init_from=gpt2',
+    'safetensors': 'sample.py --init_from={bare}',
+    'gguf': 'export.py --out_dir={run} --to=gguf --to_dir={empty}/gguf',
+    's3fs': 'sample.py --out_dir=s3://bucket/run',
+}
+WITHOUT = """
+import io, json, runpy, sys
+from contextlib import redirect_stderr
+from importlib.machinery import PathFinder
+
+
+class Finder(PathFinder):
+    absent = ''
+
+    @classmethod
+    def find_spec(cls, name, *more):
+        return None if name.partition('.')[0] == cls.absent else super().find_spec(name, *more)
+
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+answers = {}
+for package, (script, *sys.argv[1:]) in json.loads(sys.argv[1]).items():
+    Finder.absent, sys.argv[0] = package, script
+    for name in [name for name in sys.modules if name.partition('.')[0] == package]:
+        del sys.modules[name]
+    code = 0
+    with redirect_stderr(io.StringIO()) as said:
+        try:
+            runpy.run_path(script, run_name='__main__')
+        except SystemExit as error:
+            code = error.code
+    answers[package] = [code, said.getvalue()]
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.slow
+def test_a_missing_package_is_one_line_with_the_command_that_brings_it(files: dict[str, Path], tmp_path: Path) -> None:
+    """Each package is hidden from Python's own search for it."""
+    (files['odd'] / 'x.parquet').write_bytes(b'')
+    for name, content in (('config.json', '{"model_type": "gpt2"}'), ('model.safetensors', '')):
+        (tmp_path / name).write_text(content, encoding='utf-8')
+    commands = {package: command.format(**files, bare=tmp_path).split() for package, command in ABSENT_PACKAGES.items()}
+    result = subprocess.run([sys.executable, '-c', WITHOUT, json.dumps(commands)], cwd=ROOT, capture_output=True,
+                            text=True, encoding='utf-8', timeout=600)
+    assert result.returncode == 0, result.stderr
+    answers = json.loads(result.stdout.splitlines()[-1])
+    line = 'the package {} is missing: {} -m pip install -r requirements.txt\n'
+    assert answers == {package: [COMMAND, line.format(package, errors.python())] for package in ABSENT_PACKAGES}
+    assert not (ROOT / 'data/absent').exists() and not list(files['empty'].glob('*gguf*'))
+
+    # and from elsewhere, the file has its whole name
+    result = subprocess.run([sys.executable, '-c', WITHOUT, json.dumps({'tiktoken': [str(ROOT / command) if i == 0 else
+                            command for i, command in enumerate(commands['tiktoken'])]})], cwd=tmp_path,
+                            capture_output=True, text=True, encoding='utf-8', timeout=600)
+    assert f'-r {ROOT}/requirements.txt' in result.stdout
+
+
+def test_every_package_that_is_imported_where_it_is_used_is_known_to_be_one_that_may_be_missing() -> None:
+    found = set()
+    for file in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('data/*/*.py')):
+        tree = ast.parse(file.read_text(encoding='utf-8'))
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            for node in ast.walk(function):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ''] if isinstance(node, ast.ImportFrom) else []
+                found |= {name.partition('.')[0] for name in names}
+    found -= {*sys.stdlib_module_names, *(file.stem for file in ROOT.glob('*.py')), 'plaingpt', 'torch', 'tqdm'}
+    # plot.py, which is imported where a picture is drawn, needs two; fsspec brings a third where a URL asks for it
+    assert found | {'matplotlib', 'PIL', 's3fs'} == set(errors.PACKAGES)
 
 
 def end_of(main: Callable[[list[str]], None], monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -1,6 +1,8 @@
 """The model is GPT-2: transformers computes the same from the same weights. And no token knows what follows it."""
+import json
 import math
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from model import GPT, Attention, GPTConfig
 from plaingpt import errors
+from plaingpt.formats import huggingface
 
+ROOT = Path(__file__).parents[1]
 SHAPES = {  # layers, heads and width of OpenAI's four models, and how many parameters they have
     'gpt2': (12, 12, 768, 124_439_808),
     'gpt2-medium': (24, 16, 1024, 354_823_168),
@@ -142,6 +146,17 @@ def test_a_gpt2_of_another_build_is_refused(odd: dict[str, Any], their_gpt2: Any
     assert_refused(tmp_path, *(f'{name}={value}' for name, value in odd.items()))
 
 
+@pytest.mark.parametrize(('changed', 'part'), [
+    ({'quantization_config': {'bits': 8}}, 'quantization_config='), ({'n_head': 3}, 'n_head=3'),
+    ({'n_layer': '2'}, '')])
+def test_a_config_that_does_not_fit_is_refused(changed: dict[str, Any], part: str, their_gpt2: Any,
+                                               tmp_path: Path) -> None:
+    their_gpt2()
+    config = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
+    (tmp_path / 'config.json').write_text(json.dumps(config | changed), encoding='utf-8')
+    assert_refused(tmp_path, part)
+
+
 def test_another_model_than_gpt2_is_refused(tmp_path: Path) -> None:
     transformers = pytest.importorskip('transformers')
     transformers.GPTNeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
@@ -171,32 +186,105 @@ def test_a_folder_without_all_the_weights_is_refused(their_gpt2: Any, tmp_path: 
     refuses('cut', lambda folder: (folder / 'model.safetensors').write_bytes(whole.read_bytes()[:-9]))
     # transformers would draw these at random, with no more than a warning
     refuses('partial', lambda folder: rewrite(folder, **{c_fc: torch.empty(0)}), c_fc)
-    refuses('misshapen', lambda folder: rewrite(folder, **{wte: torch.zeros(V, 9)}))
+    refuses('misshapen', lambda folder: rewrite(folder, **{wte: torch.zeros(V, 9)}), f'{wte} is ({V}, 9)')
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub_is_one_clear_message(tmp_path: Path) -> None:
-    pytest.importorskip('transformers')
     assert_refused(tmp_path / 'nowhere', 'no folder')
     assert_refused('nobody-has-this/gpt2', 'no GPT-2 weights')  # conftest has turned the network off
 
 
-def test_without_transformers_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, 'transformers', None)
-    with pytest.raises(errors.UserError, match='pip install transformers'):
-        GPT.from_pretrained('gpt2')
+@pytest.mark.parametrize('form', ['one file', 'without prefix', 'several files', 'float16', 'a head alone',
+                                  'PyTorch', 'several of PyTorch'])
+def test_each_form_in_which_folders_hold_the_weights_gives_the_same_model(form: str, their_gpt2: Any,
+                                                                          tmp_path: Path) -> None:
+    """OpenAI's own, 'gpt2', has no prefix, and holds the causal mask of each layer; older ones are PyTorch's files."""
+    safetensors = pytest.importorskip('safetensors.torch')
+    theirs, path = their_gpt2(), tmp_path / 'model.safetensors'
+    if form == 'float16':
+        theirs.half().float().save_pretrained(tmp_path)
+    weights = safetensors.load_file(path)
+    if form == 'without prefix':
+        weights = {name.removeprefix('transformer.'): p for name, p in weights.items()}
+        weights |= {f'h.{i}.attn.bias': torch.ones(1, 1, BLOCK, BLOCK).tril() for i in (0, 1)}
+        weights |= {f'h.{i}.attn.masked_bias': torch.tensor(-1e4) for i in (0, 1)}
+        safetensors.save_file(weights, path)
+    elif form == 'float16':
+        safetensors.save_file({name: p.half() for name, p in weights.items()}, path)
+    elif form == 'a head alone':
+        weights['lm_head.weight'] = weights.pop('transformer.wte.weight')
+        safetensors.save_file(weights, path)
+    elif form == 'several files':
+        path.unlink()
+        theirs.save_pretrained(tmp_path, max_shard_size='10KB')
+        assert not path.exists() and len(list(tmp_path.glob('model-*.safetensors'))) > 1
+    elif form == 'PyTorch':
+        path.unlink()
+        torch.save(theirs.state_dict(), tmp_path / 'pytorch_model.bin', _use_new_zipfile_serialization=False)
+    elif form == 'several of PyTorch':
+        path.unlink()
+        files = {name: f'pytorch_model-{1 + i % 2}-of-2.bin' for i, name in enumerate(weights)}
+        for file in set(files.values()):
+            torch.save({name: p for name, p in weights.items() if files[name] == file}, tmp_path / file)
+        index = json.dumps({'metadata': {}, 'weight_map': files})
+        (tmp_path / 'pytorch_model.bin.index.json').write_text(index, encoding='utf-8')
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert_equal_models(ours, theirs, 2, BLOCK, 1e-4)
+
+
+def test_weights_are_read_in_a_process_that_cannot_import_transformers(their_gpt2: Any, tmp_path: Path) -> None:
+    their_gpt2()
+    code = ('import sys; sys.modules["transformers"] = None; import torch; from model import GPT; '
+            'torch.save(GPT.from_pretrained(sys.argv[1]).state_dict(), sys.argv[2])')
+    path = tmp_path / 'weights.pt'
+    subprocess.run([sys.executable, '-c', code, str(tmp_path), str(path)], cwd=ROOT, check=True)
+    alone, ours = torch.load(path, weights_only=True), GPT.from_pretrained(str(tmp_path)).state_dict()
+    assert alone.keys() == ours.keys() and all(torch.equal(alone[name], ours[name]) for name in ours)
+
+
+def test_weights_are_no_longer_tied_to_the_file_that_they_come_from(their_gpt2: Any, tmp_path: Path) -> None:
+    their_gpt2()
+    ours, x = GPT.from_pretrained(str(tmp_path)), random_tokens(1, BLOCK)
+    before = ours(x)[0]
+    path = tmp_path / 'model.safetensors'
+    with open(path, 'r+b') as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(ours(x)[0], before)
+
+
+def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:
+    theirs = pytest.importorskip('transformers').GPT2Config()
+    assert {name: getattr(theirs, name, None) for name in huggingface.DEFAULTS} == huggingface.DEFAULTS
+    assert theirs.attribute_map == huggingface.ALIASES
+    config = tmp_path / 'config.json'
+    config.write_text('{"model_type": "gpt2"}', encoding='utf-8')
+    assert huggingface.read_config(str(tmp_path), 0.0) == GPTConfig(vocab_size=50257)
+    config.write_text('{"model_type": "gpt2", "num_hidden_layers": 3, "hidden_size": 24}', encoding='utf-8')
+    assert huggingface.read_config(str(tmp_path), 0.0) == GPTConfig(vocab_size=50257, n_layer=3, n_embd=24)
+
+
+def test_a_file_of_weights_executes_nothing(their_gpt2: Any, tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / 'executed',)
+
+    their_gpt2()
+    (tmp_path / 'model.safetensors').unlink()
+    torch.save({'transformer.wte.weight': Harmful()}, tmp_path / 'pytorch_model.bin')
+    assert_refused(tmp_path)
+    assert not (tmp_path / 'executed').exists()
 
 
 @pytest.mark.parametrize('name', SHAPES)
 def test_the_four_sizes_have_gpt2s_number_of_parameters(name: str) -> None:
     n_layer, n_head, n_embd, expected = SHAPES[name]
-    with torch.device('meta'):
-        model = GPT(GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    model = GPT.on_meta(GPTConfig(vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
 def test_training_the_smallest_takes_854_7_million_operations_per_token() -> None:
-    with torch.device('meta'):
-        tied, untied = (GPT(GPTConfig(tie_weights=tie_weights)) for tie_weights in (True, False))
+    tied, untied = (GPT.on_meta(GPTConfig(tie_weights=tie_weights)) for tie_weights in (True, False))
     assert round(tied.flops_per_token() / 1e6, 1) == 854.7
     assert untied.flops_per_token() == tied.flops_per_token()  # an embedding is a choice of rows, not a product
 
@@ -238,6 +326,16 @@ def test_a_new_model_knows_nothing() -> None:
     model = GPT(GPTConfig(BLOCK, V, n_layer=4, n_head=4, n_embd=64))
     x = random_tokens(8, BLOCK + 1)
     assert abs(model(x[:, :-1], x[:, 1:])[1].item() - math.log(V)) < 0.05
+
+
+def test_a_model_from_weights_is_the_same_model_and_draws_no_random_number() -> None:
+    model = random_gpt(tie_weights=False)
+    before = torch.get_rng_state()
+    other = GPT.from_weights(model.config, model.state_dict())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert other.state_dict().keys() == model.state_dict().keys()
+    x = random_tokens(2, BLOCK)
+    assert torch.equal(other(x)[0], model(x)[0])
 
 
 @pytest.mark.parametrize('bias', [True, False])

@@ -50,7 +50,7 @@ def warnings_of(*arguments: str, world_size: int = 1) -> str:
 def test_the_four_sizes_of_gpt2_have_their_published_parameters() -> None:
     shown = '\n'.join(lines_of())
     for name, number in PUBLISHED.items():
-        model = sizes.on_meta(sizes.GPT2[name])
+        model = GPT.on_meta(sizes.GPT2[name])
         assert sizes.n_parameters(model) == sum(sizes.parts_of(model).values()) == number
         assert re.search(rf'(?m)^  {name}, .* {number:,} ', shown)
 
@@ -61,13 +61,13 @@ def test_the_small_presets_are_those_of_their_config_files(name: str, tiny_datas
     config, _ = shape_of(settings, given, 65)
     preset = sizes.SMALL[name.replace('_', '-')]
     count = sum(p.numel() for p in GPT(config).parameters())
-    assert sizes.n_parameters(sizes.on_meta(preset)) == count
+    assert sizes.n_parameters(GPT.on_meta(preset)) == count
     assert any(f' {count:,} ' in line for line in lines_of() if name.replace('_', '-') in line)
 
 
 @pytest.mark.parametrize('config', [SMALL, GPTConfig(8, 500, 3, 1, 24, bias=False, tie_weights=False)])
 def test_parameters_by_part_are_those_of_a_real_model(config: GPTConfig) -> None:
-    model, parts = GPT(config), sizes.parts_of(sizes.on_meta(config))
+    model, parts = GPT(config), sizes.parts_of(GPT.on_meta(config))
     assert parts['token table'] == model.transformer.wte.weight.numel()
     assert parts['position table'] == model.transformer.wpe.weight.numel()
     assert parts['head'] == (0 if config.tie_weights else model.lm_head.weight.numel())
@@ -78,7 +78,7 @@ def test_parameters_by_part_are_those_of_a_real_model(config: GPTConfig) -> None
 
 
 def test_no_part_of_a_planned_model_takes_memory() -> None:
-    assert {p.device.type for p in sizes.on_meta(sizes.GPT2['gpt2-xl']).parameters()} == {'meta'}
+    assert {p.device.type for p in GPT.on_meta(sizes.GPT2['gpt2-xl']).parameters()} == {'meta'}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def counted_peak(config: GPTConfig, batch_size: int, n_parts: int, recomputes: b
 ])
 def test_the_predicted_peak_is_what_a_profiler_counts(config: GPTConfig, batch_size: int, n_parts: int,
                                                       recomputes: bool) -> None:
-    held, needs = sizes.held(sizes.on_meta(config), 'ddp', 1, 4), sizes.activations(config, batch_size, 4)
+    held, needs = sizes.held(GPT.on_meta(config), 'ddp', 1, 4), sizes.activations(config, batch_size, 4)
     predicted = sizes.peak(config, held, needs, n_parts > 1, recomputes)
     assert predicted == pytest.approx(counted_peak(config, batch_size, n_parts, recomputes), rel=0.05)
 
@@ -167,7 +167,7 @@ def test_what_the_forward_pass_keeps_is_what_autograd_saves(width: int) -> None:
 
 
 def test_ddp_and_fsdp_and_zero1_divide_as_readme_says() -> None:
-    model = sizes.on_meta(GPTConfig(64, 1024, 4, 4, 128))  # that of benchmarks/memory.py, which measured them
+    model = GPT.on_meta(GPTConfig(64, 1024, 4, 4, 128))  # that of benchmarks/memory.py, which measured them
     n = sizes.n_parameters(model)
     assert [sum(sizes.held(model, 'ddp', count, 4)[:3]) / n for count in (1, 2, 4)] == [16, 16, 16]
     assert [round(sum(sizes.held(model, 'zero1', count, 4)[:3]) / n, 2) for count in (1, 2, 4)] == [16.0, 12.01, 10.04]
@@ -193,7 +193,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Pat
 
 def test_a_checkpoint_is_as_large_as_planned(run_dir: Path, tiny_dataset: Path) -> None:
     config = checkpoint.config_of(checkpoint.load(run_dir / 'ckpt.pt'))
-    planned = sizes.checkpoint_bytes(sizes.on_meta(config), look_at(str(tiny_dataset)).tokenizer_bytes)
+    planned = sizes.checkpoint_bytes(GPT.on_meta(config), look_at(str(tiny_dataset)).tokenizer_bytes)
     assert planned == pytest.approx((run_dir / 'ckpt.pt').stat().st_size, rel=0.01)
 
 
@@ -201,7 +201,7 @@ def test_the_disk_that_is_planned_is_what_a_run_asks_for(tiny_dataset: Path, tmp
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     settings, given = configurator.configure(train, [*TINY, f'--dataset={tiny_dataset}', '--keep=3'])
     config, _ = shape_of(settings, given, 65)
-    planned = disk_bytes(Plan(settings, sizes.on_meta(config), look_at(str(tiny_dataset)), 1, 0, 1))
+    planned = disk_bytes(Plan(settings, GPT.on_meta(config), look_at(str(tiny_dataset)), 1, 0, 1))
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: real._replace(free=planned - 1))
     with pytest.raises(UserError, match=f' needs {planned:,} bytes '):

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from plaingpt.corpus.download import BLOCK, download
-from plaingpt.errors import DATA, UserError
+from plaingpt.errors import DATA, UserError, missing_package
 
 KINDS = ('.txt', '.jsonl', '.parquet')
 PACKED = ('.gz', '.xz', '.bz2')
@@ -55,7 +55,9 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
             found = [name for name in files.find(root) if kind_of(name) in KINDS]
         else:
             found = [root] if files.exists(root) else [name for name in files.glob(root) if not files.isdir(name)]
-    except (ImportError, OSError, ValueError) as error:  # a protocol that is unknown or not installed; no permission
+    except ImportError as error:
+        raise missing_package(error) from None
+    except (OSError, ValueError) as error:  # a protocol that is unknown; no permission
         raise UserError(f'{option}={path} cannot be opened: {error}', DATA) from error
     if not found:
         what = 'is a folder without .txt, .jsonl or .parquet files' if is_folder else 'matches no file and no folder'

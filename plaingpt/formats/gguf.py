@@ -34,10 +34,8 @@ def write(folder: Path, name: str, config: GPTConfig, weights: dict[str, Tensor]
           dtype: torch.dtype) -> None:
     """The whole model, and a Modelfile. As llama.cpp wants it, vectors and positions are float32 always, and a tied
     head is left out. The model must have biases and the tanh GELU."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError('gguf, which writes these files, is not here: pip install gguf') from None
+    import gguf
+
     check(vocabulary)
     writer = gguf.GGUFWriter(folder / 'model.gguf', 'gpt2')
     writer.add_name(name)

@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from model import GPTConfig
+from model import GPT, GPTConfig
 from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_level
 from plaingpt.errors import CHECKPOINT, DISK_FULL, UserError
 
 if TYPE_CHECKING:
     import tokenizers
-    import transformers
 
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) there
+TABLE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
+DEFAULTS = {  # what transformers' GPT2Config has where a config.json is silent
+    'vocab_size': 50257, 'n_positions': 1024, 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'n_inner': None,
+    'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
+    'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False, 'tie_word_embeddings': True,
+    'quantization_config': None}
+ALIASES = {'max_position_embeddings': 'n_positions', 'num_hidden_layers': 'n_layer', 'num_attention_heads': 'n_head',
+           'hidden_size': 'n_embd'}
 GELU: dict[str, Literal['tanh', 'exact']] = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
 ORIGIN = 'plaingpt.json'  # beside what export.py writes: what no other format has room for, such as the tokenizer
 TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'merges.txt')  # the first, or the others in older folders
@@ -28,41 +35,83 @@ GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'
 
 
 def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The shape and the weights of a GPT-2 of the hub, or of a local folder. Raises UserError where there is none,
-    where some of it is missing, and where it is another model."""
+    """The shape and the weights, in float32, of a GPT-2 of the hub, or of a local folder. Raises UserError where there
+    is none, where some of it is missing, and where it is another model."""
     with readable_errors(name_or_folder):
-        import transformers
+        config = read_config(name_or_folder, dropout)
+        theirs = read_weights(name_or_folder)
+        shapes = {name: p.shape for name, p in GPT.on_meta(config).state_dict().items()}
+        if config.tie_weights:  # one table, which a file holds under either name, or both
+            del shapes[HEAD]
+            theirs = {TABLE: theirs[HEAD], **theirs} if HEAD in theirs else theirs
+        missing = shapes.keys() - theirs.keys()
+        if missing:
+            raise UserError(f'{name_or_folder!r} lacks {len(missing)} of the weights: {min(missing)} ...', CHECKPOINT)
+        weights = {}
+        for name, shape in shapes.items():
+            p = theirs.pop(name)
+            p = p.t() if name.endswith(TRANSPOSED) else p
+            if p.shape != shape:
+                raise ValueError(f'{name} is {tuple(p.shape)}, and by its config.json {tuple(shape)}')
+            # a copy, since this memory may be that of a file, which may change or go
+            weights[name] = p.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return config, weights | ({HEAD: weights[TABLE]} if config.tie_weights else {})
 
-        theirs = read_config(name_or_folder)
-        loaded: Any = transformers.GPT2LMHeadModel.from_pretrained(
-            name_or_folder, config=theirs, dtype=torch.float32, output_loading_info=True)
-    model, missing = loaded[0], loaded[1]['missing_keys']
-    if missing:  # transformers has drawn these at random
-        raise UserError(f'{name_or_folder!r} lacks {len(missing)} of the weights: {min(missing)} ...', CHECKPOINT)
-    config = GPTConfig(
-        block_size=theirs.n_positions, vocab_size=theirs.vocab_size, n_layer=theirs.n_layer, n_head=theirs.n_head,
-        n_embd=theirs.n_embd, dropout=dropout, bias=True, gelu=GELU[str(theirs.activation_function)],
-        tie_weights=theirs.tie_word_embeddings)
-    weights = model.state_dict().items()
-    return config, {name: p.t().contiguous() if name.endswith(TRANSPOSED) else p for name, p in weights}
 
-
-def read_config(name_or_folder: str) -> 'transformers.GPT2Config':
-    """Their description of the model, which must be GPT-2 in every respect that changes what it computes."""
-    import transformers
-
-    settings, _ = transformers.GPT2Config.get_config_dict(name_or_folder)
+def read_config(name_or_folder: str, dropout: float) -> GPTConfig:
+    """The shape in their config.json, which must be GPT-2's in every respect that changes what the model computes."""
+    path = folder_of(name_or_folder, 'config.json') / 'config.json'
+    try:
+        settings = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f'its config.json is not JSON: {error}') from None
     if settings.get('model_type') != 'gpt2':
         raise UserError(f'{name_or_folder!r} is no GPT-2: the model_type of its config.json is '
                         f'{settings.get("model_type", "missing")}', CHECKPOINT)
-    config = transformers.GPT2Config.from_dict(settings)
+    theirs = DEFAULTS | {ALIASES.get(name, name): value for name, value in settings.items()}
     right: dict[str, Any] = {
-        'activation_function': GELU, 'n_inner': (None, 4 * config.n_embd), 'layer_norm_epsilon': (1e-5,),
-        'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}
-    odd = [f'{name}={getattr(config, name)}' for name, values in right.items() if getattr(config, name) not in values]
+        'activation_function': GELU, 'n_inner': (None, 4 * theirs['n_embd']), 'layer_norm_epsilon': (1e-5,),
+        'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,),
+        'quantization_config': (None,)}
+    odd = [f'{name}={theirs[name]}' for name, values in right.items() if theirs[name] not in values]
     if odd:
         raise UserError(f'{name_or_folder!r} is another model than GPT-2: it has {", ".join(odd)}', CHECKPOINT)
-    return config
+    return GPTConfig(
+        block_size=theirs['n_positions'], vocab_size=theirs['vocab_size'], n_layer=theirs['n_layer'],
+        n_head=theirs['n_head'], n_embd=theirs['n_embd'], dropout=dropout, bias=True,
+        gelu=GELU[theirs['activation_function']], tie_weights=theirs['tie_word_embeddings'])
+
+
+def read_weights(name_or_folder: str) -> dict[str, Tensor]:
+    """Their tensors under our names, from one file or several: safetensors, or else PyTorch's."""
+    for stem, suffix in (('model', '.safetensors'), ('pytorch_model', '.bin')):
+        whole, index = f'{stem}{suffix}', f'{stem}{suffix}.index.json'
+        folder = folder_of(name_or_folder, whole, index, f'{stem}-*{suffix}')
+        files = [whole] if (folder / whole).is_file() else []
+        if not files and (folder / index).is_file():
+            files = sorted(set(json.loads((folder / index).read_text(encoding='utf-8'))['weight_map'].values()))
+        if files:
+            tensors = {name: p for file in files for name, p in read_tensors(folder / file).items()}
+            return {name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}': p
+                    for name, p in tensors.items()}
+    raise FileNotFoundError('it has neither model.safetensors nor pytorch_model.bin')
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == '.bin':
+        return torch.load(path, map_location='cpu', weights_only=True)
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def folder_of(name_or_folder: str, *patterns: str) -> Path:
+    """A local folder; or that of a model of the hub, with those files of it that match, which are downloaded once."""
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name_or_folder, allow_patterns=list(patterns)))
 
 
 @contextmanager
@@ -73,11 +122,11 @@ def readable_errors(name_or_folder: str) -> Iterator[None]:
                         'give one that save_pretrained wrote, or a name such as gpt2', CHECKPOINT)
     try:
         yield
-    except UserError:
+    except ModuleNotFoundError:
         raise
-    except ImportError:
-        raise UserError('transformers, which reads these weights, is not here: pip install transformers') from None
-    except Exception as error:  # of four libraries
+    except Exception as error:  # of three libraries
+        if isinstance(error, UserError) and error.code == CHECKPOINT:
+            raise
         raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {(str(error).splitlines() or [repr(error)])[0]}\n'
                         'without network, give a local folder that save_pretrained wrote', CHECKPOINT) from None
 
@@ -99,13 +148,10 @@ def read_origin(folder: Path) -> dict[str, Any]:
 def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
     """What a checkpoint would say of the tokenizer that others have put beside their model; {} where it is GPT-2's, or
     where there is none. Raises UserError where it is of another kind than GPT-2's."""
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        if name_or_folder.startswith('gpt2'):
-            return {}
-        with readable_errors(name_or_folder):
-            import huggingface_hub
-            folder = Path(huggingface_hub.snapshot_download(name_or_folder, allow_patterns=list(TOKENIZER_FILES)))
+    if name_or_folder.startswith('gpt2') and not Path(name_or_folder).is_dir():
+        return {}
+    with readable_errors(name_or_folder):
+        folder = folder_of(name_or_folder, *TOKENIZER_FILES)
     path, vocab, merges = (folder / name for name in TOKENIZER_FILES)
     if not path.is_file() and not (vocab.is_file() and merges.is_file()):
         return {}
@@ -141,11 +187,9 @@ def write(folder: Path, config: GPTConfig, weights: dict[str, Tensor], vocabular
           dtype: torch.dtype) -> None:
     """Weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them. The model must
     have biases, and a token for each of its ids."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError('safetensors, which writes these weights, is not here: pip install safetensors') from None
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(dtype).contiguous() for name, p in weights.items()
               if not (config.tie_weights and name == 'lm_head.weight')}
     try:
@@ -181,6 +225,8 @@ def tokenizer_of(vocabulary: Tokenizer) -> 'tokenizers.Tokenizer':
                         'it is not exported')
     try:
         library = vocabulary.to_huggingface()
+    except ModuleNotFoundError:
+        raise
     except Exception:  # whatever the library finds wrong with the pattern
         raise refusal from None
     text = vocabulary.decode(i for i, size in enumerate(vocabulary.token_sizes()) if size)

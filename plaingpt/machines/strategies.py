@@ -1,21 +1,26 @@
-"""Who holds what when several processes train one model, all of it or a part, and how a checkpoint puts it together."""
+"""
+Who holds what when several processes train one model, all of it or a part, and how a checkpoint puts it together.
+
+What PyTorch has for that takes half a second to import: it is imported where it is used, and so never by one process
+alone, unless that was asked for fsdp.
+"""
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from plaingpt.errors import UserError
 from plaingpt.machines.processes import Process
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Strategy = Literal['ddp', 'zero1', 'fsdp']
 
@@ -37,6 +42,8 @@ def distribute(model: nn.Module, blocks: Iterable[nn.Module], process: Process, 
     if dtype == torch.float16:
         raise UserError('float16 needs a GradScaler, and that does not know the parts of fsdp: give --dtype=bfloat16, '
                         '--dtype=float32, or another --strategy')
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     mesh = dist.init_device_mesh(process.device.type, (process.world_size,))
     offload = CPUOffloadPolicy(pin_memory=process.device.type == 'cuda') if cpu_offload else OffloadPolicy()
     # Weights travel in `dtype`, gradients are added in float32, and autocast sees to the rest as it does for ddp. But a
@@ -58,34 +65,61 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
 
 def clip(parameters: Iterable[nn.Parameter], limit: float) -> float:
     """Shorten the gradient, as one vector over all processes, to `limit`. Returns the length that it had."""
-    norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return complete(nn.utils.clip_grad_norm_(parameters, limit or math.inf)).item()
+
+
+def is_divided(tensor: Tensor) -> 'TypeGuard[DTensor]':
+    """Whether each process holds a part of the tensor."""
+    if not dist.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def complete(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each process may hold a part. Every process must call it."""
+    return tensor.full_tensor() if is_divided(tensor) else tensor
 
 
 def gather(model: nn.Module, optimizer: Optimizer, process: Process) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights and the optimizer's state, whole, under the names they would have in one process, as copies in main
     memory, so that training can go on. Every process must call it; those that are not the main one get nothing."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # evaluation may have left a module complete
+    reshard(model)
     weights, copies = {}, dict[int, Any]()  # tied weights stay one tensor
     for name, p in model.named_parameters(remove_duplicate=False):
         copies[id(p)] = copies[id(p)] if id(p) in copies else whole(p, process)
         weights[name] = copies[id(p)]
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict(to=0)  # each process has the state of its own part
-        state = optimizer.state_dict() if process.is_main else {}
-    else:
-        state = optimizer.state_dict()
-    state = whole(state, process)
+    state = whole(state_of(optimizer, process), process)
     return (weights, state) if process.is_main else ({}, {})
+
+
+def reshard(model: nn.Module) -> None:
+    """Have each process keep no more than its part: evaluation may have left a module of fsdp complete."""
+    if not dist.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def state_of(optimizer: Optimizer, process: Process) -> dict[str, Any]:
+    """The optimizer's state; that of ZeRO, of which each process has a part, goes to the main one."""
+    if dist.is_initialized():
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            optimizer.consolidate_state_dict(to=0)
+            return optimizer.state_dict() if process.is_main else {}
+    return optimizer.state_dict()
 
 
 def whole(tree: Any, process: Process) -> Any:
     """The same dicts and lists, with a whole copy in main memory of every tensor; only the main process keeps it."""
     if isinstance(tree, Tensor):
-        tensor = tree.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = complete(tree.detach())
         return tensor.to('cpu', copy=True) if process.is_main else None
     if isinstance(tree, dict):
         return {key: whole(value, process) for key, value in tree.items()}
@@ -105,6 +139,8 @@ def load_optimizer(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) ->
 
 def shard_like(tensor: Tensor, p: nn.Parameter) -> Tensor:
     """This process's part of a tensor that belongs to `p`; the number of steps, a scalar, belongs to everybody."""
-    if not isinstance(p, DTensor) or tensor.dim() == 0:
+    if not is_divided(p) or tensor.dim() == 0:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)  # all have the same: no exchange

@@ -25,7 +25,7 @@ from model import GPT, GPTConfig
 from plaingpt.corpus import tokenizer
 from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, UserError
 from plaingpt.formats import huggingface, llmc, others
-from plaingpt.machines import processes
+from plaingpt.machines import processes, strategies
 from plaingpt.run import upload
 
 State = dict[str, Any]
@@ -235,8 +235,6 @@ def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) ->
     if [len(group['params']) for group in ours] != [len(group['params']) for group in theirs]:
         raise UserError('the checkpoint has no optimizer state, or that of another model: it cannot be resumed\n'
                         'start a new run from its weights: give its path as --init_from', CHECKPOINT)
-    from plaingpt.machines import strategies  # it takes half a second, and only training needs it
-
     strategies.load_optimizer(optimizer, state['optimizer']['state'])
     if state['scaler']:
         scaler.load_state_dict(state['scaler'])

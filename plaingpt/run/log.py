@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from plaingpt import console
-from plaingpt.errors import DONE, STOPPED, code_of, drop_output
+from plaingpt.errors import DONE, STOPPED, code_of, drop_output, is_missing_package, missing_package
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -148,9 +148,8 @@ class Expendable:
         if not isinstance(error, Exception):
             return False
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            package = error.name.partition('.')[0]
-            reason = f'{package} is missing (pip install {package})'
+        if is_missing_package(error):
+            reason = str(missing_package(error))
         self.say(f'{self.loss}: {reason}; the run goes on')
         return True
 

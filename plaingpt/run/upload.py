@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
-from plaingpt.errors import CHECKPOINT, COMMAND, UserError, python
+from plaingpt.errors import CHECKPOINT, COMMAND, UserError, missing_package
 
 PAUSES = (1.0, 5.0, 25.0)  # seconds between one attempt to upload a file and the next
 OBJECT_STORES = ('s3://', 's3a://', 'gs://', 'gcs://', 'abfs://', 'abfss://', 'az://')
@@ -45,7 +45,7 @@ def reason(error: BaseException) -> str:
 
 def open_url(url: str, code: int) -> tuple[Any, str]:
     """The file system of a URL, and the path in it. Nothing is asked of the network yet. Raises UserError with this
-    code for a path, a URL with a password, a protocol that is unknown or whose package is missing."""
+    code for a path, a URL with a password, a protocol that is unknown; and where a protocol's package is missing."""
     import fsspec
     if not is_url(url):
         raise UserError(f'{url!r} is no URL: write s3://bucket/folder, or {Path(url).absolute().as_uri()}', code)
@@ -55,9 +55,7 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
     try:
         files, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)  # others write there
     except ImportError as error:
-        package = getattr(error.__cause__, 'name', None) or 'fsspec[full]'
-        raise UserError(f'{shown(url)} needs a package that is not installed: {reason(error)}\n'
-                        f'{python()} -m pip install {package}', code) from None
+        raise missing_package(error) from None
     except Exception as error:  # each file system raises errors of its own
         raise UserError(f'{shown(url)} cannot be used: {reason(error)}', code) from None
     return files, path.rstrip('/')

@@ -254,7 +254,8 @@ def test_a_stop_under_torchrun_waits_for_a_slow_disk(start: Start, tmp_path: Pat
     torchrun would end it as soon as another had left."""
     script = tmp_path / 'slow_disk.py'
     script.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
-import os, time, errors, train
+import os, time, train
+from plaingpt import errors
 fsync = os.fsync
 os.fsync = lambda file: (time.sleep(10 if 'ckpt' in os.readlink(f'/proc/self/fd/{{file}}') else 0), fsync(file))
 {RUN}""", encoding='utf-8')

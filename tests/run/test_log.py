@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from plaingpt import console
-from plaingpt.errors import DATA, UserError
+from plaingpt.errors import DATA, UserError, python
 from plaingpt.machines.device import peak_flops, peak_memory
 from plaingpt.run.log import Logger, replacing
 
@@ -450,14 +450,16 @@ def run_with_wandb(folder: Path, first: int, last: int, before: str = '', **envi
     return result.stdout.splitlines(), result.stderr
 
 
-def test_without_the_packages_the_run_goes_on(tmp_path: Path) -> None:
-    missing = "import sys; sys.modules['wandb'] = sys.modules['matplotlib'] = None\n"
+@pytest.mark.parametrize('of_pictures', ['matplotlib', 'PIL'])
+def test_without_the_packages_the_run_goes_on(of_pictures: str, tmp_path: Path) -> None:
+    missing = f"import sys; sys.modules['wandb'] = sys.modules['{of_pictures}'] = None\n"
+    remedy = f'{python()} -m pip install -r requirements.txt; the run goes on'
     lines, errors = run_with_wandb(tmp_path, 0, 3, before=missing)
     assert lines == [
-        'wandb is off: wandb is missing (pip install wandb); the run goes on',
+        f'wandb is off: the package wandb is missing: {remedy}',
         'id run1234',
         '=== step 2 ===', 'import os',
-        f'{tmp_path / "out/loss.png"} is not drawn: matplotlib is missing (pip install matplotlib); the run goes on',
+        f'{tmp_path / "out/loss.png"} is not drawn: the package {of_pictures} is missing: {remedy}',
     ]
     assert errors == ''
     assert steps_of(tmp_path / 'out') == [0, 1, 2]

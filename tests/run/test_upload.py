@@ -326,7 +326,7 @@ def test_fetching_from_a_bucket_that_is_not_there_is_answered_in_one_line(
     ('nosuch://bucket/run', r'nosuch://bucket/run cannot be used: Protocol not known'),
     ('backup', r"'backup' is no URL: write s3://bucket/folder, or file:///.*/backup"),
     ('ftp://me:secret@host/run', r'ftp://host/run was given with a password'),
-    ('oci://bucket@namespace/run', r'oci://namespace/run needs a package .*\n.* -m pip install ocifs'),
+    ('oci://bucket@namespace/run', r'the package ocifs is missing: .*python -m pip install ocifs'),
 ])
 def test_a_url_that_cannot_work_is_refused_before_a_run_begins(url: str, answer: str) -> None:
     with pytest.raises(UserError, match=answer) as error:
