@@ -50,6 +50,13 @@ def no_pictures() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Have a test train in float64, where rounding stays rounding: see comparing.py."""
+    with importlib.import_module('tests.comparing').in_float64():
+        yield
+
+
 @pytest.fixture(scope='session')
 def shared_data() -> Path:
     """Reference texts and numbers that cannot be part of the repository: a folder beside the checkout."""

@@ -25,7 +25,7 @@ from plaingpt.corpus import tokenizer
 from plaingpt.errors import UserError
 from plaingpt.formats import huggingface, llmc
 from plaingpt.run import checkpoint
-from tests.comparing import refused
+from tests.comparing import ROUNDING, refused
 
 SHAPE = GPTConfig(block_size=16, vocab_size=0, n_layer=2, n_head=2, n_embd=8, bias=False)
 ODD = 'naïve café\n\tdef f(x): return "日本語 🙂"\r\n\x00 <|endoftext|> end  of   text\n\n'
@@ -94,7 +94,8 @@ def test_transformers_computes_the_same_logits(bias: bool, gelu: Any, tied: bool
     assert not any(info.values())
     idx = torch.randint(257, (3, 16))
     with torch.no_grad():
-        torch.testing.assert_close(theirs(idx).logits, model(idx)[0][:, :, :257], rtol=0, atol=1e-5)
+        expected = model.double()(idx)[0][:, :, :257]
+        torch.testing.assert_close(theirs.double()(idx).logits, expected, rtol=0, atol=ROUNDING)
     assert theirs.config.n_ctx == theirs.config.n_positions == 16
     assert (theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.vocab_size) == (256, 256, 257)
     assert (theirs.lm_head.weight is theirs.transformer.wte.weight) == tied
@@ -118,7 +119,7 @@ def test_a_model_and_its_tokenizer_come_back_from_hugging_face_bit_for_bit(
 
 
 def assert_same_weights(before: GPT, after: GPT, n_vocab: int) -> None:
-    """Bit for bit, but for the padding of the vocabulary; biases that were not there are zero. So are the logits."""
+    """Bit for bit, but for the padding of the vocabulary; biases that were not there are zero. And the same logits."""
     old, new = before.state_dict(), after.state_dict()
     assert old.keys() <= new.keys()
     for name, tensor in new.items():
@@ -130,7 +131,8 @@ def assert_same_weights(before: GPT, after: GPT, n_vocab: int) -> None:
     assert replace(after.config, bias=before.config.bias, vocab_size=before.config.vocab_size) == before.config
     idx = torch.randint(n_vocab, (2, 16))
     with torch.no_grad():
-        assert torch.equal(after.eval()(idx)[0], before(idx)[0][:, :, :n_vocab])
+        expected = before.double()(idx)[0][:, :, :n_vocab]
+        torch.testing.assert_close(after.double().eval()(idx)[0], expected, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize(('spec', 'eot'), VOCABULARIES)

@@ -13,6 +13,7 @@ from model import GPTConfig
 from model_trivialised import GPT
 from plaingpt.corpus.folder import open_split, read_meta
 from plaingpt.run import checkpoint
+from tests.comparing import assert_equal_to_rounding
 
 SHAPE = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--total_batch_size=256']
 OVERRIDES = {
@@ -35,6 +36,7 @@ def train_plainly(dataset: Path, overrides: list[str]) -> tuple[list[float], GPT
     return train_trivialised.train(model, corpus), model
 
 
+@pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('batch_size', [8, 3])  # a whole step at once, and in parts of which the last is not full
 @pytest.mark.parametrize('name', OVERRIDES)
 def test_the_plain_training_and_the_fast_one_give_the_same_losses_and_weights(
@@ -47,10 +49,9 @@ def test_the_plain_training_and_the_fast_one_give_the_same_losses_and_weights(
     rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     fast = checkpoint.load(tmp_path / 'ckpt.pt')['model']
 
-    assert [row['loss'] for row in rows if 'loss' in row] == pytest.approx(losses, abs=5e-6)
+    assert_equal_to_rounding([row['loss'] for row in rows if 'loss' in row], losses)
     assert losses[-1] < losses[0] - 0.2  # there was something to agree on
-    for weight, p in plain.state_dict().items():
-        torch.testing.assert_close(fast[weight], p, atol=2e-4, rtol=0, msg=weight)
+    assert_equal_to_rounding(fast, plain.state_dict())
 
 
 def test_every_setting_of_the_plain_training_is_one_of_the_fast_training() -> None:

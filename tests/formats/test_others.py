@@ -22,7 +22,7 @@ import sample
 from model import GPT, GPTConfig
 from plaingpt import errors
 from plaingpt.run import checkpoint
-from tests.comparing import refused
+from tests.comparing import ROUNDING, refused
 
 # ------------------------------------------------------------------------------------------------
 # Their files: a config class in a module that is gone when the file is read
@@ -112,7 +112,8 @@ def randomise(model: nn.Module) -> None:
 @torch.no_grad()
 def assert_same_logits(ours: GPT, theirs: nn.Module, n_vocab: int = 384) -> None:
     idx = torch.randint(n_vocab, (3, 16))
-    torch.testing.assert_close(ours.eval()(idx)[0], theirs.eval()(idx)[0], rtol=0, atol=1e-5)
+    ours, theirs = ours.double().eval(), theirs.double().eval()
+    torch.testing.assert_close(ours(idx)[0], theirs(idx)[0], rtol=0, atol=ROUNDING)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,7 +208,8 @@ def test_an_imported_model_can_be_evaluated_exported_and_trained_on(
     n_vocab = sample.vocabulary_of(state, model.config.vocab_size).n_vocab
     assert model.config.vocab_size == n_vocab < 384
     idx = torch.randint(n_vocab, (2, 16))
-    torch.testing.assert_close(model.eval()(idx)[0], theirs.eval()(idx)[0][:, :, :n_vocab], rtol=0, atol=1e-5)
+    model, theirs = model.double().eval(), theirs.double().eval()
+    torch.testing.assert_close(model(idx)[0], theirs(idx)[0][:, :, :n_vocab], rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize(('tree', 'reason'), [

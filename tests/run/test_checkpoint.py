@@ -22,7 +22,7 @@ from plaingpt.corpus.folder import open_split
 from plaingpt.corpus.order import Order, fixed_starts
 from plaingpt.errors import UserError
 from plaingpt.run import checkpoint
-from tests.comparing import differences, leaves, refused
+from tests.comparing import ROUNDING, assert_equal_to_rounding, differences, leaves, refused
 
 SETTINGS: dict[str, Any] = {
     'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 1,
@@ -158,13 +158,14 @@ def test_nanogpts_checkpoint_computes_here_what_it_computed_there(tmp_path: Path
     model = checkpoint.model_of(state)
     assert (model.config.gelu, model.config.tie_weights, model.config.bias) == ('exact', True, bias)
     x, _ = read_batch(corpus, fixed_starts(len(corpus), 16, 8), 16, 8, 128)
-    logits, _ = model(x)
-    torch.testing.assert_close(logits, theirs(x), atol=2e-5, rtol=0)
+    logits, _ = model.double()(x)
+    torch.testing.assert_close(logits, theirs.double()(x), atol=ROUNDING, rtol=0)
 
     tanh = GPT.from_weights(GPTConfig(**vars(model.config) | {'gelu': 'tanh'}), state['model'])
-    assert (tanh(x)[0] - logits).abs().max() > 1e-4, 'the other GELU would be seen'
+    assert (tanh.double()(x)[0] - logits).abs().max() > 1e-4, 'the other GELU would be seen'
 
 
+@pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('bias', [True, False])
 def test_nanogpts_run_goes_on_here_with_its_moments(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
                                                     run: Callable[..., Path]) -> None:
@@ -175,11 +176,8 @@ def test_nanogpts_run_goes_on_here_with_its_moments(tmp_path: Path, corpus: toke
         their_step(theirs, optimizer, corpus, step)
     state = checkpoint.load(run(tmp_path, init_from='resume', max_iters=5, n_layer=None))
     assert state['iter_num'] == 5
-    for name, weight in theirs.state_dict().items():
-        torch.testing.assert_close(state['model'][name], weight, atol=2e-5, rtol=1e-4, msg=name)
-    for i, moments in optimizer.state_dict()['state'].items():
-        for name, value in moments.items():
-            torch.testing.assert_close(state['optimizer']['state'][i][name], value, atol=1e-5, rtol=1e-3)
+    assert_equal_to_rounding(state['model'], theirs.state_dict())
+    assert_equal_to_rounding(state['optimizer']['state'], optimizer.state_dict()['state'], ROUNDING / 1000)
 
     forgetful = train.make_optimizer(fresh, 1e-2, 0.1, (0.9, 0.95))
     for step in (3, 4):
@@ -207,7 +205,8 @@ def test_our_checkpoint_is_one_of_nanogpts(tmp_path: Path, corpus: token_files.T
         name: weight.shape for name, weight in file['model'].items()}
     theirs.load_state_dict(file['model'])
     x, _ = read_batch(corpus, fixed_starts(len(corpus), 16, 8), 16, 8, 128)
-    torch.testing.assert_close(theirs(x), checkpoint.model_of(checkpoint.load(path))(x)[0], atol=1e-5, rtol=1e-4)
+    ours, _ = checkpoint.model_of(checkpoint.load(path)).double()(x)
+    torch.testing.assert_close(theirs.double()(x), ours, atol=ROUNDING, rtol=0)
 
     groups = [{'params': [p for p in theirs.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
               {'params': [p for p in theirs.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
