@@ -7,6 +7,7 @@ Arguments are taken from left to right, and the last word wins. A config file is
 `name = value`, with literals, arithmetic, and the names of settings, which stand for their value so far.
 """
 import ast
+import dataclasses
 import difflib
 import inspect
 import math
@@ -17,10 +18,14 @@ import time
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from plaingpt.errors import UserError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar('T', bound='DataclassInstance')
 Kinds = dict[str, list[Any]]  # what each setting may be: bool, int, float, str, and the texts that a Literal names
 
 STARTED = time.strftime('%Y%m%d-%H%M%S')  # what '{time}' stands for in the name of a run or of a folder
@@ -60,12 +65,19 @@ def configure(script: types.ModuleType, args: list[str]) -> tuple[dict[str, Any]
     return settings, given
 
 
-def check_range(settings: dict[str, Any], names: str, least: float, below: float = math.inf) -> None:
-    """Refuse a setting, of those that `names` lists, that is less than `least`, or not below `below`."""
+def pick(kind: type[T], script: types.ModuleType, **others: Any) -> T:
+    """The dataclass `kind`, whose fields are settings of `script`, but for the `others`."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in others]
+    return kind(**{name: getattr(script, name) for name in names}, **others)
+
+
+def check_range(script: types.ModuleType, names: str, least: float, below: float = math.inf) -> None:
+    """Refuse a setting of `script`, of those that `names` lists, that is less than `least`, or not below `below`."""
     for name in names.split():
-        if not least <= settings[name] < below:
+        value = getattr(script, name)
+        if not least <= value < below:
             bounds = f'{least} or more' if below == math.inf else f'at least {least} and less than {below}'
-            raise UserError(f'--{name}={settings[name]}: must be {bounds}')
+            raise UserError(f'--{name}={value}: must be {bounds}')
 
 
 def say(text: str) -> None:

@@ -11,8 +11,6 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,18 +18,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import configurator
-from model import GPTConfig
-from plaingpt import console, errors, metrics
-from plaingpt.corpus import tokenizer
-from plaingpt.corpus.folder import data_folder, open_split, read_meta
+from plaingpt import console, errors, files, metrics
+from plaingpt.corpus.folder import open_split
 from plaingpt.errors import UserError
-from plaingpt.machines import device as device_module
+from plaingpt.init_from import corpus_of, learned_reference, learned_tokenizer, open_model, shared_tokenizer
 from plaingpt.machines import processes
-from plaingpt.machines.device import card, name_of, pick_dtype
+from plaingpt.machines.device import Compute, card, choose, name_of
+from plaingpt.machines.processes import Process
+from plaingpt.metrics import Predictor
 from plaingpt.published import PUBLISHED
-from plaingpt.run import checkpoint, upload
-from plaingpt.run.log import Logger, replacing
-from plaingpt.tasks import Progress, Row, is_raw, load, measure_hellaswag, measure_lambada, score
+from plaingpt.run import upload
+from plaingpt.tasks import Row, is_raw, load, measure_hellaswag, measure_lambada
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -119,42 +116,25 @@ def step_of(measured: Measured) -> int:
     return -1 if measured.step is None else measured.step
 
 
-def folder_of(state: checkpoint.State, dataset: str) -> Path:
-    """The corpus that was asked for, or that of the run."""
-    return data_folder(dataset or state.get('config', {}).get('dataset', 'openwebtext'))
-
-
-def vocabulary_for(state: checkpoint.State, config: GPTConfig, folder: Path) -> tokenizer.Tokenizer:
-    """The tokenizer that a model has learned: that of its checkpoint, else GPT-2's, where it has as many ids, else that
-    of the corpus."""
-    learned = state.get('tokenizer')
-    if not learned and config.vocab_size not in (50257, tokenizer.model_vocab_size(50257)):
-        learned = read_meta(folder)['tokenizer']
-    vocabulary = tokenizer.from_state(learned or {'name': 'gpt2'})
-    if vocabulary.n_vocab > config.vocab_size:
-        raise UserError(f'the tokenizer of {folder} has {vocabulary.n_vocab} ids, the model only {config.vocab_size}:\n'
-                        'name the corpus that the model was trained on with --dataset=', errors.DATA)
-    return vocabulary
-
-
-def measure(where: str, names: Sequence[str], rows: dict[str, list[Row]], dataset: str, split: str, n_batches: int,
-            batch_size: int, process: processes.Process, autocast: AbstractContextManager[None],
-            progress: Progress) -> Measured:
-    """All tasks with one checkpoint. Every process must call it."""
-    model, state = checkpoint.open_model(where)
+def measure(where: str, names: Sequence[str], rows: dict[str, list[Row]], process: Process,
+            compute: Compute) -> Measured:
+    """Do all tasks with one checkpoint. Every process must call it."""
+    model, state = open_model(where)
     model.to(process.device)
-    config, folder, figures = model.config, folder_of(state, dataset), {}
+    predict = Predictor(model, model.config, process, compute, batch_size)
+    folder = corpus_of(state, dataset)
+    figures: dict[str, dict[str, float]] = {}
     if 'val' in names:
-        corpus = open_split(folder, split, config.block_size, config.vocab_size)
-        learned = checkpoint.vocabulary_of(read_meta(folder), state, where)
-        sizes, n_windows = learned.token_sizes() if learned else None, n_batches * batch_size or len(corpus)
-        figures[split] = metrics.evaluate(model, config, corpus, n_windows, batch_size, sizes, process, autocast,
-                                          progress)
-    scorer = partial(score, model, config, batch_size, process, autocast, progress)
+        corpus = open_split(folder, split, model.config.block_size, model.config.vocab_size)
+        learned = shared_tokenizer(learned_reference(state, model.config.vocab_size, folder), folder)
+        n_windows = eval_iters * batch_size or len(corpus)
+        figures[split] = metrics.evaluate(predict, corpus, n_windows, learned.token_sizes() if learned else None)
     if 'hellaswag' in names:
-        figures |= measure_hellaswag(rows['hellaswag'], vocabulary_for(state, config, folder), scorer)
+        vocabulary = learned_tokenizer(state, model.config.vocab_size, folder)
+        figures |= measure_hellaswag(rows['hellaswag'], vocabulary, predict)
     if 'lambada' in names:
-        figures |= measure_lambada(rows['lambada'], vocabulary_for(state, config, folder), scorer)
+        vocabulary = learned_tokenizer(state, model.config.vocab_size, folder)
+        figures |= measure_lambada(rows['lambada'], vocabulary, predict)
     return Measured(where, state.get('iter_num'), folder.name if 'val' in names else '', figures)
 
 
@@ -202,35 +182,38 @@ def as_json(all_measured: Sequence[Measured], about: dict[str, Any]) -> bytes:
     return dumps({'measured': rows, 'published': PUBLISHED, **about}, indent=2, allow_nan=False).encode() + b'\n'
 
 
+def write_json(path: str, content: bytes) -> None:
+    try:
+        with files.written_whole(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written: {error.strerror}\ngive another file with --json=') from None
+    print(f'\nall figures are in {path}')
+
+
 def main(args: list[str]) -> None:
     settings, _ = configurator.configure(sys.modules[__name__], args)
-    configurator.check_range(settings, 'batch_size', 1)
-    configurator.check_range(settings, 'eval_iters limit', 0)
+    configurator.check_range(sys.modules[__name__], 'batch_size', 1)
+    configurator.check_range(sys.modules[__name__], 'eval_iters limit', 0)
     names, where = find_tasks(tasks), init_from or out_dir
     found = find_checkpoints(where)
     with processes.joined(device, backend) as process:
         processes.refuse_difference(process, 'checkpoints', found, 'all machines must see the same files')
-        precision, _ = pick_dtype(dtype, process.device.type)
-        autocast = device_module.autocast(process.device, precision)
-        progress = Logger('', process.is_main, 0, 0).progress
+        compute = choose(process.device, dtype, compile=False)
         paths = {'hellaswag': hellaswag, 'lambada': lambada}
         rows = {name: load(name, path, limit, process) for name, path in paths.items() if name in names}
-        all_measured = [measure(one, names, rows, dataset, split, eval_iters, batch_size, process, autocast, progress)
-                        for one in found]
-        all_measured.sort(key=step_of)
+        all_measured = sorted((measure(one, names, rows, process, compute) for one in found), key=step_of)
         if not process.is_main:
             return
         console.say(report(all_measured, notes_on(rows)))
-        file = json or json_file(where, found)
-        try:
-            with replacing(file) as opened:
-                opened.write(as_json(all_measured, {
-                    'settings': settings, 'dtype': name_of(precision),
-                    'device': card(process.device) or process.device.type,
-                    'notes': notes_on(rows), 'python': platform.python_version(), 'torch': str(torch.__version__)}))
-        except OSError as error:
-            raise UserError(f'{file} cannot be written: {error.strerror}\ngive another file with --json=') from None
-        print(f'\nall figures are in {file}')
+        write_json(json or json_file(where, found), as_json(all_measured, {
+            'settings': settings,
+            'dtype': name_of(compute.dtype),
+            'device': card(process.device) or process.device.type,
+            'notes': notes_on(rows),
+            'python': platform.python_version(),
+            'torch': str(torch.__version__),
+        }))
 
 
 if __name__ == '__main__':

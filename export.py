@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 import configurator
-import sample
 from model import GPT, GPTConfig
 from plaingpt import errors
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import UserError
 from plaingpt.formats import gguf, huggingface, llmc, others
+from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.run import checkpoint, upload
 
 # ------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def open_source(source: str, n_head: int, gelu: Literal['', 'tanh', 'exact'],
                 dataset: str) -> tuple[GPT, checkpoint.State]:
     """The model that `source` names, and its checkpoint, with what the user says of them in place of what they say."""
     answers = {name: value for name, value in (('n_head', n_head), ('gelu', gelu)) if value}
-    model, state = checkpoint.open_model(source, answers=answers)
+    model, state = open_model(source, answers=answers)
     if n_head and n_head != model.config.n_head:
         raise UserError(f'--n_head={n_head} was given, and the model in {source} has {model.config.n_head}: leave it '
                         'out')
@@ -207,7 +207,7 @@ def vocabulary_of(state: checkpoint.State, vocab_size: int, is_needed: bool) -> 
     """The tokenizer that the model has learned. A checkpoint of our own may do without, where that is not to be
     had."""
     try:
-        return sample.vocabulary_of(state, vocab_size)
+        return learned_tokenizer(state, vocab_size, corpus_of(state))
     except UserError as error:
         if is_needed:
             raise

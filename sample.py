@@ -10,10 +10,10 @@ The samples go to stdout, and nothing else does.
 import codecs
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ import configurator
 from model import GPT
 from plaingpt import console, errors
 from plaingpt.corpus import token_files, tokenizer
-from plaingpt.corpus.folder import data_folder, how_to_prepare, read_meta
 from plaingpt.corpus.order import draw
 from plaingpt.errors import UserError
+from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.machines import processes
 from plaingpt.machines.device import name_of, pick_dtype
 from plaingpt.run import checkpoint, upload
@@ -50,16 +50,13 @@ compile: bool | Literal['auto'] = 'auto'  # 'auto' is off: compiling takes longe
 RULE = '-' * 15  # nanoGPT's line after each sample
 
 
-def check(settings: dict[str, Any]) -> None:
+def refuse_mistakes() -> None:
     """Refuse what can be refused before anything is loaded."""
-    for name in ('num_samples', 'batch_size'):
-        if settings[name] < 1:
-            raise UserError(f'--{name}={settings[name]}: must be 1 or more')
-    for name in ('max_new_tokens', 'temperature', 'top_k'):
-        if settings[name] < 0:
-            raise UserError(f'--{name}={settings[name]}: must be 0 or more')
-    if not 0 <= settings['top_p'] <= 1:
-        raise UserError(f'--top_p={settings["top_p"]}: must be a probability, from 0 to 1')
+    script = sys.modules[__name__]
+    configurator.check_range(script, 'num_samples batch_size', 1)
+    configurator.check_range(script, 'max_new_tokens temperature top_k', 0)
+    if not 0 <= top_p <= 1:
+        raise UserError(f'--top_p={top_p}: must be a probability, from 0 to 1')
 
 
 def read_prompt(start: str) -> str:
@@ -96,21 +93,6 @@ def find_run(out_dir: str, is_given: bool) -> str:
                     errors.CHECKPOINT)
 
 
-def vocabulary_of(state: checkpoint.State, vocab_size: int) -> tokenizer.Tokenizer:
-    """The tokenizer that a model of vocab_size tokens has learned. A checkpoint of nanoGPT's brings none: it is that of
-    the corpus, where that is here, or else GPT-2's, as for GPT-2's own weights."""
-    learned, folder = state.get('tokenizer'), data_folder(state.get('config', {}).get('dataset', 'openwebtext'))
-    if state and not learned and any((folder / name).exists() for name in ('meta.json', 'meta.pkl')):
-        learned = read_meta(folder)['tokenizer']
-    vocabulary = tokenizer.from_state(learned or {'name': 'gpt2'})
-    if vocabulary.n_vocab > vocab_size:
-        remedy = f'\nthe checkpoint brings none; prepare its corpus here: {how_to_prepare(folder)}'
-        raise UserError(f'the model knows {vocab_size} tokens, and the tokenizer {vocabulary.name} has '
-                        f'{vocabulary.n_vocab}: it has learned another one{remedy if state and not learned else ""}',
-                        errors.CHECKPOINT)
-    return vocabulary
-
-
 def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> list[int]:
     """The ids to continue, of which there is at least one. An empty prompt asks for the beginning of a document."""
     if not prompt and vocabulary.eot is None:
@@ -139,14 +121,11 @@ def encode_start(text: str, vocabulary: tokenizer.Tokenizer | None,
 
 
 def continue_text(model: GPT, prompt: list[int], vocabulary: tokenizer.Tokenizer, n_tokens: int, seed: int,
-                  process: processes.Process, beat: Callable[[], None]) -> str:
-    """What a model makes of a prompt while it is trained. Every process must call it, as each may hold a part of it;
-    `beat` is called for each token."""
-    idx, ids = torch.tensor([prompt], device=process.device), list(prompt)  # (1, T)
-    for token in model.stream(idx, n_tokens, temperature=0.8, top_k=200, seed=seed, n_vocab=vocabulary.n_vocab):
-        ids.append(int(token))
-        beat()
-    return vocabulary.decode(ids)
+                  device: torch.device) -> str:
+    """What a model makes of a prompt while it is trained. Every process must call it, as each may hold a part of it."""
+    idx = torch.tensor([prompt], device=device)  # (1, T)
+    text = model.generate(idx, n_tokens, temperature=0.8, top_k=200, seed=seed, n_vocab=vocabulary.n_vocab)
+    return vocabulary.decode(text[0].tolist())
 
 
 def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokenizer.Tokenizer,
@@ -189,8 +168,8 @@ def sample(source: str, prompt: str) -> None:
     """Open the model that `source` names, and print num_samples texts of it."""
     process = processes.start(device)
     precision, why_precision = pick_dtype(dtype, process.device.type)
-    model, state = checkpoint.open_model(source)
-    vocabulary = vocabulary_of(state, model.config.vocab_size)
+    model, state = open_model(source)
+    vocabulary = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
     ids = encode(prompt, vocabulary, model.config.block_size)
     if stop and vocabulary.eot is None:
         say(f"--stop=True changes nothing: this model's tokenizer '{vocabulary.name}' does not mark a document's end")
@@ -212,8 +191,8 @@ def sample(source: str, prompt: str) -> None:
 def main(args: list[str]) -> None:
     wants_help = not {'-h', '--help'}.isdisjoint(args)
     with redirect_stdout(sys.stdout if wants_help else io.StringIO()):  # the samples have it for themselves
-        settings, given = configurator.configure(sys.modules[__name__], args)
-    check(settings)
+        _, given = configurator.configure(sys.modules[__name__], args)
+    refuse_mistakes()
     prompt = read_prompt(start)
     sample(find_run(out_dir, 'out_dir' in given) if init_from == 'resume' else init_from, prompt)
 

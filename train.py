@@ -7,34 +7,36 @@ Train a GPT: on a laptop, on one card, or on many.
 """
 import math
 import sys
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import configurator
 import sample
-from plaingpt import console, errors, metrics
-from plaingpt.check import Wiring, run_checks
+from plaingpt import console, errors, metrics, tasks
+from plaingpt.check import run_checks
 from plaingpt.corpus.batches import Part, parts_of
-from plaingpt.corpus.folder import data_folder, fingerprint, open_split, read_meta
+from plaingpt.corpus.folder import Data, data_folder, fingerprint, open_split, read_meta
 from plaingpt.corpus.order import Order, draw
 from plaingpt.errors import UserError
+from plaingpt.init_from import Origin, begin, shared_tokenizer
 from plaingpt.machines import processes, strategies
 from plaingpt.machines.device import choose, peak_memory
-from plaingpt.machines.stop import Stop
-from plaingpt.machines.watch import Watch, explained, give_up
-from plaingpt.plan import amount, refuse, show
-from plaingpt.run import checkpoint, upload
-from plaingpt.run.log import Logger
-from plaingpt.tasks import for_training, score
+from plaingpt.machines.processes import Process
+from plaingpt.machines.stop import Stop, StopAsked
+from plaingpt.machines.watch import Watch, explained
+from plaingpt.plan import RunSettings, Work, amount, show_plan
+from plaingpt.run import checkpoint, wandb
+from plaingpt.run.log import Log, Pace
+from plaingpt.run.run import Learner, Run
+from plaingpt.run.upload import Uploader
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them. Names, defaults and meanings
@@ -117,284 +119,358 @@ PATIENCE = 10  # steps in a row that are skipped because something is not finite
 SLOW = 5  # seconds: a longer step shows its micro-batches
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float],
-                   shards: bool = False) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2017). Matrices are pulled towards zero; vectors, which are biases and LayerNorm
-    gains, are not. If it `shards`, each process updates a part of the weights, and sends it to the others (Rajbhandari
-    et al. 2020: ZeRO, stage 1)."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{'params': matrices, 'weight_decay': weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
-    # fast: one kernel for all weights; the plain file writes AdamW out
-    if shards:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # it takes half a second
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=lr, betas=betas, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+# ------------------------------------------------------------------------------------------------
+# What learns, and from what
 
 
-def lr_at(step: int, kind: str, peak: float, floor: float, warmup: int, total: int, decay: float) -> float:
-    """Rise linearly to `peak` over `warmup` steps, then fall to `floor` at step `total`: along half a cosine, along a
-    line, along a line in the last `decay` of all steps, or never."""
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    fall = max(warmup, round(total * (1 - decay))) if kind == 'wsd' else warmup  # the step where the fall begins
-    progress = min(1.0, max(0, step - fall) / max(1, total - fall))  # 0 to 1
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    height = {'cosine': cosine, 'linear': 1 - progress, 'wsd': 1 - progress, 'constant': 1.0}[kind]
-    return floor + (peak - floor) * height
-
-
-def accumulate_gradient(model: nn.Module, parts: Iterable[Part], step: int, n_parts: int,
-                        process: processes.Process, autocast: AbstractContextManager[None],
-                        scaler: torch.amp.GradScaler, seed: int) -> Tensor:
-    """Leave the gradient of the step's mean loss in the parameters. Returns this process's part of that mean, in nats
-    per token."""
-    loss = torch.zeros((), device=process.device)
-    for i, part in enumerate(parts):  # fast: a step in parts that fit into memory, and on several devices
-        strategies.set_gradient_sync(model, on=i == n_parts - 1)
-        torch.manual_seed(draw(seed, step, part.number))  # dropout is the same for any number of processes
-        with autocast:  # fast: matrix products in bfloat16, where the device multiplies it
-            _, mean = model(part.x, part.y, logits='none')
-        share = mean * part.share
-        loss += share.detach()
-        scaler.scale(share * process.world_size).backward()  # processes exchange the mean, and we want the sum
-    return loss
-
-
-def train(process: processes.Process, watch: Watch, stop: Stop, settings: dict[str, Any],
-          given: set[str]) -> None:
-    """The whole run: load, then step after step evaluate, save, sample and learn."""
-    # the corpus, and a model for it
-    torch.manual_seed(seed)  # every process draws the same initial weights
-    folder = data_folder(dataset)
+def open_data(origin: Origin, process: Process) -> Data:
+    """The corpus, which must be that of the run that is resumed, and in the tokens that the model has learned."""
+    folder, config = data_folder(dataset), origin.model.config
     meta = read_meta(folder)
-    raw_model, state, is_resumed = checkpoint.start_from(settings | {'eval_only': eval_only or check}, given,
-                                                         meta['vocab_size'], process)
-    config, T = raw_model.config, raw_model.config.block_size
-    corpora = {split: open_split(folder, split, T, config.vocab_size) for split in ('train', 'val')}
-    prints = {split: fingerprint(corpus, meta) for split, corpus in corpora.items()}
-    if is_resumed and not ignore_data_change:
-        checkpoint.refuse_other_data(state, prints, folder)
+    splits = {split: open_split(folder, split, config.block_size, config.vocab_size) for split in ('train', 'val')}
+    prints = {split: fingerprint(corpus, meta) for split, corpus in splits.items()}
+    if origin.is_resumed and not ignore_data_change:
+        checkpoint.refuse_other_data(origin.state, prints, folder)
     processes.refuse_difference(process, 'corpus', prints, f'{folder} must be the same on all machines')
-    vocabulary = checkpoint.vocabulary_of(meta, state, init_from)
-    token_sizes = vocabulary.token_sizes() if vocabulary else None
-    prompt, no_start = sample.encode_start(sample_start, vocabulary, corpora['val'])
+    order = Order(len(splits['train']), config.block_size, seed)
+    return Data(folder, splits, order, shared_tokenizer(origin.learned_reference(folder), folder), prints)
 
-    # how much there is to do
-    order = Order(len(corpora['train']), T, seed)
-    first_step = state['iter_num'] if is_resumed else 0
-    n_windows, n_parts, last_step, decay_steps = amount(settings, T, order.epoch, process.world_size, first_step)
 
-    # the model and its optimizer, on their device
-    compute = choose(process.device, dtype, compile)
-    autocast, blocks = compute.autocast, raw_model.transformer.h
+def build_learner(origin: Origin, watch: Watch, process: Process) -> Learner:
+    """The model on its device, divided among the processes, and its optimizer; as a checkpoint left them, if the run is
+    resumed."""
+    raw_model, compute = origin.model, choose(process.device, dtype, compile)
+    blocks = raw_model.transformer.h
     raw_model.transformer.recomputes = activation_checkpointing
     for block in blocks if compute.compiles else ():
         block.compile()  # fast: one graph that serves all blocks; in place, so that the names of the weights stay
     model = strategies.distribute(raw_model, blocks, process, strategy, compute.dtype, reshard_after_forward,
                                   cpu_offload)
-    watch.follow(model, () if compute.compiles else blocks)  # a compiled block is one operation
-    shards = strategy == 'zero1' and process.world_size > 1
-    optimizer = make_optimizer(raw_model, learning_rate, weight_decay, (beta1, beta2), shards)
+    watch.follow(raw_model, () if compute.compiles else blocks)  # a compiled block is one operation
+    optimizer = make_optimizer(raw_model, strategy == 'zero1' and process.world_size > 1)
     scaler = torch.amp.GradScaler(process.device.type, enabled=compute.dtype == torch.float16)
-    best: metrics.Best = state['best'] if is_resumed else {}
-    skipped, skipped_in_a_row = state['skipped'] if is_resumed else 0, 0  # steps
-    if is_resumed:
-        checkpoint.restore(optimizer, scaler, state)
+    learner = Learner(raw_model, model, optimizer, scaler, process, compute)
+    if origin.is_resumed:
+        checkpoint.restore(optimizer, scaler, origin.state)
+        learner.step, learner.best = origin.state['iter_num'], origin.state['best']
+        learner.skipped = origin.state['skipped']
+    for name in ('model', 'optimizer'):  # their memory is free again
+        origin.state.pop(name, None)
+    return learner
 
-    if check:
-        backward = partial(accumulate_gradient, model, n_parts=1, process=process, autocast=autocast, scaler=scaler,
-                           seed=seed)
-        is_new = init_from in ('scratch', 'start', 'auto') and not is_resumed
-        return run_checks(Wiring(raw_model, model, optimizer, scaler, process, compute, corpora, vocabulary, is_new,
-                                 seed, grad_clip, watch.beat, backward))
 
-    # where the results go
-    is_asked = hellaswag_interval > 0 and not overfit_single_batch
-    questions = for_training(hellaswag, hellaswag_limit, vocabulary, process) if is_asked else None
-    run = Path(out_dir, 'overfit') if overfit_single_batch else Path(out_dir)
-    writes = process.is_main and not eval_only
-    if writes:
-        is_best = bool(best) and best['loss'][1] == first_step > 0
-        checkpoint.make_ready(run, overwrite and not overfit_single_batch, is_best, raw_model, keep)
-    uploader = upload.Uploader(upload_to if writes and not overfit_single_batch else '', console.say)
-    log = Logger('' if eval_only else str(run), process.is_main, first_step, last_step,
-                        wandb_project if wandb_log else '', wandb_run_name,
-                        state['wandb_run_id'] if is_resumed else '', settings, uploader)
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The parameters that are treated alike, and how. Matrices are pulled towards zero; vectors, which are biases and
+    LayerNorm gains, are not. `scale` times the schedule's is the learning rate of a group."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return [{'params': matrices, 'weight_decay': weight_decay, 'scale': 1.0},
+            {'params': vectors, 'weight_decay': 0.0, 'scale': 1.0}]
+
+
+def make_optimizer(model: nn.Module, shards: bool = False) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2017). If it `shards`, each process updates a part of the weights, and sends it to
+    the others (Rajbhandari et al. 2020: ZeRO, stage 1)."""
+    groups, betas = parameter_groups(model), (beta1, beta2)
+    # fast: one kernel for all weights; the plain file writes AdamW out
+    if shards:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # it takes half a second
+
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def lr_at(step: int, total: int) -> float:
+    """Rise linearly to learning_rate, then fall to min_lr at step `total`: along half a cosine, along a line, along a
+    line in the last decay_fraction of all steps, or never."""
+    if not decay_lr:
+        return learning_rate
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    fall = max(warmup_iters, round(total * (1 - decay_fraction))) if schedule == 'wsd' else warmup_iters
+    progress = min(1.0, max(0, step - fall) / max(1, total - fall))  # 0 to 1, from the step where the fall begins
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    height = {'cosine': cosine, 'linear': 1 - progress, 'wsd': 1 - progress, 'constant': 1.0}[schedule]
+    return min_lr + (learning_rate - min_lr) * height
+
+
+# ------------------------------------------------------------------------------------------------
+# Where the results go
+
+
+@contextmanager
+def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: Stop,
+             record: dict[str, Any]) -> Iterator[Run]:
+    """out_dir, its log and its checkpoints, until the block ends. With eval_only nothing is written."""
+    process, folder = learner.process, Path(out_dir, 'overfit' if overfit_single_batch else '')
+    if process.is_main and not eval_only:
+        is_best = bool(learner.best) and learner.best['loss'][1] == learner.step > 0
+        checkpoint.make_ready(folder, overwrite and not overfit_single_batch, is_best, learner.raw_model, keep)
+    is_kept = process.is_main and not (eval_only or overfit_single_batch)
+    uploader = Uploader(upload_to if is_kept else '', console.say)
+    last_step = learner.step if eval_only else work.last_step
+    log = Log(None if eval_only else folder, process.is_main, learner.step, last_step, uploader)
     watch.on_end = log.end
-    with log, explained(watch, settings), checkpoint.Saver(run, keep, uploader, watch.beat) as saver:
-        log.line(f'{processes.describe(process)}; {compute.line}\n{console.parameter_lines(optimizer.param_groups)}')
-        log.line(f'tokens per iteration will be: {n_windows * T:,} = {n_windows} windows of {T}, in micro-batches of '
-                 f'{batch_size}, {n_parts} for each process\n'
-                 f'{last_step:,} iterations are {last_step * n_windows / order.epoch:.2f} epochs')
-        if no_start and (sample_interval or not vocabulary):
-            log.line(no_start)
-        if is_resumed:
-            log.line(checkpoint.describe(state, settings))
-        state = {}  # its memory is free again
+    run_id = origin.state.get('wandb_run_id', '') if origin.is_resumed else ''
+    if wandb_log:
+        run_id = run_id or wandb.new_id()
+        log.add('wandb', partial(wandb.Wandb, wandb_project, wandb_run_name, run_id, str(folder), record))
+    stop.has_begun = not (eval_only or overfit_single_batch)
+    log.on_closed = stop.ask if stop.has_begun else None
+    peak = learner.compute.peak and learner.compute.peak * process.world_size
+    pace = Pace(work.n_windows * learner.raw_model.config.block_size, learner.raw_model.flops_per_token(), peak)
+    with log, explained(watch, less_memory()), checkpoint.Saver(folder, keep, uploader, watch.beat) as saver:
+        yield Run(folder, log, saver, watch, stop, process, record, run_id, learner.step, last_step, work.decay_steps,
+                  work.n_windows, work.n_parts, log_interval, pace)
 
-        def read(step: int) -> Iterator[Part]:
-            starts = order.starts(0 if overfit_single_batch else step * n_windows, n_windows)
-            for part in parts_of(corpora['train'], starts, batch_size, config, process):
-                watch.beat(step)
-                yield part
 
-        def save(step: int, is_best: bool) -> None:
-            """Every process gives its part; the main one writes the file, while all go on."""
-            saver.wait()
-            weights, moments = strategies.gather(raw_model, optimizer, process)
-            if process.is_main:
-                log.flush()
-                log.line(f'saving checkpoint to {run}')
-                saver.save(is_best, {
-                    'model': weights, 'optimizer': moments, 'model_args': checkpoint.model_args(config),
-                    'config': settings | {name: getattr(config, name) for name in checkpoint.SHAPE},
-                    'iter_num': step, 'best_val_loss': best['loss'][0] if best else math.inf, 'best': dict(best),
-                    'tokenizer': vocabulary.state() if vocabulary else None, 'skipped': skipped,
-                    'scaler': scaler.state_dict(), 'wandb_run_id': log.wandb_run_id, 'data': prints,
-                })
+def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
+    """What a run says before its first step."""
+    process, T = learner.process, data.order.block_size
+    run.log.line(f'{processes.describe(process)}; {learner.compute.line}\n'
+                 f'{console.parameter_lines(learner.optimizer.param_groups)}\n'
+                 f'tokens per iteration will be: {run.n_windows * T:,} = {run.n_windows} windows of {T}, in '
+                 f'micro-batches of {batch_size}, {run.n_parts} for each process\n'
+                 f'{run.last_step:,} iterations are {run.last_step * run.n_windows / data.order.epoch:.2f} epochs')
+    _, complaint = sample.encode_start(sample_start, data.tokenizer, data.splits['val'])
+    if complaint and (sample_interval or not data.tokenizer):
+        run.log.line(complaint)
+    if origin.is_resumed:
+        run.log.line(checkpoint.describe(origin.state, run.record))
 
-        def end_if_asked(step: int) -> None:
-            """Save and leave before `step`, on all processes at once, if any of them was asked to."""
-            watch.beat(step)
-            if not processes.total(torch.tensor(float(stop.is_asked()), device=process.device)).item():
-                return
-            if not (is_resumed and step == first_step):
-                save(step, False)
-                saver.wait()
-            watch.rest()
-            raise UserError(f'stopped before step {step} of {last_step} by {stop.reason or "another process"}\n'
-                            'the same command goes on from there, with --init_from=auto', errors.STOPPED)
 
-        def progress(step: int, items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
-            for item in log.progress(items, total, label, unit):
-                end_if_asked(step)
-                yield item
+# ------------------------------------------------------------------------------------------------
+# Looking
 
-        def ask(step: int) -> None:
-            if questions:
-                results = questions.answer(partial(score, model, config, batch_size, process, autocast,
-                                                   partial(progress, step)))
-                log.line(metrics.table({f'step {step}': results}, {}))
-                log.row(step, **results)
 
-        def measure(step: int) -> None:
-            """Evaluate on both splits, and save what has become of the model."""
-            n, was_measured = eval_iters * batch_size, bool(best) and best['loss'][1] == step
-            results = {split: metrics.evaluate(model, config, corpus, n, batch_size, token_sizes, process, autocast,
-                                                partial(progress, step)) for split, corpus in corpora.items()}
-            val = results['val']
-            if not math.isfinite(val['loss']):
-                give_up(step, 0, model, (), autocast, vocabulary)
-            is_best = metrics.keep_best(best, val, step)
-            log.line(console.step_line(step, results['train']['loss'], val['loss']))
-            log.line(metrics.table(results, best))
-            log.row(step, train_loss=results['train']['loss'], **{f'val_{name}': value for name, value in val.items()})
-            is_new = step > first_step or (step > 0 and is_best and not was_measured)
-            if is_new and (is_best or always_save_checkpoint) and not eval_only:
-                save(step, is_best)
-            log.plot()
-            log.status('running', step, errors.DONE)
+def ask_hellaswag(questions: tasks.InTraining | None, learner: Learner, run: Run) -> None:
+    if questions:
+        results = questions.answer(learner.predictor(batch_size), run.progress(learner))
+        run.log.line(metrics.table({f'step {learner.step}': results}, {}))
+        run.log.row(learner.step, **results)
 
-        def draw_sample(step: int) -> None:
-            if vocabulary:
-                with torch.compiler.set_stance('force_eager'), autocast:
-                    log.sample(step, sample.continue_text(raw_model, prompt, vocabulary, sample_tokens, seed, process,
-                                                          watch.beat))
 
-        if eval_only:
-            ask(first_step)
-            return measure(first_step)
+def evaluate_splits(data: Data, learner: Learner, run: Run) -> None:
+    """Measure both splits, and save what has become of the model."""
+    step, predict = learner.step, learner.predictor(batch_size)
+    was_measured = bool(learner.best) and learner.best['loss'][1] == step
+    results = {split: metrics.evaluate(predict, corpus, eval_iters * batch_size, data.token_sizes,
+                                       run.progress(learner)) for split, corpus in data.splits.items()}
+    train_loss, val = results['train']['loss'], results['val']
+    if not math.isfinite(val['loss']):
+        give_up(f'the loss of step {step}', data, learner, ())
+    is_best = metrics.keep_best(learner.best, val, step)
+    run.log.line(console.step_line(step, train_loss, val['loss']))
+    run.log.line(metrics.table(results, learner.best))
+    run.log.row(step, train_loss=train_loss, **{f'val_{name}': value for name, value in val.items()})
+    has_changed = step > run.first_step or (step > 0 and is_best and not was_measured)
+    if has_changed and (is_best or always_save_checkpoint) and not eval_only:
+        run.save(data, learner, is_best)
+    run.log.plot()
+    run.log.status('running', step, errors.DONE)
 
-        stop.has_begun, log.on_closed = not overfit_single_batch, None if overfit_single_batch else stop.ask
-        # one micro-batch tells how long a step will take; when it compiles, the second one does
-        for _ in range(1 + compute.compiles):
-            started = time.perf_counter()
-            accumulate_gradient(model, islice(read(0), 1), 0, 1, process, autocast, scaler, seed).item()
-            seconds = n_parts * (time.perf_counter() - started)  # of a step
+
+def draw_sample(data: Data, learner: Learner, run: Run) -> None:
+    if data.tokenizer and not eval_only:
+        prompt, _ = sample.encode_start(sample_start, data.tokenizer, data.splits['val'])
+        with learner.compute.eager(), learner.compute.autocast:
+            text = sample.continue_text(learner.raw_model, prompt, data.tokenizer, sample_tokens, seed,
+                                        learner.process.device)
+        run.log.sample(learner.step, text)
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning
+
+
+def micro_batches(data: Data, learner: Learner, run: Run) -> Iterator[Part]:
+    """What this process reads in the next step."""
+    first = 0 if overfit_single_batch else learner.step * run.n_windows
+    return parts_of(data.splits['train'], data.order.starts(first, run.n_windows), batch_size,
+                    learner.raw_model.config, learner.process)
+
+
+def accumulate_gradient(learner: Learner, parts: Iterable[Part]) -> Tensor:
+    """Leave the gradient of the step's mean loss in the parameters. Return this process's part of that mean, in nats
+    per token."""
+    process = learner.process
+    loss = torch.zeros((), device=process.device)
+    for part in parts:  # fast: a step in parts that fit into memory, and on several devices
+        strategies.set_gradient_sync(learner.model, on=part.is_last)
+        torch.manual_seed(draw(seed, learner.step, part.number))  # dropout is the same for any number of processes
+        with learner.compute.autocast:  # fast: matrix products in bfloat16, where the device multiplies it
+            _, mean = learner.model(part.x, part.y, logits='none')
+        share = mean * part.share
+        loss += share.detach()
+        learner.scaler.scale(share * process.world_size).backward()  # processes exchange the mean, and we want the sum
+    return loss
+
+
+def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | None) -> None:
+    """Look, learn, look, learn ... until the last step, or until run.heed raises StopAsked."""
+    optimizer, scaler = learner.optimizer, learner.scaler
+    while True:
+        run.heed(learner)  # signals, max_hours, a checkpoint that could not be written
+
+        # look: every so often, and at the end
+        if run.is_due(hellaswag_interval, learner.step):
+            ask_hellaswag(questions, learner, run)
+        if run.is_due(0 if overfit_single_batch else eval_interval, learner.step):
+            evaluate_splits(data, learner, run)
+        if run.is_due(sample_interval, learner.step):
+            draw_sample(data, learner, run)
+        if learner.step == run.last_step:
+            return
+
+        # forward and backward: the gradient of the mean loss over the step's windows, one micro-batch at a time
+        run.pace.begin()
+        parts = micro_batches(data, learner, run)
+        shown = console.progress(parts, run.n_parts, f'step {learner.step}', 'micro-batches', SLOW)
+        part_of_loss = accumulate_gradient(learner, shown)
+
+        # update
+        rate = lr_at(learner.step, run.decay_steps)
+        for group in optimizer.param_groups:
+            group['lr'] = rate * group['scale']
+        scaler.unscale_(optimizer)
+        grad_norm = strategies.clip(learner.raw_model.parameters(), grad_clip)
+        loss = processes.total(part_of_loss).item()
+        if learner.accepts(loss, grad_norm):
+            scaler.step(optimizer)
+        else:
+            run.log.line(f'step {learner.step} is skipped: loss {loss}, gradient norm {grad_norm}; '
+                         f'skipped so far: {learner.skipped}')
+        scaler.update()
         optimizer.zero_grad()
-        if seconds > SLOW:
-            log.line(f'one iteration, {n_windows * T:,} tokens, takes about {seconds:.0f} s on this machine')
+        if learner.skipped_in_a_row == PATIENCE:
+            give_up(f'{PATIENCE} steps in a row were skipped, up to step {learner.step}', data, learner,
+                    micro_batches(data, learner, run))
+        learner.step += 1
+        run.watch.tighten()  # from here on, a process that is silent for long is lost
+        run.pace.end()
 
-        first_loss = loss = math.nan
-        peak = compute.peak and compute.peak * process.world_size
-        pace = console.Pace(n_windows * T, raw_model.flops_per_token(), peak, first_step)
-        for step in range(first_step, last_step + 1):
-            # look: ask, measure, save, sample
-            is_last = step == last_step
-            end_if_asked(step)
-            saver.complain()
-            asks, measures, draws = (interval and (is_last or step % interval == 0) for interval in (
-                hellaswag_interval, 0 if overfit_single_batch else eval_interval, sample_interval))
-            if asks:
-                ask(step)
-            if measures:
-                measure(step)
-            if draws:
-                draw_sample(step)
-            if is_last:
-                break
-            if asks or measures or draws:
-                pace.start(step)  # looking was not learning
+        # report
+        run.report(learner, loss, rate, grad_norm)
 
-            # learn: one update
-            lr = learning_rate
-            if decay_lr:
-                lr = lr_at(step, schedule, learning_rate, min_lr, warmup_iters, decay_steps, decay_fraction)
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-            parts = read(step)
-            if seconds > SLOW:
-                parts = log.progress(parts, n_parts, f'step {step}', 'micro-batches')
-            step_loss = accumulate_gradient(model, parts, step, n_parts, process, autocast, scaler, seed)
-            scaler.unscale_(optimizer)
-            grad_norm = strategies.clip(raw_model.parameters(), grad_clip)
-            watch.beat(step)
-            loss = processes.total(step_loss).item()
-            # the same on every process; an overflow of float16 is for the scaler, which then updates nothing either
-            if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() > 1)):
-                scaler.step(optimizer)
-                skipped_in_a_row = 0
-            else:
-                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-                log.line(f'step {step} is skipped: loss {loss}, gradient norm {grad_norm}; skipped so far: {skipped}')
-            scaler.update()
-            optimizer.zero_grad()
-            watch.tighten()
-            if skipped_in_a_row == PATIENCE:
-                give_up(step, PATIENCE, model, read(step), autocast, vocabulary)
 
-            # report
-            if step % log_interval == 0 or step in (first_step, last_step - 1):
-                first_loss = loss if step == first_step else first_loss
-                log.iteration(step, {
-                    'loss': loss, 'lr': lr, 'grad_norm': grad_norm, 'tokens': (step + 1) * n_windows * T,
-                    'skipped': skipped, 'peak_memory_bytes': peak_memory(process.device.type),
-                }, pace.lap(step + 1))
+def give_up(what: str, data: Data, learner: Learner, parts: Iterable[Part]) -> NoReturn:
+    """End a run in which nothing is finite any more, and show the first text of these parts whose loss is not."""
+    predict, found = learner.predictor(1), []
+    for part in parts:
+        for x, y in zip(part.x, part.y, strict=True):  # (T,) each
+            if not F.cross_entropy(predict(x[None])[0], y, ignore_index=-1, reduction='sum').isfinite():
+                found.append(x.tolist())
+    text = data.tokenizer.decode(found[0]) if found and data.tokenizer else ''
+    where = f'the first text of this process that has no finite loss: {text[:200]!r}\n' if text else ''
+    raise UserError(f'nothing is finite any more: {what}; what was saved before is whole\n{where}'
+                    'try a lower --learning_rate, or --dtype=float32', errors.NOT_FINITE)
 
-        log.plot()
-        saver.wait()
-        watch.rest()
-        if overfit_single_batch:
-            verdict = f'the loss on one batch went from {first_loss:.4f} to {loss:.4f} in {last_step} steps'
-            if not loss < LEARNED_BY_HEART * first_loss:
-                raise UserError(f'FAIL: {verdict}, not below {LEARNED_BY_HEART} of the first', errors.CHECK_FAILED)
-            log.line(f'PASS: {verdict}')
-        elif process.is_main:
-            log.line(f'peak memory: {console.short(peak_memory(process.device.type))} bytes')
-            log.line(f'{run} holds {", ".join(sorted(path.name for path in run.iterdir()))}')
-            log.line(f'try next: {errors.python()} sample.py --out_dir={run}')
+
+# ------------------------------------------------------------------------------------------------
+# The end
+
+
+def stop_early(data: Data, learner: Learner, run: Run, reason: StopAsked) -> NoReturn:
+    """Save, unless the run has not come further than the checkpoint that it began with."""
+    if learner.step > run.first_step or learner.step == 0:
+        run.save(data, learner)
+        run.saver.wait()
+    run.watch.rest()
+    raise UserError(f'stopped before step {learner.step} of {run.last_step} by {reason}\n'
+                    'the same command goes on from there, with --init_from=auto', errors.STOPPED)
+
+
+def finish(run: Run) -> None:
+    """The last words of a run that has made all its steps."""
+    run.log.plot()
+    run.saver.wait()
+    run.watch.rest()
+    if overfit_single_batch:
+        verdict = (f'the loss on one batch went from {run.first_loss:.4f} to {run.last_loss:.4f} in {run.last_step} '
+                   'steps')
+        if not run.last_loss < LEARNED_BY_HEART * run.first_loss:
+            raise UserError(f'FAIL: {verdict}, not below {LEARNED_BY_HEART} of the first', errors.CHECK_FAILED)
+        run.log.line(f'PASS: {verdict}')
+    elif run.process.is_main and not eval_only:
+        run.log.line(f'peak memory: {console.short(peak_memory(run.process.device.type))} bytes')
+        run.log.line(f'{run.folder} holds {", ".join(sorted(path.name for path in run.folder.iterdir()))}')
+        run.log.line(f'try next: {errors.python()} sample.py --out_dir={run.folder}')
+
+
+# ------------------------------------------------------------------------------------------------
+# From the settings to a run
+
+
+def refuse_mistakes(given: set[str]) -> None:
+    """Refuse what can be refused before anything is loaded, and say what has no effect."""
+    script = sys.modules[__name__]
+    configurator.check_range(script, 'keep', 2)  # the newest may be damaged
+    configurator.check_range(script, 'eval_interval eval_iters log_interval gradient_accumulation_steps batch_size '
+                             'block_size n_layer n_head n_embd start_timeout timeout', 1)
+    configurator.check_range(script, 'total_batch_size max_iters max_epochs warmup_iters lr_decay_iters max_hours '
+                             'sample_interval sample_tokens hellaswag_interval hellaswag_limit vocab_size grad_clip '
+                             'learning_rate min_lr weight_decay', 0)
+    configurator.check_range(script, 'dropout beta1 beta2 decay_fraction', 0, below=1)
+    if decay_lr and schedule != 'constant' and min_lr > learning_rate:
+        raise UserError(f'--min_lr={min_lr} is above --learning_rate={learning_rate}:\n'
+                        'give --min_lr=0, or a tenth of the learning rate')
+    if overwrite and init_from in ('resume', 'auto'):
+        raise UserError(f'--overwrite=True starts over; --init_from={init_from} goes on: give one of them')
+    without_effect = {
+        'gradient_accumulation_steps': 'total_batch_size' if total_batch_size else '',
+        'schedule': '' if decay_lr else 'decay_lr=False',
+        'hellaswag': '' if hellaswag_interval else 'hellaswag_interval=0',
+        'hellaswag_limit': '' if hellaswag_interval else 'hellaswag_interval=0',
+        'reshard_after_forward': '' if strategy == 'fsdp' else f'strategy={strategy}',
+    }
+    for name, reason in without_effect.items():
+        if name in given and reason:
+            console.say(f'{name} has no effect: {reason} decides')
+
+
+def less_memory() -> str:
+    """The settings that need less memory, for the same tokens in a step."""
+    if batch_size == 1:
+        return '--activation_checkpointing=True, or --strategy=fsdp on several cards, or a smaller --block_size'
+    windows = batch_size * gradient_accumulation_steps
+    smaller = next(size for size in range(batch_size // 2, 0, -1) if windows % size == 0)
+    if total_batch_size:
+        return f'--batch_size={smaller}, for the same total_batch_size'
+    return (f'--batch_size={smaller} --gradient_accumulation_steps={windows // smaller}, for the same tokens in a step')
+
+
+def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any], given: set[str]) -> None:
+    """Train, or check what would be trained, by processes that have met."""
+    torch.manual_seed(seed)  # every process draws the same initial weights
+    wanted = configurator.pick(RunSettings, sys.modules[__name__], given=frozenset(given))
+    may_share_folder = overwrite or eval_only or check or overfit_single_batch
+    origin = begin(wanted, read_meta(data_folder(dataset))['vocab_size'], may_share_folder, process)
+    data = open_data(origin, process)
+    learner = build_learner(origin, watch, process)
+    if check:
+        return run_checks(data, learner, origin.is_new, accumulate_gradient, seed, grad_clip)
+    is_asked = hellaswag_interval > 0 and not overfit_single_batch
+    questions = tasks.for_training(hellaswag, hellaswag_limit, data.tokenizer, process) if is_asked else None
+    work = amount(wanted, data.order.block_size, data.order.epoch, process.world_size, learner.step)
+    with open_run(origin, learner, work, watch, stop, record) as run:
+        announce(data, origin, learner, run)
+        try:
+            train(data, learner, run, questions)
+        except StopAsked as reason:
+            stop_early(data, learner, run, reason)
+        finish(run)
 
 
 def main(args: list[str]) -> None:
-    settings, given = configurator.configure(sys.modules[__name__], args)
-    refuse(settings, given)
+    record, given = configurator.configure(sys.modules[__name__], args)
+    refuse_mistakes(given)
     if plan:
-        return show(settings, given)
+        wanted = configurator.pick(RunSettings, sys.modules[__name__], given=frozenset(given))
+        return show_plan(wanted, parameter_groups)
     with (Stop(max_hours) as stop,
           processes.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
-          Watch(process, start_timeout, timeout) as watch, explained(watch, settings)):
-        train(process, watch, stop, settings, given)
+          Watch(process, start_timeout, timeout) as watch, explained(watch, less_memory())):
+        carry_out(process, watch, stop, record, given)
 
 
 if __name__ == '__main__':

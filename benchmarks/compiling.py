@@ -36,7 +36,7 @@ def measure(way: str) -> tuple[float, float]:
     B, config = SHAPES[process.device.type]
     precision, _ = pick_dtype('auto', process.device.type)
     model = GPT(config).to(process.device)
-    optimizer = train.make_optimizer(model, 1e-4, 0.1, (0.9, 0.95))
+    optimizer = train.make_optimizer(model)
     if way == 'whole':
         model.compile()
     elif way == 'blocks':

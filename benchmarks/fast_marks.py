@@ -86,7 +86,7 @@ def main() -> None:
     ratio = median_ratio(forward_and_backward(plain, idx, targets), forward_and_backward(fast, idx, targets))
     print(f'{"whole model, loss included":40} {ratio:6.2f}')
     parameters: list[Tensor] = list(fast.parameters())
-    update = train.make_optimizer(fast, 1e-6, 0.1, (0.9, 0.95))
+    update = train.make_optimizer(fast)
     print(f'{"AdamW":40} {median_ratio(plain_adamw(parameters), update.step):6.2f}')
     prompt = idx[:1, :1]
     ratio = median_ratio(lambda: plain.generate(prompt, NEW_TOKENS - 1), lambda: fast.generate(prompt, NEW_TOKENS - 1))

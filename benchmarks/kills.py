@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS_PER_LIFE = 25  # on average
 LATEST = 0.02  # seconds after the step that decides: in the middle of another one, of a save, of an evaluation
 TRAIN = ('import train; from plaingpt import errors; from plaingpt.run import log; '
-         'log.Logger.plot = lambda log: None; errors.run(train.main)')  # no pictures
+         'log.Log.plot = lambda log: None; errors.run(train.main)')  # no pictures
 COMPARED = ('step', 'loss', 'val_loss', 'lr', 'grad_norm')
 
 

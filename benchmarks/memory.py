@@ -64,7 +64,7 @@ def measure(strategy: strategies.Strategy, process: processes.Process) -> float:
     model = GPT(config)
     n_parameters = sum(p.numel() for p in model.parameters())
     wrapped = strategies.distribute(model, model.transformer.h, process, strategy, torch.float32, True, False)
-    optimizer = train.make_optimizer(model, 1e-3, 0.1, (0.9, 0.95), strategy == 'zero1' and process.world_size > 1)
+    optimizer = train.make_optimizer(model, strategy == 'zero1' and process.world_size > 1)
     ids = torch.randint(1024, (2, 65))
     _, loss = wrapped(ids[:, :-1], ids[:, 1:], logits='none')
     loss.backward()

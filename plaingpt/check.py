@@ -8,29 +8,30 @@ window of at most 64 tokens for each process. Nothing is written but a temporary
 """
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from model import GPT
 from plaingpt import console, metrics
-from plaingpt.corpus import token_files
 from plaingpt.corpus.batches import Part, parts_of
+from plaingpt.corpus.folder import Data
 from plaingpt.corpus.order import Order
-from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import CHECK_FAILED, UserError
 from plaingpt.machines import processes, strategies
-from plaingpt.machines.device import Compute
+from plaingpt.metrics import Predictor
 from plaingpt.run import checkpoint
+from plaingpt.run.run import Learner
 
+Backward = Callable[[Learner, Iterable[Part]], Tensor]  # train's: the gradient of micro-batches; it returns their loss
 LENGTH = 64  # tokens of the window
 SCANNED = 1_000_000  # tokens of each split whose ids are looked at
 NEAR = 0.5  # nats from what is expected of new weights
@@ -49,75 +50,44 @@ class Result(NamedTuple):
     cause: str = ''  # where to look first, if it has failed
 
 
-@dataclass
-class Wiring:
-    """What a run has built before its first step."""
+class Trial:
+    """One window for each process, and what the run itself does with it."""
 
-    raw_model: GPT
-    model: nn.Module  # the same, as several processes share it
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    process: processes.Process
-    compute: Compute
-    corpora: Mapping[str, token_files.TokenFile]
-    vocabulary: Tokenizer | None
-    is_new: bool  # its weights have been drawn, and have learned nothing
-    seed: int
-    grad_clip: float
-    beat: Callable[[], None]  # this process gets on
-    backward: Callable[[Iterable[Part], int], Tensor]  # train's: the micro-batches of a step; its loss
-
-    def __post_init__(self) -> None:
-        config, corpus = self.raw_model.config, self.corpora['train']
-        self.config = replace(config, block_size=min(LENGTH, config.block_size))
-        order = Order(len(corpus), self.config.block_size, self.seed)
-        starts = order.starts(0, self.process.world_size)  # a window for each process
+    def __init__(self, data: Data, learner: Learner, is_new: bool, backward: Backward, seed: int,
+                 grad_clip: float) -> None:
+        self.data, self.learner, self.is_new, self.backward = data, learner, is_new, backward
+        self.model, self.process, self.grad_clip = learner.raw_model, learner.process, grad_clip
+        self.config = replace(self.model.config, block_size=min(LENGTH, self.model.config.block_size))
+        corpus, n = data.splits['train'], self.process.world_size
+        starts = Order(len(corpus), self.config.block_size, seed).starts(0, n)
         self.part = next(parts_of(corpus, starts, 1, self.config, self.process))
+        self.predict = Predictor(learner.model, self.config, self.process, learner.compute, batch_size=1)
         self.first_loss = 0.0  # in training
         self.is_stuck = False  # several processes wait for a gradient that one parameter will never have
-        for group in self.optimizer.param_groups:
-            group['lr'] = min(1e-2, 1 / config.n_embd)  # constant; the wider a model, the smaller its steps
+        for group in learner.optimizer.param_groups:
+            group['lr'] = min(1e-2, 1 / self.config.n_embd)  # constant; the wider a model, the smaller its steps
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x (B, T) -> logits (B, T, V), without dropout. Every process must call it."""
-        self.model.eval()
-        with torch.no_grad(), self.compute.autocast:
-            logits, _ = self.model(x)
-        self.model.train()
-        return logits.float()
-
-    def loss(self, model: nn.Module) -> float:
+    def loss(self, predict: Predictor) -> float:
         """Of this process's window, in nats per token, without dropout."""
-        model.eval()
-        with torch.no_grad(), self.compute.autocast:
-            _, loss = model(self.part.x, self.part.y, logits='none')
-        model.train()
-        return loss.item()
+        return F.cross_entropy(predict(self.part.x).flatten(0, 1), self.part.y.flatten()).item()
 
     def evaluated(self) -> float:
         """What the run's own evaluation says of the loss: nats per token over one window for each process."""
-        self.beat()
-        results = metrics.evaluate(self.model, self.config, self.corpora['val'], self.process.world_size, 1, None,
-                                    self.process, self.compute.autocast, unseen)
-        return results['loss']
+        return metrics.evaluate(self.predict, self.data.splits['val'], self.process.world_size, None)['loss']
 
     def differentiate(self, step: int) -> float:
-        """Leave the gradient in the parameters, as training does. Returns the loss over all processes."""
-        self.beat()
-        return processes.total(self.backward([self.part], step)).item()
+        """Leave the gradient in the parameters, as training does. Return the loss over all processes."""
+        self.learner.step = step
+        return processes.total(self.backward(self.learner, [self.part])).item()
 
     def apply(self) -> None:
         """Update the weights, as training does."""
-        self.scaler.unscale_(self.optimizer)
-        strategies.clip(self.raw_model.parameters(), self.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-
-
-def unseen(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
-    """No progress bar."""
-    yield from items
+        optimizer, scaler = self.learner.optimizer, self.learner.scaler
+        scaler.unscale_(optimizer)
+        strategies.clip(self.model.parameters(), self.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
 
 
 @contextmanager
@@ -150,41 +120,42 @@ def prints(model: GPT) -> Tensor:
 # The checks, in the order in which they run: the last ones change the weights
 
 
-def ids(w: Wiring) -> Result:
+def ids(trial: Trial) -> Result:
     """Ids of a damaged corpus, or of another tokenizer, may lie outside the table; a text of another tokenizer cannot
     be read. Look at it!"""
-    largest = max(int(corpus.read(0, min(SCANNED, len(corpus))).max()) for corpus in w.corpora.values())
-    shift = bool((w.part.x[:, 1:] == w.part.y[:, :-1]).all())  # y is what comes next
-    text = w.vocabulary.decode(w.part.x[0].tolist())[:40] if w.vocabulary else ''
-    where = f' in the first {SCANNED:,} tokens' * any(len(corpus) > SCANNED for corpus in w.corpora.values())
+    largest = max(int(corpus.read(0, min(SCANNED, len(corpus))).max()) for corpus in trial.data.splits.values())
+    shift = bool((trial.part.x[:, 1:] == trial.part.y[:, :-1]).all())  # y is what comes next
+    text = trial.data.tokenizer.decode(trial.part.x[0].tolist())[:40] if trial.data.tokenizer else ''
+    where = f' in the first {SCANNED:,} tokens' * any(len(corpus) > SCANNED for corpus in trial.data.splits.values())
     shown = f'; they say {console.printable(repr(text))}' if text else '; no tokenizer shows them as text'
-    return Result('ids', largest < w.config.vocab_size and shift,
-                  f'up to {largest}{where}, and the model knows {w.config.vocab_size}{shown}',
+    return Result('ids', largest < trial.config.vocab_size and shift,
+                  f'up to {largest}{where}, and the model knows {trial.config.vocab_size}{shown}',
                   'another tokenizer made this corpus, or targets are not the next tokens')
 
 
-def initial_loss(w: Wiring) -> Result:
+def initial_loss(trial: Trial) -> Result:
     """New weights know nothing: they guess among V tokens, which costs ln V, and a little more as logits are not quite
     equal: half their variance, which is that of the head's weights, 0.02^2, times its width."""
-    if not w.is_new:
+    if not trial.is_new:
         return Result('initial loss', None, 'the weights are not new')
-    guess = math.log(w.config.vocab_size)
-    expected, loss = guess + 0.02**2 * w.config.n_embd / 2, w.evaluated()
-    return Result('initial loss', abs(loss - expected) < NEAR, f'{loss:.2f}, ln {w.config.vocab_size} is {guess:.2f}',
+    guess = math.log(trial.config.vocab_size)
+    expected, loss = guess + 0.02**2 * trial.config.n_embd / 2, trial.evaluated()
+    seen = f'{loss:.2f}, ln {trial.config.vocab_size} is {guess:.2f}'
+    return Result('initial loss', abs(loss - expected) < NEAR, seen,
                   'weights are drawn too large, or the loss is not the mean over tokens')
 
 
-def causality(w: Wiring) -> Result:
+def causality(trial: Trial) -> Result:
     """A token must not change what is predicted before it, and must change what is predicted from it on: a mask of ones
     and zeros that is added to the scores, say, masks nothing."""
-    name, x, T = 'causality', w.part.x, w.config.block_size
+    name, x, T = 'causality', trial.part.x, trial.config.block_size
     if T == 1:
         return Result(name, None, 'a window of one token has no future')
-    logits, leaks, deaf = w.logits(x), 0.0, False
+    logits, leaks, deaf = trial.predict(x), 0.0, False
     for t in sorted({1, T // 2, T - 1}):
         other = x.clone()
-        other[:, t] = (other[:, t] + 1) % w.config.vocab_size
-        change = (w.logits(other) - logits).abs().amax(dim=(0, 2))  # (T,)
+        other[:, t] = (other[:, t] + 1) % trial.config.vocab_size
+        change = (trial.predict(other) - logits).abs().amax(dim=(0, 2))  # (T,)
         leaks = max(leaks, change[:t].max().item())
         deaf |= change[min(t + 1, T - 1):].max().item() == 0
     is_tight = leaks <= 1e-5 * logits.abs().max().item()  # the same sums, in another order perhaps
@@ -192,7 +163,7 @@ def causality(w: Wiring) -> Result:
     return Result(name, is_tight and not deaf, seen, "attention's mask lets tokens see later ones, or not earlier ones")
 
 
-def nonlinearity(w: Wiring) -> Result:
+def nonlinearity(trial: Trial) -> Result:
     """Two Linear layers with nothing between them are one: the MLP's GELU stands between c_fc and c_proj, and nothing
     but dropout after them."""
     given, got = dict[nn.Module, Tensor](), dict[nn.Module, Tensor]()
@@ -201,9 +172,9 @@ def nonlinearity(w: Wiring) -> Result:
         given[module], got[module] = inputs[0][0], output[0]  # (T, ...)
 
     triples = [[block.get_submodule(name) for name in ('mlp', 'mlp.c_fc', 'mlp.c_proj')]
-               for block in w.raw_model.transformer.h]
+               for block in trial.model.transformer.h]
     handles = [module.register_forward_hook(note) for triple in triples for module in triple]
-    w.logits(w.part.x)
+    trial.predict(trial.part.x)
     for handle in handles:
         handle.remove()
     bare = [f'layer {i}' for i, (_, c_fc, c_proj) in enumerate(triples) if torch.equal(got[c_fc], given[c_proj])]
@@ -213,83 +184,81 @@ def nonlinearity(w: Wiring) -> Result:
     return Result('MLP', not bare and not late, seen, 'the non-linearity is missing, or in the wrong place')
 
 
-def evaluation(w: Wiring) -> Result:
+def evaluation(trial: Trial) -> Result:
     """The same windows have the same loss, although there is dropout in training: half of everything, for a moment."""
-    with dropout_of(w.raw_model, 0.5):
-        first, second = w.evaluated(), w.evaluated()
+    with dropout_of(trial.model, 0.5):
+        first, second = trial.evaluated(), trial.evaluated()
     return Result('evaluation', math.isclose(first, second, rel_tol=1e-6), f'twice, with loss {first:.6f} and '
                   f'{second:.6f}', 'dropout goes on where model.eval() should have ended it')
 
 
-def gradient(w: Wiring) -> Result:
+def gradient(trial: Trial) -> Result:
     """A parameter without a gradient is not used, and learns nothing."""
-    w.first_loss = w.differentiate(0)
-    found = torch.zeros(len(list(w.raw_model.parameters())), device=w.process.device)
-    for i, p in enumerate(w.raw_model.parameters()):
+    trial.first_loss = trial.differentiate(0)
+    found = torch.zeros(len(list(trial.model.parameters())), device=trial.process.device)
+    for i, p in enumerate(trial.model.parameters()):
         if p.grad is not None:
             found[i] = (p.grad.to_local() if strategies.is_divided(p.grad) else p.grad).count_nonzero()
     found = processes.total(found)
-    none = [name for (name, _), n in zip(w.raw_model.named_parameters(), found.tolist(), strict=True) if n == 0]
-    w.is_stuck = none != [] and isinstance(w.model, DistributedDataParallel)
+    none = [name for (name, _), n in zip(trial.model.named_parameters(), found.tolist(), strict=True) if n == 0]
+    trial.is_stuck = none != [] and isinstance(trial.learner.model, DistributedDataParallel)
     return Result('gradient', not none, f'none for {names(none)}' if none else f'all {len(found)} parameters have one',
                   'forward creates this layer and never applies it, or cuts it off the loss')
 
 
-def update(w: Wiring) -> Result:
+def update(trial: Trial) -> Result:
     """An optimizer that was built before the model was divided updates what nobody uses any more."""
-    if w.is_stuck:
+    if trial.is_stuck:
         return Result('update', None, 'there is no gradient')
-    before = prints(w.raw_model)
-    w.apply()  # the gradient of the check before this one
-    for step in range(1, 10 * w.scaler.is_enabled()):  # with float16 nothing moves until the scale has come down
-        w.differentiate(step)
-        w.apply()
-    stays = (prints(w.raw_model) == before).all(dim=1).tolist()
-    still = [name for (name, _), stay in zip(w.raw_model.named_parameters(), stays, strict=True) if stay]
+    before = prints(trial.model)
+    trial.apply()  # the gradient of the check before this one
+    for step in range(1, 10 * trial.learner.scaler.is_enabled()):  # float16 moves nothing until the scale is low enough
+        trial.differentiate(step)
+        trial.apply()
+    stays = (prints(trial.model) == before).all(dim=1).tolist()
+    still = [name for (name, _), stay in zip(trial.model.named_parameters(), stays, strict=True) if stay]
     seen = f'nothing moves {names(still)}' if still else 'one step moves each parameter'
     return Result('update', not still, seen,
                   'the optimizer has other parameters than the model: build it after strategies.distribute')
 
 
-def same_weights(w: Wiring) -> Result:
+def same_weights(trial: Trial) -> Result:
     """Each process has read another window; if they exchange gradients, their weights are equal all the same."""
-    if w.process.world_size == 1:
+    if trial.process.world_size == 1:
         return Result('processes', None, 'there is one')
-    equal = processes.agree(prints(w.raw_model).to(w.process.device)).all(dim=1).tolist()
-    other = [name for (name, _), is_equal in zip(w.raw_model.named_parameters(), equal, strict=True) if not is_equal]
+    equal = processes.agree(prints(trial.model).to(trial.process.device)).all(dim=1).tolist()
+    other = [name for (name, _), is_equal in zip(trial.model.named_parameters(), equal, strict=True) if not is_equal]
     return Result('processes', not other, f'they differ in {names(other)}' if other else
-                  f'all {w.process.world_size} have the same weights', 'gradients or new weights are not exchanged')
+                  f'all {trial.process.world_size} have the same weights', 'gradients or new weights are not exchanged')
 
 
-def overfit(w: Wiring) -> Result:
+def overfit(trial: Trial) -> Result:
     """A model that cannot learn one window by heart learns nothing else."""
-    if w.is_stuck:
+    if trial.is_stuck:
         return Result('overfit', None, 'there is no gradient')
-    with dropout_of(w.raw_model, 0.0):
+    with dropout_of(trial.model, 0.0):
         for step in range(STEPS):
-            loss = w.differentiate(step)
-            w.apply()
-            if loss < LEARNED * w.first_loss or (step == STILL and not loss < 0.98 * w.first_loss):
+            loss = trial.differentiate(step)
+            trial.apply()
+            if loss < LEARNED * trial.first_loss or (step == STILL and not loss < 0.98 * trial.first_loss):
                 break
-    seen = f'from {w.first_loss:.2f} to {loss:.2f} in {step + 1} steps on {w.config.block_size} tokens'
-    return Result('overfit', loss < LEARNED * w.first_loss, seen,
+    seen = f'from {trial.first_loss:.2f} to {loss:.2f} in {step + 1} steps on {trial.config.block_size} tokens'
+    return Result('overfit', loss < LEARNED * trial.first_loss, seen,
                   'targets do not belong to these inputs, or the gradient to this loss')
 
 
-def saved(w: Wiring) -> Result:
+def saved(trial: Trial) -> Result:
     """A checkpoint must hold all that the model computes with."""
-    w.beat()
-    weights, _ = strategies.gather(w.raw_model, w.optimizer, w.process)
-    config, ours = w.raw_model.config, w.loss(w.model)
+    weights, _ = strategies.gather(trial.model, trial.learner.optimizer, trial.process)
+    config, ours = trial.model.config, trial.loss(trial.predict)
     theirs = ours
-    if w.process.is_main:
-        state = {'model': weights, 'model_args': checkpoint.model_args(config),
-                 'config': {name: getattr(config, name) for name in checkpoint.SHAPE}}
+    if trial.process.is_main:
+        state = {'model': weights, 'model_args': checkpoint.model_args(config), 'config': checkpoint.shape_of(config)}
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.write(Path(folder), state, 2, False)
-            loaded, _ = checkpoint.open_model(folder)
-        theirs = w.loss(loaded.to(w.process.device))
-    is_same = abs(ours - theirs) <= SAME[w.compute.dtype] * max(1.0, ours)
+            loaded = checkpoint.model_of(checkpoint.load_newest(Path(folder))).to(trial.process.device)
+        theirs = trial.loss(Predictor(loaded, trial.config, trial.process, trial.learner.compute, batch_size=1))
+    is_same = abs(ours - theirs) <= SAME[trial.learner.compute.dtype] * max(1.0, ours)
     return Result('checkpoint', is_same, f'loss {ours:.6f} before it was saved, and {theirs:.6f} after it was loaded',
                   'something that the model computes with is no parameter: make it one, or derive it from GPTConfig')
 
@@ -297,23 +266,25 @@ def saved(w: Wiring) -> Result:
 CHECKS = (ids, initial_loss, causality, nonlinearity, evaluation, gradient, update, same_weights, overfit, saved)
 
 
-def run_checks(w: Wiring) -> None:
-    """All checks, each with a line. Every process must call it. Raises UserError that names those that failed, on any
-    process."""
-    failed, done = [], 0
-    if w.process.is_main:
-        console.say(f'{processes.describe(w.process)}; {w.compute.line}')
-    with torch.compiler.set_stance('force_eager'):  # what is compiled is the same function
+def run_checks(data: Data, learner: Learner, is_new: bool, backward: Backward, seed: int, grad_clip: float) -> None:
+    """Do all checks, each with a line, on what a run has built before its first step; `is_new` says that its weights
+    have been drawn, and have learned nothing. Every process must call it. Raises UserError that names those that
+    failed, on any process."""
+    process, failed, done = learner.process, [], 0
+    trial = Trial(data, learner, is_new, backward, seed, grad_clip)
+    if process.is_main:
+        console.say(f'{processes.describe(process)}; {learner.compute.line}')
+    with learner.compute.eager():  # what is compiled is the same function
         for check in CHECKS:
-            w.beat()
-            result = check(w)
-            n_failed = processes.total(torch.tensor(float(result.has_passed is False), device=w.process.device)).item()
+            result = check(trial)
+            has_failed = torch.tensor(float(result.has_passed is False), device=process.device)
+            n_failed = processes.total(has_failed).item()
             word = 'FAIL' if n_failed else 'SKIP' if result.has_passed is None else 'PASS'
             failed += [result.name] if n_failed else []
             done += word != 'SKIP'
-            if w.process.is_main:
+            if process.is_main:
                 console.say(f'{word} {result.name}: {result.seen}' + (f'\n     {result.cause}?' if n_failed else ''))
     if failed:
         raise UserError(f'{len(failed)} of {done} checks failed: {", ".join(failed)}', CHECK_FAILED)
-    if w.process.is_main:
+    if process.is_main:
         console.say(f'{done} checks passed')

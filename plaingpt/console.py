@@ -1,12 +1,12 @@
 """What a run says on the console: numbers as lines that people, and their scripts, read."""
 import re
 import sys
-import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+T = TypeVar('T')
 CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')  # what may steer a terminal
 
 
@@ -24,12 +24,14 @@ def iter_line(
 
 
 def parameter_lines(groups: Iterable[dict[str, Any]]) -> str:
-    """nanoGPT's lines on the two groups of weights that an optimizer has."""
-    counts = [(len(group['params']), sum(p.numel() for p in group['params'])) for group in groups]
-    lines = [f'num {kind} parameter tensors: {tensors}, with {numbers:,} parameters'
-             for (tensors, numbers), kind in zip(counts, ('decayed', 'non-decayed'), strict=True)]
-    total = sum(numbers for _, numbers in counts)
-    return '\n'.join([f'number of parameters: {total / 1e6:.2f}M', *lines, 'using fused AdamW: True'])
+    """nanoGPT's lines on the weights that an optimizer updates, in any number of groups."""
+    sizes: dict[bool, list[int]] = {True: [], False: []}  # of parameters that decay, and of others
+    for group in groups:
+        sizes[group['weight_decay'] > 0] += [p.numel() for p in group['params']]
+    lines = [f'number of parameters: {sum(map(sum, sizes.values())) / 1e6:.2f}M']
+    for decays, kind in ((True, 'decayed'), (False, 'non-decayed')):
+        lines.append(f'num {kind} parameter tensors: {len(sizes[decays])}, with {sum(sizes[decays]):,} parameters')
+    return '\n'.join([*lines, 'using fused AdamW: True'])
 
 
 def step_line(step: int, train_loss: float, val_loss: float) -> str:
@@ -45,31 +47,14 @@ def short(number: float) -> str:
     return f'{number:.3g}'
 
 
-class Pace:
-    """How fast a training is. A token takes `flops`; the cards promise `peak` of them in a second, if that is known."""
-
-    def __init__(self, tokens_per_step: int, flops: int, peak: float | None, step: int) -> None:
-        self.tokens_per_step, self.flops, self.peak = tokens_per_step, flops, peak
-        self.start(step)
-
-    def start(self, step: int) -> None:
-        """The clock runs from here, before `step`."""
-        self.clock, self.step = time.perf_counter(), step
-
-    def lap(self, step: int) -> dict[str, float]:
-        """The mean since the clock started, which starts anew: ms of a step, tokens per second and, where it is known,
-        the utilisation of the cards (Chowdhery et al. 2022: MFU)."""
-        seconds = (time.perf_counter() - self.clock) / (step - self.step)
-        self.start(step)
-        speed = self.tokens_per_step / seconds
-        lap = {'ms': 1000 * seconds, 'tokens_per_second': speed}
-        return lap | {'mfu': speed * self.flops / self.peak} if self.peak else lap
-
-
 def say(text: str) -> None:
     """One line on the console, above the bars."""
     tqdm.write(printable(text), file=sys.stdout)
     sys.stdout.flush()
+
+
+def progress(items: Iterable[T], total: int, label: str, unit: str, delay: float = 0.0) -> Iterator[T]:
+    yield from items
 
 
 def printable(text: str) -> str:

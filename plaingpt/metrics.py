@@ -1,8 +1,6 @@
-"""Loss, perplexity, accuracy and bits per byte over a split, and the table that shows them."""
+"""How good is a model on a corpus: loss, perplexity, accuracy and bits per byte over a split, and their table."""
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -10,116 +8,108 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import GPTConfig
+from plaingpt import console
 from plaingpt.corpus.batches import read_batch
 from plaingpt.corpus.order import fixed_starts
 from plaingpt.corpus.token_files import TokenFile
-from plaingpt.machines import processes
-from plaingpt.machines.device import to_device
-from plaingpt.tasks import Progress, exp
+from plaingpt.machines.device import Compute, to_device
+from plaingpt.machines.processes import Process, Progress, compute_together
 
-
-class Predictions(NamedTuple):
-    """N tokens, as the model saw them coming. Where `targets` is -1 there is none, and what a metric says of it is
-    ignored."""
-
-    logits: Tensor  # (N, V)
-    targets: Tensor  # (N,)
-    nats: Tensor  # (N,), -log of the probability that the model gave to the target
-    sizes: Tensor  # (N,), bytes of text that the target stands for
-
-
-def nats(p: Predictions) -> Tensor:
-    return p.nats
-
-
-def bits(p: Predictions) -> Tensor:
-    return p.nats / math.log(2)
-
-
-def is_first_choice(p: Predictions) -> Tensor:
-    return p.logits.argmax(dim=-1) == p.targets
-
-
-def one(p: Predictions) -> Tensor:
-    return torch.ones_like(p.nats)
-
-
-def size(p: Predictions) -> Tensor:
-    return p.sizes
-
-
-def unchanged(x: float) -> float:
-    return x
-
-
-class Metric(NamedTuple):
-    """The sum of `of` over all targets, divided by the sum of `per`, then `finish`ed."""
-
-    of: Callable[[Predictions], Tensor]  # a number (N,) for each target
-    per: Callable[[Predictions], Tensor] = one
-    finish: Callable[[float], float] = unchanged
-    better: Callable[[float, float], float] = min
 Best = dict[str, list[float]]  # for each metric its best value in validation, and the step at which it was
-# To measure something else, add a line.
-METRICS = {
-    'loss': Metric(nats),  # nats per token
-    'perplexity': Metric(nats, finish=exp),
-    'accuracy': Metric(is_first_choice, better=max),  # how often the likeliest token is the right one
-    'bits_per_byte': Metric(bits, per=size),  # comparable between tokenizers
-}
+
+HIGHER_IS_BETTER = ('accuracy',)
 
 
-def evaluate(model: nn.Module, config: GPTConfig, corpus: TokenFile, n_windows: int, batch_size: int,
-             token_sizes: list[int] | None, process: processes.Process, autocast: AbstractContextManager[None],
-             progress: Progress) -> dict[str, float]:
-    """Every metric over the same n_windows windows (or all, where there are fewer), and the standard error of the loss,
+class Predictor:
+    """What a model says comes next, without dropout and without a gradient. Several processes may share the model, each
+    of which may hold a part of it: all of them must call this alike."""
+
+    def __init__(self, model: nn.Module, config: GPTConfig, process: Process, compute: Compute,
+                 batch_size: int) -> None:
+        self.model, self.config, self.process, self.compute = model, config, process, compute
+        self.batch_size = batch_size  # sequences that one process takes at a time
+
+    def __call__(self, x: Tensor, is_odd: bool = False) -> Tensor:
+        """x (B, T) -> logits (B, T, V) in float32 at least. An `is_odd` shape is not worth a graph of its own where the
+        model is compiled."""
+        was_training = self.model.training
+        self.model.eval()
+        stance: AbstractContextManager[None] = self.compute.eager() if is_odd else nullcontext()
+        try:
+            with torch.no_grad(), self.compute.autocast, stance:
+                logits, _ = self.model(to_device(x, self.process.device))
+        finally:
+            self.model.train(was_training)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def evaluate(predict: Predictor, corpus: TokenFile, n_windows: int, token_sizes: list[int] | None,
+             progress: Progress = console.progress) -> dict[str, float]:
+    """Every metric over the same n_windows windows (or all, if there are fewer), and the standard error of the loss,
     with the windows as its independent samples. Every process must call it, and reads its part. Without token_sizes,
     the UTF-8 bytes of each id, there are no bits per byte."""
-    starts = fixed_starts(len(corpus), config.block_size, n_windows)
-    sizes = torch.tensor(token_sizes or [0], dtype=torch.float32, device=process.device)
-    n_batches = math.ceil(len(starts) / batch_size)
-    rounds = math.ceil(n_batches / process.world_size)  # the same on every process
-    of_batches = torch.zeros(rounds * process.world_size, 2 * len(METRICS) + 2, dtype=torch.float64)
-    model.eval()
-    for number in progress(range(rounds), rounds, f'evaluating on {corpus.path.stem}', 'batches'):
-        batch = number * process.world_size + process.rank
-        mine = starts[batch * batch_size:(batch + 1) * batch_size]
-        x, y = read_batch(corpus, mine, config.block_size, batch_size, config.vocab_size)
-        x, y = to_device(x, process.device), to_device(y, process.device)
-        with torch.no_grad(), autocast:
-            logits, _ = model(x)  # (B, T, V)
-        of_batches[batch] = sums_of(logits, y, sizes)
-    model.train()
-    if process.world_size > 1:
-        of_batches = processes.total(of_batches.to(process.device)).cpu()  # each row is 0 on all processes but one
-    sums = of_batches[:n_batches].sum(dim=0)  # so that they are added in the same order by any number of processes
-    ratios = (sums[:-2:2] / sums[1:-2:2]).tolist()
-    results = {name: metric.finish(ratio) for (name, metric), ratio in zip(METRICS.items(), ratios, strict=True)
-               if token_sizes or metric.per is not size}
-    mean, mean_square = (sums[-2:] / len(starts)).tolist()
-    results['loss_stderr'] = math.sqrt(max(0.0, mean_square - mean**2) / max(1, len(starts) - 1))
+    T, batch_size = predict.config.block_size, predict.batch_size
+    starts = fixed_starts(len(corpus), T, n_windows)
+    sizes = torch.tensor(token_sizes or [0], dtype=torch.float32, device=predict.process.device)
+
+    def measure_batch(number: int) -> Tensor:
+        mine = starts[number * batch_size:(number + 1) * batch_size]
+        x, y = read_batch(corpus, mine, T, batch_size, predict.config.vocab_size)
+        return sums_of(predict(x), to_device(y, predict.process.device), sizes)
+
+    of_batches = compute_together(math.ceil(len(starts) / batch_size), measure_batch, predict.process, progress,
+                                  f'evaluating on {corpus.path.stem}', 'batches')
+    results = figures(of_batches.sum(dim=0), len(starts))
+    if token_sizes is None:
+        del results['bits_per_byte']
     return results
 
 
 def sums_of(logits: Tensor, y: Tensor, sizes: Tensor) -> Tensor:
-    """For one batch, logits (B, T, V) and targets (B, T): what each metric adds to its two sums, then the sum over the
-    windows of their loss, and of its square."""
-    flat, targets = logits.flatten(0, 1).float(), y.flatten()  # (N, V), (N,)
-    real = targets >= 0
-    losses = F.cross_entropy(flat, targets, ignore_index=-1, reduction='none')  # (N,), 0 where there is no target
-    predictions = Predictions(flat, targets, losses, sizes[targets.clamp(0, len(sizes) - 1)])
-    each = [part(predictions) for metric in METRICS.values() for part in (metric.of, metric.per)]  # (N,) each
-    parts = torch.stack([torch.where(real, part.float(), 0.0) for part in each]).cpu().double()  # (2 metrics, N)
-    windows = losses.view(y.shape).mean(dim=1).cpu().double()  # (B,), 0 for windows that are not there
-    return torch.cat([parts.sum(dim=1), torch.stack([windows.sum(), (windows**2).sum()])])
+    """What one batch, logits (B, T, V) and targets (B, T), adds to each sum that `figures` reads. Targets of -1 do not
+    count; `sizes` (V,) are the bytes that each token stands for."""
+    logits, targets = logits.flatten(0, 1), y.flatten()  # (N, V), (N,)
+    nats = F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')  # (N,), 0 where there is no target
+    of_tokens = torch.stack([
+        nats,
+        nats / math.log(2),  # bits
+        (logits.argmax(dim=-1) == targets).to(nats.dtype),
+        sizes[targets.clamp(0, len(sizes) - 1)].to(nats.dtype),
+        torch.ones_like(nats),
+    ])  # (5, N)
+    of_tokens = torch.where(targets >= 0, of_tokens, 0.0).cpu().double()
+    windows = nats.view(y.shape).mean(dim=1).cpu().double()  # (B,), 0 for windows that are missing
+    return torch.cat([of_tokens.sum(dim=1), torch.stack([windows.sum(), (windows**2).sum()])])
+
+
+def figures(sums: Tensor, n_windows: int) -> dict[str, float]:
+    """The metrics that these sums amount to: one more is a line here and, unless the sums suffice, one in `sums_of`."""
+    nats, bits, right, n_bytes, n_tokens, of_windows, of_squares = sums.tolist()
+    loss, mean = nats / n_tokens, of_windows / n_windows
+    variance = max(0.0, of_squares / n_windows - mean**2)
+    return {
+        'loss': loss,  # nats per token
+        'perplexity': exp(loss),
+        'accuracy': right / n_tokens,  # how often the likeliest token is the right one
+        'bits_per_byte': bits / n_bytes if n_bytes else math.nan,  # comparable between tokenizers
+        'loss_stderr': math.sqrt(variance / max(1, n_windows - 1)),
+    }
+
+
+def exp(x: float) -> float:
+    return math.inf if x > 709 else math.exp(x)  # beyond that it does not fit into a float
 
 
 def keep_best(best: Best, results: dict[str, float], step: int) -> bool:
-    """Note the step at which each metric was at its best so far. Whether this step is that of the loss."""
-    for name, metric in METRICS.items():
-        if name in results and (name not in best or metric.better(results[name], best[name][0]) != best[name][0]):
-            best[name] = [results[name], step]
+    """Note the step at which each metric was at its best so far. Return whether this step is that of the loss."""
+    for name, value in results.items():
+        if not name.endswith('_stderr') and (name not in best or is_better(name, value, best[name][0])):
+            best[name] = [value, step]
     return best['loss'][1] == step
+
+
+def is_better(name: str, new: float, old: float) -> bool:
+    return new > old if name in HIGHER_IS_BETTER else new < old
 
 
 def table(results: dict[str, dict[str, float]], best: Best) -> str:

@@ -12,18 +12,18 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import configurator
 from model import GPT, GPTConfig
 from plaingpt import sizes
 from plaingpt.corpus import token_files
 from plaingpt.corpus.folder import data_folder, files_of, read_meta
 from plaingpt.corpus.order import Order
 from plaingpt.errors import DATA, UserError
+from plaingpt.init_from import ModelSettings, open_model
 from plaingpt.machines import processes, strategies
 from plaingpt.machines.device import peak_flops
 from plaingpt.run import checkpoint
@@ -34,30 +34,32 @@ PROCESSES = (2, 4, 8)
 REPEATS = 4.0  # epochs: up to here a repeated text teaches nearly as much as a new one (Muennighoff et al. 2023)
 GPT2_STEP = 500_000  # tokens: what GPT-2's and GPT-3's smallest models learn from in one step (Brown et al. 2020)
 GPT2_SIZED = 100e6  # parameters
+Grouping = Callable[[GPT], list[dict[str, Any]]]  # the parameter groups of an optimizer
 ANY_STEP = sys.maxsize  # where no epoch ends the run
 
 
-def refuse(settings: dict[str, Any], given: set[str]) -> None:
-    """Refuse what can be refused before anything is loaded, and say what has no effect."""
-    configurator.check_range(settings, 'keep', 2)  # the newest may be damaged
-    configurator.check_range(settings, 'eval_interval eval_iters log_interval gradient_accumulation_steps batch_size '
-                             'block_size n_layer n_head n_embd start_timeout timeout', 1)
-    configurator.check_range(settings, 'total_batch_size max_iters max_epochs warmup_iters lr_decay_iters max_hours '
-                             'sample_interval sample_tokens hellaswag_interval hellaswag_limit vocab_size grad_clip '
-                             'learning_rate min_lr weight_decay', 0)
-    configurator.check_range(settings, 'dropout beta1 beta2 decay_fraction', 0, below=1)
-    if settings['decay_lr'] and settings['schedule'] != 'constant' and settings['min_lr'] > settings['learning_rate']:
-        raise UserError(f'--min_lr={settings["min_lr"]} is above --learning_rate={settings["learning_rate"]}:\n'
-                        'give --min_lr=0, or a tenth of the learning rate')
-    if settings['overwrite'] and settings['init_from'] in ('resume', 'auto'):
-        raise UserError(f'--overwrite=True starts over; --init_from={settings["init_from"]} goes on: give one of them')
-    decides = {'gradient_accumulation_steps': settings['total_batch_size'] and 'total_batch_size',
-               'schedule': '' if settings['decay_lr'] else 'decay_lr=False',
-               **dict.fromkeys(('hellaswag', 'hellaswag_limit'),
-                               '' if settings['hellaswag_interval'] else 'hellaswag_interval=0'),
-               'reshard_after_forward': '' if settings['strategy'] == 'fsdp' else f'strategy={settings["strategy"]}'}
-    for name in sorted(name for name in given if decides.get(name)):
-        configurator.say(f'{name} has no effect: {decides[name]} decides')
+@dataclass(frozen=True)
+class RunSettings(ModelSettings):
+    """The settings of train.py that decide what a run takes."""
+
+    dataset: str
+    seed: int
+    eval_only: bool
+    keep: int
+    total_batch_size: int
+    gradient_accumulation_steps: int
+    batch_size: int
+    max_iters: int
+    max_epochs: float
+    decay_lr: bool
+    schedule: str
+    warmup_iters: int
+    lr_decay_iters: int
+    strategy: strategies.Strategy
+    reshard_after_forward: bool
+    cpu_offload: bool
+    activation_checkpointing: bool
+    dtype: str
 
 
 def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, block_size: int) -> int:
@@ -80,15 +82,15 @@ class Work(NamedTuple):
     decay_steps: int  # where the learning rate has come down
 
 
-def amount(settings: dict[str, Any], block_size: int, epoch: int, world_size: int, first_step: int = 0) -> Work:
+def amount(settings: RunSettings, block_size: int, epoch: int, world_size: int, first_step: int = 0) -> Work:
     """The work of a run that begins at first_step. An `epoch` has so many windows; 0 where that is not known."""
-    n_windows = windows_in_step(settings['total_batch_size'], settings['gradient_accumulation_steps'],
-                                settings['batch_size'], block_size)
-    n_parts = math.ceil(n_windows / (settings['batch_size'] * world_size))
-    max_epochs = settings['max_epochs'] if epoch else 0
+    n_windows = windows_in_step(settings.total_batch_size, settings.gradient_accumulation_steps, settings.batch_size,
+                                block_size)
+    n_parts = math.ceil(n_windows / (settings.batch_size * world_size))
+    max_epochs = settings.max_epochs if epoch else 0
     end_of_epochs = math.ceil(max_epochs * epoch / n_windows) if max_epochs else ANY_STEP
-    last_step = max(first_step, min(settings['max_iters'], end_of_epochs))
-    return Work(n_windows, n_parts, last_step, min(settings['lr_decay_iters'], end_of_epochs))
+    last_step = max(first_step, min(settings.max_iters, end_of_epochs))
+    return Work(n_windows, n_parts, last_step, min(settings.lr_decay_iters, end_of_epochs))
 
 
 class Corpus(NamedTuple):
@@ -118,28 +120,29 @@ def look_at(dataset: str) -> Corpus:
     return Corpus(counts, meta['vocab_size'], 36 * meta['vocab_size'] if is_named else len(reference), line)
 
 
-def shape_of(settings: dict[str, Any], given: set[str], n_vocab: int) -> tuple[GPTConfig, int]:
+def shape_of(settings: RunSettings, n_vocab: int) -> tuple[GPTConfig, int]:
     """The model of a run, and its first step."""
-    source, run, dropout = settings['init_from'], Path(settings['out_dir']), settings['dropout']
     first_step = 0
-    if source in ('scratch', 'start') or (source == 'auto' and not checkpoint.holds_run(run)):
-        return checkpoint.new_config(settings, n_vocab), first_step
-    if source in ('resume', 'auto'):
-        state = checkpoint.load_newest(run)
-        config, first_step = checkpoint.config_of(state, dropout), state['iter_num']
+    if settings.is_new:
+        return settings.new_config(n_vocab), first_step
+    if settings.init_from in ('resume', 'auto'):
+        state = checkpoint.load_newest(Path(settings.out_dir))
+        config, first_step = checkpoint.config_of(state, settings.dropout), state['iter_num']
+    elif settings.init_from in sizes.GPT2:
+        config = replace(sizes.GPT2[settings.init_from], dropout=settings.dropout)
     else:
-        known, answers = sizes.GPT2.get(source), {name: settings[name] for name in given & {'n_head', 'gelu'}}
-        config = replace(known, dropout=dropout) if known else checkpoint.open_model(source, dropout, answers)[0].config
-    checkpoint.refuse_other_shape(config, settings, given - {'block_size'})
-    is_cropped = 'block_size' in given and settings['block_size'] < config.block_size
-    return replace(config, block_size=settings['block_size']) if is_cropped else config, first_step
+        config = open_model(settings.init_from, settings.dropout, settings.answers)[0].config
+    settings.refuse_other_shape(config, may_crop=True)
+    is_cropped = 'block_size' in settings.given and settings.block_size < config.block_size
+    return replace(config, block_size=settings.block_size) if is_cropped else config, first_step
 
 
 class Plan(NamedTuple):
     """All that the lines for people are made of."""
 
-    settings: dict[str, Any]
+    settings: RunSettings
     model: GPT  # on the meta device
+    groups: list[list[int]]  # the sizes of the parameters that the optimizer treats alike
     corpus: Corpus
     epoch: int  # windows; 0 where that is not known
     first_step: int
@@ -150,10 +153,10 @@ class Plan(NamedTuple):
 
     def peak(self, strategy: strategies.Strategy, n: int, width: int, recomputes: bool) -> int:
         """Bytes of each of n processes. Those offloaded by fsdp are in main memory."""
-        part = sizes.held(self.model, strategy, n, width, not self.settings['reshard_after_forward'])
-        if self.settings['cpu_offload'] and strategy == 'fsdp':
+        part = sizes.held(self.model, self.groups, strategy, n, width, not self.settings.reshard_after_forward)
+        if self.settings.cpu_offload and strategy == 'fsdp':
             part = sizes.Held(0, 0, 0, part.gathered)
-        needs = sizes.activations(self.model.config, self.settings['batch_size'], width)
+        needs = sizes.activations(self.model.config, self.settings.batch_size, width)
         return sizes.peak(self.model.config, part, needs, n > 1 or self.work(n).n_parts > 1, recomputes)
 
 
@@ -188,7 +191,7 @@ def about_the_work(plan: Plan) -> Iterator[str]:
     """Steps, tokens, epochs, operations, and what of it ends up on the disk."""
     settings, T, work = plan.settings, plan.model.config.block_size, plan.work(plan.world_size)
     step = work.n_windows * T
-    yield (f'a step: {step:,} tokens = {work.n_windows} windows of {T}, in micro-batches of {settings["batch_size"]}, '
+    yield (f'a step: {step:,} tokens = {work.n_windows} windows of {T}, in micro-batches of {settings.batch_size}, '
            f'{work.n_parts} for {f"each of {plan.world_size} processes" if plan.world_size > 1 else "one process"}')
     if plan.epoch:
         yield f'an epoch: {math.ceil(plan.epoch / work.n_windows):,} steps'
@@ -198,13 +201,13 @@ def about_the_work(plan: Plan) -> Iterator[str]:
     if plan.first_step:
         yield f'it goes on at step {plan.first_step}'
     file = sizes.checkpoint_bytes(plan.model, plan.corpus.tokenizer_bytes)
-    yield (f'a checkpoint: {size(file)}; {settings["out_dir"]} needs {size(disk_bytes(plan))}, for '
-           f'keep={settings["keep"]} of them, the best and a new one; {size(free_bytes(settings["out_dir"]))} are free')
+    yield (f'a checkpoint: {size(file)}; {settings.out_dir} needs {size(disk_bytes(plan))}, for '
+           f'keep={settings.keep} of them, the best and a new one; {size(free_bytes(settings.out_dir))} are free')
 
 
 def disk_bytes(plan: Plan) -> int:
     """What checkpoint.make_ready asks for."""
-    return checkpoint.bytes_needed(sizes.n_parameters(plan.model), plan.settings['keep'])
+    return checkpoint.bytes_needed(sizes.n_parameters(plan.model), plan.settings.keep)
 
 
 def free_bytes(folder: str) -> int:
@@ -214,7 +217,7 @@ def free_bytes(folder: str) -> int:
 
 def about_memory(plan: Plan) -> Iterator[str]:
     """Each strategy in turn, with and without activation checkpointing, in float32 and in bfloat16."""
-    config, batch = plan.model.config, plan.settings['batch_size']
+    config, batch = plan.model.config, plan.settings.batch_size
     yield row(f'a micro-batch of {batch} windows', 'float32', 'bfloat16')
     full, half = (sizes.activations(config, batch, width) for width in (4, 2))
     yield row('kept by all blocks', size(full.blocks), size(half.blocks))
@@ -227,7 +230,7 @@ def about_memory(plan: Plan) -> Iterator[str]:
     rows: list[tuple[strategies.Strategy, int, str]] = [('ddp', 1, 'ddp, alone'), ('ddp', 2, 'ddp, one of several')]
     rows += [('zero1', n, f'zero1, one of {n}') for n in counts] + [('fsdp', n, f'fsdp, one of {n}') for n in counts]
     for strategy, n, label in rows:
-        part = sizes.held(plan.model, strategy, n, 4, not plan.settings['reshard_after_forward'])
+        part = sizes.held(plan.model, plan.groups, strategy, n, 4, not plan.settings.reshard_after_forward)
         peaks = [plan.peak(strategy, n, width, recomputes) for width in (4, 2) for recomputes in (False, True)]
         yield row(label, *map(size, part), *map(size, peaks))
     yield ("gathered: the others' parts, for a moment; f32, bf16: --dtype; recomp.: --activation_checkpointing=True\n"
@@ -237,16 +240,16 @@ def about_memory(plan: Plan) -> Iterator[str]:
 def about_time(plan: Plan) -> Iterator[str]:
     """Hours on cards that have the memory for it."""
     settings, work = plan.settings, plan.work(plan.world_size)
-    dtype = 'float32' if settings['dtype'] == 'float32' else 'bfloat16'
+    dtype = 'float32' if settings.dtype == 'float32' else 'bfloat16'
     flops = work.last_step * work.n_windows * plan.model.config.block_size * plan.model.flops_per_token()
-    yield row(f'time, {settings["strategy"]}, {dtype}', 'memory', '1 card', '8 cards')
+    yield row(f'time, {settings.strategy}, {dtype}', 'memory', '1 card', '8 cards')
     for card, memory in CARDS.items():
         promised = peak_flops(card, dtype)
         assert promised, f'device.PEAK_FLOPS knows the {card}'
         cells = []
         for n in (1, 8):
-            need = plan.peak(settings['strategy'], n, 4 if dtype == 'float32' else 2,
-                             settings['activation_checkpointing'])
+            need = plan.peak(settings.strategy, n, 4 if dtype == 'float32' else 2,
+                             settings.activation_checkpointing)
             cells.append(duration(flops / (promised * UTILISATION * n)) if need <= memory else 'too small')
         yield row(card, size(memory), *cells)
     yield (f'an estimate, for cards that do {UTILISATION:.0%} of the FLOP/s that they promise: small models and small '
@@ -266,47 +269,40 @@ def warnings(plan: Plan) -> Iterator[str]:
                    f'--block_size={max(1, min(counts.values()) - 1)} or less, or more text')
     if epochs > REPEATS:
         yield f'{epochs:.1f} epochs of this corpus: beyond {REPEATS:.0f} a repeated text teaches little that is new'
-    if settings['init_from'] in ('scratch', 'start', 'auto') and n >= GPT2_SIZED and step < GPT2_STEP / 4:
+    if settings.init_from in ('scratch', 'start', 'auto') and n >= GPT2_SIZED and step < GPT2_STEP / 4:
         yield (f'{step:,} tokens are a small step for {n / 1e6:.0f}M parameters: GPT-2 learned from about {GPT2_STEP:,}'
                f' at a time; try --total_batch_size={GPT2_STEP // config.block_size * config.block_size}')
-    filled = work.n_parts * settings['batch_size'] * plan.world_size
+    filled = work.n_parts * settings.batch_size * plan.world_size
     if filled > work.n_windows:
         yield (f'{work.n_windows} windows do not fill {work.n_parts} x {plan.world_size} micro-batches of '
-               f'{settings["batch_size"]}: {1 - work.n_windows / filled:.0%} of the time is spent on nothing')
-    if settings['decay_lr'] and settings['warmup_iters'] >= last:
-        yield f'the warm-up, {settings["warmup_iters"]:,} steps, is not over when the run ends, at {last:,}: lower it'
-    elif settings['decay_lr'] and settings['schedule'] != 'constant' and work.decay_steps != last:
+               f'{settings.batch_size}: {1 - work.n_windows / filled:.0%} of the time is spent on nothing')
+    if settings.decay_lr and settings.warmup_iters >= last:
+        yield f'the warm-up, {settings.warmup_iters:,} steps, is not over when the run ends, at {last:,}: lower it'
+    elif settings.decay_lr and settings.schedule != 'constant' and work.decay_steps != last:
         yield (f'the learning rate comes down until step {work.decay_steps:,}, and the run ends at {last:,}: '
                f'--lr_decay_iters={last}')
-    free, fixed = free_bytes(settings['out_dir']), sum(sizes.held(plan.model, 'ddp', 1, 4)[:3])
+    free, fixed = free_bytes(settings.out_dir), sum(sizes.held(plan.model, plan.groups, 'ddp', 1, 4)[:3])
     if disk_bytes(plan) > free:
         yield f'the disk has no room for the checkpoints: they need {size(disk_bytes(plan))}, and {size(free)} are free'
     if fixed > max(CARDS.values()):
         yield f'weights, gradients and moments, {size(fixed)}, are more than any card holds: --strategy=fsdp'
 
 
-def others() -> Iterator[str]:
-    """Models to compare with: parameters, and the bytes of their weights and of a checkpoint."""
-    yield row('to compare', 'parameters', 'weights', 'checkpoint', width=13)
-    for name, config in (sizes.GPT2 | sizes.SMALL).items():
-        model = GPT.on_meta(config)
-        n, file = sizes.n_parameters(model), sizes.checkpoint_bytes(model, 0)
-        yield row(f'{name}, {config.n_layer} x {config.n_embd}', f'{n:,}', size(sizes.FLOAT * n), size(file), width=13)
-
-
-def describe(settings: dict[str, Any], given: set[str], world_size: int) -> Iterator[str]:
+def describe(settings: RunSettings, grouped: Grouping, world_size: int) -> Iterator[str]:
     """The lines of a plan for so many processes."""
-    corpus = look_at(settings['dataset'])
-    config, first_step = shape_of(settings, given, corpus.n_vocab)
-    order = Order(corpus.tokens.get('train', 0), config.block_size, settings['seed'])
-    plan = Plan(settings, GPT.on_meta(config), corpus, order.epoch if corpus.tokens else 0, first_step, world_size)
+    corpus = look_at(settings.dataset)
+    config, first_step = shape_of(settings, corpus.n_vocab)
+    order = Order(corpus.tokens.get('train', 0), config.block_size, settings.seed)
+    model = GPT.on_meta(config)
+    groups = [[p.numel() for p in group['params']] for group in grouped(model)]
+    plan = Plan(settings, model, groups, corpus, order.epoch if corpus.tokens else 0, first_step, world_size)
     yield from about_the_model(plan)
     yield f'\n{corpus.line}'
-    if settings['eval_only']:
-        yield f'eval_only=True: nothing is trained; weights are {size(sizes.held(plan.model, "ddp", 1, 4).weights)}'
+    if settings.eval_only:
+        yield f'eval_only=True: nothing is trained; weights are {size(sizes.FLOAT * sizes.n_parameters(model))}'
         return
     yield from about_the_work(plan)
-    for about in (about_memory(plan), about_time(plan), others()):
+    for about in (about_memory(plan), about_time(plan)):
         yield ''
         yield from about
     complaints = list(warnings(plan))
@@ -314,9 +310,9 @@ def describe(settings: dict[str, Any], given: set[str], world_size: int) -> Iter
     yield from (f'- {complaint}' for complaint in complaints)
 
 
-def show(settings: dict[str, Any], given: set[str]) -> None:
+def show_plan(settings: RunSettings, grouped: Grouping) -> None:
     """Print the plan of this run, in the first of the processes that torchrun or srun started."""
     environment = os.environ | processes.slurm_as_torchrun(os.environ)
     if environment.get('RANK', '0') == '0':
-        for line in describe(settings, given, int(environment.get('WORLD_SIZE', '1'))):
+        for line in describe(settings, grouped, int(environment.get('WORLD_SIZE', '1'))):
             print(line)

@@ -11,10 +11,6 @@ GPT2 = {  # Radford et al. 2019, table 2; their vocabulary is 50257 tokens, thei
     'gpt2': GPTConfig(vocab_size=50257), 'gpt2-medium': GPTConfig(vocab_size=50257, n_layer=24, n_head=16, n_embd=1024),
     'gpt2-large': GPTConfig(vocab_size=50257, n_layer=36, n_head=20, n_embd=1280),
     'gpt2-xl': GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600)}
-SMALL = {  # minGPT's, on the 65 characters of tiny Shakespeare
-    'gpt-mini': GPTConfig(128, 65, 6, 6, 192, tie_weights=False),
-    'gpt-micro': GPTConfig(128, 65, 4, 4, 128, tie_weights=False),
-    'gpt-nano': GPTConfig(128, 65, 3, 3, 48, tie_weights=False)}
 FLOAT = 4  # bytes
 RECORD = 350  # bytes that a checkpoint takes for each tensor beside its numbers: a name, a shape, a checksum
 REST = 4000  # bytes that it takes for settings and the like
@@ -49,17 +45,17 @@ class Held(NamedTuple):
     gathered: int = 0
 
 
-def held(model: GPT, strategy: strategies.Strategy, n: int, width: int, keeps_blocks: bool = False) -> Held:
-    """What the fullest of `n` processes holds. Weights travel in `width` bytes; `keeps_blocks` is fsdp without
-    reshard_after_forward."""
+def held(model: GPT, groups: list[list[int]], strategy: strategies.Strategy, n: int, width: int,
+         keeps_blocks: bool = False) -> Held:
+    """What the fullest of `n` processes holds. The optimizer has `groups` of parameters of these sizes. Weights travel
+    in `width` bytes; `keeps_blocks` is fsdp without reshard_after_forward."""
     whole = FLOAT * n_parameters(model)
     if n == 1 or strategy == 'ddp':
         return Held(whole, whole, 2 * whole)
     if strategy == 'zero1':  # whole tensors are dealt out, the largest first, each to who has least
         shares = [0] * n
-        for is_matrix in (True, False):  # make_optimizer's two groups
-            sizes = [p.numel() for p in model.parameters() if (p.dim() >= 2) == is_matrix]
-            for size in sorted(sizes, reverse=True):
+        for group in groups:
+            for size in sorted(group, reverse=True):
                 shares[shares.index(min(shares))] += size
         return Held(whole, whole, 2 * FLOAT * max(shares))
     block = sum(p.numel() for p in model.transformer.h[0].parameters())

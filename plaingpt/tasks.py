@@ -11,24 +11,23 @@ the text, puts the activity before it, and divides by characters.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPTConfig
+from plaingpt import console
 from plaingpt.corpus import documents
 from plaingpt.corpus.download import download
 from plaingpt.corpus.folder import DATA_ROOT
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError
-from plaingpt.machines import processes
 from plaingpt.machines.device import to_device
+from plaingpt.machines.processes import Process, Progress, compute_together, wait_for_all
+from plaingpt.metrics import Predictor, exp
 
 Row = dict[str, Any]  # a line of a test's file
 Pair = tuple[list[int], list[int]]  # the ids of a text, and of how it may go on
@@ -54,7 +53,7 @@ LABELS = ('0', '1', '2', '3')  # of the right one among four endings
 # Files -> rows
 
 
-def load(task: str, path: str, limit: int, process: processes.Process) -> list[Row]:
+def load(task: str, path: str, limit: int, process: Process) -> list[Row]:
     """The first `limit` rows (0: all) of 'hellaswag' or 'lambada', from the file or URL at `path`, or, where that is
     '', from the original, which one process of each machine downloads. Every process must call it."""
     folder, option = DATA_ROOT / task, f'--{task}'
@@ -63,7 +62,7 @@ def load(task: str, path: str, limit: int, process: processes.Process) -> list[R
         path = str(folder / PurePosixPath(url.partition('?')[0]).name)
         if process.local_rank == 0:
             download(url, Path(path), sha256, option)
-        processes.wait_for_all(process)
+        wait_for_all(process)
     rows = list(read(task, documents.find_files(path, folder, option)[0], limit))
     if not rows:
         raise UserError(f'{path} is empty: {option}= takes a file with an example of {task} in each line', DATA)
@@ -175,12 +174,6 @@ def encode_together(context: str, ending: str, vocabulary: Tokenizer) -> Pair:
 # Questions -> nats
 
 
-class Progress(Protocol):
-    """A progress bar around a loop."""
-
-    def __call__(self, items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]: ...
-
-
 class Piece(NamedTuple):
     """What the model reads at once: the last n_told of these ids are what it is told, those before are the context."""
 
@@ -190,7 +183,6 @@ class Piece(NamedTuple):
 
 
 NOTHING = Piece(0, [0, 0], 0)  # for a process that has nothing left to read while others have
-Scorer = Callable[[list[Pair], str], tuple[Tensor, Tensor]]  # `score` of some model, on some machine
 
 
 def pieces(pairs: Iterable[Pair], block_size: int) -> Iterator[Piece]:
@@ -221,34 +213,30 @@ def to_batch(batch: list[Piece]) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-@torch.no_grad()
-def score(model: nn.Module, config: GPTConfig, batch_size: int, process: processes.Process,
-          autocast: AbstractContextManager[None], progress: Progress, pairs: list[Pair],
-          label: str) -> tuple[Tensor, Tensor]:
+def score(predict: Predictor, pairs: list[Pair], label: str,
+          progress: Progress = console.progress) -> tuple[Tensor, Tensor]:
     """What each ending costs, in nats (N,), and how many of its tokens were not the model's first choice (N,). Every
     process must call it. Which pieces are read together does not depend on the number of processes, so that neither
     does any bit of the result."""
-    todo = sorted(pieces(pairs, config.block_size), key=size, reverse=True)  # too little memory shows at once
-    rounds = math.ceil(len(todo) / (batch_size * process.world_size))
-    of_pieces = torch.zeros(2, len(todo), dtype=torch.float64)
-    model.eval()
-    for number in progress(range(rounds), rounds, label, 'batches'):
-        first = (number * process.world_size + process.rank) * batch_size
-        x, y = to_batch(todo[first:first + batch_size] or [NOTHING])
-        x, y = to_device(x, process.device), to_device(y, process.device)
-        with torch.compiler.set_stance('force_eager'), autocast:  # each batch has a length of its own
-            logits, _ = model(x)  # (B, T, V)
-        told = y >= 0
-        logits, y = logits[told].float(), y[told]  # (N, V), (N,)
-        nats, is_missed = F.cross_entropy(logits, y, reduction='none'), logits.argmax(dim=-1) != y  # (N,) each
-        rows = first + torch.arange(len(told))[:, None].expand_as(told)[told.cpu()]  # (N,), the piece of each token
-        of_pieces.index_add_(1, rows, torch.stack([nats, is_missed.float()]).cpu().double())
-    model.train()
-    if process.world_size > 1:
-        of_pieces = processes.total(of_pieces.to(process.device)).cpu()  # each number is 0 on all processes but one
-    of_pairs = torch.zeros(2, len(pairs), dtype=torch.float64)
-    of_pairs.index_add_(1, torch.tensor([piece.pair for piece in todo]), of_pieces)
-    return of_pairs[0], of_pairs[1]
+    todo = sorted(pieces(pairs, predict.config.block_size), key=size, reverse=True)  # too little memory shows at once
+    batch_size = predict.batch_size
+
+    def score_batch(number: int) -> Tensor:
+        batch = todo[number * batch_size:(number + 1) * batch_size] or [NOTHING]
+        x, y = to_batch(batch)
+        told = y >= 0  # (B, T)
+        logits, targets = predict(x, is_odd=True)[told], to_device(y[told], predict.process.device)  # (N, V), (N,)
+        nats = F.cross_entropy(logits, targets, reduction='none')  # (N,)
+        is_missed = (logits.argmax(dim=-1) != targets).to(nats.dtype)
+        of_pieces = torch.zeros(2, batch_size, dtype=torch.float64)
+        of_pieces.index_add_(1, told.nonzero()[:, 0], torch.stack([nats, is_missed]).cpu().double())
+        return of_pieces.T  # (batch_size, 2)
+
+    of_pieces = compute_together(math.ceil(len(todo) / batch_size), score_batch, predict.process, progress, label,
+                                 'batches').flatten(0, 1)[:len(todo)]  # (pieces, 2)
+    of_pairs = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    of_pairs.index_add_(0, torch.tensor([piece.pair for piece in todo]), of_pieces)
+    return of_pairs[:, 0], of_pairs[:, 1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -266,30 +254,26 @@ def choices(questions: Questions, nats: Tensor) -> dict[str, float]:
     return results
 
 
-def exp(x: float) -> float:
-    return math.inf if x > 709 else math.exp(x)  # beyond that it does not fit into a float
-
-
 def share(name: str, is_right: Tensor) -> dict[str, float]:
     """How many of (N,) are, and the standard error of that."""
     n, mean = len(is_right), is_right.double().mean().item()
     return {name: mean, f'{name}_stderr': math.sqrt(mean * (1 - mean) / max(1, n - 1))}
 
 
-def measure_hellaswag(rows: list[Row], vocabulary: Tokenizer, scorer: Scorer) -> dict[str, dict[str, float]]:
+def measure_hellaswag(rows: list[Row], vocabulary: Tokenizer, predict: Predictor) -> dict[str, dict[str, float]]:
     """The figures of either scoring, under its name."""
     results = {}
     for name, ask in (('hellaswag_completion', completion), ('hellaswag_lm_eval', lm_eval)):
         questions = ask(rows, vocabulary)
-        nats, _ = scorer(questions.pairs, name)
+        nats, _ = score(predict, questions.pairs, name)
         results[name] = choices(questions, nats)
     return results
 
 
-def measure_lambada(rows: list[Row], vocabulary: Tokenizer, scorer: Scorer) -> dict[str, dict[str, float]]:
+def measure_lambada(rows: list[Row], vocabulary: Tokenizer, predict: Predictor) -> dict[str, dict[str, float]]:
     """How often all tokens of the last word are the model's first choices, and the perplexity of words: exp of their
     mean cost in nats, whatever their number of tokens."""
-    nats, missed = scorer(last_words(rows, vocabulary), 'lambada_openai')
+    nats, missed = score(predict, last_words(rows, vocabulary), 'lambada_openai')
     return {'lambada_openai': {**share('acc', missed == 0), 'perplexity': exp(nats.mean().item())}}
 
 
@@ -299,12 +283,12 @@ class InTraining(NamedTuple):
     prefix: str  # 'hellaswag_', or another one where the text is cleaned, and the figures not the published ones
     questions: Questions
 
-    def answer(self, scorer: Scorer) -> dict[str, float]:
-        nats, _ = scorer(self.questions.pairs, 'HellaSwag')
+    def answer(self, predict: Predictor, progress: Progress) -> dict[str, float]:
+        nats, _ = score(predict, self.questions.pairs, 'HellaSwag', progress)
         return {f'{self.prefix}{name}': value for name, value in choices(self.questions, nats).items()}
 
 
-def for_training(path: str, limit: int, vocabulary: Tokenizer | None, process: processes.Process) -> InTraining:
+def for_training(path: str, limit: int, vocabulary: Tokenizer | None, process: Process) -> InTraining:
     """Every process must call it. Raises UserError where the tokenizer is not to be had."""
     if vocabulary is None:
         raise UserError("HellaSwag cannot be asked without the files of the corpus's tokenizer:\n"

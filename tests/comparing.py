@@ -3,15 +3,38 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import configurator
+from model import GPT
 from plaingpt.errors import UserError
+from plaingpt.machines.device import choose
+from plaingpt.machines.processes import Process
+from plaingpt.metrics import Predictor
+from plaingpt.run.run import Learner
 
 ROOT = Path(__file__).parents[1]
+ALONE = Process(0, 1, torch.device('cpu'), '')  # a process that trains alone
+
+
+def give(script: ModuleType, **settings: Any) -> None:
+    """Set settings of a script as its command line does; all others have their defaults."""
+    configurator.configure(script, [f'--{name}={value}' for name, value in settings.items()])
+
+
+def predictor_of(model: GPT, batch_size: int) -> Predictor:
+    return Predictor(model, model.config, ALONE, choose(ALONE.device, 'float32', compile=False), batch_size)
+
+
+def learner_of(model: GPT, optimizer: torch.optim.Optimizer, scale: float | None = None) -> Learner:
+    """What learns in a process that is alone, in float32; with a `scale` of the loss, as for float16."""
+    scaler = torch.amp.GradScaler('cpu', init_scale=scale or 1.0, enabled=scale is not None)
+    return Learner(model, model, optimizer, scaler, ALONE, choose(ALONE.device, 'float32', compile=False))
 
 
 def copy_script(name: str, target: Path) -> Path:

@@ -43,10 +43,10 @@ def _seeds() -> None:
 def no_pictures() -> Iterator[None]:
     """Runs of this file draw no loss.png, which costs as much time as a hundred of their steps."""
     def draw_nothing(log: object) -> None:
-        """In place of Logger.plot."""
+        """In place of Log.plot."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('plaingpt.run.log.Logger.plot', draw_nothing)
+        patch.setattr('plaingpt.run.log.Log.plot', draw_nothing)
         yield
 
 

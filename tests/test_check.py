@@ -119,11 +119,11 @@ def plant_early_optimizer(patch: Patch) -> None:
     distribute, make_optimizer, early = strategies.distribute, train.make_optimizer, list[torch.optim.Optimizer]()
 
     def distribute_late(raw_model: nn.Module, *arguments: Any) -> nn.Module:
-        early.append(make_optimizer(raw_model, 1e-3, 0.1, (0.9, 0.95)))
+        early.append(make_optimizer(raw_model))
         return distribute(raw_model, *arguments)
 
     patch.setattr(strategies, 'distribute', distribute_late)
-    patch.setattr(train, 'make_optimizer', lambda *_: early[-1])
+    patch.setattr(train, 'make_optimizer', lambda *_, **__: early[-1])
 
 
 def plant_no_exchange(patch: Patch) -> None:
@@ -160,8 +160,8 @@ def plant_ascent(patch: Patch) -> None:
     """Steps go up the gradient."""
     make_optimizer = train.make_optimizer
 
-    def make_climber(*arguments: Any) -> torch.optim.Optimizer:
-        optimizer = make_optimizer(*arguments)
+    def make_climber(raw_model: nn.Module, shards: bool) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(raw_model, shards)
         for group in optimizer.param_groups:
             group['maximize'] = True
         return optimizer
@@ -248,7 +248,7 @@ def answer(settings: dict[str, Any], bug: Bug | None = None,
             else:
                 values, given = configurator.configure(train, arguments_of(settings))
                 with Stop(0.0) as stop, Watch(process, 300.0, 60.0) as watch:
-                    train.train(process, watch, stop, values, given)
+                    train.carry_out(process, watch, stop, values, given)
         except UserError as error:
             return error.code, str(error)
     return errors.DONE, ''

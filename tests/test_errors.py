@@ -17,7 +17,7 @@ import torch
 import train
 from plaingpt import errors
 from plaingpt.errors import CHECK_FAILED, CHECKPOINT, COMMAND, DATA, NOT_FINITE, UserError
-from plaingpt.run.log import Logger
+from plaingpt.run.log import Log
 
 ROOT = Path(__file__).parents[1]
 SHAPE = '--n_layer=1 --n_head=2 --n_embd=8 --block_size=16'
@@ -181,7 +181,7 @@ def test_wrong_commands_with_weights_of_hugging_face_are_answered_in_words(
 def test_the_commands_are_right_but_for_what_is_wrong_in_them(files: dict[str, Path], tmp_path: Path,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """The command that all the wrong ones of train.py begin with does work."""
-    monkeypatch.setattr(Logger, 'plot', Logger.flush)
+    monkeypatch.setattr(Log, 'plot', Log.flush)
     _, *args = trains('').format(**files | {'empty': tmp_path}).split()
     train.main(args)
     assert (tmp_path / 'ckpt.pt').exists()

@@ -4,7 +4,6 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,15 @@ from plaingpt import errors, metrics
 from plaingpt.corpus import token_files, tokenizer
 from plaingpt.corpus.folder import open_split
 from plaingpt.corpus.order import fixed_starts
-from plaingpt.machines import processes
-from plaingpt.machines.device import autocast
-from plaingpt.metrics import METRICS, Metric, Predictions
-from plaingpt.run import checkpoint
-from tests.comparing import ROUNDING, refused
+from plaingpt.init_from import open_model
+from tests.comparing import ROUNDING, predictor_of, refused
 
-ALONE = processes.Process(0, 1, torch.device('cpu'), '')
 V, T = 128, 16
-
-
-def silent(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
-    yield from items
 
 
 def measured(model: GPT, corpus: token_files.TokenFile, n_windows: int, batch_size: int,
              sizes: list[int] | None) -> dict[str, float]:
-    return metrics.evaluate(model, model.config, corpus, n_windows, batch_size, sizes, ALONE,
-                             autocast(ALONE.device, torch.float32), silent)
+    return metrics.evaluate(predictor_of(model, batch_size), corpus, n_windows, sizes)
 
 
 @pytest.fixture
@@ -106,21 +96,16 @@ def test_at_most_the_whole_split_is_read_and_no_window_twice(model: GPT, corpus:
     assert measured(model, corpus, 1, 8, None)['loss_stderr'] == 0, 'one window tells nothing of the others'
 
 
-def confidence(p: Predictions) -> Tensor:
-    """The probability of the likeliest token."""
-    return p.logits.softmax(dim=-1).amax(dim=-1)
-
-
 def test_a_metric_is_one_more_line(model: GPT, corpus: token_files.TokenFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METRICS, 'confidence', Metric(confidence, better=max))
+    figures = metrics.figures
+    monkeypatch.setattr(metrics, 'figures', lambda *sums: {**figures(*sums), 'errors': 1 - figures(*sums)['accuracy']})
     results = {'val': measured(model, corpus, 10, 4, [1] * V)}
-    assert 1 / V < results['val']['confidence'] < 1
     best: metrics.Best = {}
     metrics.keep_best(best, results['val'], 5)
     table = metrics.table(results, best).splitlines()
-    assert table[0].split()[-1] == 'confidence'
-    assert table[1].split()[-1] == f'{results["val"]["confidence"]:.4f}'
-    assert best['confidence'] == [results['val']['confidence'], 5]
+    assert table[0].split()[-1] == 'errors'
+    assert table[1].split()[-1] == f'{results["val"]["errors"]:.4f}'
+    assert best['errors'] == [results['val']['errors'], 5]
 
 
 def test_the_best_of_each_metric_is_kept_in_its_own_direction() -> None:
@@ -147,9 +132,9 @@ def test_the_table_shows_each_row_and_the_best() -> None:
 
 
 def test_a_loss_beyond_all_bounds_has_an_infinite_perplexity() -> None:
-    assert METRICS['perplexity'].finish(1000.0) == math.inf
-    assert METRICS['perplexity'].finish(2.0) == pytest.approx(math.e**2)
-    assert math.isnan(METRICS['perplexity'].finish(math.nan))
+    assert metrics.exp(1000.0) == math.inf
+    assert metrics.exp(2.0) == pytest.approx(math.e**2)
+    assert math.isnan(metrics.exp(math.nan))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -195,7 +180,7 @@ def test_the_script_says_what_training_said(trained: Path, tiny_dataset: Path,
 
 def test_without_a_number_of_batches_the_whole_split_is_read(trained: Path, corpus: token_files.TokenFile) -> None:
     evaluate.main([f'--out_dir={trained}', '--device=cpu', '--batch_size=100'])
-    model, state = checkpoint.open_model(str(trained))
+    model, state = open_model(str(trained))
     sizes = tokenizer.from_state(state['tokenizer']).token_sizes()
     expected = measured(model, corpus, len(corpus), 100, sizes)
     assert figures(trained)['measured'][0]['val'] == expected
@@ -306,17 +291,6 @@ def test_what_is_not_finite_is_null_in_the_file() -> None:
     row, = json.loads(evaluate.as_json([measured], {}))['measured']
     assert row == {'checkpoint': 'a.pt', 'step': None, 'dataset': 'x',
                    'val': {'loss': None, 'perplexity': None, 'accuracy': 0.5}}
-
-
-def test_weights_without_a_tokenizer_have_that_of_gpt2_or_of_their_corpus(
-        tiny_dataset: Path, tiktoken_cache: Path, tmp_path: Path) -> None:
-    small, padded = GPTConfig(T, V, 1, 1, 8), GPTConfig(T, 50304, 1, 1, 8)
-    assert evaluate.vocabulary_for({}, padded, tmp_path).name == 'gpt2'
-    assert evaluate.vocabulary_for({'tokenizer': {'name': 'byte', 'eot': False}}, padded, tmp_path).name == 'byte'
-    assert evaluate.vocabulary_for({}, small, tiny_dataset).name == 'char'
-    fewer = GPTConfig(T, 50, 1, 1, 8)
-    assert '--dataset=' in refused(evaluate.vocabulary_for, {}, fewer, tiny_dataset, code=errors.DATA)
-    assert 'prepare.py' in refused(evaluate.vocabulary_for, {}, small, tmp_path, code=errors.DATA)
 
 
 @pytest.mark.parametrize('size', ['', '_medium', '_large', '_xl'])

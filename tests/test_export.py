@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 import export
-import sample
 from model import GPT, GPTConfig
 from plaingpt import errors
 from plaingpt.corpus import tokenizer
 from plaingpt.errors import UserError
 from plaingpt.formats import huggingface, llmc
+from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.run import checkpoint
 from tests.comparing import ROUNDING, refused
 
@@ -111,9 +111,9 @@ def test_a_model_and_its_tokenizer_come_back_from_hugging_face_bit_for_bit(
     vocabulary = build(spec, eot)
     before = random_model(replace(SHAPE, vocab_size=-(-vocabulary.n_vocab // 128) * 128, bias=bias))
     folder = run(write_run(tmp_path, before, vocabulary))
-    after, state = checkpoint.open_model(str(folder))
+    after, state = open_model(str(folder))
     assert_same_weights(before, after, vocabulary.n_vocab)
-    learned = sample.vocabulary_of(state, after.config.vocab_size)
+    learned = learned_tokenizer(state, after.config.vocab_size, corpus_of(state))
     assert learned.state() == vocabulary.state()
     assert (state['iter_num'], state['best']['loss'], state['config']['dataset']) == (7, [1.25, 6], 'novels')
 
@@ -389,11 +389,11 @@ def test_a_model_and_its_tokenizer_come_back_from_llmc_bit_for_bit(spec: str, eo
     vocabulary = build(spec, eot)
     before = random_model(replace(SHAPE, vocab_size=-(-vocabulary.n_vocab // 128) * 128, bias=bias))
     folder = run(write_run(tmp_path, before, vocabulary), to='llmc')
-    after, state = checkpoint.open_model(str(folder / 'model.bin'))
+    after, state = open_model(str(folder / 'model.bin'))
     assert_same_weights(before, after, vocabulary.n_vocab)
-    assert sample.vocabulary_of(state, after.config.vocab_size).state() == vocabulary.state()
+    assert learned_tokenizer(state, after.config.vocab_size, corpus_of(state)).state() == vocabulary.state()
     (folder / 'plaingpt.json').unlink()
-    assert checkpoint.open_model(str(folder / 'model.bin'))[1] == {}, 'as llm.c itself leaves it'
+    assert open_model(str(folder / 'model.bin'))[1] == {}, 'as llm.c itself leaves it'
 
 
 def test_the_file_of_llmc_is_what_its_format_says(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_bfloat16_weights_of_llmc_are_read_without_a_change(tmp_path: Path) -> N
     model = random_model(replace(SHAPE, vocab_size=257, bias=True))
     path = run(write_run(tmp_path, model, build('byte')), to='llmc', dtype='bfloat16') / 'model.bin'
     assert struct.unpack('<2i', path.read_bytes()[:8]) == (20240326, 5)
-    after = checkpoint.open_model(str(path))[0].state_dict()
+    after = open_model(str(path))[0].state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(after[name], tensor.bfloat16().float()), name
 
@@ -433,7 +433,7 @@ def test_a_damaged_file_of_llmcs_is_refused(tmp_path: Path) -> None:
     versions = [struct.pack('<2i', 20240326, version) + whole[8:] for version in (1, 4, -1)]
     for data in (whole[:-1], whole + b'\0', whole[:2000], whole[:100], negative + whole[32:], *versions):
         path.write_bytes(data)
-        assert str(path) in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+        assert str(path) in refused(open_model, str(path), code=errors.CHECKPOINT)
 
 
 def test_llmc_has_no_untied_head(tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def test_an_export_becomes_a_run_again(tmp_path: Path, run_script: Callable[...,
     before = random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab))
     folder = run(write_run(tmp_path / 'old', before, vocabulary), to='llmc')
     run(tmp_path / 'new', init_from=folder / 'model.bin', to='ckpt')
-    after, state = checkpoint.open_model(str(tmp_path / 'new'))
+    after, state = open_model(str(tmp_path / 'new'))
     assert_same_weights(before, after, vocabulary.n_vocab)
     assert state['tokenizer'] == vocabulary.state()
     again = refused(run, tmp_path / 'new', init_from=folder / 'model.bin', to='ckpt', code=errors.COMMAND)
@@ -531,7 +531,7 @@ def test_an_export_becomes_a_run_again(tmp_path: Path, run_script: Callable[...,
 def test_a_damaged_origin_is_one_line(damage: str | bytes, tmp_path: Path) -> None:
     folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte')), to='llmc')
     (folder / 'plaingpt.json').write_bytes(damage if isinstance(damage, bytes) else damage.encode())
-    message = refused(checkpoint.open_model, str(folder / 'model.bin'), code=errors.CHECKPOINT)
+    message = refused(open_model, str(folder / 'model.bin'), code=errors.CHECKPOINT)
     assert 'plaingpt.json is damaged' in message
 
 

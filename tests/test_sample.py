@@ -20,6 +20,7 @@ from model import GPT, GPTConfig
 from plaingpt import errors
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.order import draw
+from plaingpt.init_from import open_model
 from plaingpt.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +99,7 @@ def test_the_samples_are_what_the_model_generates_from_the_prompt(trained: Path,
     assert [len(text) for text in samples] == [64, 64, 64], 'one character for each token'
     assert len(set(samples)) == 3
 
-    model, state = checkpoint.open_model(str(trained))
+    model, state = open_model(str(trained))
     vocabulary = tokenizer.from_state(state['tokenizer'])
     assert set(''.join(samples)) <= set(state['tokenizer']['characters'])
     ids = torch.tensor([vocabulary.encode('def ')] * 3)
@@ -116,7 +117,7 @@ def test_the_same_seed_gives_the_same_texts_and_another_seed_gives_others(traine
 
 def test_temperature_0_takes_the_likeliest_token_each_time(trained: Path, write: Write) -> None:
     arguments = (f'--out_dir={trained}', '--start=import', '--num_samples=2', '--max_new_tokens=50')
-    model, state = checkpoint.open_model(str(trained))
+    model, state = open_model(str(trained))
     vocabulary = tokenizer.from_state(state['tokenizer'])
     ids = torch.tensor([vocabulary.encode('import')])
     for _ in range(50):

@@ -18,16 +18,13 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from plaingpt import errors
+from plaingpt import console, errors
 from plaingpt.corpus import tokenizer
 from plaingpt.errors import UserError
-from plaingpt.machines import device as device_module
-from plaingpt.machines import processes
 from plaingpt.tasks import (
     SOURCES,
     Pair,
     Questions,
-    Scorer,
     Source,
     choices,
     completion,
@@ -43,8 +40,8 @@ from plaingpt.tasks import (
     read,
     score,
 )
+from tests.comparing import ALONE, predictor_of
 
-ALONE = processes.Process(0, 1, torch.device('cpu'), '')
 BYTES = tokenizer.Bytes(eot=False)
 # Two rows as HellaSwag has them, one from a film and one from WikiHow, and two as LAMBADA has them
 RAW: list[dict[str, Any]] = [
@@ -57,15 +54,6 @@ RAW: list[dict[str, Any]] = [
      'endings': ['[substeps] Sleep. [title] Wake up.', 'Run.', ' Jump  twice.', 'Sit [substeps] up.']},
 ]
 WORDS = [{'text': 'She asked for bread and he gave her bread'}, {'context': 'Two and two is', 'continuation': 'four'}]
-
-
-def silent(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
-    yield from items
-
-
-def scorer_of(model: GPT, batch_size: int = 3) -> Scorer:
-    autocast = device_module.autocast(ALONE.device, torch.float32)
-    return functools.partial(score, model, model.config, batch_size, ALONE, autocast, silent)
 
 
 def make_model(block_size: int = 128) -> GPT:
@@ -146,7 +134,7 @@ def test_each_ending_costs_what_a_plain_computation_says() -> None:
     pairs = completion(RAW, BYTES).pairs
     expected = [sum(plain_nats(model, context + ending, len(ending))) for context, ending in pairs]
     for batch_size in (1, 3, 50):
-        nats, _ = scorer_of(model, batch_size)(pairs, '')
+        nats, _ = score(predictor_of(model, batch_size), pairs, '')
         assert nats.tolist() == pytest.approx(expected, rel=1e-5)
     assert model.training, 'the mode is what it was'
 
@@ -172,7 +160,7 @@ def test_of_a_long_context_the_end_is_read_and_a_long_ending_is_told_in_pieces()
     assert [(piece.ids, piece.n_told) for piece in pieces([(ids[:1], ids[1:18])], 8)] == [
         (ids[9:18], 8), (ids[1:10], 8), (ids[:2], 1)]
 
-    nats, _ = scorer_of(model)([(ids[:30], ids[30:34]), (ids[:30], ids[30:])], '')
+    nats, _ = score(predictor_of(model, 3), [(ids[:30], ids[30:34]), (ids[:30], ids[30:])], '')
     first = sum(plain_nats(model, ids[25:34], 4))
     second = sum(plain_nats(model, ids[-17:-8], 5)) + sum(plain_nats(model, ids[-9:], 8))
     assert nats.tolist() == pytest.approx([first, second], rel=1e-5)
@@ -193,16 +181,16 @@ def learn(texts: Iterable[str]) -> GPT:
 
 def test_a_model_that_knows_the_texts_by_heart_gives_the_right_answers() -> None:
     right = [f'{row["ctx"]} {row["endings"][int(row["label"])]}' for row in RAW]
-    figures = measure_hellaswag(RAW, BYTES, scorer_of(learn(right)))
+    figures = measure_hellaswag(RAW, BYTES, predictor_of(learn(right), 3))
     assert figures['hellaswag_completion'] == {'acc': 1.0, 'acc_norm': 1.0, 'acc_stderr': 0.0, 'acc_norm_stderr': 0.0}
     wrong = [f'{row["ctx"]} {row["endings"][1]}' for row in RAW]
-    assert measure_hellaswag(RAW, BYTES, scorer_of(learn(wrong)))['hellaswag_completion']['acc_norm'] == 0
+    assert measure_hellaswag(RAW, BYTES, predictor_of(learn(wrong), 3))['hellaswag_completion']['acc_norm'] == 0
     assert list(figures) == ['hellaswag_completion', 'hellaswag_lm_eval'], 'one is never taken for the other'
 
 
 def test_a_last_word_counts_when_each_of_its_tokens_is_the_first_choice() -> None:
     model = learn(['She asked for bread and he gave her bread', 'Two and two is foul'])
-    figures = measure_lambada(WORDS, BYTES, scorer_of(model))['lambada_openai']
+    figures = measure_lambada(WORDS, BYTES, predictor_of(model, 3))['lambada_openai']
     nats = [sum(plain_nats(model, context + word, len(word))) for context, word in last_words(WORDS, BYTES)]
     assert nats[0] < 0.2 < 3 < nats[1], "of 'four' it knows all but the last letter"
     assert figures['acc'] == 0.5
@@ -213,12 +201,12 @@ def test_a_last_word_counts_when_each_of_its_tokens_is_the_first_choice() -> Non
 def test_a_run_notes_the_completion_style_under_the_name_of_its_text(tmp_path: Path) -> None:
     model, questions = make_model(), completion(RAW, BYTES)
     raw = for_training(str(write(tmp_path / 'raw.jsonl', RAW)), 0, BYTES, ALONE)
-    nats, _ = scorer_of(model)(questions.pairs, '')
-    assert raw.answer(scorer_of(model)) == {
+    nats, _ = score(predictor_of(model, 3), questions.pairs, '')
+    assert raw.answer(predictor_of(model, 3), console.progress) == {
         f'hellaswag_{name}': value for name, value in choices(questions, nats).items()}
     cleaned = [{name: value for name, value in row.items() if name not in ('ctx_a', 'ctx_b')} for row in RAW]
     other = for_training(str(write(tmp_path / 'cleaned.jsonl', cleaned)), 1, BYTES, ALONE)
-    assert 'hellaswag_cleaned_acc_norm' in other.answer(scorer_of(model))
+    assert 'hellaswag_cleaned_acc_norm' in other.answer(predictor_of(model, 3), console.progress)
     assert len(other.questions.labels) == 1
     with pytest.raises(UserError, match='--hellaswag_interval=0'):
         for_training('', 0, None, ALONE)
@@ -228,18 +216,19 @@ TRAINING = """
 import sys, torch, test_tasks
 from plaingpt import tasks
 from plaingpt.machines import device, processes, strategies
+from plaingpt.metrics import Predictor
+from tests.comparing import predictor_of
 with processes.joined('cpu', shards=True) as process:
     torch.manual_seed(0)
     model, raw = test_tasks.make_model(), test_tasks.make_model()
     raw.load_state_dict(model.state_dict())
-    blocks = model.transformer.h
+    blocks, compute = model.transformer.h, device.choose(process.device, 'float32', True)
     for block in blocks:
         block.compile()
     distributed = strategies.distribute(model, blocks, process, sys.argv[1], torch.float32, True, False)
     pairs = tasks.completion(test_tasks.RAW, test_tasks.BYTES).pairs
-    alone = test_tasks.scorer_of(raw)(pairs, '')
-    together = tasks.score(distributed, model.config, 3, process, device.autocast(process.device, torch.float32),
-                           test_tasks.silent, pairs, '')
+    alone = tasks.score(predictor_of(raw, 3), pairs, '')
+    together = tasks.score(Predictor(distributed, model.config, process, compute, 3), pairs, '')
     assert torch.equal(alone[0], together[0]) and torch.equal(alone[1], together[1])
     assert not torch._dynamo.utils.counters['frames'], 'nothing was compiled'
     with torch.compiler.set_stance('force_eager'):

@@ -4,6 +4,8 @@ Most runs take place in this process, on a tiny model and real text. None draws 
 but for those in a process of their own.
 """
 import ast
+import dataclasses
+import inspect
 import json
 import math
 import re
@@ -20,16 +22,24 @@ import torch
 
 import train
 from model import GPT, GPTConfig
-from plaingpt import errors, metrics
+from plaingpt import errors
 from plaingpt.corpus import token_files
 from plaingpt.corpus.batches import Part, parts_of
 from plaingpt.corpus.folder import open_split
 from plaingpt.corpus.order import Order
-from plaingpt.machines import processes
-from plaingpt.machines.device import autocast, pick_dtype
-from plaingpt.plan import windows_in_step
-from plaingpt.run import checkpoint
-from tests.comparing import ROUNDING, assert_equal_learning, assert_equal_to_rounding, differences, refused
+from plaingpt.machines.device import pick_dtype
+from plaingpt.plan import RunSettings, windows_in_step
+from plaingpt.run import checkpoint, wandb
+from tests.comparing import (
+    ALONE,
+    ROUNDING,
+    assert_equal_learning,
+    assert_equal_to_rounding,
+    differences,
+    give,
+    learner_of,
+    refused,
+)
 
 ROOT = Path(__file__).parents[1]
 Rows = list[dict[str, Any]]
@@ -91,14 +101,16 @@ def last(out_dir: Path) -> checkpoint.State:
     ('wsd', 100, 0.1), ('wsd', 5000, 0.1),
 ])
 def test_each_schedule_is_what_it_says(kind: str, step: int, expected: float) -> None:
-    assert train.lr_at(step, kind, 1.0, 0.1, 10, 100, 0.2) == pytest.approx(expected)
+    give(train, schedule=kind, learning_rate=1.0, min_lr=0.1, warmup_iters=10, decay_fraction=0.2)
+    assert train.lr_at(step, 100) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize('kind', ['cosine', 'linear', 'constant', 'wsd'])
 @pytest.mark.parametrize(('warmup', 'total', 'decay'),
                          [(0, 0, 0.2), (0, 1, 1.0), (10, 5, 0.2), (10, 10, 0.0), (3, 9, 1.0)])
 def test_no_schedule_leaves_its_bounds_or_divides_by_zero(kind: str, warmup: int, total: int, decay: float) -> None:
-    rates = [train.lr_at(step, kind, 1.0, 0.1, warmup, total, decay) for step in range(30)]
+    give(train, schedule=kind, learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, decay_fraction=decay)
+    rates = [train.lr_at(step, total) for step in range(30)]
     assert min(rates[warmup:]) >= 0.1 - 1e-12
     assert max(rates) <= 1.0
     assert min(rates) > 0, 'not even the first step is lost'
@@ -109,7 +121,8 @@ def test_no_schedule_leaves_its_bounds_or_divides_by_zero(kind: str, warmup: int
 @pytest.mark.parametrize('tie', [True, False])
 def test_matrices_decay_and_vectors_do_not(tie: bool) -> None:
     model = GPT(GPTConfig(16, 64, 2, 2, 16, bias=True, tie_weights=tie))
-    optimizer = train.make_optimizer(model, 0.1, 0.5, (0.8, 0.9))
+    give(train, learning_rate=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9)
+    optimizer = train.make_optimizer(model)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, others = ([names[id(p)] for p in group['params']] for group in optimizer.param_groups)
     assert decayed == [name for name, p in model.named_parameters() if p.dim() == 2]
@@ -143,9 +156,8 @@ def test_a_total_batch_size_that_is_no_multiple_of_the_block_names_the_nearest(t
 
 
 def batch(n_windows: int, corpus: token_files.TokenFile, config: GPTConfig, batch_size: int) -> list[Part]:
-    alone = processes.Process(0, 1, torch.device('cpu'), '')
     starts = Order(len(corpus), config.block_size, 1).starts(0, n_windows)
-    return list(parts_of(corpus, starts, batch_size, config, alone))
+    return list(parts_of(corpus, starts, batch_size, config, ALONE))
 
 
 @pytest.mark.usefixtures('float64')
@@ -155,22 +167,20 @@ def test_gradients_add_up_over_micro_batches_with_a_loss_scale_and_without(tiny_
     config = GPTConfig(16, 128, 2, 2, 16)
     model = GPT(config)
     corpus = open_split(tiny_dataset, 'train', 16, 128)
-    alone = processes.Process(0, 1, torch.device('cpu'), '')
     (whole,) = batch(10, corpus, config, 10)
     _, expected = model(whole.x, whole.y)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
 
     parts = batch(10, corpus, config, 4)  # the last one lacks two windows
-    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**12, enabled=scaled)
-    optimizer = train.make_optimizer(model, 1e-3, 0.1, (0.9, 0.95))
-    precision = autocast(alone.device, torch.float32)
-    loss = train.accumulate_gradient(model, parts, 0, 3, alone, precision, scaler, 1)
+    give(train, seed=1)
+    learner = learner_of(model, train.make_optimizer(model), 2.0**12 if scaled else None)
+    loss = train.accumulate_gradient(learner, parts)
     assert loss.item() == pytest.approx(expected.item(), abs=ROUNDING)
     grown = 2.0**12 if scaled else 1.0
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         assert p.grad is not None
         torch.testing.assert_close(p.grad / grown, gradient, atol=ROUNDING, rtol=0)
-    scaler.unscale_(optimizer)
+    learner.scaler.unscale_(learner.optimizer)
     for p, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, gradient, atol=ROUNDING, rtol=0)
 
@@ -200,25 +210,22 @@ def block_of_settings() -> list[str]:
     return names
 
 
-def uses_of(file: str) -> set[str]:
-    """The names that the functions of a file read as variables, and those by which they index: settings['n_layer']."""
-    names = set()
-    for function in ast.parse((ROOT / file).read_text(encoding='utf-8')).body:
-        for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                names.add(node.id)
-            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-                names.add(str(node.slice.value))
-    return names
-
-
 def test_every_setting_is_read_somewhere() -> None:
     names = block_of_settings()
     assert {'out_dir', 'seed', 'deterministic', 'n_layer'} <= set(names)
-    files = ('train.py', 'plaingpt/plan.py', 'plaingpt/run/checkpoint.py')
-    read = set(checkpoint.SHAPE).union(*map(uses_of, files))
+    functions = [node for node in ast.parse((ROOT / 'train.py').read_text(encoding='utf-8')).body
+                 if isinstance(node, ast.FunctionDef)]
+    read = {node.id for function in functions for node in ast.walk(function)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    read |= {field.name for field in dataclasses.fields(RunSettings)}
     assert [name for name in names if name not in read] == []
-    assert set(checkpoint.SHAPE) <= set(names)
+
+
+def test_what_a_plan_reads_of_the_settings_has_their_types() -> None:
+    declared = inspect.get_annotations(train)
+    for field in dataclasses.fields(RunSettings):
+        if field.name != 'given':
+            assert field.type in (declared[field.name], str), field.name
 
 
 def test_nothing_assigns_to_a_setting() -> None:
@@ -301,7 +308,7 @@ def test_a_run_without_updates_evaluates_and_leaves(run: Run, tmp_path: Path) ->
 
 def test_the_learning_rate_of_each_step_is_the_schedules(run: Run, tmp_path: Path) -> None:
     rows = run(tmp_path, max_iters=12, lr_decay_iters=10, eval_interval=100)
-    assert losses(rows, 'lr') == [train.lr_at(step, 'cosine', 1e-2, 1e-3, 2, 10, 0.2) for step in range(12)]
+    assert losses(rows, 'lr') == [train.lr_at(step, 10) for step in range(12)]
     rows = run(tmp_path / 'constant', max_iters=5, eval_interval=100, decay_lr=False)
     assert losses(rows, 'lr') == [1e-2] * 5
 
@@ -309,7 +316,7 @@ def test_the_learning_rate_of_each_step_is_the_schedules(run: Run, tmp_path: Pat
 def test_max_iters_does_not_move_the_schedule(run: Run, tmp_path: Path) -> None:
     """nanoGPT's meaning: lr_decay_iters alone says where the rate ends, so that a run can be cut and continued."""
     rows = run(tmp_path, max_iters=5, lr_decay_iters=100, eval_interval=100)
-    assert losses(rows, 'lr') == [train.lr_at(step, 'cosine', 1e-2, 1e-3, 2, 100, 0.2) for step in range(5)]
+    assert losses(rows, 'lr') == [train.lr_at(step, 100) for step in range(5)]
 
 
 def test_max_epochs_ends_the_run_and_the_schedule(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
@@ -317,7 +324,7 @@ def test_max_epochs_ends_the_run_and_the_schedule(run: Run, tmp_path: Path, tiny
     steps = math.ceil(0.02 * order.epoch / 8)
     rows = run(tmp_path, max_epochs=0.02, max_iters=1000, lr_decay_iters=1000, eval_interval=100)
     assert len(losses(rows)) == steps == last(tmp_path)['iter_num']
-    assert losses(rows, 'lr') == [train.lr_at(step, 'cosine', 1e-2, 1e-3, 2, steps, 0.2) for step in range(steps)]
+    assert losses(rows, 'lr') == [train.lr_at(step, steps) for step in range(steps)]
     assert len(losses(run(tmp_path / 'short', max_epochs=0.02, max_iters=3))) == 3, 'whichever comes first'
 
 
@@ -603,7 +610,7 @@ def test_the_best_value_and_its_step_are_kept_across_a_resume(run: Run, tmp_path
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path)
     best = last(tmp_path)['best']
-    assert set(best) == set(metrics.METRICS)
+    assert set(best) == {'loss', 'perplexity', 'accuracy', 'bits_per_byte'}
     capsys.readouterr()
     run(tmp_path, init_from='resume', max_iters=12, learning_rate=1.0, min_lr=1.0)
     assert last(tmp_path)['best']['loss'] == best['loss'], 'what came after was worse'
@@ -702,11 +709,18 @@ def test_weights_that_have_learned_another_tokenizer_are_refused(run: Run, tmp_p
 
 def test_weights_are_fine_tuned_under_a_new_wandb_run_and_resumed_under_the_old(run: Run, tmp_path: Path,
                                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    def start_nothing(project: str, name: str, run_id: str, out_dir: str, settings: dict[str, Any]) -> None:
-        started.append(run_id)
+    class Nothing(wandb.Wandb):
+        def __init__(self, project: str, name: str, run_id: str, out_dir: str, settings: dict[str, Any]) -> None:
+            started.append(run_id)
+
+        def row(self, step: int, values: dict[str, float]) -> None:
+            """Nothing."""
+
+        def close(self, exit_code: int) -> None:
+            """Nothing."""
 
     started: list[str] = []
-    monkeypatch.setattr('plaingpt.run.log.start_wandb', start_nothing)
+    monkeypatch.setattr(wandb, 'Wandb', Nothing)
     run(tmp_path / 'first', wandb_log=True, max_iters=2)
     run(tmp_path / 'first', wandb_log=True, max_iters=3, init_from='resume')
     run(tmp_path / 'second', wandb_log=True, max_iters=2, init_from=tmp_path / 'first')

@@ -75,6 +75,7 @@ class Part(NamedTuple):
     """One micro-batch of a step: what is computed at once."""
 
     number: int  # among the step's micro-batches, over all processes
+    is_last: bool  # of those that this process computes
     share: float  # of the step's windows
     x: Tensor  # (B, T)
     y: Tensor  # (B, T), -1 where there is no target
@@ -89,4 +90,5 @@ def parts_of(corpus: TokenFile, starts: Integers, batch_size: int, config: GPTCo
         mine = starts[number * batch_size:(number + 1) * batch_size]
         x, y = read_batch(corpus, mine, config.block_size, batch_size, config.vocab_size)
         x, y = to_device(x, process.device), to_device(y, process.device)
-        yield Part(number, len(mine) / len(starts), x, y)
+        is_last = number + process.world_size >= rounds * process.world_size
+        yield Part(number, is_last, len(mine) / len(starts), x, y)

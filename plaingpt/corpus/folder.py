@@ -7,16 +7,35 @@ them and what they looked like when they were made.
 import glob
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from plaingpt.corpus.order import Order
 from plaingpt.corpus.token_files import VOCABULARIES, TokenFile, ends_of, open_files
+from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError, python
 
 DATA_ROOT = Path(__file__).parents[2] / 'data'
 SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
 
 
+
+
+@dataclass(frozen=True)
+class Data:
+    """A corpus, as a run reads it."""
+
+    folder: Path
+    splits: dict[str, TokenFile]  # 'train' and 'val'
+    order: Order  # in which training reads its windows
+    tokenizer: Tokenizer | None  # None if its files cannot be had
+    fingerprint: dict[str, Any]  # of each split
+
+    @property
+    def token_sizes(self) -> list[int] | None:
+        """Bytes of text that each id stands for."""
+        return self.tokenizer.token_sizes() if self.tokenizer else None
 
 
 def data_folder(dataset: str) -> Path:
@@ -68,6 +87,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
                         f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
     name = TokenFile(paths[0]).tokenizer
     return {'tokenizer': {'name': name}, 'vocab_size': VOCABULARIES[name], 'dtype': '', 'splits': {}}
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a corpus's maker, ours or nanoGPT's, has said in this folder which tokenizer made it."""
+    return any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
 
 
 def load_json(path: Path) -> object:

@@ -85,6 +85,10 @@ class Compute(NamedTuple):
     peak: float | None  # FLOP/s that the device promises in them, if that is known
     line: str  # for people: all this, and why
 
+    def eager(self) -> AbstractContextManager[None]:
+        """Within it, what is compiled runs as it was written."""
+        return torch.compiler.set_stance('force_eager') if self.compiles else nullcontext()
+
 
 def choose(device: torch.device, dtype: str, compile: bool | str) -> Compute:
     """What the settings `dtype` and `compile` come to on this device."""

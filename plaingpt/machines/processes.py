@@ -1,9 +1,10 @@
 """The processes that train together: how they meet and part, add up and agree; and Slurm, which may start them."""
 import gc
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ from torch import Tensor
 from plaingpt.errors import PEER_LOST, STOPPED, UserError
 from plaingpt.machines.device import card, pick_device
 
+Progress = Callable[[Iterable[int], int, str, str], Iterable[int]]  # a bar around items: how many, what, in which unit
 # What srun says, under the names of torchrun.
 SLURM = {'RANK': 'SLURM_PROCID', 'LOCAL_RANK': 'SLURM_LOCALID', 'WORLD_SIZE': 'SLURM_NTASKS'}
 
@@ -150,6 +152,21 @@ def total(numbers: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers
+
+
+def compute_together(n: int, work: Callable[[int], Tensor], process: Process, progress: Progress, label: str,
+                     unit: str) -> Tensor:
+    """work(0) ... work(n - 1), each a tensor of the same shape and computed by one of the processes, as the rows of one
+    tensor in float64 on the CPU: whatever is added up over them has the same bits for any number of processes. Every
+    process must call it. Since a model may have to be called by all at once, each works equally often, on numbers from
+    n on if need be, whose results are dropped."""
+    rounds = math.ceil(n / process.world_size)
+    rows = [work(number * process.world_size + process.rank) for number in progress(range(rounds), rounds, label, unit)]
+    if process.world_size == 1:
+        return torch.stack(rows).double()
+    table = torch.zeros(rounds * process.world_size, *rows[0].shape, dtype=torch.float64, device=process.device)
+    table[process.rank::process.world_size] = torch.stack(rows).double().to(process.device)
+    return total(table).cpu()[:n]  # each row is 0 on all processes but one
 
 
 def agree(numbers: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ SIGNALS = ('SIGTERM', 'SIGUSR1', 'SIGINT')  # Kubernetes and torchrun, Slurm, Ct
 AGAIN = 1.0  # seconds: a second Ctrl-C sooner than that is the first one, passed on by torchrun
 
 
+class StopAsked(Exception):
+    """Says why a run is to save and end before its last step."""
+
+
 class Stop:
     """Asks for a run to save and end: after a signal, or after `max_hours` (0 sets no end). A second Ctrl-C ends it at
     once, and so does the first signal before it has begun, since there is nothing to save then.

@@ -6,16 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, NamedTuple, NoReturn, Self, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, Self, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from plaingpt import errors
-from plaingpt.corpus.batches import Part
-from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import UserError
 from plaingpt.machines.processes import Process
 
@@ -170,27 +167,15 @@ def answer(question: Callable[[], T]) -> T | None:
     return answers[0] if answers else None
 
 
-def smaller_batch(batch_size: int, accumulation: int, total_batch_size: int) -> str:
-    """The settings that need less memory, for the same tokens in a step."""
-    if batch_size == 1:
-        return '--activation_checkpointing=True, or --strategy=fsdp on several cards, or a smaller --block_size'
-    smaller = next(size for size in range(batch_size // 2, 0, -1) if batch_size * accumulation % size == 0)
-    if total_batch_size:
-        return f'--batch_size={smaller}, for the same total_batch_size'
-    more = batch_size * accumulation // smaller
-    return f'--batch_size={smaller} --gradient_accumulation_steps={more}, for the same tokens in a step'
-
-
 @contextmanager
-def explained(watch: Watch, settings: dict[str, Any]) -> Iterator[None]:
-    """An error of another process, or of the memory, becomes one that says so, and what to do."""
+def explained(watch: Watch, remedy: str) -> Iterator[None]:
+    """An error of another process becomes one that says so; one of the memory gives the `remedy`: settings that need
+    less of it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if errors.is_out_of_memory(error):
             reason = (str(error).splitlines() or ['main memory'])[0]
-            remedy = smaller_batch(*(settings[name] for name in (
-                'batch_size', 'gradient_accumulation_steps', 'total_batch_size')))
             raise UserError(f'out of memory: {reason}\ntry {remedy}', errors.OUT_OF_MEMORY) from None
         if watch.store is None or not is_of_a_peer(error):
             raise
@@ -202,20 +187,3 @@ def explained(watch: Watch, settings: dict[str, Any]) -> Iterator[None]:
 def is_of_a_peer(error: BaseException) -> bool:
     """gloo's errors are plain RuntimeErrors; NCCL's have a class of their own."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ('gloo', 'NCCL', 'Connection '))
-
-
-def give_up(step: int, skipped: int, model: nn.Module, parts: Iterable[Part],
-            autocast: AbstractContextManager[None], vocabulary: Tokenizer | None) -> NoReturn:
-    """End a run in which nothing is finite any more, and show the first text of the step's parts whose loss is not."""
-    found = []
-    for part in parts:
-        for x, y in zip(part.x, part.y, strict=True):  # (T,) each
-            with torch.no_grad(), autocast:
-                _, loss = model(x[None], y[None], logits='none')
-            if not torch.isfinite(loss):
-                found.append(x.tolist())
-    what = f'{skipped} steps in a row were skipped, up to step {step}' if skipped else f'the loss of step {step}'
-    text = vocabulary.decode(found[0]) if found and vocabulary else ''
-    where = f'the first text of this process that has no finite loss: {text[:200]!r}\n' if text else ''
-    raise UserError(f'nothing is finite any more: {what}; what was saved before is whole\n{where}'
-                    'try a lower --learning_rate, or --dtype=float32', errors.NOT_FINITE)

@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 import threading
 import zipfile
 from collections.abc import Callable
@@ -22,15 +21,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from model import GPT, GPTConfig
-from plaingpt.corpus import tokenizer
 from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, UserError
-from plaingpt.formats import huggingface, llmc, others
-from plaingpt.machines import processes, strategies
+from plaingpt.formats import others
+from plaingpt.machines import strategies
 from plaingpt.run import upload
 
 State = dict[str, Any]
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
-NOT_SHARED = 'out_dir must be one folder that all machines share, or --upload_to name a place that all can read'
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'gelu', 'tie_weights')  # weights decide it
 
 
@@ -93,6 +90,11 @@ class Saver:
 def model_args(config: GPTConfig) -> dict[str, Any]:
     """The shape of a model under nanoGPT's names, and with no other, so that its sample.py takes our checkpoints."""
     return {name: getattr(config, name) for name in MODEL_ARGS}
+
+
+def shape_of(config: GPTConfig) -> dict[str, Any]:
+    """The settings that weights decide, as a checkpoint's `config` keeps them."""
+    return {name: getattr(config, name) for name in SHAPE}
 
 
 def write(out_dir: Path, state: State, keep: int, is_best: bool) -> None:
@@ -245,90 +247,3 @@ def fetch_run(out_dir: Path, url: str) -> None:
     if url and not holds_run(out_dir) and upload.checkpoints(url):
         for path in upload.fetch(url, out_dir):
             print(f'{path} comes from {upload.shown(url)}', flush=True)
-
-
-def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None = None) -> tuple[GPT, State]:
-    """The model that `where` names: a checkpoint file or the folder of a run, here or at a URL, llm.c's model file, a
-    Hugging Face folder, or a GPT-2 of the hub; and its checkpoint, of which the last three have little or nothing.
-    `answers` are those of `load`."""
-    path = Path(where)
-    if upload.is_url(where):
-        with tempfile.TemporaryDirectory() as folder:
-            [file] = upload.fetch(where if where.endswith('.pt') else f'{where}/ckpt.pt', Path(folder))
-            state = load(file, answers)
-    elif holds_run(path):
-        state = load_newest(path)
-    elif path.is_file() and llmc.is_model(path):
-        return GPT.from_weights(*llmc.load(path, dropout)), huggingface.read_origin(path.parent)
-    elif path.is_file() or path.suffix in ('.pt', '.pth'):
-        state = load(path, answers)
-    elif (path / 'config.json').exists() or (where.startswith('gpt2') and not path.exists()) or (
-            where.count('/') == 1 and not path.parent.exists()):
-        return GPT.from_pretrained(where, dropout), huggingface.read_origin(path) or huggingface.read_tokenizer(where)
-    else:
-        raise UserError(f'{where!r} is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2', CHECKPOINT)
-    return model_of(state, dropout), state
-
-
-def start_from(settings: dict[str, Any], given: set[str], n_vocab: int,
-               process: processes.Process) -> tuple[GPT, State, bool]:
-    """The model, for a corpus of n_vocab tokens; the checkpoint that it comes from ({} where there is none); and
-    whether this run continues that one. Every process must call it."""
-    source, run, dropout = settings['init_from'], Path(settings['out_dir']), settings['dropout']
-    if source in ('resume', 'auto') and process.local_rank == 0:
-        fetch_run(run, settings['upload_to'])
-    processes.wait_for_all(process)
-    has_run, state, error = holds_run(run), State(), None
-    if source == 'resume' or (source == 'auto' and has_run):
-        try:
-            state = load_newest(run)
-        except UserError as caught:
-            error = caught
-    if source in ('resume', 'auto'):
-        processes.refuse_difference(process, 'checkpoint of step', state.get('iter_num'), NOT_SHARED)
-    if error:
-        raise error
-    if state:
-        model = model_of(state, dropout)
-        refuse_other_shape(model.config, settings, given)
-        return model, state, True
-    if has_run and not (settings['overwrite'] or settings['eval_only'] or settings['overfit_single_batch']):
-        raise UserError(f'{run} holds a run already: --init_from=resume continues it, --overwrite=True starts over,\n'
-                        'another --out_dir leaves it alone')
-    if source not in ('scratch', 'start', 'auto'):
-        answers = {name: settings[name] for name in given & {'n_head', 'gelu'}}
-        model, state = open_model(source, dropout, answers)
-        refuse_other_shape(model.config, settings, given - {'block_size'})
-        return model.crop_block_size(settings['block_size']) if 'block_size' in given else model, state, False
-    return GPT(new_config(settings, n_vocab)), {}, False
-
-
-def new_config(settings: dict[str, Any], n_vocab: int) -> GPTConfig:
-    """The shape that the settings give a new model, for a tokenizer of n_vocab ids."""
-    shape = {name: settings[name] for name in SHAPE}
-    shape['vocab_size'] = shape['vocab_size'] or tokenizer.model_vocab_size(n_vocab)
-    return GPTConfig(**shape, dropout=settings['dropout'])
-
-
-def refuse_other_shape(config: GPTConfig, settings: dict[str, Any], given: set[str]) -> None:
-    """Weights decide the shape of their model: a setting that somebody gave and that says otherwise is refused."""
-    for name in given.intersection(SHAPE):
-        ours, theirs = settings[name], getattr(config, name)
-        if ours != theirs and (name, ours) != ('vocab_size', 0):
-            raise UserError(f'{name}={ours} was given, and the model in {settings["init_from"]!r} has {theirs}\n'
-                            f'leave {name} out, or start another model with --init_from=scratch')
-
-
-def vocabulary_of(meta: dict[str, Any], state: State, init_from: str) -> tokenizer.Tokenizer | None:
-    """The tokenizer of a corpus, which must be the one that a loaded model has learned; None where its files cannot be
-    had."""
-    theirs = meta['tokenizer']
-    learned = state.get('tokenizer') or ({'name': 'gpt2'} if init_from.startswith('gpt2') else theirs)
-    try:
-        vocabulary = tokenizer.from_state(learned)
-    except UserError:
-        vocabulary = None
-    if learned['name'] != theirs['name'] or (vocabulary and vocabulary.reference() != theirs):
-        raise UserError(f'the corpus was prepared with the tokenizer {theirs["name"]}, and the model has learned '
-                        f'another: {learned["name"]}\nprepare the text again with the tokenizer of the model', DATA)
-    return vocabulary

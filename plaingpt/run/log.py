@@ -1,51 +1,31 @@
-"""What a run leaves for people: console, metrics.jsonl, samples.txt, status.json, loss.png, wandb when asked for."""
+"""What a run leaves for people and their scripts: console, metrics.jsonl, samples.txt, status.json, loss.png, sinks."""
 import json
 import math
 import os
 import re
-import secrets
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from plaingpt import console
+from plaingpt import console, files
 from plaingpt.errors import DONE, STOPPED, code_of, drop_output, is_missing_package, missing_package
-
-if TYPE_CHECKING:
-    from wandb.sdk.wandb_run import Run
-
-    from plaingpt.run.upload import Uploader
-
-T = TypeVar('T')
+from plaingpt.run.upload import Uploader
 
 NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
 UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
-PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 SAMPLE_HEADER = re.compile(r'^=== step (\d+) ===\n', re.MULTILINE)
-SECRET = re.compile(r'key|secret|password|token(?!s|iz)', re.IGNORECASE)  # in the name of a setting
 
-@contextmanager
-def replacing(path: str) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` when it is complete: whoever reads finds a whole one."""
-    temporary = f'{path}.tmp'
-    try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
+
+# ------------------------------------------------------------------------------------------------
+# Files
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:
@@ -57,11 +37,11 @@ def row_of(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get('step'), int) else None
 
 
-def drop_rows(path: str, first_step: int) -> int:
+def drop_rows(path: Path, first_step: int) -> int:
     """Leave in metrics.jsonl (there may be none yet) the whole rows of steps before `first_step`, each step once.
-    The last of these steps, or -1."""
+    Return the last of these steps, or -1."""
     last = -1
-    with replacing(path) as new, open(path, 'a+b') as old:
+    with files.written_whole(path) as new, open(path, 'a+b') as old:
         old.seek(0)
         for line in old:
             row = row_of(line)
@@ -71,15 +51,14 @@ def drop_rows(path: str, first_step: int) -> int:
     return last
 
 
-def drop_samples(path: str, first_step: int) -> None:
+def drop_samples(path: Path, first_step: int) -> None:
     """Leave in samples.txt the samples of steps before `first_step`."""
-    if not os.path.exists(path):
+    if not path.exists():
         return
-    with open(path, encoding='utf-8', errors='replace', newline='') as file:
-        text = file.read()
+    text = path.read_bytes().decode('utf-8', errors='replace')
     later = (match.start() for match in SAMPLE_HEADER.finditer(text) if int(match[1]) >= first_step)
-    with replacing(path) as new:
-        new.write(text[: next(later, len(text))].encode())
+    with files.written_whole(path) as new:
+        new.write(text[:next(later, len(text))].encode())
 
 
 def json_row(step: int, values: dict[str, float]) -> bytes:
@@ -89,7 +68,7 @@ def json_row(step: int, values: dict[str, float]) -> bytes:
     return json.dumps({'step': step, **finite}, allow_nan=False).encode() + b'\n'
 
 
-def read_columns(path: str, names: Iterable[str]) -> dict[str, NDArray[np.float64]]:
+def read_columns(path: Path, names: Iterable[str]) -> dict[str, NDArray[np.float64]]:
     """The columns of metrics.jsonl as arrays of the same length, NaN where a row has no such value."""
     columns = {name: array('d') for name in names}
     with open(path, 'rb') as file:
@@ -100,39 +79,44 @@ def read_columns(path: str, names: Iterable[str]) -> dict[str, NDArray[np.float6
     return {name: np.array(column) for name, column in columns.items()}
 
 
-def start_wandb(project: str, name: str, run_id: str, out_dir: str, settings: dict[str, Any]) -> 'Run':
-    """The wandb run `run_id`, begun or continued. Never asks for a key. Raises whatever stands in the way."""
-    import wandb
-
-    if wandb.setup().settings.mode == 'online' and not wandb.login(prompt=False):
-        raise RuntimeError('there is no API key (run `wandb login`, or set WANDB_MODE=offline)')
-    run = wandb.init(
-        project=project,
-        name=name or None,
-        id=run_id,
-        resume='allow',
-        dir=os.environ.get('WANDB_DIR', out_dir),
-        config={setting: value for setting, value in settings.items() if not SECRET.search(setting)},
-        allow_val_change=True,
-    )
-    # Our own x axis: a resumed run repeats steps, and wandb refuses its own `step` going back.
-    run.define_metric('iter')
-    run.define_metric('*', step_metric='iter')
-    run.define_metric('val/loss', step_metric='iter', summary='min')
-    return run
+# ------------------------------------------------------------------------------------------------
+# The log
 
 
-def wandb_row(step: int, values: dict[str, float]) -> dict[str, float]:
-    """A row under nanoGPT's names: iter, train/loss, val/loss, lr, mfu in percent; the rest likewise."""
-    named: dict[str, float] = {'iter': step}
-    for name, value in values.items():
-        if name == 'mfu':
-            named['mfu'] = 100 * value
-        elif name.startswith('val_'):
-            named[f'val/{name.removeprefix("val_")}'] = value
-        else:
-            named[{'loss': 'train/loss', 'train_loss': 'train/loss_evaluated'}.get(name, name)] = value
-    return named
+class Pace:
+    """How fast a training is. A token takes `flops`; the devices promise `peak` of them in a second, if that is
+    known."""
+
+    def __init__(self, tokens_per_step: int, flops: int, peak: float | None) -> None:
+        self.tokens_per_step, self.flops, self.peak = tokens_per_step, flops, peak
+        self.seconds, self.steps, self.started = 0.0, 0, 0.0
+
+    def begin(self) -> None:
+        """A step begins: what came before it, such as an evaluation, was not learning."""
+        self.started = time.perf_counter()
+
+    def end(self) -> None:
+        self.seconds += time.perf_counter() - self.started
+        self.steps += 1
+
+    def lap(self) -> dict[str, float]:
+        """The mean of the steps since the last lap: ms of a step, tokens per second and, where it is known, the
+        utilisation of the devices (Chowdhery et al. 2022: MFU)."""
+        seconds = self.seconds / self.steps
+        self.seconds, self.steps = 0.0, 0
+        speed = self.tokens_per_step / seconds
+        lap = {'ms': 1000 * seconds, 'tokens_per_second': speed}
+        return lap | {'mfu': speed * self.flops / self.peak} if self.peak else lap
+
+
+class Sink(Protocol):
+    """Another place for a run's numbers and samples, such as wandb."""
+
+    def row(self, step: int, values: dict[str, float]) -> None: ...
+
+    def sample(self, step: int, text: str) -> None: ...
+
+    def close(self, exit_code: int) -> None: ...
 
 
 class Expendable:
@@ -147,44 +131,31 @@ class Expendable:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, Exception):
             return False
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if is_missing_package(error):
-            reason = str(missing_package(error))
+        shown = missing_package(error) if is_missing_package(error) else error
+        reason = (str(shown).splitlines() or [type(error).__name__])[0]
         self.say(f'{self.loss}: {reason}; the run goes on')
         return True
 
 
-class Logger:
+class Log:
     """Called alike by every process; only the main one writes. Rows and samples of steps from `first_step` on, which an
     interrupted run left in `out_dir`, are dropped, so that each step stands there once. Without an out_dir it writes
     to the console only."""
 
-    def __init__(
-        self,
-        out_dir: str,
-        is_main: bool,
-        first_step: int,
-        total_steps: int,
-        wandb_project: str = '', wandb_run_name: str = '', wandb_run_id: str = '',
-        settings: dict[str, Any] | None = None,
-        uploader: 'Uploader | None' = None,
-    ) -> None:
-        self.out_dir, self.is_main, self.first_step, self.total_steps = out_dir, is_main, first_step, total_steps
-        self.wandb_run_id = wandb_run_id or (secrets.token_hex(4) if wandb_project else '')
-        self.wandb: Run | None = None
+    def __init__(self, out_dir: Path | None, is_main: bool, first_step: int, total_steps: int,
+                 uploader: Uploader | None = None) -> None:
+        self.is_main, self.first_step, self.total_steps = is_main, first_step, total_steps
+        self.folder = out_dir if is_main else None  # that of the files, if this process writes any
+        self.sinks: dict[str, Sink] = {}
         self.bar: tqdm[Any] | None = None
-        self.has_bars = is_main and sys.stderr.isatty()
         self.step, self.values, self.last_kept, self.row_start = -1, dict[str, float](), -1, NO_ROW
-        self.exit_code, self.uploader = 0, uploader
+        self.exit_code = DONE
+        self.uploader = uploader
         self.on_closed: Callable[[str], None] | None = None  # who is told that nobody reads the console any more
-        self.writes = is_main and out_dir != ''
-        if self.writes:
-            os.makedirs(out_dir, exist_ok=True)
-            self.last_kept = drop_rows(self.path('metrics.jsonl'), first_step)
-            drop_samples(self.path('samples.txt'), first_step)
-        if is_main and wandb_project:
-            with Expendable(self.line, 'wandb is off'):
-                self.wandb = start_wandb(wandb_project, wandb_run_name, self.wandb_run_id, out_dir, settings or {})
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.last_kept = drop_rows(self.folder / 'metrics.jsonl', first_step)
+            drop_samples(self.folder / 'samples.txt', first_step)
 
     def __enter__(self) -> Self:
         self.status('running', self.first_step, DONE)
@@ -200,12 +171,23 @@ class Logger:
             self.end(code, message)
         self.close()
 
-    def end(self, code: int, message: str) -> None:
-        state = {DONE: 'done', STOPPED: 'stopped'}.get(code, 'failed')
-        self.status(state, max(self.step, self.first_step), code, message)
+    # The sinks
 
-    def path(self, name: str) -> str:
-        return os.path.join(self.out_dir, name)
+    def add(self, name: str, start: Callable[[], Sink]) -> None:
+        """One more of them, if it can be started."""
+        if self.is_main:
+            with Expendable(self.line, f'{name} is off'):
+                self.sinks[name] = start()
+
+    def tell(self, how: Callable[[Sink], None]) -> None:
+        """Call each of them. One that fails stays off."""
+        for name in list(self.sinks):
+            sink = self.sinks.pop(name)
+            with Expendable(self.line, f'{name} is off'):
+                how(sink)
+                self.sinks[name] = sink
+
+    # The console
 
     def line(self, text: str) -> None:
         if not self.is_main:
@@ -217,6 +199,17 @@ class Logger:
                 raise
             drop_output()
             self.on_closed('a closed output')
+
+    def update(self, step: int, **shown: str) -> None:
+        """The bar of the training: `step` steps are done."""
+        if not (self.is_main and sys.stderr.isatty()):
+            return
+        if self.bar is None:
+            self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit=' steps', dynamic_ncols=True)
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    # Numbers and samples
 
     def iteration(self, step: int, row: dict[str, float], lap: dict[str, float]) -> None:
         """A step of the training: its row, its line, and the bar. `lap` is Pace's."""
@@ -239,8 +232,8 @@ class Logger:
     def flush(self) -> None:
         """Write the row of the current step as far as it is known (it can still grow): before a checkpoint is saved, so
         that no row is missing when a run goes on from there."""
-        if self.writes and self.values and self.step > self.last_kept:
-            with open(self.path('metrics.jsonl'), 'ab') as file:
+        if self.folder and self.values and self.step > self.last_kept:
+            with open(self.folder / 'metrics.jsonl', 'ab') as file:
                 if self.row_start < file.tell():
                     file.truncate(self.row_start)
                 self.row_start = os.fstat(file.fileno()).st_size
@@ -250,90 +243,60 @@ class Logger:
         """Write the row of the current step for good."""
         if self.values:
             self.flush()
-            self.log_to_wandb(wandb_row(self.step, self.values))
+            step, values = self.step, self.values
+            self.tell(lambda sink: sink.row(step, values))
             self.row_start, self.values = NO_ROW, {}
 
-    def update(self, step: int, **shown: str) -> None:
-        """The bar of the training: `step` steps are done."""
-        if not self.has_bars:
-            return
-        if self.bar is None:
-            self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit=' steps', dynamic_ncols=True)
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def progress(self, items: Iterable[T], total: int, label: str, unit: str) -> Iterator[T]:
-        """`items`, with a bar of their own; where there is no terminal, a line every PLAIN_SECONDS."""
-        if self.has_bars:
-            yield from tqdm(items, total=total, desc=label, unit=f' {unit}', leave=False, dynamic_ncols=True)
-            return
-        start = said = time.monotonic()
-        for done, item in enumerate(items, start=1):
-            yield item
-            now = time.monotonic()
-            if self.is_main and now - said >= PLAIN_SECONDS and done < total:
-                left = (now - start) / done * (total - done)
-                self.line(f'{label}: {done}/{total} {unit}, {now - start:.0f} s, about {left:.0f} s to go')
-                said = now
-
     def sample(self, step: int, text: str) -> None:
-        """A text that the model wrote, to console, samples.txt and wandb."""
-        if not self.writes:
+        """A text that the model wrote, to console, samples.txt and the sinks."""
+        if not self.folder:
             return
         header = f'=== step {step} ===\n'
         self.line(header + text)
         body = re.sub('^(?==== step )', ' ', text, flags=re.MULTILINE)  # no sample can look like a header
-        with open(self.path('samples.txt'), 'a', encoding='utf-8', errors='replace', newline='') as file:
+        with open(self.folder / 'samples.txt', 'a', encoding='utf-8', errors='replace', newline='') as file:
             file.write(f'{header}{body}\n\n')
-        self.log_to_wandb({'iter': step}, text)
+        self.tell(lambda sink: sink.sample(step, text))
 
     def plot(self) -> None:
         """Draw loss.png from all rows of metrics.jsonl. A picture that fails does not end a run."""
-        if not self.writes:
+        if not self.folder:
             return
         self.flush()
-        with Expendable(self.line, f'{self.path("loss.png")} is not drawn'):
+        path = self.folder / 'loss.png'
+        with Expendable(self.line, f'{path} is not drawn'):
             from plaingpt.run import plot
 
-            columns = read_columns(self.path('metrics.jsonl'), plot.COLUMNS)
+            columns = read_columns(self.folder / 'metrics.jsonl', plot.COLUMNS)
             if np.isfinite([columns['loss'], columns['val_loss']]).any():
-                picture = plot.draw(columns, os.path.basename(os.path.abspath(self.out_dir)))
-                with replacing(self.path('loss.png')) as file:
+                picture = plot.draw(columns, os.path.basename(os.path.abspath(self.folder)))
+                with files.written_whole(path) as file:
                     file.write(picture)
+
+    # The end
 
     def status(self, state: str, step: int, exit_code: int, message: str = '') -> None:
         """status.json: what a scheduler asks. A full disk does not hide the error that is being reported."""
         self.exit_code = exit_code
-        if not self.writes:
+        if not self.folder:
             return
         now = datetime.now(UTC).isoformat(timespec='seconds')
         fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message, 'time': now,
                   'not_uploaded': self.uploader.missing if self.uploader else []}
-        path = self.path('status.json')
-        with Expendable(self.line, f'{path} is not written'), replacing(path) as file:
+        path = self.folder / 'status.json'
+        with Expendable(self.line, f'{path} is not written'), files.written_whole(path) as file:
             file.write(json.dumps(fields).encode() + b'\n')
 
-    def log_to_wandb(self, values: dict[str, Any], sample: str | None = None) -> None:
-        """Once wandb has failed it stays off."""
-        run, self.wandb = self.wandb, None
-        if run is None:
-            return
-        with Expendable(self.line, 'wandb is off'):
-            if sample is not None:
-                import wandb
-
-                values['sample'] = wandb.Table(columns=['iter', 'text'], data=[[values['iter'], sample]])
-            run.log(values)
-            self.wandb = run
+    def end(self, code: int, message: str) -> None:
+        state = {DONE: 'done', STOPPED: 'stopped'}.get(code, 'failed')
+        self.status(state, max(self.step, self.first_step), code, message)
 
     def close(self) -> None:
-        """The last row, the bar's last state, wandb's end. A second call does nothing."""
+        """The last row, the bar's last state, the sinks' end. A second call does nothing."""
         try:
             if self.bar is not None:
                 self.bar.close()
             self.end_row()
         finally:
-            run, self.wandb = self.wandb, None
-            if run is not None:
-                with Expendable(self.line, 'wandb did not end well'):
-                    run.finish(exit_code=self.exit_code)
+            self.tell(lambda sink: sink.close(self.exit_code))
+            self.sinks.clear()

@@ -253,7 +253,7 @@ def test_the_settings_are_those_of_the_scripts_line_for_line() -> None:
     assert [script for script, _ in shown] == ['train.py', 'sample.py', 'evaluate.py', 'export.py',
                                                 'data/text/prepare.py']
     for script, section in shown:
-        _, lines, _ = (ROOT / script).read_text(encoding='utf-8').split(f'# {"-" * 96}\n')
+        _, lines, *_ = (ROOT / script).read_text(encoding='utf-8').split(f'# {"-" * 96}\n')
         settings = section.partition('```python\n')[2].partition('```')[0]
         assert lines.endswith(settings), script
         assert re.findall(r'^\w+: ', settings, re.MULTILINE) == re.findall(r'^\w+: ', lines, re.MULTILINE)

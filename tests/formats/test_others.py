@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import export
-import sample
 from model import GPT, GPTConfig
 from plaingpt import errors
-from plaingpt.run import checkpoint
+from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from tests.comparing import ROUNDING, refused
 
 # ------------------------------------------------------------------------------------------------
@@ -121,7 +120,7 @@ def assert_same_logits(ours: GPT, theirs: nn.Module, n_vocab: int = 384) -> None
 
 def test_build_nanogpts_checkpoint_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, theirs = build_nanogpt(tmp_path / 'model_05000.pt', monkeypatch)
-    ours, state = checkpoint.open_model(str(path), dropout=0.1)
+    ours, state = open_model(str(path), dropout=0.1)
     assert ours.config == GPTConfig(16, 50304, 2, 4, 16, dropout=0.1, bias=True, gelu='tanh', tie_weights=True)
     assert ours.lm_head.weight is ours.transformer.wte.weight
     assert (state['iter_num'], state['best_val_loss'], state['best']) == (5000, 3.25, {'loss': [3.25, 5000]})
@@ -137,7 +136,7 @@ def test_gpt_from_scratchs_checkpoint_loads(qkv_bias: bool, prefix: str, tmp_pat
         tree = {'model': {f'{prefix}{name}': p for name, p in theirs.state_dict().items()}, 'iter': 5000, 'epoch': 0,
                 'val_loss': 3.25, 'config': config_of('gone', {'n_heads': 4})}
         save(tree, path, 'gone', monkeypatch)
-    ours, state = checkpoint.open_model(str(path))
+    ours, state = open_model(str(path))
     assert ours.config == GPTConfig(16, 384, 2, 4, 16, bias=True, gelu='tanh', tie_weights=False)
     assert_same_logits(ours, theirs)
     assert ours.state_dict()['transformer.h.0.attn.c_attn.bias'].any() == qkv_bias
@@ -156,10 +155,10 @@ def test_bare_weights_need_two_answers(tmp_path: Path) -> None:
             weights['lm_head.weight'] = weights['lm_head.weight'] + 1
         weights['transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16).tril()  # the mask of old models
         torch.save(weights, path)
-        message = refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+        message = refused(open_model, str(path), code=errors.CHECKPOINT)
         assert message.count('\n') == 0 and f'{path} does not say n_head and gelu: ' in message
         assert f'export.py --init_from={path} --to=ckpt --n_head=4 --gelu=tanh' in message
-        ours, _ = checkpoint.open_model(str(path), answers={'n_head': 4, 'gelu': 'exact'})
+        ours, _ = open_model(str(path), answers={'n_head': 4, 'gelu': 'exact'})
         assert ours.config == GPTConfig(16, 50304, 2, 4, 256, gelu='exact', tie_weights=tied)
 
 
@@ -175,7 +174,7 @@ def test_what_it_advises_makes_a_run_that_says_all(tmp_path: Path, tiktoken_cach
     assert result.returncode == 0, result.stderr
     result = run_script('sample.py', '--out_dir=new', '--num_samples=1', '--max_new_tokens=3', cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    model, state = checkpoint.open_model(str(tmp_path / 'new'))
+    model, state = open_model(str(tmp_path / 'new'))
     assert all(torch.equal(p, theirs.state_dict()[name]) for name, p in model.state_dict().items())
     assert state['tokenizer']['name'] == 'gpt2'
 
@@ -189,7 +188,7 @@ def test_training_takes_the_answers_from_its_own_settings(tmp_path: Path, tiny_d
     assert 'does not say n_head and gelu' in run_script('train.py', *arguments).stderr
     result = run_script('train.py', *arguments, '--n_head=4', '--gelu=exact')
     assert result.returncode == 0, result.stderr
-    model, _ = checkpoint.open_model(f'{tmp_path}/out')
+    model, _ = open_model(f'{tmp_path}/out')
     assert (model.config.n_head, model.config.gelu) == (4, 'exact')
 
 
@@ -204,8 +203,8 @@ def test_an_imported_model_can_be_evaluated_exported_and_trained_on(
                           '--batch_size=2', '--eval_iters=1', '--sample_interval=0', '--device=cpu'])]:
         result = run_script(script, *common, *arguments)
         assert result.returncode == 0, f'{script}\n{result.stderr}'
-    model, state = checkpoint.open_model(f'{tmp_path}/hf')
-    n_vocab = sample.vocabulary_of(state, model.config.vocab_size).n_vocab
+    model, state = open_model(f'{tmp_path}/hf')
+    n_vocab = learned_tokenizer(state, model.config.vocab_size, corpus_of(state)).n_vocab
     assert model.config.vocab_size == n_vocab < 384
     idx = torch.randint(n_vocab, (2, 16))
     model, theirs = model.double().eval(), theirs.double().eval()
@@ -222,7 +221,7 @@ def test_an_imported_model_can_be_evaluated_exported_and_trained_on(
 ])
 def test_other_models_are_refused_with_the_reason(tree: dict[str, Any], reason: str, tmp_path: Path) -> None:
     torch.save(tree, tmp_path / 'chkpoint_100.pth')
-    message = refused(checkpoint.open_model, str(tmp_path / 'chkpoint_100.pth'), code=errors.CHECKPOINT)
+    message = refused(open_model, str(tmp_path / 'chkpoint_100.pth'), code=errors.CHECKPOINT)
     assert 'is another model than GPT-2' in message and reason in message
 
 
@@ -234,7 +233,7 @@ def test_a_model_that_only_looks_like_theirs_is_refused(tmp_path: Path, monkeypa
            weights | {'gpt.final_ln.weight': torch.ones(3)}]
     for changed in odd:
         torch.save({'model': changed}, path)
-        assert 'do not fit' in refused(checkpoint.open_model, str(path), answers={'n_head': 4}, code=errors.CHECKPOINT)
+        assert 'do not fit' in refused(open_model, str(path), answers={'n_head': 4}, code=errors.CHECKPOINT)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -263,15 +262,15 @@ def test_a_tokenizer_of_gpt2s_kind_is_read_from_a_folder(is_one_file: bool, tmp_
         theirs.save(str(folder / 'tokenizer.json'))
     else:
         theirs.save_model(str(folder))
-    model, state = checkpoint.open_model(str(folder))
-    ours = sample.vocabulary_of(state, model.config.vocab_size)
+    model, state = open_model(str(folder))
+    ours = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
     theirs.no_truncation()
     for text in (__doc__, 'naïve café 日本語 \x00 end  of\n'):
         assert ours.encode(text) == theirs.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
     assert (ours.eot, ours.n_vocab, ours.pieces[0]) == (1, theirs.get_vocab_size(), b'<s>')
     export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/ours'])
-    assert checkpoint.open_model(f'{tmp_path}/ours')[1]['tokenizer'] == ours.state()
+    assert open_model(f'{tmp_path}/ours')[1]['tokenizer'] == ours.state()
     assert tokenizers.Tokenizer.from_file(f'{tmp_path}/ours/tokenizer.json').encode(__doc__).ids == ours.encode(__doc__)
 
 
@@ -286,7 +285,7 @@ def test_a_model_of_the_hub_has_the_tokenizer_that_is_there(tmp_path: Path, run_
     result = run_script(*arguments, cwd=tmp_path, environment={'HF_HOME': str(tmp_path)})
     assert result.returncode == 0, result.stderr
     state = json.loads((tmp_path / 'ours/plaingpt.json').read_text(encoding='utf-8'))
-    expected = checkpoint.open_model(str(folder))[1]['tokenizer']
+    expected = open_model(str(folder))[1]['tokenizer']
     assert state['tokenizer'] == expected and expected['name'].startswith('bpe:')
 
 
@@ -295,9 +294,9 @@ def test_gpt2s_tokenizer_is_known_by_its_tokens(tmp_path: Path, tiktoken_cache: 
     for name, file in (('vocab.json', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6'),
                        ('merges.txt', '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')):
         shutil.copy(tiktoken_cache / file, folder / name)
-    assert checkpoint.open_model(str(folder))[1] == {}
+    assert open_model(str(folder))[1] == {}
     pytest.importorskip('transformers').AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
-    assert (folder / 'tokenizer.json').is_file() and checkpoint.open_model(str(folder))[1] == {}
+    assert (folder / 'tokenizer.json').is_file() and open_model(str(folder))[1] == {}
 
 
 @pytest.mark.parametrize('kind', ['lowercase', 'a space first', 'a start token', 'without all bytes', 'words',
@@ -316,10 +315,10 @@ def test_a_tokenizer_of_another_kind_is_not_taken_for_gpt2s(kind: str, tmp_path:
         text = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, '')).to_str()
     path = their_folder(tmp_path, 300) / 'tokenizer.json'
     path.write_text('{' if kind == 'damaged' else text, encoding='utf-8')
-    message = refused(checkpoint.open_model, str(tmp_path), code=errors.CHECKPOINT)
+    message = refused(open_model, str(tmp_path), code=errors.CHECKPOINT)
     assert f"the tokenizer of {tmp_path} is damaged, or of another kind than GPT-2's" in message
     path.unlink()
-    assert checkpoint.open_model(str(tmp_path))[1] == {}, 'as it advises'
+    assert open_model(str(tmp_path))[1] == {}, 'as it advises'
 
 
 # ------------------------------------------------------------------------------------------------
@@ -359,7 +358,7 @@ def test_the_class_that_a_file_names_is_not_used(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, 'gpt_from_scratch.models.utils', Trap('trap'))
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     allowed = torch.serialization.get_safe_globals()
-    assert_same_logits(checkpoint.open_model(str(path))[0], theirs)
+    assert_same_logits(open_model(str(path))[0], theirs)
     assert touched == []
     assert torch.serialization.get_safe_globals() == allowed, 'it is allowed for that one file only'
 
@@ -382,7 +381,7 @@ def test_a_pickle_in_the_place_of_a_config_runs_nothing(where: str, tmp_path: Pa
         made.__init__ = run_a_command
         tree['config'] = Call(made, f'touch {witness}')
     torch.save(tree, path)
-    message = refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+    message = refused(open_model, str(path), code=errors.CHECKPOINT)
     assert 'could run any code' in message and not witness.exists()
     torch.load(path, weights_only=False)
     assert witness.exists(), 'it would have run'
@@ -399,7 +398,7 @@ def test_a_config_with_odd_fields_is_asked_about_or_refused(tmp_path: Path, monk
     for fields in odd:
         tree = {'model': theirs.state_dict(), 'config': config_of('gone', fields)}
         save(tree, path, 'gone', monkeypatch)
-        assert 'n_head' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+        assert 'n_head' in refused(open_model, str(path), code=errors.CHECKPOINT)
 
 
 def test_only_one_class_and_only_a_config_is_read_as_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,9 +407,9 @@ def test_only_one_class_and_only_a_config_is_read_as_fields(tmp_path: Path, monk
     type(tree['config']).__qualname__ = type(tree['config']).__name__ = 'Optimizer'
     vars(sys.modules['gone'])['Optimizer'] = type(tree['config'])
     torch.save(tree, path)
-    assert 'could run any code' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+    assert 'could run any code' in refused(open_model, str(path), code=errors.CHECKPOINT)
     torch.save({**tree, 'config': config_of('gone', {'n_heads': 4}), 'other': config_of('elsewhere', {'a': 1})}, path)
-    assert 'could run any code' in refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+    assert 'could run any code' in refused(open_model, str(path), code=errors.CHECKPOINT)
     for name in ('gone', 'elsewhere'):
         monkeypatch.delitem(sys.modules, name)
 
@@ -429,10 +428,10 @@ def test_a_run_without_a_tokenizer_is_made_with_a_line_and_a_corpus_brings_one(
     arguments = [f'--init_from={tmp_path}/theirs.pt', '--to=ckpt', '--gelu=exact', '--n_head=4']
     export.main([*arguments, f'--out_dir={tmp_path}/without'])
     assert 'the tokenizer stays behind: the model knows 128 tokens' in capsys.readouterr().out
-    model, state = checkpoint.open_model(f'{tmp_path}/without')
+    model, state = open_model(f'{tmp_path}/without')
     assert (model.config.n_head, model.config.gelu, state['tokenizer']) == (4, 'exact', None)
     export.main([*arguments, f'--out_dir={tmp_path}/with', f'--dataset={tiny_dataset}'])
-    assert checkpoint.open_model(f'{tmp_path}/with')[1]['tokenizer']['name'] == 'char'
+    assert open_model(f'{tmp_path}/with')[1]['tokenizer']['name'] == 'char'
     without = [f'--init_from={tmp_path}/without', f'--out_dir={tmp_path}/new', '--to=hf']
     assert 'has learned another one' in refused(export.main, without, code=errors.CHECKPOINT)
 
@@ -442,6 +441,6 @@ def test_nanogpts_gelu_is_the_exact_one_unless_somebody_knows_better(tmp_path: P
     args = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'block_size': 16, 'bias': True, 'vocab_size': 64, 'dropout': 0.0}
     tree = {'model': GPT(GPTConfig(16, 64, 1, 2, 8)).state_dict(), 'model_args': args, 'iter_num': 3}
     torch.save(tree, tmp_path / 'ckpt.pt')
-    assert checkpoint.open_model(str(tmp_path / 'ckpt.pt'))[0].config.gelu == 'exact'
+    assert open_model(str(tmp_path / 'ckpt.pt'))[0].config.gelu == 'exact'
     export.main([f'--init_from={tmp_path}/ckpt.pt', f'--out_dir={tmp_path}/new', '--to=ckpt', '--gelu=tanh'])
-    assert checkpoint.open_model(f'{tmp_path}/new')[0].config.gelu == 'tanh'
+    assert open_model(f'{tmp_path}/new')[0].config.gelu == 'tanh'

@@ -19,7 +19,7 @@ from plaingpt.machines import processes
 from plaingpt.machines.stop import Stop
 from plaingpt.machines.watch import Watch
 from plaingpt.run import checkpoint
-from plaingpt.run.log import Logger
+from plaingpt.run.log import Log
 from tests.comparing import assert_equal_learning, assert_equal_to_rounding, in_float64
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def arguments(settings: dict[str, Any]) -> list[str]:
     return [f'--{name}={value}' for name, value in (SETTINGS | {'hellaswag': questions} | settings).items()]
 
 
-def draw_nothing(log: Logger) -> None:
+def draw_nothing(log: Log) -> None:
     """In place of the picture of a run, which costs as much time as a hundred of its steps."""
 
 
@@ -66,10 +66,10 @@ def note_tokens(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 def tokens_of(folder: Path) -> list[list[Any]]:
     """The micro-batches that all processes of a run have read, in the order of the steps, as one process reads them.
-    The first one, which only measures the time, is left out, and so are those that are there to fill up."""
+    Those that are there to fill up are left out."""
     steps: dict[int, list[list[Any]]] = {}
     for path in sorted(folder.glob('tokens.*.jsonl')):
-        parts = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()][1:]
+        parts = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
         step, last = -1, sys.maxsize
         for part in parts:
             step, last = step + (part[0] <= last), part[0]
@@ -83,13 +83,13 @@ def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
     process = processes.start('cpu', 'nccl', shards=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Logger, 'plot', draw_nothing)
+        patch.setattr(Log, 'plot', draw_nothing)
         note_tokens(patch, process.rank)
         for run in plan:
             settings, given = configurator.configure(train, arguments(run))
             precision = nullcontext() if 'dtype' in run else in_float64()
             with precision, Stop(0.0) as stop, Watch(process, 300.0, 60.0) as watch:
-                train.train(process, watch, stop, settings, given)
+                train.carry_out(process, watch, stop, settings, given)
     processes.stop()
 
 
@@ -124,7 +124,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
     """Every run, in this one process."""
     folder = tmp_path_factory.mktemp('alone')
     with in_float64(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Logger, 'plot', draw_nothing)
+        patch.setattr(Log, 'plot', draw_nothing)
         note_tokens(patch, 0)
         for name, settings in RUNS.items():
             whole = settings | {'init_from': 'scratch'}  # the one to resume too: without an interruption
@@ -151,7 +151,7 @@ def test_several_processes_learn_what_one_learns(alone: Path, tiny_dataset: Path
                                                  names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout; micro-batches that divide among the processes and others, some of which get none at all; evaluation
     on windows that do not divide; a run that one process began; and one that each strategy continues after each."""
-    monkeypatch.setattr(Logger, 'plot', draw_nothing)
+    monkeypatch.setattr(Log, 'plot', draw_nothing)
     plan = plan_of(tmp_path, tiny_dataset, names)
     for settings in plan.values():
         if settings.get('init_from') == 'resume':
@@ -220,7 +220,7 @@ def test_bfloat16_means_the_same_to_each_strategy(tiny_dataset: Path, tmp_path: 
 @pytest.mark.slow
 def test_the_command_of_the_readme_runs_on_two_processes(tiny_dataset: Path, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Logger, 'plot', draw_nothing)
+    monkeypatch.setattr(Log, 'plot', draw_nothing)
     settings = RUNS['three micro-batches'] | {'dataset': tiny_dataset, 'log_interval': 1, 'wandb_log': False}
     several, one = tmp_path / 'several', tmp_path / 'one'
     command = [str(ROOT / 'config/train_gpt2.py'), *arguments(settings | {'out_dir': several})]

@@ -24,10 +24,11 @@ import train
 from plaingpt import errors
 from plaingpt.corpus import batches
 from plaingpt.corpus.batches import Part
+from plaingpt.init_from import open_model
 from plaingpt.machines.stop import AGAIN
-from plaingpt.machines.watch import smaller_batch
 from plaingpt.run import checkpoint
-from plaingpt.run.log import Logger
+from plaingpt.run.log import Log
+from tests.comparing import give
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., subprocess.Popen[str]]
@@ -41,6 +42,7 @@ TRAIN = 'import sys, train; train.main(sys.argv[1:])'
 # the steps take a tenth of a second each, so that there is time to see one
 SLOWLY = """import os, sys, time, train
 from plaingpt import errors
+from plaingpt.init_from import open_model
 parts_of = train.parts_of
 def slowly(*arguments):
     time.sleep(0.1)
@@ -400,7 +402,7 @@ def test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goe
 
 def break_steps(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool], number: float) -> None:
     """The loss of these steps is multiplied by `number`."""
-    calls, parts_of = [-2], batches.parts_of  # the first call measures the time; the next is that of step 0
+    calls, parts_of = [-1], batches.parts_of  # the first call is that of step 0
 
     def breaking(*rest: Any) -> Iterator[Part]:
         calls[0] += 1
@@ -470,7 +472,7 @@ def test_an_infinite_loss_on_one_of_two_processes_skips_the_step_on_both(start: 
                                                                         tiny_dataset: Path, strategy: str) -> None:
     code = """import math, os, train
 from plaingpt import errors
-calls, parts_of = [-2], train.parts_of
+calls, parts_of = [-1], train.parts_of
 def breaking(*rest):
     calls[0] += 1
     for part in parts_of(*rest):
@@ -515,7 +517,8 @@ def test_a_batch_that_is_too_large_is_answered_with_the_settings_that_fit(tmp_pa
     (1, 40, 0, '--activation_checkpointing=True'),
 ])
 def test_the_advice_keeps_the_tokens_of_a_step(batch_size: int, accumulation: int, total: int, advice: str) -> None:
-    said = smaller_batch(batch_size, accumulation, total)
+    give(train, batch_size=batch_size, gradient_accumulation_steps=accumulation, total_batch_size=total)
+    said = train.less_memory()
     assert said.startswith(advice)
     if batch_size > 1 and not total:
         new = dict(re.findall(r'--(\w+)=(\d+)', said))
@@ -537,7 +540,7 @@ def test_a_run_that_would_fill_the_disk_does_not_begin(monkeypatch: pytest.Monke
 def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                         tiny_dataset: Path) -> None:
     """The disk waits until two more steps are done; the checkpoint holds the weights of its own step all the same."""
-    went_on, write, iteration = threading.Event(), checkpoint.write, Logger.iteration
+    went_on, write, iteration = threading.Event(), checkpoint.write, Log.iteration
     written: list[int] = []
 
     def slowly(out_dir: Path, state: checkpoint.State, keep: int, is_best: bool) -> None:
@@ -545,14 +548,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
         write(out_dir, state, keep, is_best)
         written.append(state['iter_num'])
 
-    def noting(log: Logger, step: int, *rest: Any) -> None:
+    def noting(log: Log, step: int, *rest: Any) -> None:
         iteration(log, step, *rest)
         if step == 5:
             assert written == [], 'the disk was not waited for'
             went_on.set()
 
     monkeypatch.setattr(checkpoint, 'write', slowly)
-    monkeypatch.setattr(Logger, 'iteration', noting)
+    monkeypatch.setattr(Log, 'iteration', noting)
     train.main(arguments(tmp_path / 'slow', tiny_dataset, keep=5))
     assert written == [4, 8, 12]
     monkeypatch.undo()
@@ -585,7 +588,7 @@ def test_a_run_goes_on_elsewhere_from_what_it_has_uploaded(
     train.main(arguments(tmp_path / 'whole', tiny_dataset))
     first, second = (checkpoint.load(tmp_path / name / 'ckpt.pt') for name in ('there', 'whole'))
     assert all(torch.equal(weight, second['model'][name]) for name, weight in first['model'].items())
-    model, state = checkpoint.open_model(url)
+    model, state = open_model(url)
     assert state['iter_num'] == 12
     sampled = run_script('sample.py', f'--out_dir={url}', '--num_samples=1', '--max_new_tokens=20', '--start=import')
     assert sampled.stdout.startswith('import'), sampled.stderr

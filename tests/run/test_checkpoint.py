@@ -21,8 +21,9 @@ from plaingpt.corpus.batches import read_batch
 from plaingpt.corpus.folder import open_split
 from plaingpt.corpus.order import Order, fixed_starts
 from plaingpt.errors import UserError
+from plaingpt.init_from import open_model
 from plaingpt.run import checkpoint
-from tests.comparing import ROUNDING, assert_equal_to_rounding, differences, leaves, refused
+from tests.comparing import ROUNDING, assert_equal_to_rounding, differences, give, leaves, refused
 
 SETTINGS: dict[str, Any] = {
     'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 4, 'gradient_accumulation_steps': 1,
@@ -179,7 +180,8 @@ def test_nanogpts_run_goes_on_here_with_its_moments(tmp_path: Path, corpus: toke
     assert_equal_to_rounding(state['model'], theirs.state_dict())
     assert_equal_to_rounding(state['optimizer']['state'], optimizer.state_dict()['state'], ROUNDING / 1000)
 
-    forgetful = train.make_optimizer(fresh, 1e-2, 0.1, (0.9, 0.95))
+    give(train, learning_rate=1e-2)
+    forgetful = train.make_optimizer(fresh)
     for step in (3, 4):
         starts = Order(len(corpus), 16, 1337).starts(4 * step, 4)
         fresh(*read_batch(corpus, starts, 16, 4, 128))[1].backward()
@@ -250,7 +252,7 @@ def test_a_checkpoint_holds_tensors_and_plain_values_and_nothing_else(ours: Path
 def test_the_checkpoint_alone_is_enough_to_continue_a_text(ours: Path, tmp_path: Path, tiny_text: str) -> None:
     from plaingpt.corpus import tokenizer
 
-    model, state = checkpoint.open_model(str(shutil.copy(ours, tmp_path / 'moved.pt')))
+    model, state = open_model(str(shutil.copy(ours, tmp_path / 'moved.pt')))
     vocabulary = tokenizer.from_state(state['tokenizer'])
     ids = vocabulary.encode(tiny_text[:10])
     assert vocabulary.decode(ids) == tiny_text[:10]
@@ -387,7 +389,7 @@ def test_a_file_whose_entries_are_of_the_wrong_kind_is_refused(ours: Path, tmp_p
         {'model_args': state['model_args'] | {'n_layer': 3}}, {'model_args': [1]}, {'model': [1]}]
     for change in changes:
         torch.save(state | change, path)
-        refused(checkpoint.open_model, str(path), code=errors.CHECKPOINT)
+        refused(open_model, str(path), code=errors.CHECKPOINT)
 
 
 def test_weights_without_an_optimizer_can_be_fine_tuned_and_not_resumed(ours: Path, tmp_path: Path,
@@ -414,9 +416,9 @@ def test_resuming_needs_something_to_resume(run: Callable[..., Path], tmp_path: 
 
 def test_a_model_is_opened_by_its_file_its_folder_or_its_name(ours: Path, tmp_path: Path) -> None:
     for path in (ours, ours.parent):
-        model, state = checkpoint.open_model(str(path), dropout=0.2)
+        model, state = open_model(str(path), dropout=0.2)
         assert (model.config.dropout, model.config.gelu, state['iter_num']) == (0.2, 'exact', 4)
     for where in ('nonsense', str(tmp_path / 'nothing'), str(tmp_path)):
-        assert where in refused(checkpoint.open_model, where, code=errors.CHECKPOINT)
+        assert where in refused(open_model, where, code=errors.CHECKPOINT)
     shutil.copy(ours, tmp_path / 'ckpt.1.pt')
-    assert checkpoint.open_model(str(tmp_path))[1]['iter_num'] == 4, 'a run whose newest file is gone'
+    assert open_model(str(tmp_path))[1]['iter_num'] == 4, 'a run whose newest file is gone'

@@ -1,0 +1,198 @@
+"""What a name stands for, 'resume', 'gpt2-xl', a checkpoint, a folder, a URL: a model, and what it has learned."""
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from model import GPT, GPTConfig
+from plaingpt.corpus import tokenizer
+from plaingpt.corpus.folder import data_folder, how_to_prepare, is_prepared, read_meta
+from plaingpt.corpus.tokenizer import Tokenizer
+from plaingpt.errors import CHECKPOINT, DATA, UserError
+from plaingpt.formats import huggingface, llmc
+from plaingpt.machines import processes
+from plaingpt.machines.processes import Process
+from plaingpt.run import checkpoint, upload
+from plaingpt.run.checkpoint import SHAPE, State
+
+NOT_SHARED = 'out_dir must be one folder that all machines share, or --upload_to name a place that all can read'
+GPT2_SIZES = (50257, tokenizer.model_vocab_size(50257))  # ids of GPT-2's tokenizer, and of a model that has learned it
+
+
+# ------------------------------------------------------------------------------------------------
+# A model that exists
+
+
+def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None = None) -> tuple[GPT, State]:
+    """The model that `where` names: a checkpoint file or the folder of a run, here or at a URL, llm.c's model file, a
+    Hugging Face folder, or a GPT-2 of the hub; and its checkpoint, of which the last three have little or nothing.
+    `answers` are those of `checkpoint.load`."""
+    path = Path(where)
+    if upload.is_url(where):
+        with tempfile.TemporaryDirectory() as folder:
+            [file] = upload.fetch(where if where.endswith('.pt') else f'{where}/ckpt.pt', Path(folder))
+            state = checkpoint.load(file, answers)
+    elif checkpoint.holds_run(path):
+        state = checkpoint.load_newest(path)
+    elif path.is_file() and llmc.is_model(path):
+        return GPT.from_weights(*llmc.load(path, dropout)), huggingface.read_origin(path.parent)
+    elif path.is_file() or path.suffix in ('.pt', '.pth'):
+        state = checkpoint.load(path, answers)
+    elif (path / 'config.json').exists() or may_be_on_the_hub(where):
+        return GPT.from_pretrained(where, dropout), huggingface.read_origin(path) or huggingface.read_tokenizer(where)
+    else:
+        raise UserError(f'{where!r} is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2', CHECKPOINT)
+    return checkpoint.model_of(state, dropout), state
+
+
+def may_be_on_the_hub(name: str) -> bool:
+    path = Path(name)
+    return (name.startswith('gpt2') and not path.exists()) or (name.count('/') == 1 and not path.parent.exists())
+
+
+# ------------------------------------------------------------------------------------------------
+# The model of a run
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The settings of train.py that decide which model a run begins with, and which of all settings a user gave."""
+
+    given: frozenset[str]
+    out_dir: str
+    init_from: str
+    upload_to: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    dropout: float
+    bias: bool
+    gelu: Literal['tanh', 'exact']
+    tie_weights: bool
+
+    @property
+    def answers(self) -> dict[str, Any]:
+        """What the user says of a foreign checkpoint that may not say it itself."""
+        return {name: getattr(self, name) for name in self.given & {'n_head', 'gelu'}}
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the weights are drawn, and no file gives them; with 'auto', if there is no run to resume."""
+        return self.init_from in ('scratch', 'start') or (
+            self.init_from == 'auto' and not checkpoint.holds_run(Path(self.out_dir)))
+
+    def new_config(self, n_vocab: int) -> GPTConfig:
+        """The shape of a new model, for a tokenizer of n_vocab ids."""
+        return GPTConfig(self.block_size, self.vocab_size or tokenizer.model_vocab_size(n_vocab), self.n_layer,
+                         self.n_head, self.n_embd, self.dropout, self.bias, self.gelu, self.tie_weights)
+
+    def refuse_other_shape(self, config: GPTConfig, may_crop: bool = False) -> None:
+        """Weights decide the shape of their model: raise UserError where a setting that the user gave says otherwise.
+        """
+        for name in self.given.intersection(SHAPE) - ({'block_size'} if may_crop else set()):
+            ours, theirs = getattr(self, name), getattr(config, name)
+            if ours != theirs and (name, ours) != ('vocab_size', 0):
+                raise UserError(f'{name}={ours} was given, and the model in {self.init_from!r} has {theirs}\n'
+                                f'leave {name} out, or start another model with --init_from=scratch')
+
+
+class Origin(NamedTuple):
+    """What a run begins with."""
+
+    model: GPT
+    state: State  # the checkpoint that the weights come from; {} if there is none
+    is_resumed: bool = False  # the run continues the one that wrote this checkpoint
+    is_new: bool = False  # the weights have been drawn, and have learned nothing
+
+    def learned_reference(self, folder: Path) -> dict[str, Any]:
+        """The tokenizer that the model has learned, or will learn from the corpus in `folder`."""
+        if self.is_new:
+            return dict(read_meta(folder)['tokenizer'])
+        return learned_reference(self.state, self.model.config.vocab_size, folder)
+
+
+def begin(settings: ModelSettings, n_vocab: int, may_share_folder: bool, process: Process) -> Origin:
+    """The model of a run on a corpus of n_vocab ids. If it `may_share_folder` with another run, none there is refused.
+    Every process must call it."""
+    run = Path(settings.out_dir)
+    if settings.init_from in ('resume', 'auto'):
+        state = find_run(run, settings, process)
+        if state:
+            model = checkpoint.model_of(state, settings.dropout)
+            settings.refuse_other_shape(model.config)
+            return Origin(model, state, is_resumed=True)
+    if checkpoint.holds_run(run) and not may_share_folder:
+        raise UserError(f'{run} holds a run already: --init_from=resume continues it, --overwrite=True starts over,\n'
+                        'another --out_dir leaves it alone')
+    if settings.is_new:
+        return Origin(GPT(settings.new_config(n_vocab)), {}, is_new=True)
+    model, state = open_model(settings.init_from, settings.dropout, settings.answers)
+    settings.refuse_other_shape(model.config, may_crop=True)
+    if 'block_size' in settings.given:
+        model = model.crop_block_size(settings.block_size)
+    return Origin(model, state)
+
+
+def find_run(run: Path, settings: ModelSettings, process: Process) -> State:
+    """The newest checkpoint in the folder of a run, which is fetched first if it was uploaded from another machine.
+    Return {} if 'auto' finds none; raise UserError if 'resume' does, and on all processes if they find different ones.
+    """
+    if process.local_rank == 0:
+        checkpoint.fetch_run(run, settings.upload_to)
+    processes.wait_for_all(process)
+    state, error = State(), None
+    if settings.init_from == 'resume' or checkpoint.holds_run(run):
+        try:
+            state = checkpoint.load_newest(run)
+        except UserError as caught:
+            error = caught
+    processes.refuse_difference(process, 'checkpoint of step', state.get('iter_num'), NOT_SHARED)
+    if error:
+        raise error
+    return state
+
+
+# ------------------------------------------------------------------------------------------------
+# Which tokenizer has this model learned?
+
+
+def corpus_of(state: State, dataset: str = '') -> Path:
+    """The corpus that was asked for, or else the one that a checkpoint's run has read."""
+    return data_folder(dataset or state.get('config', {}).get('dataset', 'openwebtext'))
+
+
+def learned_tokenizer(state: State, vocab_size: int, folder: Path) -> Tokenizer:
+    """The tokenizer that a model of vocab_size ids has learned: that of its checkpoint; else GPT-2's, if it has as many
+    ids; else that of its corpus, if `folder` holds one. Raises UserError if that has more ids than the model."""
+    vocabulary = tokenizer.from_state(learned_reference(state, vocab_size, folder))
+    if vocabulary.n_vocab > vocab_size:
+        remedy = '' if state.get('tokenizer') else (
+            f'\nthe checkpoint brings none; prepare its corpus here, {how_to_prepare(folder)}, or name it: --dataset=')
+        raise UserError(f'the model knows {vocab_size} tokens, and the tokenizer {vocabulary.name} has '
+                        f'{vocabulary.n_vocab}: it has learned another one{remedy}', CHECKPOINT)
+    return vocabulary
+
+
+def learned_reference(state: State, vocab_size: int, folder: Path) -> dict[str, Any]:
+    """The same in the form of `Tokenizer.state()` or of `Tokenizer.reference()`."""
+    if state.get('tokenizer'):
+        return dict(state['tokenizer'])
+    if vocab_size in GPT2_SIZES or not is_prepared(folder):
+        return {'name': 'gpt2'}
+    return dict(read_meta(folder)['tokenizer'])
+
+
+def shared_tokenizer(learned: dict[str, Any], folder: Path) -> Tokenizer | None:
+    """The tokenizer of a corpus, which must be the one that the model has learned; None if its files cannot be had.
+    Raises UserError if it is another one."""
+    of_corpus = read_meta(folder)['tokenizer']
+    try:
+        vocabulary = tokenizer.from_state(learned)
+    except UserError:
+        vocabulary = None
+    if learned['name'] != of_corpus['name'] or (vocabulary and vocabulary.reference() != of_corpus):
+        raise UserError(f'the corpus was prepared with the tokenizer {of_corpus["name"]}, and the model has learned '
+                        f'another: {learned["name"]}\nprepare the text again with the tokenizer of the model', DATA)
+    return vocabulary

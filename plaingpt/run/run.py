@@ -1,0 +1,135 @@
+"""The two objects that the training loop holds beside its data: what learns, and what surrounds learning."""
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.optim import Optimizer
+
+from model import GPT
+from plaingpt import console
+from plaingpt.corpus.folder import Data
+from plaingpt.machines import processes, strategies
+from plaingpt.machines.device import Compute, peak_memory
+from plaingpt.machines.processes import Process, Progress
+from plaingpt.machines.stop import Stop, StopAsked
+from plaingpt.machines.watch import Watch
+from plaingpt.metrics import Best, Predictor
+from plaingpt.run import checkpoint
+from plaingpt.run.log import Log, Pace
+
+
+@dataclass
+class Learner:
+    """A model and all that changes with it: what a checkpoint holds."""
+
+    raw_model: GPT
+    model: nn.Module  # the same, as several processes share it
+    optimizer: Optimizer  # each group's learning rate is the schedule's times its `scale`
+    scaler: torch.amp.GradScaler  # of the loss, for float16
+    process: Process
+    compute: Compute
+    step: int = 0  # updates made
+    best: Best = field(default_factory=dict)
+    skipped: int = 0  # steps without an update, as something was not finite
+    skipped_in_a_row: int = 0
+
+    def predictor(self, batch_size: int) -> Predictor:
+        return Predictor(self.model, self.raw_model.config, self.process, self.compute, batch_size)
+
+    def accepts(self, loss: float, grad_norm: float) -> bool:
+        """Whether the weights may be updated: loss and gradient are finite, which they are on all processes or on none.
+        An overflow of float16 is for the scaler, which then updates nothing either."""
+        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        is_sound = math.isfinite(loss) and (math.isfinite(grad_norm) or may_overflow)
+        self.skipped += not is_sound
+        self.skipped_in_a_row = 0 if is_sound else self.skipped_in_a_row + 1
+        return is_sound
+
+
+@dataclass
+class Run:
+    """What surrounds learning. Every process calls it alike; only the main one writes."""
+
+    folder: Path
+    log: Log
+    saver: checkpoint.Saver
+    watch: Watch  # over the other processes
+    stop: Stop  # who may ask for an end
+    process: Process
+    record: dict[str, Any]  # the settings, as checkpoints keep them
+    wandb_run_id: str
+    first_step: int  # updates that were made before
+    last_step: int  # the run ends before it
+    decay_steps: int  # where the learning rate has come down
+    n_windows: int  # in a step, over all processes
+    n_parts: int  # micro-batches of each process in a step
+    log_interval: int  # steps
+    pace: Pace
+    first_loss: float = math.nan  # of the steps that were reported
+    last_loss: float = math.nan
+
+    def heed(self, learner: Learner) -> None:
+        """Raise StopAsked, on all processes at once, if any of them was asked to end; and what went wrong with the last
+        checkpoint, if that is known by now."""
+        self.watch.beat(learner.step)
+        is_asked = torch.tensor(float(self.stop.is_asked()), device=self.process.device)
+        if processes.total(is_asked).item():
+            raise StopAsked(self.stop.reason or 'another process')
+        self.saver.complain()
+
+    def progress(self, learner: Learner) -> Progress:
+        """A bar around a loop that heeds requests to stop."""
+        def heeding(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
+            for item in console.progress(items, total, label, unit):
+                self.heed(learner)
+                yield item
+
+        return heeding
+
+    def is_due(self, interval: int, step: int) -> bool:
+        """Whether something is done before `step`: every `interval` steps, and at the end. 0 is never."""
+        return interval > 0 and (step % interval == 0 or step == self.last_step)
+
+    def report(self, learner: Learner, loss: float, lr: float, grad_norm: float) -> None:
+        """The last update: every log_interval steps, and the first and the last one of the run."""
+        step = learner.step - 1
+        if step % self.log_interval and step not in (self.first_step, self.last_step - 1):
+            return
+        self.first_loss = loss if step == self.first_step else self.first_loss
+        self.last_loss = loss
+        self.log.iteration(step, {
+            'loss': loss,
+            'lr': lr,
+            'grad_norm': grad_norm,
+            'tokens': learner.step * self.n_windows * learner.raw_model.config.block_size,
+            'skipped': learner.skipped,
+            'peak_memory_bytes': peak_memory(self.process.device.type),
+        }, self.pace.lap())
+
+    def save(self, data: Data, learner: Learner, is_best: bool = False) -> None:
+        """Begin to write a checkpoint: every process gives its part, and the main one writes while all go on."""
+        self.saver.wait()
+        weights, moments = strategies.gather(learner.raw_model, learner.optimizer, self.process)
+        if not self.process.is_main:
+            return
+        self.log.flush()
+        self.log.line(f'saving checkpoint to {self.folder}')
+        config, best = learner.raw_model.config, learner.best
+        self.saver.save(is_best, {
+            'model': weights,
+            'optimizer': moments,
+            'model_args': checkpoint.model_args(config),
+            'config': self.record | checkpoint.shape_of(config),
+            'iter_num': learner.step,
+            'best_val_loss': best['loss'][0] if best else math.inf,
+            'best': dict(best),
+            'tokenizer': data.tokenizer.state() if data.tokenizer else None,
+            'skipped': learner.skipped,
+            'scaler': learner.scaler.state_dict(),
+            'wandb_run_id': self.wandb_run_id,
+            'data': data.fingerprint,
+        })

@@ -1,0 +1,62 @@
+"""Weights & Biases as a sink of a run's numbers and samples."""
+import os
+import re
+import secrets
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+SECRET = re.compile(r'key|secret|password|token(?!s|iz)', re.IGNORECASE)  # in the name of a setting
+
+
+def new_id() -> str:
+    """Of a run that has none yet. It goes into the checkpoint, so that the run is continued under it."""
+    return secrets.token_hex(4)
+
+
+class Wandb:
+    """The wandb run `run_id`, begun or continued. Never asks for a key; raises whatever stands in the way."""
+
+    def __init__(self, project: str, name: str, run_id: str, out_dir: str, settings: dict[str, Any]) -> None:
+        import wandb
+
+        if wandb.setup().settings.mode == 'online' and not wandb.login(prompt=False):
+            raise RuntimeError('there is no API key (run `wandb login`, or set WANDB_MODE=offline)')
+        self.run: Run = wandb.init(
+            project=project,
+            name=name or None,
+            id=run_id,
+            resume='allow',
+            dir=os.environ.get('WANDB_DIR', out_dir),
+            config={setting: value for setting, value in settings.items() if not SECRET.search(setting)},
+            allow_val_change=True,
+        )
+        # Our own x axis: a resumed run repeats steps, and wandb refuses its own `step` going back.
+        self.run.define_metric('iter')
+        self.run.define_metric('*', step_metric='iter')
+        self.run.define_metric('val/loss', step_metric='iter', summary='min')
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(wandb_row(step, values))
+
+    def sample(self, step: int, text: str) -> None:
+        import wandb
+
+        self.run.log({'iter': step, 'sample': wandb.Table(columns=['iter', 'text'], data=[[step, text]])})
+
+    def close(self, exit_code: int) -> None:
+        self.run.finish(exit_code=exit_code)
+
+
+def wandb_row(step: int, values: dict[str, float]) -> dict[str, float]:
+    """A row under nanoGPT's names: iter, train/loss, val/loss, lr, mfu in percent; the rest likewise."""
+    named: dict[str, float] = {'iter': step}
+    for name, value in values.items():
+        if name == 'mfu':
+            named['mfu'] = 100 * value
+        elif name.startswith('val_'):
+            named[f'val/{name.removeprefix("val_")}'] = value
+        else:
+            named[{'loss': 'train/loss', 'train_loss': 'train/loss_evaluated'}.get(name, name)] = value
+    return named

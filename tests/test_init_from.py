@@ -1,0 +1,63 @@
+"""What a name stands for; and one answer to which tokenizer a model has learned, for every stage."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import export
+import sample
+import train
+from model import GPT, GPTConfig
+from plaingpt import errors
+from plaingpt.formats import others
+from plaingpt.init_from import learned_tokenizer, open_model
+from plaingpt.run import checkpoint
+from tests.comparing import refused
+
+V, T = 128, 16
+
+
+def test_weights_without_a_tokenizer_have_that_of_gpt2_or_of_their_corpus(
+        tiny_dataset: Path, tiktoken_cache: Path, tmp_path: Path) -> None:
+    assert learned_tokenizer({}, 50304, tmp_path).name == learned_tokenizer({}, 50257, tmp_path).name == 'gpt2'
+    assert learned_tokenizer({'tokenizer': {'name': 'byte', 'eot': False}}, 50304, tmp_path).name == 'byte'
+    assert learned_tokenizer({}, V, tiny_dataset).name == 'char'
+    assert '--dataset=' in refused(learned_tokenizer, {}, 50, tiny_dataset, code=errors.CHECKPOINT)
+    assert 'prepare.py' in refused(learned_tokenizer, {}, V, tmp_path, code=errors.CHECKPOINT)
+
+
+def test_every_stage_says_the_same_of_a_checkpoint_that_brings_no_tokenizer(
+        tiny_dataset: Path, tiktoken_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """nanoGPT's, of 50,304 ids: GPT-2's tokens, although a corpus of that name is here, and in other tokens."""
+    model = GPT(GPTConfig(T, 50304, 1, 1, 8))
+    run = tmp_path / 'run'
+    run.mkdir()
+    checkpoint.write(run, others.complete({
+        'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config),
+        'config': {'dataset': str(tiny_dataset), **checkpoint.shape_of(model.config)}}), 2, False)
+    questions = tmp_path / 'lambada.jsonl'
+    questions.write_text(json.dumps({'text': 'She asked for bread and he gave her bread'}), encoding='utf-8')
+
+    sample.main([f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=5', '--start=naïve', '--device=cpu'])
+    assert capsys.readouterr().out.startswith('naïve'), 'which no character of the corpus could write'
+    evaluate.main([f'--out_dir={run}', '--tasks=lambada', f'--lambada={questions}', '--device=cpu'])
+    export.main([f'--out_dir={run}', '--to=ckpt', f'--to_dir={tmp_path / "new"}'])
+    assert open_model(str(tmp_path / 'new'))[1]['tokenizer']['name'] == 'gpt2'
+    message = refused(train.main, [f'--init_from={run}', f'--dataset={tiny_dataset}', f'--out_dir={tmp_path / "tuned"}',
+                                   '--device=cpu'], code=errors.DATA)
+    assert 'the tokenizer char, and the model has learned another: gpt2' in message
+
+
+def test_a_model_is_opened_with_the_numbers_that_were_saved(tmp_path: Path) -> None:
+    model = GPT(GPTConfig(T, V, 1, 1, 8))
+    checkpoint.write(tmp_path, others.complete({
+        'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config),
+        'config': checkpoint.shape_of(model.config)}), 2, False)
+    for name in (tmp_path, tmp_path / 'ckpt.pt', tmp_path.as_uri()):
+        opened, state = open_model(str(name), dropout=0.25)
+        assert (opened.config.dropout, state['iter_num']) == (0.25, 0)
+        assert all(torch.equal(p, model.state_dict()[key]) for key, p in opened.state_dict().items())
+    message = refused(open_model, str(tmp_path / 'nothing'), code=errors.CHECKPOINT)
+    assert 'is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2' in message
