@@ -21,7 +21,7 @@ import torch
 
 import configurator
 from model import GPTConfig
-from plaingpt import console, errors, metrics
+from plaingpt import console, errors, files, metrics
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.folder import data_folder, open_split, read_meta
 from plaingpt.errors import UserError
@@ -30,7 +30,7 @@ from plaingpt.machines import processes
 from plaingpt.machines.device import card, name_of, pick_dtype
 from plaingpt.published import PUBLISHED
 from plaingpt.run import checkpoint, upload
-from plaingpt.run.log import Logger, replacing
+from plaingpt.run.log import Logger
 from plaingpt.tasks import Progress, Row, is_raw, load, measure_hellaswag, measure_lambada, score
 
 # ------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def main(args: list[str]) -> None:
         console.say(report(all_measured, notes_on(rows)))
         file = json or json_file(where, found)
         try:
-            with replacing(file) as opened:
+            with files.written_whole(file) as opened:
                 opened.write(as_json(all_measured, {
                     'settings': settings, 'dtype': name_of(precision),
                     'device': card(process.device) or process.device.type,

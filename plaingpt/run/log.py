@@ -8,15 +8,14 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from plaingpt import console
+from plaingpt import console, files
 from plaingpt.errors import DONE, STOPPED, code_of, drop_output
 
 if TYPE_CHECKING:
@@ -32,21 +31,6 @@ PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 SAMPLE_HEADER = re.compile(r'^=== step (\d+) ===\n', re.MULTILINE)
 SECRET = re.compile(r'key|secret|password|token(?!s|iz)', re.IGNORECASE)  # in the name of a setting
 
-@contextmanager
-def replacing(path: str) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` when it is complete: whoever reads finds a whole one."""
-    temporary = f'{path}.tmp'
-    try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
-
 
 def row_of(line: bytes) -> dict[str, Any] | None:
     """The row that a line of metrics.jsonl holds; None for one that was torn by a kill or a full disk."""
@@ -61,7 +45,7 @@ def drop_rows(path: str, first_step: int) -> int:
     """Leave in metrics.jsonl (there may be none yet) the whole rows of steps before `first_step`, each step once.
     The last of these steps, or -1."""
     last = -1
-    with replacing(path) as new, open(path, 'a+b') as old:
+    with files.written_whole(path) as new, open(path, 'a+b') as old:
         old.seek(0)
         for line in old:
             row = row_of(line)
@@ -78,7 +62,7 @@ def drop_samples(path: str, first_step: int) -> None:
     with open(path, encoding='utf-8', errors='replace', newline='') as file:
         text = file.read()
     later = (match.start() for match in SAMPLE_HEADER.finditer(text) if int(match[1]) >= first_step)
-    with replacing(path) as new:
+    with files.written_whole(path) as new:
         new.write(text[: next(later, len(text))].encode())
 
 
@@ -299,7 +283,7 @@ class Logger:
             columns = read_columns(self.path('metrics.jsonl'), plot.COLUMNS)
             if np.isfinite([columns['loss'], columns['val_loss']]).any():
                 picture = plot.draw(columns, os.path.basename(os.path.abspath(self.out_dir)))
-                with replacing(self.path('loss.png')) as file:
+                with files.written_whole(self.path('loss.png')) as file:
                     file.write(picture)
 
     def status(self, state: str, step: int, exit_code: int, message: str = '') -> None:
@@ -311,7 +295,7 @@ class Logger:
         fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message, 'time': now,
                   'not_uploaded': self.uploader.missing if self.uploader else []}
         path = self.path('status.json')
-        with Expendable(self.line, f'{path} is not written'), replacing(path) as file:
+        with Expendable(self.line, f'{path} is not written'), files.written_whole(path) as file:
             file.write(json.dumps(fields).encode() + b'\n')
 
     def log_to_wandb(self, values: dict[str, Any], sample: str | None = None) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from plaingpt import console
 from plaingpt.errors import DATA, UserError
 from plaingpt.machines.device import peak_flops, peak_memory
-from plaingpt.run.log import Logger, replacing
+from plaingpt.run.log import Logger
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,19 +170,6 @@ def test_status_says_how_the_run_ended(tmp_path: Path) -> None:
     assert status() == {'state': 'failed', 'step': 0, 'exit_code': DATA, 'message': 'no train.bin',
                         'not_uploaded': []}
     assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.jsonl', 'status.json']
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one_whole(tmp_path: Path) -> None:
-    def write_half() -> None:
-        with replacing(str(tmp_path / 'a')) as file:
-            file.write(b'half')
-            raise RuntimeError
-
-    (tmp_path / 'a').write_bytes(b'old')
-    with pytest.raises(RuntimeError):
-        write_half()
-    assert (tmp_path / 'a').read_bytes() == b'old'
-    assert [path.name for path in tmp_path.iterdir()] == ['a']
 
 
 # ------------------------------------------------------------------------------------------------ the console

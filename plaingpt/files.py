@@ -1,0 +1,79 @@
+"""Files that are whole or not there: the one place that writes under a temporary name and renames."""
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedRandom
+from pathlib import Path
+from typing import Any
+
+UNFINISHED = '.tmp'  # how the name of a file ends that is not whole yet
+
+
+@contextmanager
+def written_whole(path: str | Path, is_shared: bool = False) -> Iterator[BufferedRandom]:
+    """A file to write, and to read back, which takes the place of `path` in one moment at the end: then its bytes and
+    its name are on the disk. Where anything goes wrong before that, the old file stays. A killed process leaves the
+    temporary file for the next one to write over; with is_shared, machines that share the folder may write at once."""
+    path = Path(path)
+    suffix = f'.{secrets.token_hex(4)}{UNFINISHED}' if is_shared else UNFINISHED
+    temporary = path.with_name(path.name + suffix)
+    try:
+        with open(temporary, 'w+b') as file:
+            yield file
+            put_on_disk(file)
+        temporary.replace(path)
+        put_names_on_disk(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def put_on_disk(file: BufferedRandom) -> None:
+    """What was written to the file so far, so that it outlives a loss of power."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def put_names_on_disk(folder: Path) -> None:
+    """Those that files in the folder were given, where the system can do that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def link(path: Path, name: Path) -> None:
+    """Give the file at `path` a second name, in place of the file that had it: without a copy where the file system can
+    do that."""
+    temporary = name.with_name(name.name + UNFINISHED)
+    temporary.unlink(missing_ok=True)
+    link_or_copy(path, temporary)
+    os.replace(temporary, name)
+    temporary.unlink(missing_ok=True)  # rename(2) does nothing where both are names of one file
+
+
+def link_or_copy(path: Path, name: Path) -> None:
+    """Give the file a second name, which is free; or copy it where the file system knows no links. Raises OSError,
+    leaving nothing."""
+    try:
+        os.link(path, name)
+    except OSError:
+        try:
+            shutil.copyfile(path, name)
+        except OSError:
+            name.unlink(missing_ok=True)
+            raise
+
+
+def read_json(path: Path) -> Any:
+    """What the file holds; None where there is no such file, or it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
