@@ -130,6 +130,15 @@ def unnamed_encodings(source: str, tree: ast.Module) -> Iterator[str]:
             yield f'line {call.lineno}: {ast.unparse(call)} does not name the encoding'
 
 
+def hand_made_writes(source: str, tree: ast.Module) -> Iterator[str]:
+    """What files.py is for: syncing a file, and names of files that are not whole yet."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith('.tmp'):
+            yield f'line {node.lineno}: {node.value!r} is written by files.written_whole'
+        if isinstance(node, ast.Name | ast.Attribute | ast.alias) and ast.unparse(node).endswith('fsync'):
+            yield f'line {node.lineno}: {ast.unparse(node)} is called by files.written_whole'
+
+
 def suppressions(source: str, tree: ast.Module) -> Iterator[str]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and SUPPRESSIONS.search(token.string):
@@ -149,6 +158,13 @@ def test_a_file_keeps_the_house_style(path: Path) -> None:
     checks = IN_MAIN_FILES if path in MAIN else EVERYWHERE
     complaints = list(chain.from_iterable(check(source, tree) for check in checks))
     assert not complaints, '\n'.join(complaints)
+
+
+@pytest.mark.parametrize('path', [path for path in MAIN if path.name != 'files.py'],
+                         ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_file_is_written_whole_by_files_py_and_by_no_other(path: Path) -> None:
+    source = path.read_text(encoding='utf-8')
+    assert not list(hand_made_writes(source, ast.parse(source)))
 
 
 def test_importing_every_file_or_a_model_without_numbers_loads_nothing_that_few_need_and_prints_nothing() -> None:
@@ -199,6 +215,10 @@ def nested(*heads: str) -> str:
     (unnamed_encodings, 'open("a", mode="w")'),
     (unnamed_encodings, 'path.read_text()'),
     (unnamed_encodings, 'Path("a").write_text(text)'),
+    (hand_made_writes, 'os.fsync(file.fileno())'),
+    (hand_made_writes, 'from os import fsync'),
+    (hand_made_writes, "open('train.bin.tmp', 'wb')"),
+    (hand_made_writes, "path.with_name(f'{path.name}.tmp')"),
     (suppressions, 'x = 1  # type: ignore[misc]'),
     (suppressions, 'import a  # noqa: F401'),
     (suppressions, '# TODO: later'),

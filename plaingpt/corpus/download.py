@@ -1,12 +1,13 @@
 """Files of others -> this machine, whole or not at all."""
 import hashlib
 import http.client
-import secrets
+import shutil
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from plaingpt import files
 from plaingpt.errors import DATA, UserError
 
 BLOCK = 1 << 20  # bytes of a file that are read at a time
@@ -18,25 +19,20 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
     `option` takes a file that was got in another way."""
     if sha256 and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
-    temporary = path.with_name(f'{path.name}.{secrets.token_hex(4)}.tmp')  # machines may share the folder
-    digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(temporary, 'wb') as file:
-            while block := answer.read(BLOCK):
-                digest.update(block)
-                file.write(block)
+        with (urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
+              files.written_whole(path, is_shared=True) as file):
+            shutil.copyfileobj(answer, file, BLOCK)
             if answer.length:  # still to come; urlopen itself raises where the server's status is an error
                 raise OSError(f'it broke off {answer.length} bytes early')
-        if sha256 and digest.hexdigest() != sha256:
-            raise OSError(f'its sha256 is {digest.hexdigest()}, and {sha256} is expected')
-        temporary.replace(path)
+            file.seek(0)
+            found = sha256 and hashlib.file_digest(file, 'sha256').hexdigest()
+            if found != sha256:
+                raise OSError(f'its sha256 is {found}, and {sha256} is expected')
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f'{url} cannot be used: {error}\n'
                         f'get the file in another way, and name it with {option}=PATH', DATA) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return path
 
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path, PurePath
@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from plaingpt import files
 from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.token_files import HEADER, Ids, ends_of, make_header
 from plaingpt.errors import COMMAND, DATA, UserError
 
-NAME = re.compile(r'(val_000000|train_\d{6})\.bin(\.tmp)?')  # of what is written here
+NAME = re.compile(rf'(val_000000|train_\d{{6}})\.bin({re.escape(files.UNFINISHED)})?')  # of what is written here
 NONE = np.array([], dtype=np.int64)  # documents are for validation: the first shard is
 
 
@@ -109,53 +110,6 @@ def without_first(pieces: list[documents.Piece], n_documents: int) -> Iterator[t
 
 # ------------------------------------------------------------------------------------------------
 # Writing
-
-
-class Shard:
-    """A file of at most `size` tokens, under a temporary name until it is finished."""
-
-    def __init__(self, folder: Path, number: int, dtype: np.dtype[Any], size: int) -> None:
-        self.path = folder / f'{"train" if number else "val"}_{number:06d}.bin'
-        self.temporary = folder / f'{self.path.name}.tmp'
-        self.dtype, self.size = dtype, size
-        self.n_tokens = self.largest_id = 0
-        self.file = open(self.temporary, 'wb')
-        self.file.seek(HEADER)
-
-    def write(self, ids: Ids) -> int:
-        """As many of the ids as there is room for. Returns how many."""
-        taken = ids[:self.size - self.n_tokens]
-        self.file.write(taken.data)
-        self.n_tokens += len(taken)
-        self.largest_id = max(self.largest_id, int(taken.max(initial=0)))
-        return len(taken)
-
-    def discard(self) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
-    def finish(self) -> dict[str, Any]:
-        """Put it on the disk under its name; return what meta.json says about it."""
-        self.file.seek(0)
-        self.file.write(make_header(self.dtype, self.n_tokens))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        with open(self.temporary, 'rb') as file:
-            sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-        self.temporary.replace(self.path)
-        sync_folder(self.path.parent)
-        return {'tokens': self.n_tokens, 'largest_id': self.largest_id, 'sha256': sha256, **ends_of(self.path)}
-
-
-def sync_folder(folder: Path) -> None:
-    """Names that were given are on the disk, too."""
-    if os.name == 'posix':
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class Progress:
@@ -279,59 +233,60 @@ def remove_others(folder: Path, meta: dict[str, Any]) -> None:
 
 def fill_shards(run: Run, meta: dict[str, Any], num_proc: int) -> None:
     """Tokenise from the place that `meta` notes to the end of the text; note each shard there when it is complete."""
+    splits = meta['splits']
+    if splits:
+        n_before = sum(made['tokens'] for made in splits.values())
+        print(f'going on after {len(splits)} shards, {n_before:,} tokens', flush=True)
+    batches = tokenise.make_batches(run.source.parts_from(Place(**meta['next'])), NONE)
+    with closing(tokenise.tokenise(batches, run.packer, num_proc)) as results, closing(cut(run, meta, results)) as cuts:
+        for first in cuts:  # the others that this shard has room for are taken on the way
+            path = run.folder / f'{"train" if splits else "val"}_{len(splits):06d}.bin'
+            splits[path.stem] = write_shard(path, itertools.chain([first], cuts), run)
+            tokenise.write_meta(run.folder, meta)
+
+
+def cut(run: Run, meta: dict[str, Any],
+        results: Iterator[tuple[tokenise.Batch, tokenise.Done]]) -> Generator[Ids, None, None]:
+    """The tokens from the place that `meta` notes on, a few at a time and never beyond the end of a shard. With each,
+    `meta` gets the place after it; the documents of a batch are counted when all its tokens are taken."""
     place = Place(**meta['next'])
-    writer = Writer(run, meta, skip=place.tokens)
-    if writer.n_before:
-        print(f'going on after {len(meta["splits"])} shards, {writer.n_before:,} tokens', flush=True)
-    progress = Progress(writer.n_before)
-    batches = tokenise.make_batches(run.source.parts_from(place), NONE)
-    with closing(progress.bar), closing(writer), closing(tokenise.tokenise(batches, run.packer, num_proc)) as results:
+    skip, room = place.tokens, run.shard_size  # tokens: those that are in a shard already, those that one still takes
+    n_tokens = sum(made['tokens'] for made in meta['splits'].values())
+    progress = Progress(n_tokens)
+    with closing(progress.bar):
         for batch, done in results:
-            document = place.document + batch.first
-            writer.write(np.frombuffer(done.train.tokens, run.packer.dtype), document)
+            ids, document = np.frombuffer(done.train.tokens, run.packer.dtype), place.document + batch.first
+            start = min(skip, len(ids))
+            skip -= start
+            n_tokens += len(ids) - start
+            while start < len(ids):
+                stop = min(start + room, len(ids))
+                room = room - (stop - start) or run.shard_size
+                meta['next'] = run.source.place_of(document, stop)._asdict()
+                yield ids[start:stop]
+                start = stop
             meta['documents'] += done.train.n_documents
             meta['bytes'] += done.train.n_bytes
-            progress.update(writer.n_tokens, run.source.fraction(document + batch.n_documents))
-        writer.finish()
+            progress.update(n_tokens, run.source.fraction(document + batch.n_documents))
 
 
-class Writer:
-    """One sequence of tokens -> shards. `meta` gets what is to be said about each."""
-
-    def __init__(self, run: Run, meta: dict[str, Any], skip: int) -> None:
-        self.run, self.meta, self.skip = run, meta, skip  # tokens that are in finished shards already
-        self.n_before = self.n_finished = sum(made['tokens'] for made in meta['splits'].values())
-        self.shard = self.begin()
-
-    def begin(self) -> Shard:
-        return Shard(self.run.folder, len(self.meta['splits']), self.run.packer.dtype, self.run.shard_size)
-
-    @property
-    def n_tokens(self) -> int:
-        return self.n_finished + self.shard.n_tokens
-
-    def write(self, ids: Ids, document: int) -> None:
-        """The tokens of some documents, the first of which has that number. When a shard is full, the place is noted;
-        `meta` does not count these documents yet."""
-        written = min(self.skip, len(ids))
-        self.skip -= written
-        while written < len(ids):
-            written += self.shard.write(ids[written:])
-            if self.shard.n_tokens == self.run.shard_size:
-                self.finish()
-                tokenise.write_meta(self.run.folder, self.meta | {
-                    'next': self.run.source.place_of(document, written)._asdict()})
-                self.shard = self.begin()
-
-    def finish(self) -> None:
-        """The shard is complete, unless nothing is in it."""
-        if self.shard.n_tokens:
-            self.meta['splits'][self.shard.path.stem] = self.shard.finish()
-            self.n_finished += self.shard.n_tokens
-            self.shard.n_tokens = 0
-
-    def close(self) -> None:
-        self.shard.discard()
+def write_shard(path: Path, cuts: Iterator[Ids], run: Run) -> dict[str, Any]:
+    """Fill a file with what comes, to the end of the shard or of the text. Return what meta.json says about the file.
+    """
+    n_tokens = largest_id = 0
+    with files.written_whole(path) as file:
+        file.seek(HEADER)
+        for ids in cuts:
+            file.write(ids.data)
+            n_tokens += len(ids)
+            largest_id = max(largest_id, int(ids.max()))
+            if n_tokens == run.shard_size:
+                break
+        file.seek(0)
+        file.write(make_header(run.packer.dtype, n_tokens))
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    return {'tokens': n_tokens, 'largest_id': largest_id, 'sha256': sha256, **ends_of(path)}
 
 
 def finish(run: Run, meta: dict[str, Any]) -> None:

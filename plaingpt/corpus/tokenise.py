@@ -25,12 +25,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from plaingpt import files
 from plaingpt.corpus.documents import PIECE, Piece, read_documents
 from plaingpt.corpus.token_files import END
 from plaingpt.corpus.tokenizer import Tokenizer, build, from_state
@@ -250,7 +252,7 @@ def pack_in_worker(batch: Batch) -> Done:
 class Writer:
     """One token file, and what meta.json will say about it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BufferedRandom) -> None:
         self.file, self.sha256, self.head, self.tail = file, hashlib.sha256(), b'', b''
         self.n_documents = self.n_bytes = self.size = self.largest_id = 0
 
@@ -266,9 +268,7 @@ class Writer:
 
     def finish(self, dtype: np.dtype[Any]) -> dict[str, Any]:
         """Put everything on the disk; return the numbers for meta.json."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        files.put_on_disk(self.file)
         return {'tokens': self.size // dtype.itemsize, 'documents': self.n_documents, 'bytes': self.n_bytes,
                 'largest_id': self.largest_id, 'sha256': self.sha256.hexdigest(),
                 'head': hashlib.sha256(self.head).hexdigest(), 'tail': hashlib.sha256(self.tail).hexdigest()}
@@ -325,22 +325,19 @@ def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation
 
 def write_files(folder: Path, packer: Packer, source: str, fill: Callable[[dict[str, Writer]], None]) -> None:
     """What `fill` writes becomes folder/train.bin and val.bin, with their meta.json, or leaves no trace."""
-    temporary = {split: folder / f'{split}.bin.tmp' for split in SPLITS}
-    with alone_in(folder), ExitStack() as files:
-        for path in temporary.values():
-            files.callback(path.unlink, missing_ok=True)
-        writers = {split: Writer(files.enter_context(open(temporary[split], 'wb'))) for split in SPLITS}
-        fill(writers)
-        splits = {split: writer.finish(packer.dtype) for split, writer in writers.items()}
-        empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
-        if empty:
-            raise UserError(f'{source} holds no text for {empty[0]}.bin', DATA)
+    with alone_in(folder):
+        with ExitStack() as stack:
+            writers = {split: Writer(stack.enter_context(files.written_whole(folder / f'{split}.bin')))
+                       for split in SPLITS}
+            fill(writers)
+            splits = {split: writer.finish(packer.dtype) for split, writer in writers.items()}
+            empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
+            if empty:
+                raise UserError(f'{source} holds no text for {empty[0]}.bin', DATA)
+            write_meta(folder, {'format': 1, 'unfinished': True})  # so that half of it is not taken for the whole
         meta = {'format': 1, 'tokenizer': packer.tokenizer.reference(), 'vocab_size': packer.tokenizer.n_vocab,
                 'dtype': packer.dtype.name, 'source': source, 'created_by': shlex.join(['python', *sys.argv]),
                 'splits': splits}
-        write_meta(folder, {'format': 1, 'unfinished': True})  # so that half of it is not taken for the whole
-        for split in SPLITS:
-            temporary[split].replace(folder / f'{split}.bin')
         write_meta(folder, meta)
     report(folder, meta)
 
@@ -381,12 +378,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    temporary = folder / 'meta.json.tmp'
-    with open(temporary, 'w', encoding='utf-8') as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / 'meta.json')
+    with files.written_whole(folder / 'meta.json') as file:
+        file.write(json.dumps(meta, indent=1).encode())
 
 
 def report(folder: Path, meta: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from model import GPT, GPTConfig
+from plaingpt import files
 from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, UserError
 from plaingpt.formats import others
 from plaingpt.machines import strategies
@@ -29,15 +30,6 @@ from plaingpt.run import upload
 State = dict[str, Any]
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'gelu', 'tie_weights')  # weights decide it
-
-
-def link(source: Path, target: Path) -> None:
-    """Give the file `source` a second name, in place of what had it: without a copy where the file system can."""
-    temporary = target.with_name(target.name + '.tmp')
-    temporary.unlink(missing_ok=True)
-    upload.link_or_copy(source, temporary)
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # rename(2) does nothing where both are names of one file
 
 
 class Saver:
@@ -103,18 +95,16 @@ def write(out_dir: Path, state: State, keep: int, is_best: bool) -> None:
     newest, new = out_dir / 'ckpt.pt', out_dir / 'ckpt.new.pt'
     state['versions'] = {'python': platform.python_version(), 'torch': str(torch.__version__)}
     try:
-        with open(new, 'wb') as file:
+        with files.written_whole(new) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
         for age in range(keep - 1, 1, -1):
             if older(newest, age - 1).exists():
                 os.replace(older(newest, age - 1), older(newest, age))
         if newest.exists():
-            link(newest, older(newest, 1))  # it has two names for a moment, so that there is a ckpt.pt at every moment
+            files.link(newest, older(newest, 1))  # with two names for a moment, so that ckpt.pt is always there
         os.replace(new, newest)
         if is_best:
-            link(newest, out_dir / 'best.pt')
+            files.link(newest, out_dir / 'best.pt')
     except (OSError, RuntimeError) as error:  # a full disk is either, by the moment at which torch meets it
         with suppress(OSError):
             new.unlink(missing_ok=True)
@@ -138,11 +128,11 @@ def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--out_dir={out_dir} cannot be made a folder: {error.strerror}') from None
-    patterns = ('*.tmp', '.*.fetching', '.*.uploading', 'ckpt.new.pt', *(('ckpt*.pt', 'best.pt') if is_new else ()))
+    patterns = (f'*{files.UNFINISHED}', '.*.uploading', 'ckpt.new.pt', *(('ckpt*.pt', 'best.pt') if is_new else ()))
     for path in {path for pattern in patterns for path in out_dir.glob(pattern)}:
         path.unlink(missing_ok=True)
     if is_best and (out_dir / 'ckpt.pt').exists():
-        link(out_dir / 'ckpt.pt', out_dir / 'best.pt')  # a kill may have come between the two
+        files.link(out_dir / 'ckpt.pt', out_dir / 'best.pt')  # a kill may have come between the two
     need = bytes_needed(sum(p.numel() for p in model.parameters()), keep)
     ours = {path.stat().st_ino: path.stat().st_size for path in [*out_dir.glob('ckpt*.pt'), *out_dir.glob('best.pt')]}
     room = shutil.disk_usage(out_dir).free + sum(ours.values())

@@ -7,13 +7,12 @@ service's own tools look for them; none is taken from a URL, since URLs end up i
 import itertools
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
+from plaingpt import files
 from plaingpt.errors import CHECKPOINT, COMMAND, UserError, missing_package
 
 PAUSES = (1.0, 5.0, 25.0)  # seconds between one attempt to upload a file and the next
@@ -53,20 +52,21 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
         raise UserError(f'{shown(url)} was given with a password, which checkpoints and logs would show: leave it out, '
                         'and put it into the environment', code)
     try:
-        files, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)  # others write there
+        # others write there: what it has listed before is old
+        elsewhere, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         raise missing_package(error) from None
     except Exception as error:  # each file system raises errors of its own
         raise UserError(f'{shown(url)} cannot be used: {reason(error)}', code) from None
-    return files, path.rstrip('/')
+    return elsewhere, path.rstrip('/')
 
 
 def checkpoints(url: str) -> list[str]:
     """The names of the checkpoint files in a folder; none where there is no such folder or bucket. Raises UserError
     where that cannot be known: no permission, no network."""
-    files, folder = open_url(url, CHECKPOINT)
+    elsewhere, folder = open_url(url, CHECKPOINT)
     try:
-        names = [Path(path).name for path in files.ls(folder, detail=False)]
+        names = [Path(path).name for path in elsewhere.ls(folder, detail=False)]
     except FileNotFoundError:
         return []
     except Exception as error:  # each file system raises errors of its own
@@ -77,33 +77,19 @@ def checkpoints(url: str) -> list[str]:
 def fetch(url: str, folder: Path) -> list[Path]:
     """Copy a checkpoint file (*.pt), or those of the folder at `url`, into a local folder, each whole or not at all.
     Raises UserError where there is none, or no way to it."""
-    files, path = open_url(url, CHECKPOINT)
+    elsewhere, path = open_url(url, CHECKPOINT)
     sources = [path] if path.endswith('.pt') else [f'{path}/{name}' for name in checkpoints(url)]
     if not sources:
         raise UserError(f'no checkpoint at {shown(url)}', CHECKPOINT)
     targets = [folder / Path(source).name for source in sources]
     for source, target in zip(sources, targets, strict=True):
-        temporary = target.with_name(f'.{target.name}.{secrets.token_hex(4)}.fetching')  # machines may share the folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            files.get_file(source, str(temporary))
-            os.replace(temporary, target)
+            with files.written_whole(target, is_shared=True) as file:
+                elsewhere.get_file(source, file.name)
         except Exception as error:  # each file system raises errors of its own
-            temporary.unlink(missing_ok=True)
             raise UserError(f'{shown(url)} cannot be fetched to {target}: {reason(error)}', CHECKPOINT) from None
     return targets
-
-
-def link_or_copy(path: Path, snapshot: Path) -> None:
-    """A second name for the file, or a copy where the file system knows no links. Raises OSError, leaving nothing."""
-    try:
-        os.link(path, snapshot)
-    except OSError:
-        try:
-            shutil.copyfile(path, snapshot)
-        except OSError:
-            snapshot.unlink(missing_ok=True)
-            raise
 
 
 class Uploader:
@@ -121,7 +107,7 @@ class Uploader:
         self.is_closed = not url
         self.numbers = itertools.count()
         if url:
-            self.files, self.folder = open_url(url, COMMAND)
+            self.elsewhere, self.folder = open_url(url, COMMAND)
             Thread(target=self.work, name='uploader', daemon=True).start()  # it holds up no process that wants to end
 
     @property
@@ -142,7 +128,7 @@ class Uploader:
             self.failed.clear()
             try:
                 self.sweep(path.parent)
-                link_or_copy(path, snapshot)
+                files.link_or_copy(path, snapshot)
             except OSError as error:  # a full disk, say
                 why_not = reason(error)
                 self.failed.add(path.name)
@@ -211,11 +197,11 @@ class Uploader:
     def upload(self, name: str, snapshot: Path) -> None:
         target = f'{self.folder}/{name}'
         if self.url.startswith(OBJECT_STORES):  # these show no object before it is whole, and renaming would copy it
-            self.files.put_file(str(snapshot), target)
+            self.elsewhere.put_file(str(snapshot), target)
             return
-        self.files.makedirs(self.folder, exist_ok=True)
-        self.files.put_file(str(snapshot), f'{target}.tmp')
-        self.files.mv(f'{target}.tmp', target)
+        self.elsewhere.makedirs(self.folder, exist_ok=True)
+        self.elsewhere.put_file(str(snapshot), target + files.UNFINISHED)
+        self.elsewhere.mv(target + files.UNFINISHED, target)
 
     def complain(self, name: str, why_not: str) -> None:
         self.say(f'{shown(self.url)}/{name} is not uploaded: {why_not}; the run goes on')

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import pytest
 
 from plaingpt.corpus import documents, shards, tokenise, tokenizer
 from plaingpt.corpus.folder import open_split
-from plaingpt.corpus.token_files import Ids, make_header
+from plaingpt.corpus.token_files import make_header
 from plaingpt.errors import COMMAND, DATA, DISK_FULL, UserError
+from plaingpt.files import put_on_disk
 from tests.comparing import copy_script
 
 ROOT = Path(__file__).parents[2]
@@ -233,20 +235,20 @@ def test_a_finished_corpus_is_left_as_it_is_and_can_be_made_anew(files: list[str
 def test_a_command_that_overwrites_goes_on_when_it_is_given_again(
         files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And does not delete what it has done until then."""
-    folder, real, finished = tmp_path / 'out', shards.Shard.finish, list[str]()
+    folder, real, finished = tmp_path / 'out', shards.write_shard, list[str]()
     write(folder, files, 5000)
     write(tmp_path / 'other', files)
 
-    def finish(shard: shards.Shard) -> dict[str, Any]:
+    def write_four(path: Path, *rest: Any) -> dict[str, Any]:
         if len(finished) == 4:
             raise KeyboardInterrupt
-        finished.append(shard.path.name)
-        return real(shard)
+        finished.append(path.name)
+        return real(path, *rest)
 
-    monkeypatch.setattr(shards.Shard, 'finish', finish)
+    monkeypatch.setattr(shards, 'write_shard', write_four)
     with pytest.raises(KeyboardInterrupt):
         write(folder, files, overwrite=True)
-    monkeypatch.setattr(shards.Shard, 'finish', real)
+    monkeypatch.setattr(shards, 'write_shard', real)
     before = {name: (folder / name).stat().st_mtime_ns for name in finished}
     write(folder, files, overwrite=True)
     assert {name: (folder / name).stat().st_mtime_ns for name in finished} == before
@@ -256,18 +258,18 @@ def test_a_command_that_overwrites_goes_on_when_it_is_given_again(
 def test_a_full_disk_is_one_message_and_the_same_command_goes_on(
         files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / 'whole', files)
-    real, calls = shards.Shard.write, itertools.count()
+    real, calls = put_on_disk, itertools.count()
 
-    def fail(shard: shards.Shard, ids: Ids) -> int:
-        if next(calls) == 20:
+    def fail(file: BufferedRandom) -> None:
+        if next(calls) == 10:
             raise OSError(28, 'No space left on device')
-        return real(shard, ids)
+        real(file)
 
-    monkeypatch.setattr(shards.Shard, 'write', fail)
+    monkeypatch.setattr('plaingpt.files.put_on_disk', fail)
     with pytest.raises(UserError, match=r'No space left on device\nthe same command goes on') as caught:
         write(tmp_path / 'out', files)
     assert caught.value.code == DISK_FULL
-    assert not list((tmp_path / 'out').glob('*.tmp'))
+    assert next(calls) > 10 and not list((tmp_path / 'out').glob('*.tmp'))
     with pytest.raises(UserError, match='is not complete'):
         open_split(tmp_path / 'out', 'train', 8, 257)
     write(tmp_path / 'out', files)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import train
 from model import GPT, GPTConfig
-from plaingpt import errors
+from plaingpt import errors, files
 from plaingpt.corpus import token_files
 from plaingpt.corpus.batches import read_batch
 from plaingpt.corpus.folder import open_split
@@ -284,14 +284,14 @@ def test_the_best_is_a_second_name_of_the_newest_and_outlives_it(run: Callable[.
     assert not list(tmp_path.glob('*.tmp')) + list(tmp_path.glob('*.new.*'))
 
 
-def test_where_a_file_can_have_one_name_only_the_best_is_a_copy(ours: Path, tmp_path: Path,
-                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_file_can_have_one_name_only_the_best_is_a_copy(
+        ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: Any) -> None:
         raise OSError('this file system has no links')
 
     monkeypatch.setattr(os, 'link', no_links)
     (tmp_path / 'best.pt').write_bytes(b'old')
-    checkpoint.link(ours, tmp_path / 'best.pt')
+    files.link(ours, tmp_path / 'best.pt')
     assert (tmp_path / 'best.pt').read_bytes() == ours.read_bytes()
     assert not os.path.samefile(ours, tmp_path / 'best.pt')
 
