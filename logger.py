@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import islice
 from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
@@ -288,11 +289,15 @@ class Logger:
         self.log_to_wandb({'iter': step}, text)
 
     def plot(self) -> None:
-        """Draw loss.png from all rows of metrics.jsonl. A picture that fails does not end a run."""
+        """Draw loss.png from all rows of metrics.jsonl, of which a curve takes two: so the first step of a run does not
+        wait for matplotlib. A picture that fails does not end a run."""
         if not self.writes:
             return
         self.flush()
         with Expendable(self.line, f'{self.path("loss.png")} is not drawn'):
+            with open(self.path('metrics.jsonl'), 'rb') as file:
+                if len(list(islice(file, 2))) < 2:
+                    return
             import plot
 
             columns = read_columns(self.path('metrics.jsonl'), plot.COLUMNS)
