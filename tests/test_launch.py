@@ -445,6 +445,7 @@ def test_the_image_has_a_fixed_base_and_its_process_is_python_and_not_root() -> 
     entry = re.findall(r'^ENTRYPOINT (.*)$', text, re.MULTILINE)
     assert [json.loads(words) for words in entry] == [['python']], 'a list: signals reach Python, not a shell'
     assert '-r requirements.txt' in text
+    assert {'requirements-core.txt', 'requirements.txt'} <= {source for sources, _ in copies() for source in sources}
 
 
 @pytest.mark.slow
