@@ -1,4 +1,5 @@
-# What a newcomer types. Each command sets up what it needs by itself: .venv, with requirements.txt installed in it.
+# What a newcomer types. Each command sets up what it needs by itself, in .venv: for train requirements-core.txt, for the
+# others requirements-test.txt.
 PY = .venv/bin/python
 
 # Threads that wait for each other spin, and starve where other programs want the cores: so they soon give way. Measured in
@@ -10,27 +11,27 @@ export GOMP_SPINCOUNT ?= 10000
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-train: .venv/ready  ## prepare the default text, train a small GPT on it and let it write: minutes on two cores
+train: .venv/core  ## prepare the default text, train a small GPT on it and let it write: minutes on two cores
 	$(PY) data/stdlib/prepare.py
 	$(PY) train.py config/train_stdlib.py --overwrite=True
 
-test: .venv/ready  ## run every test
+test: .venv/test  ## run every test
 	$(PY) -m pytest -n 2 --dist loadfile
 
-test-fast: .venv/ready  ## run the tests that take seconds
+test-fast: .venv/test  ## run the tests that take seconds
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow'
 
-lint: .venv/ready  ## check style and types
+lint: .venv/test  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy .
 
-bench: .venv/ready  ## measure the speed against peers and limits (benchmarks/kills.py, which takes an hour, apart)
+bench: .venv/test  ## measure the speed against peers and limits (benchmarks/kills.py, which takes an hour, apart)
 	@for script in $(filter-out benchmarks/kills.py,$(wildcard benchmarks/*.py)); do echo "$(PY) $$script"; $(PY) $$script || exit; done
 
 # ------------------------------------------------------------------------------------------------
-# The set-up. It runs again when requirements.txt has changed or the Python of .venv is gone.
+# The set-up. It runs again when the requirements have changed, the Python of .venv is gone, or one was interrupted.
 
-# The Pythons that requirements.txt is for; make train PYTHON=/path/to/python takes another one than the first of these.
+# The Pythons that the requirements are for; make train PYTHON=/path/to/python takes another one than the first of these.
 tested = $(if $(1),$(shell $(1) -c 'import sys; (3, 11) <= sys.version_info < (3, 15) and print("$(1)")' 2>/dev/null))
 PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,$(call tested,$(name))))
 
@@ -42,13 +43,14 @@ no_python = plainGPT needs Python 3.11 to 3.14. Install one, or say where it is:
 no_venv = $(PYTHON) has no venv. On Debian and Ubuntu: sudo apt install $(notdir $(PYTHON))-venv
 
 # make fills in the variables of a recipe before it runs the first line
-.venv/ready: requirements.txt .venv/bin/python
+.venv/core .venv/test: .venv/%: requirements-%.txt .venv/bin/python $(wildcard .venv/unfinished)
 	$(if $(is_sound),,$(if $(call tested,$(PYTHON)),$(if $(has_venv),,$(error $(no_venv))),$(error $(no_python))))
 	@echo 'Setting up .venv: the first time it downloads PyTorch, which takes minutes'
 	$(if $(is_sound),,rm -rf .venv)
-	@mkdir -p .venv && touch .venv/unfinished && rm -f .venv/ready
+	@mkdir -p .venv && touch .venv/unfinished
 	$(if $(is_sound),,$(PYTHON) -m venv .venv)
-	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
-	@mv .venv/unfinished .venv/ready
+	$(PY) -m pip install --disable-pip-version-check -r $<
+	@mv .venv/unfinished $@
 
+.venv/test: requirements.txt requirements-core.txt
 .venv/bin/python: ;

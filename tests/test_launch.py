@@ -427,7 +427,7 @@ def test_the_image_holds_files_that_exist_and_no_secret() -> None:
         for source in sources:
             assert sent_files(source), f'{source} is missing, or kept out by .dockerignore'
     held = [file for sources, _ in copies() for source in sources for file in sent_files(source)]
-    assert all(file.suffix == '.py' or file.name == 'requirements.txt' for file in held)
+    assert all(file.suffix == '.py' or file.name.startswith('requirements') for file in held)
     rest = re.sub(r'^COPY.*', '', dockerfile(), flags=re.MULTILINE)  # it names files
     assert not re.search(r'SECRET|TOKEN|PASSWORD|API_KEY|CREDENTIAL|\bAWS_|netrc|wandb login', rest, re.IGNORECASE)
     assert not re.search(r'curl|wget|\| *(ba)?sh\b', dockerfile()), 'nothing is run that was just downloaded'
@@ -452,6 +452,7 @@ def test_the_image_has_a_fixed_base_and_its_process_is_python_and_not_root() -> 
     entry = re.findall(r'^ENTRYPOINT (.*)$', text, re.MULTILINE)
     assert [json.loads(words) for words in entry] == [['python']], 'a list: signals reach Python, not a shell'
     assert '-r requirements.txt' in text
+    assert {'requirements-core.txt', 'requirements.txt'} <= {source for sources, _ in copies() for source in sources}
 
 
 @pytest.mark.slow

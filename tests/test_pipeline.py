@@ -23,14 +23,14 @@ STATEMENT = re.compile(r'\s*(def \w+\(.*|class \w+.*:|if \w.*:|for \w.* in .*:|w
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a fresh clone would hold, and the .venv that `make` has set up there."""
     folder = tmp_path_factory.mktemp('clone')
-    for pattern in ('*.py', 'requirements.txt', 'Makefile', 'config/*.py', 'data/*/prepare.py'):
+    for pattern in ('*.py', 'requirements-core.txt', 'Makefile', 'config/*.py', 'data/*/prepare.py'):
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.relative_to(ROOT))
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', '.venv'], cwd=folder, check=True, timeout=600)
     packages = next((folder / '.venv/lib').glob('python*/site-packages'))
     (packages / 'borrowed.pth').write_text('\n'.join(site.getsitepackages()), encoding='utf-8')
-    (folder / '.venv/ready').touch()  # later than requirements.txt: nothing to install
+    (folder / '.venv/core').touch()  # later than its requirements: nothing to install
     return folder
 
 

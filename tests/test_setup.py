@@ -9,6 +9,7 @@ import sys
 import tomllib
 import zipfile
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))
-PINS = {canonicalize_name(name): version for name, version in
-        re.findall(r'^([\w.-]+)==(\S+)$', (ROOT / 'requirements.txt').read_text(encoding='utf-8'), re.MULTILINE)}
-EXTRAS = {name: group for name, group in PROJECT['project']['optional-dependencies'].items()
-          if name != 'lm-eval'}  # a test's reference, which brings many packages of its own
-BOUNDS = [Requirement(text) for group in (PROJECT['project']['dependencies'], *EXTRAS.values()) for text in group]
+EXTRAS = PROJECT['project']['optional-dependencies']
+OF_TESTS = ('dev', 'lm-eval')  # the second is a test's reference, which brings many packages of its own
+BOUNDS = {file: [Requirement(text) for text in chain.from_iterable(groups)] for file, groups in {
+    'requirements-core.txt': [PROJECT['project']['dependencies']],
+    'requirements.txt': [group for name, group in EXTRAS.items() if name not in OF_TESTS],
+    'requirements-test.txt': [EXTRAS['dev']]}.items()}  # each file holds all of those before it
 OF_TORCH = re.compile(r'nvidia|cuda|triton')  # libraries that torch pins itself, other ones on each platform
 
 
@@ -39,58 +41,76 @@ def make(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Path:
-    """A folder with the Makefile and requirements that ask for one small package, hello 1.0. A hello 2.0 is there."""
+    """A folder with the Makefile and requirements that ask for small packages: the core's for hello 1.0, the tests' for
+    world 1.0 as well. A 2.0 of each is there."""
     shutil.copy(ROOT / 'Makefile', tmp_path)
-    for version in ('1.0', '2.0'):
-        with zipfile.ZipFile(tmp_path / f'hello-{version}-py3-none-any.whl', 'w') as wheel:
-            info = f'hello-{version}.dist-info'
-            wheel.writestr('hello.py', f'print("hello", {version})')
-            wheel.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: hello\nVersion: {version}\n')
-            wheel.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
-            wheel.writestr(f'{info}/RECORD', f'hello.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n')
-    require(tmp_path, '1.0')
+    for name in ('hello', 'world'):
+        for version in ('1.0', '2.0'):
+            with zipfile.ZipFile(tmp_path / f'{name}-{version}-py3-none-any.whl', 'w') as wheel:
+                info = f'{name}-{version}.dist-info'
+                wheel.writestr(f'{name}.py', f'print("{name}", {version})')
+                wheel.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+                wheel.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+                files = (f'{name}.py', *(f'{info}/{file}' for file in ('METADATA', 'WHEEL', 'RECORD')))
+                wheel.writestr(f'{info}/RECORD', ''.join(f'{file},,\n' for file in files))
+    (tmp_path / 'requirements.txt').write_text('-r requirements-core.txt\n', encoding='utf-8')
+    require(tmp_path, 'hello', '1.0')
+    require(tmp_path, 'world', '1.0')
     return tmp_path
 
 
-def require(folder: Path, version: str) -> None:
-    (folder / 'requirements.txt').write_text(f'./hello-{version}-py3-none-any.whl\n', encoding='utf-8')
+def require(folder: Path, name: str, version: str) -> None:
+    file, base = {'hello': ('core', ''), 'world': ('test', '-r requirements.txt\n')}[name]
+    text = f'{base}./{name}-{version}-py3-none-any.whl\n'
+    (folder / f'requirements-{file}.txt').write_text(text, encoding='utf-8')
 
 
-def hello(folder: Path) -> str:
-    return run(folder, '.venv/bin/python', '-c', 'import hello').stdout.strip()
+def installed(folder: Path) -> list[str]:
+    """What hello and world say, where they are there."""
+    said = (run(folder, '.venv/bin/python', '-c', f'import {name}').stdout.strip() for name in ('hello', 'world'))
+    return list(filter(None, said))
 
 
 def borrow_packages(folder: Path) -> None:
-    """Give the folder a .venv that make takes for ready, with the packages that these tests run on."""
+    """Give the folder a .venv that make takes for set up, with the packages that these tests run on."""
     run(folder, sys.executable, '-m', 'venv', '--without-pip', '.venv')
     packages = next((folder / '.venv/lib').glob('python*/site-packages'))
     (packages / 'borrowed.pth').write_text('\n'.join(site.getsitepackages()), encoding='utf-8')
-    (folder / '.venv/ready').touch()
+    (folder / '.venv/test').touch()
 
 
 @pytest.mark.slow
 def test_the_set_up_happens_once_follows_requirements_and_heals(fresh: Path) -> None:
-    assert make(fresh, '.venv/ready', PYTHON=sys.executable).returncode == 0
-    assert hello(fresh) == 'hello 1.0'
-    assert 'up to date' in make(fresh, '.venv/ready').stdout
+    assert make(fresh, '.venv/core', PYTHON=sys.executable).returncode == 0
+    assert installed(fresh) == ['hello 1.0']
+    assert 'up to date' in make(fresh, '.venv/core').stdout
 
-    require(fresh, '2.0')
-    assert make(fresh, '.venv/ready').returncode == 0
-    assert hello(fresh) == 'hello 2.0'
+    # the tests' requirements come into the same .venv, and each is up to date for itself
+    assert make(fresh, '.venv/test').returncode == 0
+    assert installed(fresh) == ['hello 1.0', 'world 1.0']
+    assert 'up to date' in make(fresh, '.venv/test').stdout
+    assert 'up to date' in make(fresh, '.venv/core').stdout
+
+    require(fresh, 'world', '2.0')
+    assert 'up to date' in make(fresh, '.venv/core').stdout
+    require(fresh, 'hello', '2.0')
+    assert make(fresh, '.venv/core').returncode == 0
+    assert installed(fresh) == ['hello 2.0', 'world 1.0']
+    assert make(fresh, '.venv/test').returncode == 0
+    assert installed(fresh) == ['hello 2.0', 'world 2.0']
 
     # an installation that fails half-way, and leaves a package of which pip believes that it is whole
-    require(fresh, '3.0')
-    assert make(fresh, '.venv/ready').returncode != 0
+    require(fresh, 'world', '3.0')
+    assert make(fresh, '.venv/test').returncode != 0
     next(fresh.glob('.venv/lib/*/site-packages/hello.py')).unlink()
-    require(fresh, '2.0')
-    assert make(fresh, '.venv/ready', PYTHON=sys.executable).returncode == 0
-    assert hello(fresh) == 'hello 2.0'
+    assert make(fresh, '.venv/core', PYTHON=sys.executable).returncode == 0
+    assert installed(fresh) == ['hello 2.0']
 
     # the system's Python was replaced
     (fresh / '.venv/bin/python').unlink()
     (fresh / '.venv/bin/python').symlink_to('/nowhere/python3')
-    assert make(fresh, '.venv/ready', PYTHON=sys.executable).returncode == 0
-    assert hello(fresh) == 'hello 2.0'
+    assert make(fresh, '.venv/core', PYTHON=sys.executable).returncode == 0
+    assert installed(fresh) == ['hello 2.0']
 
 
 def test_a_python_without_venv_is_answered_with_the_package_to_install(fresh: Path) -> None:
@@ -129,12 +149,18 @@ def test_make_train_sets_up_prepares_and_trains_in_this_order(fresh: Path) -> No
     commands = [line for line in lines if line.startswith(('.venv', sys.executable))]
     assert commands == [
         f'{sys.executable} -m venv .venv',
-        '.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt',
+        '.venv/bin/python -m pip install --disable-pip-version-check -r requirements-core.txt',
         '.venv/bin/python data/stdlib/prepare.py',
         '.venv/bin/python train.py config/train_stdlib.py --overwrite=True',
     ]
     assert [path for path in ('data/stdlib/prepare.py', 'train.py', 'config/train_stdlib.py')
             if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize('target', ['test', 'test-fast', 'lint', 'bench'])
+def test_whatever_else_make_does_has_the_requirements_of_the_tests(target: str, fresh: Path) -> None:
+    lines = make(fresh, '-n', target, PYTHON=sys.executable).stdout.splitlines()
+    assert '.venv/bin/python -m pip install --disable-pip-version-check -r requirements-test.txt' in lines
 
 
 def test_make_alone_lists_every_command(fresh: Path) -> None:
@@ -145,7 +171,7 @@ def test_make_alone_lists_every_command(fresh: Path) -> None:
 
 @pytest.mark.slow
 def test_ci_fails_when_a_test_fails_or_the_linter_does_or_no_test_is_there(tmp_path: Path) -> None:
-    for name in ('Makefile', 'pyproject.toml', 'requirements.txt'):
+    for name in ('Makefile', 'pyproject.toml', *BOUNDS):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / '.ci', tmp_path / '.ci')
     (tmp_path / 'tests').mkdir()
@@ -172,33 +198,51 @@ def test_ci_fails_when_a_test_fails_or_the_linter_does_or_no_test_is_there(tmp_p
     assert 'F401' in untidy.stdout
 
 
+def pins(file: str) -> dict[str, str]:
+    """The versions that one of the files has itself."""
+    found = re.findall(r'^([\w.-]+)==(\S+)$', (ROOT / file).read_text(encoding='utf-8'), re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in found}
+
+
 def test_every_bound_of_the_project_holds_for_the_exact_version() -> None:
-    assert {canonicalize_name(bound.name) for bound in BOUNDS} <= PINS.keys()
-    for bound in BOUNDS:
-        assert [specifier.operator for specifier in bound.specifier] == ['>='], f'{bound} is not a lower bound'
-        assert bound.specifier.contains(PINS[canonicalize_name(bound.name)]), bound
+    versions: dict[str, str] = {}
+    for file, bounds in BOUNDS.items():
+        versions |= pins(file)
+        for bound in bounds:
+            assert [specifier.operator for specifier in bound.specifier] == ['>='], f'{bound} is not a lower bound'
+            assert bound.specifier.contains(versions[canonicalize_name(bound.name)]), bound
     python = Requirement(f'python{PROJECT["project"]["requires-python"]}')
     assert not python.specifier.contains('3.10')
     assert python.specifier.contains('3.11')
 
 
-def test_requirements_pin_each_package_and_what_it_needs_in_turn() -> None:
-    lines = (ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines()
-    assert len([line for line in lines if line and not line.startswith('#')]) == len(PINS)
-    extras = {canonicalize_name(bound.name): bound.extras for bound in BOUNDS}
-    names = set()  # what the packages need in turn
-    for name, version in PINS.items():
-        if Version(metadata.version(name)).public != version:
-            pytest.skip(f'{name} {metadata.version(name)} is installed, and requirements.txt has {version}')
-        for need in map(Requirement, metadata.requires(name) or []):
-            if not need.marker or any(need.marker.evaluate({'extra': extra}) for extra in ('', *extras.get(name, []))):
-                names.add(canonicalize_name(need.name))
-    assert {name for name in names - PINS.keys() if not OF_TORCH.match(name)} == set()
-    assert PINS.keys() - names - extras.keys() == set(), 'nothing needs these'
+def test_each_file_of_requirements_pins_its_packages_and_what_they_need_in_turn_and_builds_on_the_one_before() -> None:
+    versions: dict[str, str] = {}
+    extras: dict[str, set[str]] = {}  # of what the project asks for
+    before: list[str] = []
+    for file, bounds in BOUNDS.items():
+        lines = [line for line in (ROOT / file).read_text(encoding='utf-8').splitlines()
+                 if line and not line.startswith('#')]
+        own = pins(file)
+        assert [line for line in lines if '==' not in line] == lines[:len(before)] == before
+        assert len(lines) == len(before) + len(own) and not own.keys() & versions.keys()
+        versions |= own
+        extras |= {canonicalize_name(bound.name): bound.extras for bound in bounds}
+        names = set()  # what the packages need in turn
+        for name, version in versions.items():
+            if Version(metadata.version(name)).public != version:
+                pytest.skip(f'{name} {metadata.version(name)} is installed, and {file} has {version}')
+            for need in map(Requirement, metadata.requires(name) or []):
+                marker = need.marker
+                if not marker or any(marker.evaluate({'extra': extra}) for extra in ('', *extras.get(name, []))):
+                    names.add(canonicalize_name(need.name))
+        assert {name for name in names - versions.keys() if not OF_TORCH.match(name)} == set()
+        assert own.keys() - names - extras.keys() == set(), 'nothing needs these'
+        before = [f'-r {file}']
 
 
 def test_every_package_that_is_imported_is_declared() -> None:
-    declared = {canonicalize_name(bound.name) for bound in BOUNDS}
+    declared = {canonicalize_name(bound.name) for bound in chain.from_iterable(BOUNDS.values())}
     folders = ('.', 'plaingpt/**', 'data/*', 'tests/**', 'benchmarks')
     files = [file for folder in folders for file in ROOT.glob(f'{folder}/*.py')]
     known = sys.stdlib_module_names | {file.stem for file in files} | {'plaingpt', 'tests'}

@@ -259,15 +259,18 @@ class Log:
         self.tell(lambda sink: sink.sample(step, text))
 
     def plot(self) -> None:
-        """Draw loss.png from all rows of metrics.jsonl. A picture that fails does not end a run."""
+        """Draw loss.png from all rows of metrics.jsonl, of which a curve takes two: so the first step of a run does not
+        wait for matplotlib. A picture that fails does not end a run."""
         if not self.folder:
             return
         self.flush()
-        path = self.folder / 'loss.png'
+        rows, path = self.folder / 'metrics.jsonl', self.folder / 'loss.png'
+        if rows.read_bytes().count(b'\n') < 2:
+            return
         with Expendable(self.line, f'{path} is not drawn'):
             from plaingpt.run import plot
 
-            columns = read_columns(self.folder / 'metrics.jsonl', plot.COLUMNS)
+            columns = read_columns(rows, plot.COLUMNS)
             if np.isfinite([columns['loss'], columns['val_loss']]).any():
                 picture = plot.draw(columns, os.path.basename(os.path.abspath(self.folder)))
                 with files.written_whole(path) as file:

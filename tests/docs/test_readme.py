@@ -80,9 +80,10 @@ GPT2_ON_A_CPU = ('python train.py config/train_gpt2.py --device=cpu --compile=Fa
 EXCEPTIONS = {
     'make train': 'tests/test_pipeline.py runs it',
     'make test': 'runs this very file',
-    'python -m pytest': 'runs this very file',
     'python -m pytest tests/test_twins.py': 'is a part of what runs this file',
+    'pip install -r requirements-core.txt': 'a download',
     'pip install -r requirements.txt': 'a download',
+    'pip install -r requirements-test.txt && python -m pytest': 'a download',
     'python data/shakespeare/prepare.py': 'a download',
     'python data/fineweb_edu/prepare.py': 'a download',
     "python train.py config/train_stdlib.py --dataset='SHARDS/*.bin' --out_dir=out-shards":

@@ -381,8 +381,8 @@ def test_the_picture_shows_the_losses_of_all_runs_in_a_folder(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize('rows', [
-    [{'loss': 3.0}],
-    [{'val_loss': 3.0}],
+    [{'loss': 3.0}] * 2,
+    [{'val_loss': 3.0}, {'lr': 1e-3}],
     [{'loss': math.nan, 'val_loss': 2.0, 'lr': 0.0}, {'loss': 1e9}, {'loss': math.inf}],
     [{'loss': 2.0, 'val_loss': 2.5, 'tokens': 10, 'grad_norm': 0.0}] * 3,
 ])
@@ -398,7 +398,12 @@ def test_a_picture_comes_of_however_little(rows: list[dict[str, float]], tmp_pat
 def test_nothing_to_draw_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_logger(tmp_path) as log:
         log.plot()
-        log.row(0, loss=math.nan)
+        log.row(0, loss=3.0, val_loss=3.0)  # one point is no curve
+        log.plot()
+    assert not (tmp_path / 'loss.png').exists()
+    with open_logger(tmp_path) as log:
+        for step in range(2):
+            log.row(step, loss=math.nan)
         log.plot()
     assert not (tmp_path / 'loss.png').exists()
     assert capsys.readouterr() == ('', '')
