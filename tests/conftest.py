@@ -1,4 +1,4 @@
-"""What the tests share: real text, a small corpus of it, and a way to run a script as a user does."""
+"""What the tests share: texts, a vocabulary, a small corpus, and a way to run a script as a user does."""
 import hashlib
 import importlib
 import json
@@ -8,10 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    import tiktoken
+
 ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / 'data'  # its README says what is there
 OURS = sorted('.'.join(path.relative_to(ROOT).with_suffix('').parts)
               for path in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py')))  # the modules of this project
 
@@ -58,17 +63,41 @@ def float64() -> Iterator[None]:
 
 
 @pytest.fixture(scope='session')
+def documents() -> list[str]:
+    """Texts of every kind, from tests/data/documents.jsonl. Half a character, which one of them has, is U+FFFD."""
+    lines = (DATA / 'documents.jsonl').read_bytes().splitlines()
+    return [json.loads(line)['text'].replace('\ud83d', '\ufffd') for line in lines if line]
+
+
+@pytest.fixture(scope='session')
+def small_encoding() -> 'tiktoken.Encoding':
+    """The vocabulary in tests/data/vocabulary: 50,257 ids, as GPT-2 has, but most of them for other tokens."""
+    constructor = importlib.import_module('tests.data.vocabulary.tiktoken_ext.openai_public').gpt2
+    return importlib.import_module('tiktoken').Encoding(**constructor())
+
+
+@pytest.fixture
+def gpt2_stand_in(small_encoding: 'tiktoken.Encoding', monkeypatch: pytest.MonkeyPatch) -> 'tiktoken.Encoding':
+    """The small vocabulary under the name 'gpt2', here and in every process that the test starts: for all that does not
+    depend on which id stands for which token."""
+    monkeypatch.setitem(importlib.import_module('tiktoken.registry').ENCODINGS, 'gpt2', small_encoding)
+    monkeypatch.setenv('PYTHONPATH', str(DATA / 'vocabulary'), prepend=os.pathsep)
+    return small_encoding
+
+
+@pytest.fixture(scope='session')
 def shared_data() -> Path:
-    """Reference texts and numbers that cannot be part of the repository: a folder beside the checkout."""
+    """Real texts and GPT-2's own vocabulary, which cannot be part of the repository: a folder beside the checkout. Only
+    for what tests/data cannot show: that published numbers come out."""
     folder = ROOT.parent / 'shared/data'
     if not folder.is_dir():
-        pytest.skip(f'needs the reference data in {folder}')
+        pytest.skip(f'compares with published data, which is not in {folder}')
     return folder
 
 
 @pytest.fixture
 def tiktoken_cache(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """GPT-2's vocabulary where tiktoken looks for it, so that it downloads nothing."""
+    """GPT-2's own vocabulary where tiktoken looks for it, so that it downloads nothing."""
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared_data / 'tiktoken'))
     return shared_data / 'tiktoken'
 
