@@ -15,6 +15,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import tiktoken
 
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.folder import open_split, read_meta
@@ -22,6 +23,7 @@ from plaingpt.errors import COMMAND, DATA, UserError
 from tests.comparing import copy_script
 
 ROOT = Path(__file__).parents[2]
+TEXTS = ROOT / 'tests/data'
 
 
 def load(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -50,11 +52,6 @@ def documents_of(folder: Path, split: str) -> list[str]:
     tokenizer, ids = tokenizer_of(folder), read_split(folder, split)
     assert ids[-1] == tokenizer.eot, 'the last document ends'
     return tokenizer.decode(ids).split('<|endoftext|>')[:-1]
-
-
-def web_pages(shared_data: Path) -> list[str]:
-    with open(shared_data / 'openwebtext/openwebtext-1000.jsonl', encoding='utf-8') as file:
-        return [json.loads(line)['text'] for line in file]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -91,48 +88,64 @@ def test_the_default_text_is_pythons_library_without_tests(tmp_path: Path, monke
 # Shakespeare
 
 
+@pytest.fixture
+def play(tmp_path: Path) -> Path:
+    """Speeches in the form of tiny Shakespeare's, and more than the 32,768 tokens that llm.c validates on."""
+    text = (TEXTS / 'play.txt').read_text(encoding='utf-8')
+    (tmp_path / 'play.txt').write_text('\n'.join([text] * 80), encoding='utf-8', newline='')
+    return tmp_path / 'play.txt'
+
+
 def test_shakespeare_by_characters_is_nanogpts_byte_for_byte(
-        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = shared_data / 'tinyshakespeare/input.txt'
-    load('shakespeare_char', tmp_path, monkeypatch).main([f'--input={path}'])
-    text = path.read_text(encoding='utf-8')
+        tmp_path: Path, play: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load('shakespeare_char', tmp_path, monkeypatch).main([f'--input={play}'])
+    text = play.read_text(encoding='utf-8')
     number = {character: i for i, character in enumerate(sorted(set(text)))}
     ids = np.array([number[character] for character in text], dtype=np.uint16)
     cut = int(len(text) * 0.9)
     folder = tmp_path / 'shakespeare_char'
     assert (folder / 'train.bin').read_bytes() == ids[:cut].tobytes()
     assert (folder / 'val.bin').read_bytes() == ids[cut:].tobytes()
-    assert (len(read_split(folder, 'train')), len(read_split(folder, 'val'))) == (1_003_854, 111_540)
-    assert (tokenizer_of(folder).n_vocab, tokenizer_of(folder).eot) == (65, None)
+    assert read_split(folder, 'train') + read_split(folder, 'val') == ids.tolist()
+    assert (tokenizer_of(folder).n_vocab, tokenizer_of(folder).eot) == (len(number), None)
 
 
-@pytest.mark.usefixtures('tiktoken_cache')
-def test_shakespeare_in_gpt2s_tokens_has_nanogpts_counts(
-        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = shared_data / 'tinyshakespeare/input.txt'
-    load('shakespeare', tmp_path, monkeypatch).main([f'--input={path}'])
-    folder = tmp_path / 'shakespeare'
-    train, val = read_split(folder, 'train'), read_split(folder, 'val')
-    assert (len(train), len(val)) == (301_966, 36_059)
-    tokenizer = tokenizer_of(folder)
-    assert tokenizer.decode(train) + tokenizer.decode(val) == path.read_text(encoding='utf-8')
+def test_shakespeare_in_gpt2s_tokens_is_split_as_nanogpt_splits_it(
+        tmp_path: Path, play: Path, monkeypatch: pytest.MonkeyPatch, gpt2_stand_in: tiktoken.Encoding) -> None:
+    load('shakespeare', tmp_path, monkeypatch).main([f'--input={play}'])
+    folder, text = tmp_path / 'shakespeare', play.read_text(encoding='utf-8')
+    cut = int(len(text) * 0.9)
+    assert read_split(folder, 'train') == gpt2_stand_in.encode_ordinary(text[:cut])
+    assert read_split(folder, 'val') == gpt2_stand_in.encode_ordinary(text[cut:])
 
 
-@pytest.mark.usefixtures('tiktoken_cache')
-def test_tiny_shakespeare_in_llm_cs_split_has_its_counts(
-        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    path = shared_data / 'tinyshakespeare/input.txt'
-    load('tinyshakespeare', tmp_path, monkeypatch).main([f'--input={path}'])
+def test_tiny_shakespeare_is_split_as_llm_c_splits_it(
+        tmp_path: Path, play: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        gpt2_stand_in: tiktoken.Encoding) -> None:
+    load('tinyshakespeare', tmp_path, monkeypatch).main([f'--input={play}'])
     assert capsys.readouterr().out.endswith(' train.py config/overfit_tinyshakespeare.py\n')
-    folder = tmp_path / 'tinyshakespeare'
+    folder, text = tmp_path / 'tinyshakespeare', play.read_text(encoding='utf-8')
     train, val = read_split(folder, 'train'), read_split(folder, 'val')
-    assert (len(train), len(val)) == (305_260, 32_768)
-    assert val[:6] == [50256, 5962, 22307, 25, 198, 8421], 'the end of text, then: First Citizen:, new line, Before'
-    text = path.read_text(encoding='utf-8')
-    assert tokenizer_of(folder).decode(val + train) == '<|endoftext|>' + text.replace('\n\n', '\n\n<|endoftext|>')
+    assert len(val) == 32_768
+    marked = '<|endoftext|>' + text.replace('\n\n', '\n\n<|endoftext|>')
+    assert val + train == gpt2_stand_in.encode(marked, allowed_special='all')
     splits = read_meta(folder)['splits']
     assert sum(split['bytes'] for split in splits.values()) == len(text.encode())
-    assert sum(split['documents'] for split in splits.values()) == 1 + text.count('\n\n') == 7222
+    assert sum(split['documents'] for split in splits.values()) == 1 + text.count('\n\n')
+
+
+@pytest.mark.usefixtures('tiktoken_cache')
+def test_the_real_shakespeare_has_the_published_counts(
+        tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nanoGPT's, in characters and in GPT-2's tokens, and llm.c's."""
+    for name, train, val in [('shakespeare_char', 1_003_854, 111_540), ('shakespeare', 301_966, 36_059),
+                             ('tinyshakespeare', 305_260, 32_768)]:
+        load(name, tmp_path, monkeypatch).main([f'--input={shared_data}/tinyshakespeare/input.txt'])
+        assert [len(read_split(tmp_path / name, split)) for split in ('train', 'val')] == [train, val]
+    assert tokenizer_of(tmp_path / 'shakespeare_char').n_vocab == 65
+    begin = read_split(tmp_path / 'tinyshakespeare', 'val')[:6]
+    assert begin == [50256, 5962, 22307, 25, 198, 8421], 'the end of text, then: First Citizen:, new line, Before'
+    assert sum(split['documents'] for split in read_meta(tmp_path / 'tinyshakespeare')['splits'].values()) == 7222
 
 
 # ------------------------------------------------------------------------------------------------
@@ -182,7 +195,7 @@ def test_without_network_shakespeare_says_how_to_go_on(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize('spec', ['char', 'byte', 'bpe:300', 'gpt2'])
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_ones_own_documents_become_a_corpus(
         spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [f'Document {i}: ' + 'naïve 🙂\r\n' * (i % 5) for i in range(50)]
@@ -204,7 +217,7 @@ def test_ones_own_documents_become_a_corpus(
 
 
 @pytest.mark.parametrize('spec', ['char', 'byte', 'bpe:300', 'gpt2'])
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_a_single_document_is_split_by_position_and_has_no_end(
         spec: str, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,7 +267,7 @@ def test_the_seed_decides_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (['--input=HERE/blank.jsonl'], r'blank\.jsonl holds no documents', DATA),
     (['--input=HERE/rows.jsonl', '--column=body'], "no text in a column 'body'; its columns: text", DATA),
 ])
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_a_wrong_command_is_one_clear_message(
         arguments: list[str], message: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, content in [('a.txt', 'some text'), ('empty.txt', ''), ('blank.jsonl', '\n\n'),
@@ -272,38 +285,36 @@ def test_a_wrong_command_is_one_clear_message(
 
 
 @pytest.fixture
-def as_nanogpt(shared_data: Path) -> tuple[list[list[int]], bytes]:
-    """The train documents of the 1000 web pages, and val.bin, as nanoGPT's procedure makes them with the libraries that
-    it uses. Its fraction of 0.0005 is one document here; eleven times that are six, whose order shows."""
+def as_nanogpt(documents: list[str], gpt2_stand_in: tiktoken.Encoding) -> tuple[list[list[int]], bytes]:
+    """The train documents, and val.bin, as nanoGPT's procedure makes them with the libraries that it uses. Its fraction
+    of 0.0005 is one document here; of seven, the order shows."""
     import datasets
-    import tiktoken
 
-    encoding = tiktoken.get_encoding('gpt2')
-    pages = datasets.Dataset.from_dict({'text': web_pages(shared_data)})
-    split = pages.train_test_split(test_size=0.0055, seed=2357, shuffle=True)
-    train, val = ([[*encoding.encode_ordinary(text), encoding.eot_token] for text in split[name]['text']]
+    pages = datasets.Dataset.from_dict({'text': documents})
+    split = pages.train_test_split(test_size=0.15, seed=2357, shuffle=True)
+    train, val = ([[*gpt2_stand_in.encode_ordinary(text), gpt2_stand_in.eot_token] for text in split[name]['text']]
                   for name in ('train', 'test'))
     return train, np.array([i for document in val for i in document], dtype=np.uint16).tobytes()
 
 
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_openwebtext_is_split_and_written_as_nanogpt_does(
-        as_nanogpt: tuple[list[list[int]], bytes], shared_data: Path, tmp_path: Path,
+        as_nanogpt: tuple[list[list[int]], bytes], documents: list[str], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """From local jsonl, and from a folder of parquet files through `datasets`, as from the hub."""
+    """From local files of every form, and from a folder of parquet files through `datasets`, as from the hub."""
     import pyarrow
     import pyarrow.parquet
 
-    pages, train_documents, val_bin = web_pages(shared_data), *as_nanogpt
+    train_documents, val_bin = as_nanogpt
     (tmp_path / 'hub').mkdir()
-    for number, start in enumerate(range(0, 1000, 250)):
-        table = pyarrow.table({'text': pages[start:start + 250]})
+    for number, start in enumerate(range(0, len(documents), 12)):
+        table = pyarrow.table({'text': documents[start:start + 12]})
         pyarrow.parquet.write_table(table, tmp_path / f'hub/train-{number:05}-of-00004.parquet')
 
     prepare, folder = load('openwebtext', tmp_path, monkeypatch), tmp_path / 'openwebtext'
-    for arguments in ([f'--input={shared_data}/openwebtext/openwebtext-1000.jsonl'],
+    for arguments in (*([f'--input={TEXTS}/documents.{form}'] for form in ('jsonl', 'jsonl.gz', 'parquet')),
                       [f'--source={tmp_path}/hub', '--revision=']):
-        prepare.main([*arguments, '--val_fraction=0.0055'])
+        prepare.main([*arguments, '--val_fraction=0.15'])
         assert (folder / 'val.bin').read_bytes() == val_bin
         ids = np.array(read_split(folder, 'train'))
         ours = np.split(ids, np.flatnonzero(ids == 50256) + 1)[:-1]
@@ -312,10 +323,11 @@ def test_openwebtext_is_split_and_written_as_nanogpt_does(
 
     prepare.main([f'--input={tmp_path}/hub'])
     assert len(documents_of(folder, 'val')) == 1
-    assert len(read_split(folder, 'train')) + len(read_split(folder, 'val')) == 1_053_999 + 1000
+    assert Counter(documents_of(folder, 'train') + documents_of(folder, 'val')) == Counter(
+        part for text in documents for part in text.split('<|endoftext|>'))
 
 
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_openwebtext_that_cannot_be_downloaded_names_the_remedy(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r'nobody/nothing cannot be downloaded.*\n.*--input=PATH') as caught:
@@ -350,12 +362,12 @@ def _heeds_ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='sends POSIX signals')
-@pytest.mark.usefixtures('tiktoken_cache', '_heeds_ctrl_c')
-def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(shared_data: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures('gpt2_stand_in', '_heeds_ctrl_c')
+def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(tmp_path: Path) -> None:
     """Killed, and stopped by Ctrl-C, while its workers are at it; then the same command again, to the end."""
     copy_script('data/openwebtext/prepare.py', tmp_path)
     folder, short, long = tmp_path / 'data/openwebtext', tmp_path / 'short.jsonl', tmp_path / 'long'
-    shutil.copy(shared_data / 'openwebtext/openwebtext-1000.jsonl', short)
+    short.write_bytes((TEXTS / 'documents.jsonl').read_bytes() * 90)
     long.mkdir()
     for i in range(300):  # half a minute of work for two cores, at the least
         os.link(short, long / f'{i}.jsonl')
@@ -391,7 +403,7 @@ def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(shared_data
     assert sorted(path.name for path in folder.iterdir() if path.suffix == '.tmp') == []
 
 
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_a_script_ends_with_the_documented_codes_and_no_traceback(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / 'data/text/prepare.py')]
     for arguments, code, words in [(['--help'], 0, '--input'), ([], 2, '--input=PATH'), (['--inptu=x'], 2, 'input'),

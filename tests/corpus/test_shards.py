@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiktoken
 
 from plaingpt.corpus import documents, shards, tokenise, tokenizer
 from plaingpt.corpus.folder import open_split
@@ -26,6 +27,7 @@ from plaingpt.files import put_on_disk
 from tests.comparing import copy_script
 
 ROOT = Path(__file__).parents[2]
+DOCUMENTS = ROOT / 'tests/data/documents.jsonl'
 TEXTS = [f'document {i} ' + 'é' * (i % 7) * (i % 5) for i in range(400)]
 TEXTS[::50] = [''] * 8
 
@@ -294,7 +296,7 @@ def test_progress_tells_tokens_speed_and_what_is_left(
 @pytest.mark.slow
 def test_training_takes_shards_of_several_families_as_it_takes_one_file_of_the_same_tokens(
         tiny_text: str, tmp_path: Path, run_script: Callable[..., subprocess.CompletedProcess[str]],
-        tiktoken_cache: Path) -> None:
+        gpt2_stand_in: tiktoken.Encoding) -> None:
     ids = np.frombuffer(tiny_text.encode(), np.uint8).astype('<u2')
     (tmp_path / 'one').mkdir()
     ids[5000:].tofile(tmp_path / 'one/train.bin')
@@ -328,36 +330,31 @@ def fineweb(tmp_path: Path) -> Path:
     return copy_script('data/fineweb_edu/prepare.py', tmp_path)
 
 
-@pytest.mark.usefixtures('tiktoken_cache')
 def test_fineweb_edus_shards_are_build_nanogpts_sequence_from_local_files_and_from_a_dataset(
-        fineweb: Path, shared_data: Path, tmp_path: Path) -> None:
+        fineweb: Path, documents: list[str], gpt2_stand_in: tiktoken.Encoding, tmp_path: Path) -> None:
     """As its script makes it: the end of text, then encode_ordinary, document after document; through `datasets`, too,
     which finds the files of a configuration, and of no other."""
     import pyarrow
     import pyarrow.parquet
-    import tiktoken
 
-    encoding = tiktoken.get_encoding('gpt2')
-    path = shared_data / 'openwebtext/openwebtext-1000.jsonl'
-    texts = [json.loads(line)['text'] for line in path.read_text(encoding='utf-8').splitlines()]
-    ids = [i for text in texts for i in [encoding.eot_token, *encoding.encode_ordinary(text)]]
-    for config, start, stop in [('10BT', 0, 600), ('10BT', 600, 1000), ('100BT', 0, 1)]:
+    ids = [i for text in documents for i in [gpt2_stand_in.eot_token, *gpt2_stand_in.encode_ordinary(text)]]
+    for config, start, stop in [('10BT', 0, 25), ('10BT', 25, len(documents)), ('100BT', 0, 1)]:
         (tmp_path / f'hub/sample/{config}').mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table({'text': texts[start:stop]}),
+        pyarrow.parquet.write_table(pyarrow.table({'text': documents[start:stop]}),
                                     tmp_path / f'hub/sample/{config}/{start:03}_00000.parquet')
     (tmp_path / 'hub/README.md').write_text('---\nconfigs:\n' + ''.join(
         f'- config_name: sample-{name}\n  data_files:\n  - split: train\n    path: sample/{name}/*\n'
         for name in ('10BT', '100BT')) + '---\n', encoding='utf-8')
 
-    for name, arguments in [('a', [f'--input={path}']), ('b', [f'--source={tmp_path}/hub'])]:
-        result = subprocess.run([sys.executable, str(fineweb), f'--name={name}', '--shard_size=100_000', *arguments],
+    for name, arguments in [('a', [f'--input={DOCUMENTS}']), ('b', [f'--source={tmp_path}/hub'])]:
+        result = subprocess.run([sys.executable, str(fineweb), f'--name={name}', '--shard_size=1_000', *arguments],
                                 capture_output=True, text=True, encoding='utf-8', check=False)
         assert result.returncode == 0, result.stderr
         assert f'train.py config/train_fineweb_edu.py --dataset={name}\n' in result.stdout
-        train, val = (open_split(tmp_path / f'data/{name}', split, 1024, 50257) for split in ('train', 'val'))
-        assert len(val) == 100_000 and len(train) == 1_053_999 + 1000 - 100_000
+        train, val = (open_split(tmp_path / f'data/{name}', split, 64, 50257) for split in ('train', 'val'))
+        assert len(val) == 1000
         assert np.concatenate([val.read(0, len(val)), train.read(0, len(train))]).tolist() == ids
-        assert len(list((tmp_path / f'data/{name}').glob('train_*.bin'))) == 10, 'the last is not full'
+        assert len(list((tmp_path / f'data/{name}').glob('train_*.bin'))) == len(ids) // 1000, 'the last is not full'
 
 
 def test_a_tokenizer_that_would_read_everything_first_is_refused(fineweb: Path) -> None:
@@ -369,20 +366,19 @@ def test_a_tokenizer_that_would_read_everything_first_is_refused(fineweb: Path) 
 
 
 @pytest.fixture
-def long_text(shared_data: Path, tmp_path: Path) -> Iterator[Path]:
-    """Some twelve million tokens in two files."""
+def long_text(tmp_path: Path) -> Iterator[Path]:
+    """Some fifteen million tokens in two files."""
     folder = tmp_path / 'long'
     folder.mkdir()
-    text = (shared_data / 'openwebtext/openwebtext-1000.jsonl').read_text(encoding='utf-8')
     for name in ('a', 'b'):
-        (folder / f'{name}.jsonl').write_text(text * 6, encoding='utf-8')
+        (folder / f'{name}.jsonl').write_bytes(DOCUMENTS.read_bytes() * 540)
     yield folder
     shutil.rmtree(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == 'win32', reason='sends POSIX signals')
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_kills_at_random_moments_leave_no_torn_missing_or_repeated_token(
         fineweb: Path, long_text: Path, tmp_path: Path) -> None:
     """The real command, with two processes, killed again and again, against one that nobody killed."""

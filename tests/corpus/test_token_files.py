@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
 from plaingpt.corpus.batches import Windows, read_batch
 from plaingpt.corpus.folder import DATA_ROOT, data_folder, fingerprint, open_split, read_meta
@@ -75,15 +76,13 @@ def test_numpys_own_files_open(tmp_path: Path) -> None:
         assert TokenFile(tmp_path / 'a.npy').read(2, 5).tolist() == GPT2[2:7]
 
 
-@pytest.mark.usefixtures('tiktoken_cache')
-def test_bare_integers_of_16_and_of_32_bits_are_told_apart(shared_data: Path, tmp_path: Path) -> None:
-    """Real text in vocabularies from 65 characters on; and what is no text at all."""
-    import tiktoken
-
-    text = (shared_data / 'tinyshakespeare/input.txt').read_text(encoding='utf-8')[:40_000]
-    number = {character: i for i, character in enumerate(sorted(set(text)))}
-    samples = [[number[c] for c in text], list(text.encode()), tiktoken.get_encoding('gpt2').encode_ordinary(text),
-               list(range(3000)), [0] * 3000, [50256] * 300]
+def test_bare_integers_of_16_and_of_32_bits_are_told_apart(
+        documents: list[str], tiny_text: str, small_encoding: tiktoken.Encoding, tmp_path: Path) -> None:
+    """Text in vocabularies of characters, bytes and many tokens; and what is no text at all."""
+    samples = [list(range(3000)), [0] * 3000, [50256] * 300]
+    for text in (''.join(documents), tiny_text):
+        number = {character: i for i, character in enumerate(sorted(set(text)))}
+        samples += [[number[c] for c in text], list(text.encode()), small_encoding.encode_ordinary(text)]
     for ids in samples:
         for dtype in ('uint16', 'uint32'):
             np.array(ids, dtype=f'<{dtype[0]}{int(dtype[4:]) // 8}').tofile(tmp_path / 'a.bin')

@@ -16,19 +16,12 @@ ODD = 'naïve café\n\tdef f(x): return "日本語 🙂"\r\n\x00 <|endoftext|> e
 SPECS = ['char', 'byte', 'bpe:300', 'gpt2']
 
 
-@pytest.fixture
-def documents(shared_data: Path) -> list[str]:
-    """Real web pages."""
-    with open(shared_data / 'openwebtext/openwebtext-1000.jsonl', encoding='utf-8') as file:
-        return [json.loads(line)['text'] for line in file][:100]
-
-
 def make(spec: str, eot: bool = True, texts: Iterable[str] = (ODD,)) -> tokenizer.Tokenizer:
     return tokenizer.build(spec, lambda: texts, eot)
 
 
 @pytest.mark.parametrize('spec', SPECS)
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_text_comes_back_from_its_ids(spec: str) -> None:
     tokenizer = make(spec)
     ids = tokenizer.encode(ODD)
@@ -39,7 +32,7 @@ def test_text_comes_back_from_its_ids(spec: str) -> None:
 
 
 @pytest.mark.parametrize('spec', SPECS)
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_the_name_of_the_end_of_text_is_ordinary_text_but_in_a_prompt(spec: str) -> None:
     tokenizer = make(spec)
     prompt = tokenizer.encode_prompt('end<|endoftext|>text<|endoftext|>')
@@ -49,7 +42,7 @@ def test_the_name_of_the_end_of_text_is_ordinary_text_but_in_a_prompt(spec: str)
 
 
 @pytest.mark.parametrize('spec', SPECS)
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_the_sizes_of_tokens_add_up_to_the_bytes_of_the_text(spec: str) -> None:
     tokenizer = make(spec)
     sizes = tokenizer.token_sizes()
@@ -59,7 +52,7 @@ def test_the_sizes_of_tokens_add_up_to_the_bytes_of_the_text(spec: str) -> None:
 
 
 @pytest.mark.parametrize('spec', SPECS)
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_a_tokenizer_survives_a_checkpoint_that_loads_weights_only(
         spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
@@ -77,7 +70,7 @@ def test_a_tokenizer_survives_a_checkpoint_that_loads_weights_only(
 
 
 @pytest.mark.parametrize('spec', SPECS)
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_a_tokenizer_is_rebuilt_from_what_meta_json_keeps(spec: str) -> None:
     before = make(spec)
     after = tokenizer.from_state(json.loads(json.dumps(before.reference())))
@@ -86,15 +79,33 @@ def test_a_tokenizer_is_rebuilt_from_what_meta_json_keeps(spec: str) -> None:
 
 
 @pytest.mark.parametrize('spec', SPECS)
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_a_batch_has_the_ids_of_its_texts(spec: str, documents: list[str]) -> None:
     texts = [ODD, '', *documents]
     tokenizer = make(spec, texts=texts)
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
 
 
-def test_gpt2_gives_the_ids_of_another_implementation(tiktoken_cache: Path, documents: list[str]) -> None:
-    """OpenAI's own vocabulary and merges, under the names that tiktoken gives its downloads, in Hugging Face's code."""
+def test_a_vocabulary_of_tiktokens_gives_the_ids_of_another_implementation(documents: list[str]) -> None:
+    """What Hugging Face's code has learned, as tiktoken's: the tokens in the order of the merges."""
+    import tiktoken
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+
+    reference = ByteLevelBPETokenizer()
+    reference.train_from_iterator(documents, 700, show_progress=False)
+    learned = tokenizer.TrainedBPE('bpe:700', Tokenizer.from_str(reference.to_str()))
+    ranks = {piece: i for i, piece in enumerate(learned.pieces)}
+    vocabulary = tokenizer.Tiktoken(tiktoken.Encoding(
+        'learned', pat_str=tokenizer.GPT2_PATTERNS[1], mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 700}))
+    for document in [ODD, *documents]:
+        assert vocabulary.encode(document) == reference.encode(document).ids
+    ours, theirs = (json.loads(library.to_str())['model'] for library in (vocabulary.to_huggingface(), reference))
+    assert len(ours['merges']) == 700 - 256 and ours['merges'] == theirs['merges']
+
+
+def test_gpt2_has_the_published_ids(tiktoken_cache: Path, shared_data: Path) -> None:
+    """OpenAI's own vocabulary and merges, under the names that tiktoken gives its downloads, in Hugging Face's
+    code; and the number of tokens in a thousand pages of OpenWebText."""
     from tokenizers import ByteLevelBPETokenizer
 
     vocabulary, merges = (tiktoken_cache / name for name in ('6c7ea1a7e38e3a7f062df639a5b80947f075ffe6',
@@ -102,15 +113,18 @@ def test_gpt2_gives_the_ids_of_another_implementation(tiktoken_cache: Path, docu
     reference = ByteLevelBPETokenizer(str(vocabulary), str(merges))
     tokenizer = make('gpt2')
     assert (tokenizer.n_vocab, tokenizer.eot) == (50257, 50256)
-    for document in [ODD.replace('<|endoftext|>', ''), *documents]:
-        assert tokenizer.encode(document) == reference.encode(document).ids
+    with open(shared_data / 'openwebtext/openwebtext-1000.jsonl', encoding='utf-8') as file:
+        pages = [json.loads(line)['text'] for line in file]
+    for page in [ODD.replace('<|endoftext|>', ''), *pages[:100]]:
+        assert tokenizer.encode(page) == reference.encode(page).ids
+    assert sum(map(len, tokenizer.encode_batch(pages))) == 1_053_999
 
 
-def test_characters_are_numbered_as_nanogpt_numbers_them(shared_data: Path) -> None:
-    text = (shared_data / 'tinyshakespeare/input.txt').read_text(encoding='utf-8')
+def test_characters_are_numbered_as_nanogpt_numbers_them(documents: list[str]) -> None:
+    text = ''.join(documents)
     tokenizer = make('char', eot=False, texts=[text])
     order = sorted(set(text))
-    assert (tokenizer.n_vocab, tokenizer.eot) == (65, None)
+    assert (tokenizer.n_vocab, tokenizer.eot) == (len(order), None)
     assert tokenizer.encode(text[:5000]) == [order.index(character) for character in text[:5000]]
 
 
