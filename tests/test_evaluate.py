@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from torch import Tensor
 
@@ -295,16 +296,15 @@ def test_what_is_not_finite_is_null_in_the_file() -> None:
 
 @pytest.mark.parametrize('size', ['', '_medium', '_large', '_xl'])
 def test_the_commands_for_gpt2_give_what_transformers_gives(
-        size: str, shared_data: Path, tiktoken_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
-    """On real tokens of OpenWebText, in nanoGPT's files, with a small random GPT-2 in place of OpenAI's."""
+        size: str, documents: list[str], gpt2_stand_in: tiktoken.Encoding, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On tokens of text, in nanoGPT's files, with a small random GPT-2 in place of OpenAI's."""
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
     shape = transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
     theirs = transformers.GPT2LMHeadModel(shape).eval()
     theirs.save_pretrained(tmp_path / 'gpt2')
-    lines = (shared_data / 'openwebtext/openwebtext-1000.jsonl').read_text(encoding='utf-8').splitlines()
-    ids = tokenizer.load_tiktoken('gpt2').encode(json.loads(lines[0])['text'] + json.loads(lines[1])['text'])
+    ids = gpt2_stand_in.encode_ordinary(''.join(documents))
     for split in ('train', 'val'):
         np.array(ids, dtype='<u2').tofile(tmp_path / f'{split}.bin')
     monkeypatch.chdir(Path(evaluate.__file__).parent)

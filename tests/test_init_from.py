@@ -19,8 +19,8 @@ from tests.comparing import refused
 V, T = 128, 16
 
 
-def test_weights_without_a_tokenizer_have_that_of_gpt2_or_of_their_corpus(
-        tiny_dataset: Path, tiktoken_cache: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures('gpt2_stand_in')
+def test_weights_without_a_tokenizer_have_that_of_gpt2_or_of_their_corpus(tiny_dataset: Path, tmp_path: Path) -> None:
     assert learned_tokenizer({}, 50304, tmp_path).name == learned_tokenizer({}, 50257, tmp_path).name == 'gpt2'
     assert learned_tokenizer({'tokenizer': {'name': 'byte', 'eot': False}}, 50304, tmp_path).name == 'byte'
     assert learned_tokenizer({}, V, tiny_dataset).name == 'char'
@@ -28,8 +28,9 @@ def test_weights_without_a_tokenizer_have_that_of_gpt2_or_of_their_corpus(
     assert 'prepare.py' in refused(learned_tokenizer, {}, V, tmp_path, code=errors.CHECKPOINT)
 
 
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_every_stage_says_the_same_of_a_checkpoint_that_brings_no_tokenizer(
-        tiny_dataset: Path, tiktoken_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """nanoGPT's, of 50,304 ids: GPT-2's tokens, although a corpus of that name is here, and in other tokens."""
     model = GPT(GPTConfig(T, 50304, 1, 1, 8))
     run = tmp_path / 'run'

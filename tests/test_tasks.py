@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
 import torch
 
 from model import GPT, GPTConfig
@@ -116,13 +117,13 @@ def test_the_last_word_is_asked_for_with_the_space_before_it() -> None:
         ('She asked for bread and he gave her', ' bread'), ('Two and two is', ' four')]
 
 
-def test_a_word_is_told_in_the_tokens_that_it_has_in_the_text(tiktoken_cache: Path) -> None:
-    gpt2 = tokenizer.load_tiktoken('gpt2')
-    context, ending = encode_together('It is in the  ', ' house', gpt2)
+def test_a_word_is_told_in_the_tokens_that_it_has_in_the_text(gpt2_stand_in: tiktoken.Encoding) -> None:
+    gpt2 = tokenizer.Tiktoken(gpt2_stand_in)
+    context, ending = encode_together('It is in the  ', ' boat', gpt2)
     assert gpt2.decode(context) == 'It is in the', 'spaces belong to what follows'
-    assert gpt2.decode(ending) == '   house'
-    assert [*context, *ending] == gpt2.encode('It is in the   house')
-    assert [gpt2.decode([i]) for i in ending] == [' ', ' ', ' house']
+    assert gpt2.decode(ending) == '   boat'
+    assert [*context, *ending] == gpt2.encode('It is in the   boat')
+    assert [gpt2.decode([i]) for i in ending] == ['  ', ' boat']
 
 
 # ------------------------------------------------------------------------------------------------
@@ -260,7 +261,21 @@ def write(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
-def test_the_files_that_are_around_are_read(shared_data: Path) -> None:
+def test_files_in_the_form_of_the_originals_are_read() -> None:
+    folder = Path(__file__).parent / 'data'
+    questions = load('hellaswag', str(folder / 'hellaswag.jsonl'), 0, ALONE)
+    assert len(questions) == 20 and is_raw(questions)
+    for ask, marks in ((completion, 10), (lm_eval, 0)):
+        asked = ask(questions, BYTES)
+        assert asked.labels == [row['label'] for row in questions]
+        assert [ending for _, ending in texts(asked.pairs) if not ending.startswith(' ')] == []
+        assert sum('[title]' in context for context, _ in texts(asked.pairs[::4])) == marks, "WikiHow's"
+    passages = load('lambada', str(folder / 'lambada.jsonl'), 0, ALONE)
+    assert len(passages) == 20
+    assert [word for _, word in texts(last_words(passages, BYTES))][:3] == [' key', ' lake', ' cake']
+
+
+def test_the_published_files_are_read(shared_data: Path) -> None:
     questions = list(read('hellaswag', str(shared_data / 'hellaswag/hellaswag_val.jsonl.xz')))
     assert len(questions) == 10042
     assert not is_raw(questions)

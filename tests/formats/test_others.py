@@ -162,8 +162,8 @@ def test_bare_weights_need_two_answers(tmp_path: Path) -> None:
         assert ours.config == GPTConfig(16, 50304, 2, 4, 256, gelu='exact', tie_weights=tied)
 
 
-def test_what_it_advises_makes_a_run_that_says_all(tmp_path: Path, tiktoken_cache: Path,
-                                                   run_script: Callable[..., Any]) -> None:
+@pytest.mark.usefixtures('gpt2_stand_in')
+def test_what_it_advises_makes_a_run_that_says_all(tmp_path: Path, run_script: Callable[..., Any]) -> None:
     """The advice, as it stands there, and then sample.py on what it made."""
     theirs = GPT(GPTConfig(16, 50304, 1, 1, 64))
     torch.save({'model': theirs.state_dict()}, tmp_path / 'theirs.pt')
@@ -421,7 +421,7 @@ def test_export_says_no_to_an_answer_that_does_not_fit(tmp_path: Path) -> None:
     assert not (tmp_path / 'new').exists()
 
 
-@pytest.mark.usefixtures('tiktoken_cache')
+@pytest.mark.usefixtures('gpt2_stand_in')
 def test_a_run_without_a_tokenizer_is_made_with_a_line_and_a_corpus_brings_one(
         tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(GPT(GPTConfig(16, 128, 1, 2, 8)).state_dict(), tmp_path / 'theirs.pt')
