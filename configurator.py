@@ -7,7 +7,6 @@ Arguments are taken from left to right, and the last word wins. A config file is
 `name = value`, with literals, arithmetic, and the names of settings, which stand for their value so far.
 """
 import ast
-import dataclasses
 import difflib
 import inspect
 import math
@@ -18,14 +17,11 @@ import time
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from plaingpt.errors import UserError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-T = TypeVar('T', bound='DataclassInstance')
+T = TypeVar('T')
 Kinds = dict[str, list[Any]]  # what each setting may be: bool, int, float, str, and the texts that a Literal names
 
 STARTED = time.strftime('%Y%m%d-%H%M%S')  # what '{time}' stands for in the name of a run or of a folder
@@ -65,10 +61,10 @@ def configure(script: types.ModuleType, args: list[str]) -> tuple[dict[str, Any]
     return settings, given
 
 
-def pick(kind: type[T], script: types.ModuleType, **others: Any) -> T:
-    """The dataclass `kind`, whose fields are settings of `script`, but for the `others`."""
-    names = [field.name for field in dataclasses.fields(kind) if field.name not in others]
-    return kind(**{name: getattr(script, name) for name in names}, **others)
+def pick(make: Callable[..., T], script: types.ModuleType, **others: Any) -> T:
+    """Call `make` with the settings of `script` that it takes by name, and with the `others`."""
+    names = inspect.signature(make).parameters.keys() - others
+    return make(**{name: getattr(script, name) for name in names}, **others)
 
 
 def check_range(script: types.ModuleType, names: str, least: float, below: float = math.inf) -> None:

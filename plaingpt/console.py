@@ -47,6 +47,21 @@ def short(number: float) -> str:
     return f'{number:.3g}'
 
 
+def size(n: float) -> str:
+    """Bytes, in powers of ten."""
+    for unit, name in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')):
+        if n >= unit:
+            return f'{n / unit:.3g} {name}' if n < 999.5 * unit else f'{n / unit:,.0f} {name}'
+    return f'{n:.0f} B'
+
+
+def duration(seconds: float) -> str:
+    """An estimate."""
+    if seconds < 3600:
+        return f'{seconds / 60:.0f} min' if seconds >= 60 else '< 1 min'
+    return f'{seconds / 3600:,.1f} h' if seconds < 360_000 else f'{seconds / 3600:,.0f} h'
+
+
 def say(text: str) -> None:
     """One line on the console, above the bars."""
     tqdm.write(printable(text), file=sys.stdout)
