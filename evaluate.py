@@ -30,7 +30,6 @@ from plaingpt.machines import processes
 from plaingpt.machines.device import card, name_of, pick_dtype
 from plaingpt.published import PUBLISHED
 from plaingpt.run import checkpoint, upload
-from plaingpt.run.log import Logger
 from plaingpt.tasks import Progress, Row, is_raw, load, measure_hellaswag, measure_lambada, score
 
 # ------------------------------------------------------------------------------------------------
@@ -212,11 +211,10 @@ def main(args: list[str]) -> None:
         processes.refuse_difference(process, 'checkpoints', found, 'all machines must see the same files')
         precision, _ = pick_dtype(dtype, process.device.type)
         autocast = device_module.autocast(process.device, precision)
-        progress = Logger('', process.is_main, 0, 0).progress
         paths = {'hellaswag': hellaswag, 'lambada': lambada}
         rows = {name: load(name, path, limit, process) for name, path in paths.items() if name in names}
-        all_measured = [measure(one, names, rows, dataset, split, eval_iters, batch_size, process, autocast, progress)
-                        for one in found]
+        all_measured = [measure(one, names, rows, dataset, split, eval_iters, batch_size, process, autocast,
+                                console.progress) for one in found]
         all_measured.sort(key=step_of)
         if not process.is_main:
             return

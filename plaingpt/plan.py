@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import configurator
 from model import GPT, GPTConfig
-from plaingpt import sizes
+from plaingpt import console, sizes
 from plaingpt.corpus import token_files
 from plaingpt.corpus.folder import data_folder, files_of, read_meta
 from plaingpt.corpus.order import Order
@@ -57,7 +57,7 @@ def refuse(settings: dict[str, Any], given: set[str]) -> None:
                                '' if settings['hellaswag_interval'] else 'hellaswag_interval=0'),
                'reshard_after_forward': '' if settings['strategy'] == 'fsdp' else f'strategy={settings["strategy"]}'}
     for name in sorted(name for name in given if decides.get(name)):
-        configurator.say(f'{name} has no effect: {decides[name]} decides')
+        console.say(f'{name} has no effect: {decides[name]} decides')
 
 
 def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, block_size: int) -> int:

@@ -5,7 +5,6 @@ import os
 import re
 import secrets
 import sys
-import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -27,7 +26,6 @@ T = TypeVar('T')
 
 NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
 UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
-PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 SAMPLE_HEADER = re.compile(r'^=== step (\d+) ===\n', re.MULTILINE)
 SECRET = re.compile(r'key|secret|password|token(?!s|iz)', re.IGNORECASE)  # in the name of a setting
 
@@ -248,18 +246,8 @@ class Logger:
         self.bar.update(step - self.bar.n)
 
     def progress(self, items: Iterable[T], total: int, label: str, unit: str) -> Iterator[T]:
-        """`items`, with a bar of their own; where there is no terminal, a line every PLAIN_SECONDS."""
-        if self.has_bars:
-            yield from tqdm(items, total=total, desc=label, unit=f' {unit}', leave=False, dynamic_ncols=True)
-            return
-        start = said = time.monotonic()
-        for done, item in enumerate(items, start=1):
-            yield item
-            now = time.monotonic()
-            if self.is_main and now - said >= PLAIN_SECONDS and done < total:
-                left = (now - start) / done * (total - done)
-                self.line(f'{label}: {done}/{total} {unit}, {now - start:.0f} s, about {left:.0f} s to go')
-                said = now
+        """`items`, with their progress."""
+        return console.progress(items, total, label, unit, say=self.line)
 
     def sample(self, step: int, text: str) -> None:
         """A text that the model wrote, to console, samples.txt and wandb."""
