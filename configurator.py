@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from plaingpt import console
 from plaingpt.errors import UserError
 
 T = TypeVar('T')
@@ -74,12 +75,6 @@ def check_range(script: types.ModuleType, names: str, least: float, below: float
         if not least <= value < below:
             bounds = f'{least} or more' if below == math.inf else f'at least {least} and less than {below}'
             raise UserError(f'--{name}={value}: must be {bounds}')
-
-
-def say(text: str) -> None:
-    """Print, in the first of several processes only."""
-    if os.environ.get('RANK', '0') == '0':
-        print(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -149,7 +144,7 @@ def read_option(arg: str, rest: list[str], kinds: Kinds, script: types.ModuleTyp
         examples = ('True', 'False') if bool in kinds[name] else ('...',)
         raise UserError(f'--{name} has no value: type ' + ' or '.join(f'--{name}={example}' for example in examples))
     value = fit(name, parse_text(text if equals else rest.pop(0), kinds[name]), kinds, f'--{name}')
-    say(f'Overriding: {name} = {value}')
+    console.say(f'Overriding: {name} = {value}')
     return {name: value}
 
 
@@ -195,7 +190,7 @@ def read_file(path: str, settings: dict[str, Any], kinds: Kinds) -> dict[str, An
         raise UserError(f'{path}, line {error.lineno or 1}: {brief(error.msg)}\n{REMEDY}') from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(f'{path} is not a config file: {error or "too deeply nested"}') from None
-    say(f'Overriding config with {path}:\n{source}')
+    console.say(f'Overriding config with {path}:\n{source}')
     return new
 
 
