@@ -19,6 +19,7 @@ import parallel
 import tokens
 import train
 from tests.comparing import assert_equal_learning, assert_equal_to_rounding, in_float64
+from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {
@@ -86,7 +87,7 @@ def main() -> None:
         for run in plan:
             settings, given = configurator.configure(train, arguments(run))
             precision = nullcontext() if 'dtype' in run else in_float64()
-            with precision, faults.Stop(0.0) as stop, faults.Watch(process, 300.0, 60.0) as watch:
+            with precision, faults.Stop(0.0) as stop, faults.Watch(process, PATIENT, PATIENT) as watch:
                 train.train(process, watch, stop, settings, given)
     parallel.stop()
 
@@ -94,7 +95,7 @@ def main() -> None:
 def torchrun(processes: int, *command: str) -> str:
     """What a launch prints, which must end well."""
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    result = subprocess.run([*launch, *command], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=300,
+    result = subprocess.run([*launch, *command], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=PATIENT,
                             stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8')
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-9000:]
     return result.stdout

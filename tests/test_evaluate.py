@@ -23,6 +23,7 @@ import train
 from evaluate import METRICS, Metric, Predictions
 from model import GPT, GPTConfig
 from tests.comparing import ROUNDING, refused
+from tests.waiting import PATIENT
 
 ALONE = parallel.Process(0, 1, torch.device('cpu'), '')
 V, T = 128, 16
@@ -269,7 +270,7 @@ def test_any_number_of_processes_writes_the_same_file(trained: Path, questions: 
         launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
         subprocess.run([sys.executable, *(launcher if processes > 1 else []), 'evaluate.py', *command,
                         f'--json={tmp_path}/all.json'],
-                       cwd=Path(evaluate.__file__).parent, check=True, capture_output=True, timeout=300)
+                       cwd=Path(evaluate.__file__).parent, check=True, capture_output=True, timeout=PATIENT)
         files.append((tmp_path / 'all.json').read_bytes())
     assert files[0] == files[1] == files[2]
     assert len(json.loads(files[0])['measured'][0]) == 7

@@ -23,6 +23,7 @@ import logger
 import parallel
 from errors import DATA, UserError
 from logger import Logger
+from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[1]
 
@@ -442,7 +443,7 @@ def run_with_wandb(folder: Path, first: int, last: int, before: str = '', **envi
     code = before + RUN.replace('SETTINGS', repr(SETTINGS))
     result = subprocess.run(
         [sys.executable, '-c', code, str(folder / 'out'), str(first), str(last)], cwd=ROOT, stdin=slave,
-        capture_output=True, text=True, encoding='utf-8', timeout=120, env=surroundings | home | environment,
+        capture_output=True, text=True, encoding='utf-8', timeout=PATIENT, env=surroundings | home | environment,
     )
     os.close(slave)
     os.close(master)

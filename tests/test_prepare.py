@@ -6,9 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ import pytest
 import tokenizer as tokenizers
 import tokens
 from errors import COMMAND, DATA, UserError
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +60,7 @@ def web_pages(shared_data: Path) -> list[str]:
 # stdlib
 
 
+@pytest.mark.slow
 def test_the_default_text_is_pythons_library_without_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     prepare = load('stdlib', tmp_path, monkeypatch)
@@ -331,13 +332,6 @@ def processes_of(group: int) -> list[int]:
 
 def is_gone(group: int) -> bool:
     return not processes_of(group)
-
-
-def wait_until(done: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, 'it did not come'
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ import tokenizer
 import tokens
 from errors import UserError
 from model import GPT, GPTConfig
+from tests.waiting import PATIENT
 
 ALONE = parallel.Process(0, 1, torch.device('cpu'), '')
 BYTES = tokenizer.Bytes(eot=False)
@@ -237,7 +238,7 @@ def test_a_model_that_several_processes_train_is_asked_as_if_by_one(strategy: st
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'ask.py'),
          strategy],
         env={**os.environ, 'PYTHONPATH': f'{root}{os.pathsep}{root / "tests"}'}, capture_output=True, text=True,
-        encoding='utf-8', timeout=300)
+        encoding='utf-8', timeout=PATIENT)
     assert asked.returncode == 0, asked.stderr
 
 
