@@ -25,8 +25,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
-import tokens
-from errors import UserError, run
+from plaingpt.corpus.folder import read_meta
+from plaingpt.errors import UserError, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -91,7 +91,7 @@ def copy_nanogpt(clone: Path, folder: Path) -> Path:
         shutil.copy(file, folder)
     for split in ('train.bin', 'val.bin'):
         shutil.copy(CORPUS / split, corpus)
-    meta = tokens.read_meta(CORPUS)
+    meta = read_meta(CORPUS)
     assert meta['dtype'] == 'uint16', 'nanoGPT reads nothing else'
     (corpus / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': meta['vocab_size']}))
     return folder
