@@ -676,7 +676,10 @@ def test_what_goes_wrong_behind_training_ends_the_run(monkeypatch: pytest.Monkey
     def surprise(*_: Any) -> None:
         raise ArithmeticError('planted')
 
-    monkeypatch.setattr(checkpoint, what, {'link': fail, 'write': surprise}[what])
+    if what == 'link':
+        monkeypatch.setattr('plaingpt.files.link', fail)
+    else:
+        monkeypatch.setattr(checkpoint, 'write', surprise)
     with pytest.raises((errors.UserError, ArithmeticError), match='planted'):
         train.main(arguments(tmp_path, tiny_dataset))
     assert status_of(tmp_path)['state'] == 'failed'
