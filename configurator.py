@@ -7,7 +7,6 @@ Arguments are taken from left to right, and the last word wins. A config file is
 `name = value`, with literals, arithmetic, and the names of settings, which stand for their value so far.
 """
 import ast
-import dataclasses
 import difflib
 import inspect
 import math
@@ -18,14 +17,12 @@ import time
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from plaingpt import console
 from plaingpt.errors import UserError
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-T = TypeVar('T', bound='DataclassInstance')
+T = TypeVar('T')
 Kinds = dict[str, list[Any]]  # what each setting may be: bool, int, float, str, and the texts that a Literal names
 
 STARTED = time.strftime('%Y%m%d-%H%M%S')  # what '{time}' stands for in the name of a run or of a folder
@@ -65,10 +62,10 @@ def configure(script: types.ModuleType, args: list[str]) -> tuple[dict[str, Any]
     return settings, given
 
 
-def pick(kind: type[T], script: types.ModuleType, **others: Any) -> T:
-    """The dataclass `kind`, whose fields are settings of `script`, but for the `others`."""
-    names = [field.name for field in dataclasses.fields(kind) if field.name not in others]
-    return kind(**{name: getattr(script, name) for name in names}, **others)
+def pick(make: Callable[..., T], script: types.ModuleType, **others: Any) -> T:
+    """Call `make` with the settings of `script` that it takes by name, and with the `others`."""
+    names = inspect.signature(make).parameters.keys() - others
+    return make(**{name: getattr(script, name) for name in names}, **others)
 
 
 def check_range(script: types.ModuleType, names: str, least: float, below: float = math.inf) -> None:
@@ -78,12 +75,6 @@ def check_range(script: types.ModuleType, names: str, least: float, below: float
         if not least <= value < below:
             bounds = f'{least} or more' if below == math.inf else f'at least {least} and less than {below}'
             raise UserError(f'--{name}={value}: must be {bounds}')
-
-
-def say(text: str) -> None:
-    """Print, in the first of several processes only."""
-    if os.environ.get('RANK', '0') == '0':
-        print(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -153,7 +144,7 @@ def read_option(arg: str, rest: list[str], kinds: Kinds, script: types.ModuleTyp
         examples = ('True', 'False') if bool in kinds[name] else ('...',)
         raise UserError(f'--{name} has no value: type ' + ' or '.join(f'--{name}={example}' for example in examples))
     value = fit(name, parse_text(text if equals else rest.pop(0), kinds[name]), kinds, f'--{name}')
-    say(f'Overriding: {name} = {value}')
+    console.say(f'Overriding: {name} = {value}')
     return {name: value}
 
 
@@ -199,7 +190,7 @@ def read_file(path: str, settings: dict[str, Any], kinds: Kinds) -> dict[str, An
         raise UserError(f'{path}, line {error.lineno or 1}: {brief(error.msg)}\n{REMEDY}') from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(f'{path} is not a config file: {error or "too deeply nested"}') from None
-    say(f'Overriding config with {path}:\n{source}')
+    console.say(f'Overriding config with {path}:\n{source}')
     return new
 
 

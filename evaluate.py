@@ -48,40 +48,12 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matr
 backend: str = 'auto'
 # ------------------------------------------------------------------------------------------------
 
+MEASURES = {'hellaswag': measure_hellaswag, 'lambada': measure_lambada}  # the tasks beside 'val'
 TITLES = {
     'hellaswag_completion': 'HellaSwag in completion style, as build-nanogpt and llm.c score it',
     'hellaswag_lm_eval': 'HellaSwag as lm-eval scores it',
     'lambada_openai': "LAMBADA as lm-eval's lambada_openai scores it",
 }
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 class Measured(NamedTuple):
@@ -95,10 +67,9 @@ class Measured(NamedTuple):
 
 def find_tasks(names: str) -> list[str]:
     """'val,lambada' -> ['val', 'lambada']"""
-    found, known = [name.strip() for name in names.split(',')], ('val', 'hellaswag', 'lambada')
-    for name in found:
-        if name not in known:
-            raise UserError(f"--tasks={names}: there is no task '{name}'; give some of {','.join(known)}")
+    found, known = [name.strip() for name in names.split(',')], ['val', *MEASURES]
+    if unknown := [name for name in found if name not in known]:
+        raise UserError(f"--tasks={names}: there is no task '{unknown[0]}'; give some of {','.join(known)}")
     return list(dict.fromkeys(found))
 
 
@@ -112,29 +83,21 @@ def find_checkpoints(where: str) -> list[str]:
     return found
 
 
-def step_of(measured: Measured) -> int:
-    return -1 if measured.step is None else measured.step
-
-
-def measure(where: str, names: Sequence[str], rows: dict[str, list[Row]], process: Process,
+def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], process: Process,
             compute: Compute) -> Measured:
     """Do all tasks with one checkpoint. Every process must call it."""
     model, state = open_model(where)
     model.to(process.device)
     predict = Predictor(model, model.config, process, compute, batch_size)
-    folder = corpus_of(state, dataset)
+    folder, n_vocab = corpus_of(state, dataset), model.config.vocab_size
     figures: dict[str, dict[str, float]] = {}
     if 'val' in names:
-        corpus = open_split(folder, split, model.config.block_size, model.config.vocab_size)
-        learned = shared_tokenizer(learned_reference(state, model.config.vocab_size, folder), folder)
+        corpus = open_split(folder, split, model.config.block_size, n_vocab)
+        learned = shared_tokenizer(learned_reference(state, n_vocab, folder), folder)
         n_windows = eval_iters * batch_size or len(corpus)
         figures[split] = metrics.evaluate(predict, corpus, n_windows, learned.token_sizes() if learned else None)
-    if 'hellaswag' in names:
-        vocabulary = learned_tokenizer(state, model.config.vocab_size, folder)
-        figures |= measure_hellaswag(rows['hellaswag'], vocabulary, predict)
-    if 'lambada' in names:
-        vocabulary = learned_tokenizer(state, model.config.vocab_size, folder)
-        figures |= measure_lambada(rows['lambada'], vocabulary, predict)
+    for name, rows in questions.items():
+        figures |= MEASURES[name](rows, learned_tokenizer(state, n_vocab, folder), predict)
     return Measured(where, state.get('iter_num'), folder.name if 'val' in names else '', figures)
 
 
@@ -145,9 +108,9 @@ def report(all_measured: Sequence[Measured], notes: dict[str, str]) -> str:
     for name in all_measured[0].figures:
         ours = {measured.checkpoint if measured.step is None else f'{measured.checkpoint}, step {measured.step}':
                 measured.figures[name] for measured in all_measured}
-        theirs = PUBLISHED.get(f'{name} of {datasets}', PUBLISHED.get(name, {}))
-        title = TITLES.get(name, f'{name} of {datasets}')
-        tables.append('\n'.join(filter(None, (title, notes.get(name), metrics.table(ours | theirs, {})))))
+        corpus = f'{name} of {datasets}'
+        table = metrics.table(ours | PUBLISHED.get(corpus, PUBLISHED.get(name, {})), {})
+        tables.append('\n'.join(filter(None, (TITLES.get(name, corpus), notes.get(name), table))))
     return '\n\n'.join(tables)
 
 
@@ -175,10 +138,10 @@ def json_file(where: str, found: Sequence[str]) -> str:
 def as_json(all_measured: Sequence[Measured], about: dict[str, Any]) -> bytes:
     """What the tables say, and what else was given, as JSON, which has no infinity and no NaN: null."""
     rows = []
-    for measured in all_measured:
-        figures = {name: {metric: x if math.isfinite(x) else None for metric, x in row.items()}
-                   for name, row in measured.figures.items()}
-        rows.append({'checkpoint': measured.checkpoint, 'step': measured.step, 'dataset': measured.dataset, **figures})
+    for checkpoint, step, corpus, figures in all_measured:
+        finite = {name: {metric: x if math.isfinite(x) else None for metric, x in row.items()}
+                  for name, row in figures.items()}
+        rows.append({'checkpoint': checkpoint, 'step': step, 'dataset': corpus, **finite})
     return dumps({'measured': rows, 'published': PUBLISHED, **about}, indent=2, allow_nan=False).encode() + b'\n'
 
 
@@ -201,16 +164,18 @@ def main(args: list[str]) -> None:
         processes.refuse_difference(process, 'checkpoints', found, 'all machines must see the same files')
         compute = choose(process.device, dtype, compile=False)
         paths = {'hellaswag': hellaswag, 'lambada': lambada}
-        rows = {name: load(name, path, limit, process) for name, path in paths.items() if name in names}
-        all_measured = sorted((measure(one, names, rows, process, compute) for one in found), key=step_of)
+        questions = {name: load(name, path, limit, process) for name, path in paths.items() if name in names}
+        all_measured = [measure(one, names, questions, process, compute) for one in found]
+        all_measured.sort(key=lambda measured: -1 if measured.step is None else measured.step)
         if not process.is_main:
             return
-        console.say(report(all_measured, notes_on(rows)))
+        notes = notes_on(questions)
+        console.say(report(all_measured, notes))
         write_json(json or json_file(where, found), as_json(all_measured, {
             'settings': settings,
             'dtype': name_of(compute.dtype),
             'device': card(process.device) or process.device.type,
-            'notes': notes_on(rows),
+            'notes': notes,
             'python': platform.python_version(),
             'torch': str(torch.__version__),
         }))

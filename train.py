@@ -325,7 +325,7 @@ def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | 
         # forward and backward: the gradient of the mean loss over the step's windows, one micro-batch at a time
         run.pace.begin()
         parts = micro_batches(data, learner, run)
-        shown = console.progress(parts, run.n_parts, f'step {learner.step}', 'micro-batches', SLOW)
+        shown = console.progress(parts, run.n_parts, f'step {learner.step}', 'micro-batches', SLOW, run.log.line)
         part_of_loss = accumulate_gradient(learner, shown)
 
         # update

@@ -272,8 +272,7 @@ def run_checks(data: Data, learner: Learner, is_new: bool, backward: Backward, s
     failed, on any process."""
     process, failed, done = learner.process, [], 0
     trial = Trial(data, learner, is_new, backward, seed, grad_clip)
-    if process.is_main:
-        console.say(f'{processes.describe(process)}; {learner.compute.line}')
+    console.say(f'{processes.describe(process)}; {learner.compute.line}')
     with learner.compute.eager():  # what is compiled is the same function
         for check in CHECKS:
             result = check(trial)
@@ -282,9 +281,7 @@ def run_checks(data: Data, learner: Learner, is_new: bool, backward: Backward, s
             word = 'FAIL' if n_failed else 'SKIP' if result.has_passed is None else 'PASS'
             failed += [result.name] if n_failed else []
             done += word != 'SKIP'
-            if process.is_main:
-                console.say(f'{word} {result.name}: {result.seen}' + (f'\n     {result.cause}?' if n_failed else ''))
+            console.say(f'{word} {result.name}: {result.seen}' + (f'\n     {result.cause}?' if n_failed else ''))
     if failed:
         raise UserError(f'{len(failed)} of {done} checks failed: {", ".join(failed)}', CHECK_FAILED)
-    if process.is_main:
-        console.say(f'{done} checks passed')
+    console.say(f'{done} checks passed')

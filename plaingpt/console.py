@@ -1,12 +1,16 @@
 """What a run says on the console: numbers as lines that people, and their scripts, read."""
+import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar('T')
+
+PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')  # what may steer a terminal
 
 
@@ -47,17 +51,77 @@ def short(number: float) -> str:
     return f'{number:.3g}'
 
 
+def size(n: float) -> str:
+    """Bytes, in powers of ten."""
+    for unit, name in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')):
+        if n >= unit:
+            return f'{n / unit:.3g} {name}' if n < 999.5 * unit else f'{n / unit:,.0f} {name}'
+    return f'{n:.0f} B'
+
+
+def duration(seconds: float) -> str:
+    """An estimate."""
+    if seconds < 3600:
+        return f'{seconds / 60:.0f} min' if seconds >= 60 else '< 1 min'
+    return f'{seconds / 3600:,.1f} h' if seconds < 360_000 else f'{seconds / 3600:,.0f} h'
+
+
+def is_main() -> bool:
+    """Return whether this is the first of the processes that torchrun started, which speaks for all of them."""
+    return os.environ.get('RANK', '0') == '0'
+
+
 def say(text: str) -> None:
-    """One line on the console, above the bars."""
-    tqdm.write(printable(text), file=sys.stdout)
-    sys.stdout.flush()
-
-
-def progress(items: Iterable[T], total: int, label: str, unit: str, delay: float = 0.0) -> Iterator[T]:
-    yield from items
+    """Print a line above the bars, in the main process only."""
+    if is_main():
+        tqdm.write(printable(text), file=sys.stdout)
+        sys.stdout.flush()
 
 
 def printable(text: str) -> str:
     """`text` as this console can show it: nothing that steers a terminal, nothing that its encoding lacks."""
     encoding = sys.stdout.encoding or 'utf-8'
     return CONTROL.sub('\ufffd', text).encode(encoding, 'replace').decode(encoding)
+
+
+class Progress:
+    """How far long work is, in the main process: a bar on a terminal, elsewhere a line every PLAIN_SECONDS, and the
+    first of either after `delay` seconds. What is left is judged by what was done since the first update."""
+
+    def __init__(self, total: int, label: str, unit: str, delay: float = 0.0, say: Callable[[str], None] = say) -> None:
+        self.total, self.label, self.unit, self.say = total, label, unit, say
+        self.bar = tqdm(total=total, desc=label, bar_format='{percentage:3.0f}%|{bar}| {desc}', leave=False,
+                        dynamic_ncols=True, delay=delay, disable=not (is_main() and sys.stderr.isatty()))
+        self.due = time.monotonic() + max(delay, PLAIN_SECONDS)
+        self.begun: tuple[float, float] | None = None  # when the first update came, and how much was done by then
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def update(self, done: float, note: str = '') -> None:
+        """Say, if it is time to, that so much of the total is done, and what else there is to say."""
+        now = time.monotonic()
+        self.begun = self.begun or (now, done)
+        seconds, new = now - self.begun[0], done - self.begun[1]
+        left = f'about {tqdm.format_interval(seconds / new * (self.total - done))}' if new else 'unknown time'
+        time_spent = f'{tqdm.format_interval(seconds)} so far, {left} to go'
+        parts = [f'{self.label}: {round(done, 2):,}/{self.total:,} {self.unit}', note, time_spent]
+        text = ', '.join(part for part in parts if part)
+        if not self.bar.disable:
+            self.bar.set_description_str(text, refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif now >= self.due:
+            self.due = now + PLAIN_SECONDS
+            self.say(text)
+
+
+def progress(items: Iterable[T], total: int, label: str, unit: str, delay: float = 0.0,
+             say: Callable[[str], None] = say) -> Iterator[T]:
+    """Yield `items`, of which there are `total`, and say how far that is."""
+    with Progress(total, label, unit, delay, say) as shown:
+        for done, item in enumerate(items):
+            shown.update(done)
+            yield item

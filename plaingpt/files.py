@@ -14,9 +14,9 @@ UNFINISHED = '.tmp'  # how the name of a file ends that is not whole yet
 
 @contextmanager
 def written_whole(path: str | Path, is_shared: bool = False) -> Iterator[BufferedRandom]:
-    """A file to write, and to read back, which takes the place of `path` in one moment at the end: then its bytes and
-    its name are on the disk. Where anything goes wrong before that, the old file stays. A killed process leaves the
-    temporary file for the next one to write over; with is_shared, machines that share the folder may write at once."""
+    """Yield a file to write, and to read back, which takes the place of `path` in one moment at the end: then its bytes
+    and its name are on the disk. If anything goes wrong before that, the old file stays. A killed process leaves the
+    temporary file for the next one to write over. With is_shared, machines that share the folder may write at once."""
     path = Path(path)
     suffix = f'.{secrets.token_hex(4)}{UNFINISHED}' if is_shared else UNFINISHED
     temporary = path.with_name(path.name + suffix)
@@ -33,13 +33,13 @@ def written_whole(path: str | Path, is_shared: bool = False) -> Iterator[Buffere
 
 
 def put_on_disk(file: BufferedRandom) -> None:
-    """What was written to the file so far, so that it outlives a loss of power."""
+    """Wait until what was written to the file so far would outlive a loss of power."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def put_names_on_disk(folder: Path) -> None:
-    """Those that files in the folder were given, where the system can do that."""
+    """Wait until the names that the folder gives its files would, too, where the system can say so."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -49,8 +49,7 @@ def put_names_on_disk(folder: Path) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Give the file at `path` a second name, in place of the file that had it: without a copy where the file system can
-    do that."""
+    """Give the file at `path` a second name, in place of the file that had it."""
     temporary = name.with_name(name.name + UNFINISHED)
     temporary.unlink(missing_ok=True)
     link_or_copy(path, temporary)
@@ -59,8 +58,8 @@ def link(path: Path, name: Path) -> None:
 
 
 def link_or_copy(path: Path, name: Path) -> None:
-    """Give the file a second name, which is free; or copy it where the file system knows no links. Raises OSError,
-    leaving nothing."""
+    """Give the file a second name, which is free; copy it where the file system knows no links. Raise OSError and leave
+    nothing if neither works."""
     try:
         os.link(path, name)
     except OSError:
@@ -72,7 +71,7 @@ def link_or_copy(path: Path, name: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What the file holds; None where there is no such file, or it is no JSON."""
+    """Return what the file holds: None if there is no such file, or it is no JSON."""
     try:
         return json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError):

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from model import GPT, GPTConfig
 from plaingpt import sizes
+from plaingpt.console import duration, size
 from plaingpt.corpus import token_files
 from plaingpt.corpus.folder import data_folder, files_of, read_meta
 from plaingpt.corpus.order import Order
@@ -137,42 +138,42 @@ def shape_of(settings: RunSettings, n_vocab: int) -> tuple[GPTConfig, int]:
     return replace(config, block_size=settings.block_size) if is_cropped else config, first_step
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """All that the lines for people are made of."""
 
     settings: RunSettings
     model: GPT  # on the meta device
     groups: list[list[int]]  # the sizes of the parameters that the optimizer treats alike
     corpus: Corpus
-    epoch: int  # windows; 0 where that is not known
+    epoch: int  # windows; 0 if that is not known
     first_step: int
     world_size: int
 
-    def work(self, n: int) -> Work:
-        return amount(self.settings, self.model.config.block_size, self.epoch, n, self.first_step)
+    @property
+    def work(self) -> Work:
+        return amount(self.settings, self.model.config.block_size, self.epoch, self.world_size, self.first_step)
+
+    @property
+    def epochs(self) -> float:
+        return self.work.last_step * self.work.n_windows / self.epoch if self.epoch else 0.0
+
+    @property
+    def disk_bytes(self) -> int:
+        """What checkpoint.make_ready asks for."""
+        return checkpoint.bytes_needed(sizes.n_parameters(self.model), self.settings.keep)
+
+    def held(self, strategy: strategies.Strategy, n: int, width: int = 4) -> sizes.Held:
+        return sizes.held(self.model, self.groups, strategy, n, width, not self.settings.reshard_after_forward)
 
     def peak(self, strategy: strategies.Strategy, n: int, width: int, recomputes: bool) -> int:
         """Bytes of each of n processes. Those offloaded by fsdp are in main memory."""
-        part = sizes.held(self.model, self.groups, strategy, n, width, not self.settings.reshard_after_forward)
+        held = self.held(strategy, n, width)
         if self.settings.cpu_offload and strategy == 'fsdp':
-            part = sizes.Held(0, 0, 0, part.gathered)
+            held = sizes.Held(0, 0, 0, held.gathered)
+        accumulates = self.work.n_windows > self.settings.batch_size  # as any number of processes does
         needs = sizes.activations(self.model.config, self.settings.batch_size, width)
-        return sizes.peak(self.model.config, part, needs, n > 1 or self.work(n).n_parts > 1, recomputes)
-
-
-def size(n: float) -> str:
-    """Bytes, for people."""
-    for unit, name in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')):
-        if n >= unit:
-            return f'{n / unit:.3g} {name}' if n < 999.5 * unit else f'{n / unit:,.0f} {name}'
-    return f'{n:.0f} B'
-
-
-def duration(seconds: float) -> str:
-    """An estimate, for people."""
-    if seconds < 3600:
-        return f'{seconds / 60:.0f} min' if seconds >= 60 else '< 1 min'
-    return f'{seconds / 3600:,.1f} h' if seconds < 360_000 else f'{seconds / 3600:,.0f} h'
+        return sizes.peak(self.model.config, held, needs, n > 1 or accumulates, recomputes)
 
 
 def row(label: str, *cells: object, width: int = 10) -> str:
@@ -189,25 +190,21 @@ def about_the_model(plan: Plan) -> Iterator[str]:
 
 def about_the_work(plan: Plan) -> Iterator[str]:
     """Steps, tokens, epochs, operations, and what of it ends up on the disk."""
-    settings, T, work = plan.settings, plan.model.config.block_size, plan.work(plan.world_size)
-    step = work.n_windows * T
+    settings, work, T = plan.settings, plan.work, plan.model.config.block_size
+    step, flops = work.n_windows * T, plan.model.flops_per_token()
+    total = work.last_step * step
+    each = f'each of {plan.world_size} processes' if plan.world_size > 1 else 'one process'
     yield (f'a step: {step:,} tokens = {work.n_windows} windows of {T}, in micro-batches of {settings.batch_size}, '
-           f'{work.n_parts} for {f"each of {plan.world_size} processes" if plan.world_size > 1 else "one process"}')
+           f'{work.n_parts} for {each}')
     if plan.epoch:
         yield f'an epoch: {math.ceil(plan.epoch / work.n_windows):,} steps'
-    epochs = f', {work.last_step * work.n_windows / plan.epoch:.1f} epochs' if plan.epoch else ''
-    total, flops = work.last_step * step, plan.model.flops_per_token()
+    epochs = f', {plan.epochs:.1f} epochs' if plan.epoch else ''
     yield f'the run: {work.last_step:,} steps, {total:,} tokens{epochs}; {total * flops:.2e} FLOP, {flops:,} a token'
     if plan.first_step:
         yield f'it goes on at step {plan.first_step}'
     file = sizes.checkpoint_bytes(plan.model, plan.corpus.tokenizer_bytes)
-    yield (f'a checkpoint: {size(file)}; {settings.out_dir} needs {size(disk_bytes(plan))}, for '
+    yield (f'a checkpoint: {size(file)}; {settings.out_dir} needs {size(plan.disk_bytes)}, for '
            f'keep={settings.keep} of them, the best and a new one; {size(free_bytes(settings.out_dir))} are free')
-
-
-def disk_bytes(plan: Plan) -> int:
-    """What checkpoint.make_ready asks for."""
-    return checkpoint.bytes_needed(sizes.n_parameters(plan.model), plan.settings.keep)
 
 
 def free_bytes(folder: str) -> int:
@@ -217,75 +214,74 @@ def free_bytes(folder: str) -> int:
 
 def about_memory(plan: Plan) -> Iterator[str]:
     """Each strategy in turn, with and without activation checkpointing, in float32 and in bfloat16."""
-    config, batch = plan.model.config, plan.settings.batch_size
+    batch = plan.settings.batch_size
+    kept = [sizes.activations(plan.model.config, batch, width) for width in (4, 2)]
     yield row(f'a micro-batch of {batch} windows', 'float32', 'bfloat16')
-    full, half = (sizes.activations(config, batch, width) for width in (4, 2))
-    yield row('kept by all blocks', size(full.blocks), size(half.blocks))
-    yield row('... activation_checkpointing', size(full.inputs + full.block), size(half.inputs + half.block))
-    yield row('kept around them', size(full.around), size(half.around))
-    yield row('logits and their gradient', size(full.loss), size(half.loss))
+    yield row('kept by all blocks', *(size(part.blocks) for part in kept))
+    yield row('... activation_checkpointing', *(size(part.inputs + part.block) for part in kept))
+    yield row('kept around them', *(size(part.around) for part in kept))
+    yield row('logits and their gradient', *(size(part.loss) for part in kept))
     yield ''
     yield row('each process', 'weights', 'gradients', 'moments', 'gathered', 'peak: f32', 'recomp.', 'bf16', 'recomp.')
     counts = sorted({*PROCESSES, plan.world_size} - {1})
-    rows: list[tuple[strategies.Strategy, int, str]] = [('ddp', 1, 'ddp, alone'), ('ddp', 2, 'ddp, one of several')]
-    rows += [('zero1', n, f'zero1, one of {n}') for n in counts] + [('fsdp', n, f'fsdp, one of {n}') for n in counts]
+    rows: list[tuple[strategies.Strategy, int, str]] = [
+        ('ddp', 1, 'ddp, alone'), ('ddp', 2, 'ddp, one of several'),
+        *(('zero1', n, f'zero1, one of {n}') for n in counts), *(('fsdp', n, f'fsdp, one of {n}') for n in counts)]
     for strategy, n, label in rows:
-        part = sizes.held(plan.model, plan.groups, strategy, n, 4, not plan.settings.reshard_after_forward)
         peaks = [plan.peak(strategy, n, width, recomputes) for width in (4, 2) for recomputes in (False, True)]
-        yield row(label, *map(size, part), *map(size, peaks))
+        yield row(label, *map(size, plan.held(strategy, n)), *map(size, peaks))
     yield ("gathered: the others' parts, for a moment; f32, bf16: --dtype; recomp.: --activation_checkpointing=True\n"
            'the peak is that of tensors, uncompiled; a card needs some more for itself')
 
 
 def about_time(plan: Plan) -> Iterator[str]:
     """Hours on cards that have the memory for it."""
-    settings, work = plan.settings, plan.work(plan.world_size)
-    dtype = 'float32' if settings.dtype == 'float32' else 'bfloat16'
+    settings, work = plan.settings, plan.work
+    dtype, width = ('float32', 4) if settings.dtype == 'float32' else ('bfloat16', 2)
     flops = work.last_step * work.n_windows * plan.model.config.block_size * plan.model.flops_per_token()
+    needs = {n: plan.peak(settings.strategy, n, width, settings.activation_checkpointing) for n in (1, 8)}
     yield row(f'time, {settings.strategy}, {dtype}', 'memory', '1 card', '8 cards')
     for card, memory in CARDS.items():
-        promised = peak_flops(card, dtype)
-        assert promised, f'device.PEAK_FLOPS knows the {card}'
-        cells = []
-        for n in (1, 8):
-            need = plan.peak(settings.strategy, n, 4 if dtype == 'float32' else 2,
-                             settings.activation_checkpointing)
-            cells.append(duration(flops / (promised * UTILISATION * n)) if need <= memory else 'too small')
-        yield row(card, size(memory), *cells)
+        seconds = flops / (UTILISATION * (peak_flops(card, dtype) or math.nan))  # on one of them
+        yield row(card, size(memory), *(duration(seconds / n) if need <= memory else 'too small'
+                                        for n, need in needs.items()))
     yield (f'an estimate, for cards that do {UTILISATION:.0%} of the FLOP/s that they promise: small models and small '
            'batches do less\nthe mfu that a run prints is measured, and better than it')
 
 
-def warnings(plan: Plan) -> Iterator[str]:
-    """What somebody may not have meant."""
-    settings, config, counts, work = plan.settings, plan.model.config, plan.corpus.tokens, plan.work(plan.world_size)
-    n, step, last = sizes.n_parameters(plan.model), work.n_windows * config.block_size, work.last_step
-    epochs = last * work.n_windows / plan.epoch if plan.epoch else 0
-    if config.vocab_size < plan.corpus.n_vocab:
-        yield f"vocab_size={config.vocab_size} is smaller than the tokenizer's {plan.corpus.n_vocab}: leave it out"
-    for split, count in counts.items():
-        if count <= config.block_size:
-            yield (f'{split}: {count} tokens are too few for a window of {config.block_size} + 1: '
-                   f'--block_size={max(1, min(counts.values()) - 1)} or less, or more text')
-    if epochs > REPEATS:
-        yield f'{epochs:.1f} epochs of this corpus: beyond {REPEATS:.0f} a repeated text teaches little that is new'
-    if settings.init_from in ('scratch', 'start', 'auto') and n >= GPT2_SIZED and step < GPT2_STEP / 4:
-        yield (f'{step:,} tokens are a small step for {n / 1e6:.0f}M parameters: GPT-2 learned from about {GPT2_STEP:,}'
-               f' at a time; try --total_batch_size={GPT2_STEP // config.block_size * config.block_size}')
+def warnings(plan: Plan) -> list[str]:
+    """What the user may not have meant."""
+    settings, config, work, counts = plan.settings, plan.model.config, plan.work, plan.corpus.tokens
+    n, step = sizes.n_parameters(plan.model), work.n_windows * config.block_size
+    is_new = settings.init_from in ('scratch', 'start', 'auto')
+    is_warm = settings.warmup_iters < work.last_step
     filled = work.n_parts * settings.batch_size * plan.world_size
-    if filled > work.n_windows:
-        yield (f'{work.n_windows} windows do not fill {work.n_parts} x {plan.world_size} micro-batches of '
-               f'{settings.batch_size}: {1 - work.n_windows / filled:.0%} of the time is spent on nothing')
-    if settings.decay_lr and settings.warmup_iters >= last:
-        yield f'the warm-up, {settings.warmup_iters:,} steps, is not over when the run ends, at {last:,}: lower it'
-    elif settings.decay_lr and settings.schedule != 'constant' and work.decay_steps != last:
-        yield (f'the learning rate comes down until step {work.decay_steps:,}, and the run ends at {last:,}: '
-               f'--lr_decay_iters={last}')
-    free, fixed = free_bytes(settings.out_dir), sum(sizes.held(plan.model, plan.groups, 'ddp', 1, 4)[:3])
-    if disk_bytes(plan) > free:
-        yield f'the disk has no room for the checkpoints: they need {size(disk_bytes(plan))}, and {size(free)} are free'
-    if fixed > max(CARDS.values()):
-        yield f'weights, gradients and moments, {size(fixed)}, are more than any card holds: --strategy=fsdp'
+    free, fixed = free_bytes(settings.out_dir), sum(plan.held('ddp', 1)[:3])
+    complaints = {
+        f"vocab_size={config.vocab_size} is smaller than the tokenizer's {plan.corpus.n_vocab}: leave it out":
+            config.vocab_size < plan.corpus.n_vocab,
+        **{f'{split}: {count} tokens are too few for a window of {config.block_size} + 1: '
+           f'--block_size={max(1, min(counts.values()) - 1)} or less, or more text': count <= config.block_size
+           for split, count in counts.items()},
+        f'{plan.epochs:.1f} epochs of this corpus: beyond {REPEATS:.0f} a repeated text teaches little that is new':
+            plan.epochs > REPEATS,
+        f'{step:,} tokens are a small step for {n / 1e6:.0f}M parameters: GPT-2 learned from about {GPT2_STEP:,}'
+        f' at a time; try --total_batch_size={GPT2_STEP // config.block_size * config.block_size}':
+            is_new and n >= GPT2_SIZED and step < GPT2_STEP / 4,
+        f'{work.n_windows} windows do not fill {work.n_parts} x {plan.world_size} micro-batches of '
+        f'{settings.batch_size}: {1 - work.n_windows / filled:.0%} of the time is spent on nothing':
+            filled > work.n_windows,
+        f'the warm-up, {settings.warmup_iters:,} steps, is not over when the run ends, at {work.last_step:,}: lower it':
+            settings.decay_lr and not is_warm,
+        f'the learning rate comes down until step {work.decay_steps:,}, and the run ends at {work.last_step:,}: '
+        f'--lr_decay_iters={work.last_step}':
+            settings.decay_lr and is_warm and settings.schedule != 'constant' and work.decay_steps != work.last_step,
+        f'the disk has no room for the checkpoints: they need {size(plan.disk_bytes)}, and {size(free)} are free':
+            plan.disk_bytes > free,
+        f'weights, gradients and moments, {size(fixed)}, are more than any card holds: --strategy=fsdp':
+            fixed > max(CARDS.values()),
+    }
+    return [text for text, is_so in complaints.items() if is_so]
 
 
 def describe(settings: RunSettings, grouped: Grouping, world_size: int) -> Iterator[str]:
@@ -301,13 +297,10 @@ def describe(settings: RunSettings, grouped: Grouping, world_size: int) -> Itera
     if settings.eval_only:
         yield f'eval_only=True: nothing is trained; weights are {size(sizes.FLOAT * sizes.n_parameters(model))}'
         return
-    yield from about_the_work(plan)
-    for about in (about_memory(plan), about_time(plan)):
-        yield ''
-        yield from about
-    complaints = list(warnings(plan))
-    yield f'\n{len(complaints)} warning{"s" * (len(complaints) != 1)}{":" * bool(complaints)}'
-    yield from (f'- {complaint}' for complaint in complaints)
+    complaints = warnings(plan)
+    count = f'{len(complaints)} warning{"s" * (len(complaints) != 1)}{":" * bool(complaints)}'
+    yield from (*about_the_work(plan), '', *about_memory(plan), '', *about_time(plan), f'\n{count}',
+                *(f'- {complaint}' for complaint in complaints))
 
 
 def show_plan(settings: RunSettings, grouped: Grouping) -> None:

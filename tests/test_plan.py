@@ -15,12 +15,13 @@ import configurator
 import train
 from model import GPT, GPTConfig
 from plaingpt import sizes
+from plaingpt.console import duration
 from plaingpt.corpus import token_files
 from plaingpt.corpus.batches import Part
 from plaingpt.errors import UserError
 from plaingpt.machines import processes, strategies
 from plaingpt.machines.device import autocast
-from plaingpt.plan import Plan, RunSettings, describe, disk_bytes, duration, look_at, shape_of
+from plaingpt.plan import Plan, RunSettings, describe, look_at, shape_of
 from plaingpt.run import checkpoint
 from tests.comparing import give, learner_of
 
@@ -200,7 +201,7 @@ def test_the_disk_that_is_planned_is_what_a_run_asks_for(tiny_dataset: Path, tmp
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(*TINY, f'--dataset={tiny_dataset}', '--keep=3')
     config, _ = shape_of(settings, 65)
-    planned = disk_bytes(Plan(settings, GPT.on_meta(config), [], look_at(str(tiny_dataset)), 1, 0, 1))
+    planned = Plan(settings, GPT.on_meta(config), [], look_at(str(tiny_dataset)), 1, 0, 1).disk_bytes
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: real._replace(free=planned - 1))
     with pytest.raises(UserError, match=f' needs {planned:,} bytes '):
@@ -341,6 +342,7 @@ def test_what_somebody_may_not_have_meant_is_said(arguments: str, words: str, ti
 # The command
 
 
+@pytest.mark.slow
 def test_a_plan_reads_no_token_writes_nothing_and_is_printed_once(
         run_script: Callable[..., CompletedProcess[str]], tiny_dataset: Path, tmp_path: Path) -> None:
     """In a process of its own, alone and as the second of two, without the others; whatever stands in the corpus."""

@@ -214,14 +214,6 @@ def missing_column(where: str, column: str, there_are: list[str]) -> UserError:
 # Downloading
 
 
-
-
-
-
-
-
-
-
 def read_tiny_shakespeare(path: str, folder: Path) -> str:
     """The text at `path`, or, where that is '', the download in `folder`/input.txt."""
     if not path:

@@ -20,8 +20,6 @@ DATA_ROOT = Path(__file__).parents[2] / 'data'
 SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
 
 
-
-
 @dataclass(frozen=True)
 class Data:
     """A corpus, as a run reads it."""
@@ -156,21 +154,3 @@ def check_file(file: TokenFile, made: dict[str, Any], vocab_size: int, folder: P
         raise UserError(f'{file.path} holds token {made["largest_id"]}, and the model knows only 0 to {vocab_size - 1}'
                         f'\ngive --vocab_size={made["largest_id"] + 1}, or prepare the text with another tokenizer',
                         DATA)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

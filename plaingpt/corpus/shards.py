@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from plaingpt import files
+from plaingpt import console, files
 from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.token_files import HEADER, Ids, ends_of, make_header
 from plaingpt.errors import COMMAND, DATA, UserError
@@ -75,11 +75,9 @@ class Source:
         number = bisect_right(self.starts, document) - 1
         return Place(self.first + number, self.starts[number], document, tokens)
 
-    def fraction(self, document: int) -> float:
-        """How much of all files lies before this document, if they are of equal size."""
-        number = min(bisect_right(self.starts, document), len(self.starts) - 1) - 1
-        start, end = self.starts[number:number + 2]
-        return (self.first + number + (document - start) / max(1, end - start)) / len(self.files)
+    def files_before(self, document: int) -> float:
+        """Return how many files lie before this document, with the part of its own that does."""
+        return float(np.interp(document, self.starts, range(self.first, self.first + len(self.starts))))
 
 
 def started(fetch: Callable[[str], str], name: str) -> Future[str]:
@@ -110,34 +108,6 @@ def without_first(pieces: list[documents.Piece], n_documents: int) -> Iterator[t
 
 # ------------------------------------------------------------------------------------------------
 # Writing
-
-
-class Progress:
-    """A bar with tokens per second and the time to go; where there is no terminal, a line every so often."""
-
-    def __init__(self, n_tokens: int) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=1.0, disable=not sys.stderr.isatty(),
-                        bar_format='{percentage:3.0f}% |{bar}| {desc} [{elapsed}]')
-        self.before, self.start = n_tokens, time.monotonic()
-        self.said, self.first = self.start, -1.0
-
-    def update(self, n_tokens: int, fraction: float) -> None:
-        """So many tokens are found, in such a part of the text."""
-        now = time.monotonic()
-        if self.first < 0:
-            self.first = fraction  # what is left is judged by what this run has done from here on
-        seconds, done = now - self.start, fraction - self.first
-        left = 'time to go unknown'
-        if done > 0:
-            left = f'about {self.bar.format_interval(seconds / done * (1 - fraction))} to go'
-        text = f'{n_tokens:,} tokens, {(n_tokens - self.before) / max(seconds, 1e-9):,.0f} tokens/s, {left}'
-        self.bar.set_description_str(text, refresh=False)
-        self.bar.update(max(0.0, fraction - self.bar.n))
-        if self.bar.disable and now - self.said >= tokenise.PLAIN_SECONDS:
-            print(f'tokenising: {100 * fraction:.1f} %, {text}', flush=True)
-            self.said = now
 
 
 class Run(NamedTuple):
@@ -251,11 +221,13 @@ def cut(run: Run, meta: dict[str, Any],
     `meta` gets the place after it; the documents of a batch are counted when all its tokens are taken."""
     place = Place(**meta['next'])
     skip, room = place.tokens, run.shard_size  # tokens: those that are in a shard already, those that one still takes
-    n_tokens = sum(made['tokens'] for made in meta['splits'].values())
-    progress = Progress(n_tokens)
-    with closing(progress.bar):
+    before = n_tokens = sum(made['tokens'] for made in meta['splits'].values())
+    began = time.monotonic()
+    with console.Progress(len(run.source.files), 'tokenising', 'files') as progress:
         for batch, done in results:
             ids, document = np.frombuffer(done.train.tokens, run.packer.dtype), place.document + batch.first
+            speed = (n_tokens - before) / max(time.monotonic() - began, 1e-9)
+            progress.update(run.source.files_before(document), f'{n_tokens:,} tokens, {speed:,.0f} tokens/s')
             start = min(skip, len(ids))
             skip -= start
             n_tokens += len(ids) - start
@@ -267,7 +239,6 @@ def cut(run: Run, meta: dict[str, Any],
                 start = stop
             meta['documents'] += done.train.n_documents
             meta['bytes'] += done.train.n_bytes
-            progress.update(n_tokens, run.source.fraction(document + batch.n_documents))
 
 
 def write_shard(path: Path, cuts: Iterator[Ids], run: Run) -> dict[str, Any]:

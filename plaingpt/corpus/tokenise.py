@@ -19,7 +19,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -32,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from plaingpt import files
+from plaingpt import console, files
 from plaingpt.corpus.documents import PIECE, Piece, read_documents
 from plaingpt.corpus.token_files import END
 from plaingpt.corpus.tokenizer import Tokenizer, build, from_state
@@ -44,7 +43,6 @@ Numbers = npt.NDArray[np.int64]  # of documents
 SPLITS = ('train', 'val')
 CHUNK = 1 << 18  # characters that a tokenizer is given at once
 SMALL = 4  # batches that one process has done before others would have started
-PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
 # ------------------------------------------------------------------------------------------------
@@ -274,39 +272,18 @@ class Writer:
                 'head': hashlib.sha256(self.head).hexdigest(), 'tail': hashlib.sha256(self.tail).hexdigest()}
 
 
-class Progress:
-    """A bar; where there is no terminal, a line every PLAIN_SECONDS."""
-
-    def __init__(self, total: int) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=total, unit=' documents', disable=not sys.stderr.isatty())
-        self.total, self.done = total, 0
-        self.start = self.said = time.monotonic()
-
-    def update(self, n_documents: int) -> None:
-        self.done += n_documents
-        self.bar.update(n_documents)
-        now = time.monotonic()
-        if self.bar.disable and now - self.said >= PLAIN_SECONDS and self.done < self.total:
-            left = (now - self.start) / self.done * (self.total - self.done)
-            print(f'tokenising: {self.done:,}/{self.total:,} documents, {now - self.start:.0f} s, '
-                  f'about {left:.0f} s to go', flush=True)
-            self.said = now
-
-
 def write_splits(writers: dict[str, Writer], results: Iterable[tuple[Batch, Done]], validation: Numbers,
-                 progress: Progress) -> None:
+                 progress: console.Progress) -> None:
     """The training documents in their order, the validation documents in that of `validation`: those whose turn has not
     come wait in memory."""
     turn, waiting = 0, dict[int, Packed]()
     for batch, done in results:
+        progress.update(batch.first)
         writers['train'].write(done.train)
         waiting.update(zip(batch.validation, done.val, strict=True))
         while turn < len(validation) and int(validation[turn]) in waiting:
             writers['val'].write(waiting.pop(int(validation[turn])))
             turn += 1
-        progress.update(batch.n_documents)
 
 
 def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation: Numbers, source: str,
@@ -316,8 +293,8 @@ def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation
     num_proc = num_proc if num_proc > 0 else os.cpu_count() or 1
 
     def fill(writers: dict[str, Writer]) -> None:
-        progress = Progress(count_documents(parts))
-        with closing(progress.bar), closing(tokenise(make_batches(parts, validation), packer, num_proc)) as results:
+        with (console.Progress(count_documents(parts), 'tokenising', 'documents') as progress,
+              closing(tokenise(make_batches(parts, validation), packer, num_proc)) as results):
             write_splits(writers, results, validation, progress)
 
     write_files(folder, packer, source, fill)

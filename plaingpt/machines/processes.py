@@ -39,16 +39,6 @@ class Process:
         return self.rank == 0
 
 
-
-
-
-
-
-
-
-
-
-
 def start(device: str, backend: str = 'auto', deterministic: bool = False, timeout: float = 1800.0,
           shards: bool = False) -> Process:
     """Join the processes that torchrun or srun started, if one did; wait at most `timeout` seconds for the others. A
@@ -145,8 +135,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-
-
 def total(numbers: Tensor) -> Tensor:
     """The sum of each number over all processes, on each of them, in place. Every process must call it."""
     if dist.is_initialized():
@@ -197,17 +185,7 @@ def refuse_difference(process: Process, what: str, value: Any, remedy: str) -> N
         raise UserError(f'process 0 has found the {what} {ours}, and process {other} {theirs}\n{remedy}')
 
 
-
-
-
-
 def describe(process: Process) -> str:
     name = card(process.device)
     where = f'device {process.device}{name and f" ({name})"}, {process.why}'
     return where if process.world_size == 1 else f'{process.world_size} processes; {where}'
-
-
-
-
-
-

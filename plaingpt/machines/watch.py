@@ -23,10 +23,6 @@ LISTEN = 4  # beats in which a living process gives a sign
 PATIENCE = 5.0  # seconds in which a living store answers
 
 
-
-
-
-
 class News(NamedTuple):
     """What a process hears of the others."""
 

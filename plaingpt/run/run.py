@@ -84,7 +84,7 @@ class Run:
     def progress(self, learner: Learner) -> Progress:
         """A bar around a loop that heeds requests to stop."""
         def heeding(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
-            for item in console.progress(items, total, label, unit):
+            for item in console.progress(items, total, label, unit, say=self.log.line):
                 self.heed(learner)
                 yield item
 

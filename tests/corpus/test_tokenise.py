@@ -519,16 +519,16 @@ def test_how_far_it_is_can_be_read_with_and_without_a_terminal(
         tmp_path: Path, has_terminal: bool, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(tokenise, 'PIECE', 100)
-    monkeypatch.setattr(tokenise, 'PLAIN_SECONDS', 0.0)
+    monkeypatch.setattr('plaingpt.console.PLAIN_SECONDS', 0.0)
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: has_terminal)
     write(tmp_path, [numbered(2000)])
     out, bar = capsys.readouterr()
-    lines = re.findall(r'^tokenising: ([\d,]+)/2,000 documents, \d+ s, about \d+ s to go$', out, re.MULTILINE)
+    lines = re.findall(r'^tokenising: ([\d,]+)/2,000 documents, \d\d:\d\d so far, .* to go$', out, re.MULTILINE)
     done = [int(number.replace(',', '')) for number in lines]
     assert out.count('tokenising') == len(done)
     if has_terminal:
         assert not done
-        assert '2000/2000' in bar
+        assert '| tokenising' in bar
     else:
         assert not bar
         assert done == sorted(set(done))
