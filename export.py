@@ -40,10 +40,6 @@ dataset: str = ''  # the corpus whose tokenizer it has learned: a folder in data
 UNFINISHED = '.exporting'  # a folder that is not whole yet
 BY_TANH = ('approximates GELU by tanh, and this model has the exact one: what it computes would change a little\n'
            'give --gelu=tanh to export it all the same, or --to=hf')
-ONE_TABLE = ("llm.c predicts tokens with the table that embeds them, and this model's head is another matrix\n"
-             'it can be exported with --to=hf or --to=gguf')
-PIPELINE = ('from transformers import pipeline; '
-            "print(pipeline('text-generation', {folder!r})({prompt!r})[0]['generated_text'])")
 
 
 class Format(NamedTuple):
@@ -52,8 +48,8 @@ class Format(NamedTuple):
     write: Callable[[Path, Exported], None]  # into a new folder; for a checkpoint, the folder of the run
     dtypes: tuple[str, ...]
     needs: dict[str, tuple[Any, str]]  # by the names of GPTConfig: the only value, and why there is no other
-    next_step: str  # what to type where the export is wanted, of the words in `next_step`
-    is_run: bool = False  # it is complete without biases, and without a tokenizer
+    next_step: str  # what to type where the export is wanted; the function of this name lists what may be in {}
+    is_run: bool = False  # a checkpoint of our own: it may lack biases and a tokenizer
 
 
 def write_run(folder: Path, exported: Exported) -> None:
@@ -83,7 +79,11 @@ FORMATS = {
     'llmc': Format(
         llmc.write,
         dtypes=('float32', 'bfloat16'),
-        needs={'gelu': ('tanh', f'llm.c {BY_TANH}'), 'tie_weights': (True, ONE_TABLE)},
+        needs={
+            'gelu': ('tanh', f'llm.c {BY_TANH}'),
+            'tie_weights': (True, (
+                "llm.c predicts tokens with the table that embeds them, and this model's head is another matrix\n"
+                'it can be exported with --to=hf or --to=gguf'))},
         next_step='./train_gpt2cu -e {absolute}/model.bin    # in llm.c'),
     'ckpt': Format(
         write_run,
@@ -113,8 +113,13 @@ def open_source() -> Exported:
         if not FORMATS[to].is_run:
             raise
         print(f'the tokenizer stays behind: {error}')
-    name = re.sub(r'[^\w.-]', '-', Path(out_dir).resolve().name)
-    return Exported(name, config, model.state_dict(), learned, getattr(torch, dtype), state)
+    return Exported(
+        name=re.sub(r'[^\w.-]', '-', Path(out_dir).resolve().name),
+        config=config,
+        weights=model.state_dict(),
+        learned=learned,
+        dtype=getattr(torch, dtype),
+        state=state)
 
 
 def check(exported: Exported) -> None:
@@ -134,8 +139,8 @@ def write_folder(target: Path, exported: Exported) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f'{target} is a file: give another --to_dir')
     earlier = huggingface.read_origin(target)
-    is_again = earlier.get('to') == to
-    if not (is_again or overwrite) and any(path.name != UNFINISHED for path in target.glob('*')):
+    old = earlier['files'] if earlier.get('to') == to else []
+    if not (old or overwrite) and any(path.name != UNFINISHED for path in target.glob('*')):
         raise UserError(f'{target} holds other files than an export with --to={to}: give another --to_dir, or '
                         '--overwrite=True to write among them')
     temporary = target / UNFINISHED if target.is_dir() else target.with_name(f'.{target.name}{UNFINISHED}')
@@ -149,20 +154,20 @@ def write_folder(target: Path, exported: Exported) -> None:
         huggingface.write_origin(temporary, exported, to)
         if not target.exists():
             temporary.rename(target)
-            return
-        # config.json comes last: without it nobody takes the folder for whole
-        new = sorted(temporary.iterdir(), key=lambda path: path.name == 'config.json')
-        for name in {path.name for path in new}.union(earlier['files'] if is_again else ()):
-            (target / name).unlink(missing_ok=True)
-        for path in new:
-            path.replace(target / path.name)
+        else:  # config.json comes last: without it nobody takes the folder for whole
+            new = sorted(temporary.iterdir(), key=lambda path: path.name == 'config.json')
+            for name in {*old, *(path.name for path in new)}:
+                (target / name).unlink(missing_ok=True)
+            for path in new:
+                path.replace(target / path.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def next_step(target: Path, exported: Exported) -> str:
     """What to type where the export is wanted."""
-    program = PIPELINE.format(folder=str(target), prompt=exported.prompt)
+    program = (f'from transformers import pipeline; '
+               f"print(pipeline('text-generation', {str(target)!r})({exported.prompt!r})[0]['generated_text'])")
     is_plain = re.fullmatch(r"[\w ;(),.'/\[\]-]+", program)
     return FORMATS[to].next_step.format(
         python=errors.python(), name=exported.name, prompt=shlex.quote(exported.prompt),
@@ -181,9 +186,8 @@ def main(args: list[str]) -> None:
         write_run(target, exported)
     else:
         write_folder(target, exported.complete())
-    for path in sorted(target.iterdir()):
-        if path.is_file():
-            print(f'{path.stat().st_size:15,} bytes  {path}')
+    for path in sorted(filter(Path.is_file, target.iterdir())):
+        print(f'{path.stat().st_size:15,} bytes  {path}')
     if exported.learned:
         print(f'next:\n    {next_step(target, exported)}')
 

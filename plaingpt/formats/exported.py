@@ -27,9 +27,9 @@ class Exported:
 
     @property
     def prompt(self) -> str:
-        """A text to try the model with."""
-        has_letters = {b'T', b'h', b'e'} <= set(self.vocabulary.pieces)
-        return 'The' if has_letters else self.vocabulary.decode([self.vocabulary.n_vocab // 2])
+        """A text to try the model with, which every tokenizer can encode that knows its letters."""
+        knows_letters = {b'T', b'h', b'e'} <= set(self.vocabulary.pieces)
+        return 'The' if knows_letters else self.vocabulary.decode([self.vocabulary.n_vocab // 2])
 
     def complete(self) -> Self:
         """The same function in the form that others expect: with biases, which may be zero, without the rows that pad

@@ -9,8 +9,7 @@ from plaingpt.errors import UserError
 from plaingpt.formats import huggingface
 from plaingpt.formats.exported import Exported
 
-# there must be one: two NULs, which no text has, would be merged, and cut again, being no token
-NO_MERGES = [('Ā', 'Ā')]
+NO_MERGES = ['Ā Ā']  # there must be one: two NULs, which no text has, would be merged, and cut again, being no token
 MODELFILE = '''# ollama create NAME -f Modelfile && ollama run NAME
 FROM ./model.gguf
 # It continues a text, and has no notion of a conversation.
@@ -33,7 +32,7 @@ def write(folder: Path, exported: Exported) -> None:
         raise UserError(f"the tokenizer '{vocabulary.name}' cannot be written as GGUF: llama.cpp knows GPT-2's way to "
                         'cut a text into words and to merge bytes\ntake a model with byte, bpe:N or gpt2, or --to=hf')
     library = huggingface.tokenizer_of(vocabulary)
-    merges = json.loads(library.to_str())['model']['merges']
+    merges = [' '.join(pair) for pair in json.loads(library.to_str())['model']['merges']]
     end = vocabulary.pieces.index(b'\0') if vocabulary.eot is None else vocabulary.eot  # there must be one, too
     values = {  # by the names that the writer's methods have
         'name': exported.name,
@@ -49,7 +48,7 @@ def write(folder: Path, exported: Exported) -> None:
         'tokenizer_pre': 'gpt-2',
         'token_list': [library.id_to_token(i) or f'[unused {i}]' for i in range(vocabulary.n_vocab)],
         'token_types': [gguf.TokenType.NORMAL if size else gguf.TokenType.CONTROL for size in vocabulary.token_sizes()],
-        'token_merges': [' '.join(pair) for pair in merges or NO_MERGES],
+        'token_merges': merges or NO_MERGES,
         'bos_token_id': end,
         'eos_token_id': end,
         'add_bos_token': False,
@@ -61,9 +60,8 @@ def write(folder: Path, exported: Exported) -> None:
     name_of = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     for name, tensor in exported.weights.items():
         module, _, kind = name.rpartition('.')
-        is_matrix = tensor.dim() == 2 and module != 'transformer.wpe'
-        data = tensor.to(exported.dtype if is_matrix else torch.float32).numpy()
-        writer.add_tensor(f'{name_of[module]}.{kind}', data)
+        dtype = exported.dtype if tensor.dim() == 2 and module != 'transformer.wpe' else torch.float32
+        writer.add_tensor(f'{name_of[module]}.{kind}', tensor.to(dtype).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -72,9 +72,9 @@ def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str
             theirs.setdefault(TABLE, theirs[HEAD])
         if missing := shapes.keys() - theirs.keys():
             raise UserError(f'{name_or_folder!r} lacks {len(missing)} of the weights: {min(missing)} ...', CHECKPOINT)
-        for name, shape in shapes.items():
-            if theirs[name].shape != shape:
-                raise ValueError(f'{name} is {tuple(theirs[name].shape)}, and by its config.json {tuple(shape)}')
+        if odd := [name for name, shape in shapes.items() if theirs[name].shape != shape]:
+            raise ValueError(f'{odd[0]} is {tuple(theirs[odd[0]].shape)}, and by its config.json '
+                             f'{tuple(shapes[odd[0]])}')
         # copies, since this memory may be that of a file, which may change or go
         weights = {name: theirs.pop(name).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
                    for name in shapes}
@@ -108,6 +108,8 @@ def read_config(name_or_folder: str, dropout: float) -> GPTConfig:
 
 def read_weights(name_or_folder: str) -> dict[str, Tensor]:
     """Their tensors under our names and in our shapes, from one file or several: safetensors, or else PyTorch's."""
+    from safetensors.torch import load_file
+
     for stem, suffix in (('model', '.safetensors'), ('pytorch_model', '.bin')):
         whole, index = f'{stem}{suffix}', f'{stem}{suffix}.index.json'
         folder = folder_of(name_or_folder, whole, index, f'{stem}-*{suffix}')
@@ -115,18 +117,11 @@ def read_weights(name_or_folder: str) -> dict[str, Tensor]:
         if not files and (folder / index).is_file():
             files = sorted(set(json.loads((folder / index).read_text(encoding='utf-8'))['weight_map'].values()))
         if files:
-            tensors = {name: p for file in files for name, p in read_tensors(folder / file).items()}
+            parts = [torch.load(folder / file, map_location='cpu', weights_only=True) if suffix == '.bin'
+                     else load_file(folder / file) for file in files]
             return {name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}':
-                    p.t() if name.endswith(TRANSPOSED) else p for name, p in tensors.items()}
+                    p.t() if name.endswith(TRANSPOSED) else p for part in parts for name, p in part.items()}
     raise FileNotFoundError('it has neither model.safetensors nor pytorch_model.bin')
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == '.bin':
-        return torch.load(path, map_location='cpu', weights_only=True)
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def folder_of(name_or_folder: str, *patterns: str) -> Path:
@@ -169,16 +164,14 @@ def read_origin(folder: Path) -> dict[str, Any]:
 
 def write_origin(folder: Path, exported: Exported, to: str) -> None:
     """What `read_origin` reads, in values that JSON has: nothing of the machine."""
-    state = exported.state
-    corpus = Path(state.get('config', {}).get('dataset', '')).name
-    origin = {
+    corpus = Path(exported.state.get('config', {}).get('dataset', '')).name
+    (folder / ORIGIN).write_text(encoding='utf-8', data=json.dumps({
         'tokenizer': exported.vocabulary.state(),
-        'iter_num': state.get('iter_num', 0),
-        'best': state.get('best', {}),
+        'iter_num': exported.state.get('iter_num', 0),
+        'best': exported.state.get('best', {}),
         'config': {'dataset': corpus} if corpus else {},
         'to': to,
-        'files': sorted(path.name for path in folder.iterdir())}
-    (folder / ORIGIN).write_text(json.dumps(origin), encoding='utf-8')
+        'files': sorted(path.name for path in folder.iterdir())}))
 
 
 def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
@@ -203,17 +196,15 @@ def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
         library.no_padding()
         learned = TrainedBPE(f'bpe:{library.get_vocab_size()}', library)
         says = json.loads(library.to_str())
-        is_like_gpt2 = (
-            says['model']['type'] == 'BPE' and not says['model']['dropout'] and says['normalizer'] is None
-            and says['pre_tokenizer'] | {'trim_offsets': True} == BYTE_LEVEL and library.encode('').ids == []
-            and all(library.id_to_token(i) for i in range(learned.n_vocab))
-            and set(map(bytes, zip(range(256), strict=True))) <= set(learned.pieces))
+        if not (says['model']['type'] == 'BPE' and not says['model']['dropout'] and says['normalizer'] is None
+                and says['pre_tokenizer'] | {'trim_offsets': True} == BYTE_LEVEL and library.encode('').ids == []
+                and all(library.id_to_token(i) for i in range(learned.n_vocab))
+                and set(map(bytes, zip(range(256), strict=True))) <= set(learned.pieces)):
+            raise ValueError('it is of another kind')
     except Exception:  # of a library that reads what others have written; or it holds no bytes
-        is_like_gpt2 = False
-    if not is_like_gpt2:
         raise UserError(f"the tokenizer of {name_or_folder} is damaged, or of another kind than GPT-2's: it is not read"
                         "\nwithout its files, the model's tokens are taken for GPT-2's, or those of a --dataset",
-                        CHECKPOINT)
+                        CHECKPOINT) from None
     is_gpt2 = hashlib.sha256(b'\n'.join(learned.pieces)).hexdigest() == GPT2_PIECES
     return {} if is_gpt2 else {'tokenizer': learned.state()}
 
@@ -292,31 +283,30 @@ def card(exported: Exported) -> str:
         'tokens of the corpus': f'{state["data"]["train"]["tokens"]:,}' if state.get('data') else '',
         'validation loss, nats per token': f'{best["loss"][0]:.4f}, at step {best["loss"][1]:,}' if best else '',
         'bits per byte': f'{best["bits_per_byte"][0]:.4f}' if 'bits_per_byte' in best else ''}
-    rows = [f'| {label} | {value} |' for label, value in numbers.items() if value]
-    refusal = ', which knows the characters of its corpus and refuses any other'
+    rows = ''.join(f'\n| {label} | {value} |' for label, value in numbers.items() if value)
     return CARD.format(
         name=exported.name,
         parameters=sum(p.numel() for p in exported.weights.values()),
         config=exported.config,
         tokens=f"{exported.vocabulary.n_vocab:,} tokens of the tokenizer '{exported.vocabulary.name}'",
-        refusal=refusal if exported.vocabulary.name == 'char' else '',
+        refusal=', which knows the characters of its corpus and refuses any other'
+        if exported.vocabulary.name == 'char' else '',
         prompt=exported.prompt,
-        numbers='\n'.join(['| | |', '|---|---|', *rows]) if state else 'Nothing is known of its training.')
+        numbers=f'| | |\n|---|---|{rows}' if state else 'Nothing is known of its training.')
 
 
 def tokenizer_of(vocabulary: Tokenizer) -> 'tokenizers.Tokenizer':
     """Their form of our tokenizer, which has been tried: it gives the same ids for the text of all tokens."""
-    refusal = UserError(f"the tokenizer '{vocabulary.name}' gives other ids in the form of Hugging Face's tokenizers: "
-                        'it is not exported')
+    text = vocabulary.decode(i for i, size in enumerate(vocabulary.token_sizes()) if size)
     try:
         library = vocabulary.to_huggingface()
+        library.encode_special_tokens = True  # as ordinary text
+        if library.encode(text).ids != vocabulary.encode(text):
+            raise ValueError('other ids')
     except ModuleNotFoundError:
         raise
-    except Exception:  # whatever the library finds wrong with the pattern
-        raise refusal from None
-    text = vocabulary.decode(i for i, size in enumerate(vocabulary.token_sizes()) if size)
-    library.encode_special_tokens = True  # as ordinary text
-    if library.encode(text).ids != vocabulary.encode(text):
-        raise refusal
+    except Exception:  # or whatever the library finds wrong with the pattern
+        raise UserError(f"the tokenizer '{vocabulary.name}' gives other ids in the form of Hugging Face's tokenizers: "
+                        'it is not exported') from None
     library.encode_special_tokens = False
     return library

@@ -26,9 +26,8 @@ def tensors(T: int, rows: int, n_layer: int, C: int) -> Iterator[tuple[str, torc
     The table of tokens has `rows`; those beyond the vocabulary stand for no token."""
     of_one_layer = GPT.on_meta(GPTConfig(T, rows, n_layer=1, n_head=1, n_embd=C)).state_dict()
     for kind in ('wte.weight', 'wpe.weight', *LAYER, 'ln_f.weight', 'ln_f.bias'):
-        shape = of_one_layer[f'transformer.{kind}'].shape
         for layer in range(n_layer if kind in LAYER else 1):
-            yield f'transformer.{kind}'.replace('.h.0.', f'.h.{layer}.'), shape
+            yield f'transformer.{kind}'.replace('.h.0.', f'.h.{layer}.'), of_one_layer[f'transformer.{kind}'].shape
 
 
 def is_model(path: Path) -> bool:
@@ -69,15 +68,16 @@ def write(folder: Path, exported: Exported) -> None:
     vocabulary = exported.vocabulary
     [version] = [version for version, dtype in DTYPES.items() if dtype == exported.dtype]
     rows = -(-config.vocab_size // 128) * 128
-    table = torch.nn.functional.pad(exported.weights[TABLE], (0, 0, 0, rows - config.vocab_size))
-    weights = exported.weights | {TABLE: table}
+    weights = exported.weights | {
+        TABLE: torch.nn.functional.pad(exported.weights[TABLE], (0, 0, 0, rows - config.vocab_size))}
     with open(folder / 'model.bin', 'wb') as file:
         file.write(header(MODEL, version, config.block_size, config.vocab_size, config.n_layer, config.n_head,
                           config.n_embd, rows))
         for name, _ in tensors(config.block_size, rows, config.n_layer, config.n_embd):
             file.write(weights[name].to(exported.dtype).contiguous().view(torch.uint8).numpy().tobytes())
     if vocabulary.eot is not None and all(0 < len(piece) < 256 for piece in vocabulary.pieces):
-        pieces = b''.join(bytes([len(piece)]) + piece for piece in vocabulary.pieces)
-        (folder / 'tokenizer.bin').write_bytes(header(TOKENS, 2, vocabulary.n_vocab, vocabulary.eot) + pieces)
+        (folder / 'tokenizer.bin').write_bytes(b''.join([
+            header(TOKENS, 2, vocabulary.n_vocab, vocabulary.eot),
+            *(bytes([len(piece)]) + piece for piece in vocabulary.pieces)]))
     else:
         print('no tokenizer.bin: llm.c needs a token that begins a text, and 1 to 255 bytes in each')

@@ -58,16 +58,15 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
     is_bare = 'model' not in tree and any(isinstance(value, Tensor) for value in tree.values())
     weights = clean(tree if is_bare else tree.get('model'))
     if weights and isinstance(tree.get('model_args'), dict):  # nanoGPT's, whose GELU is the exact one; or our own
-        settings = {'gelu': answers.get('gelu', 'exact'), 'tie_weights': True} | tree.get('config', {})
-        return complete(tree | {'model': weights, 'config': settings})
+        return complete(tree | {'model': weights, 'config': {
+            'gelu': answers.get('gelu', 'exact'), 'tie_weights': True, **tree.get('config', {})}})
     config = vars(tree['config']) if isinstance(tree.get('config'), Inert) else {}
-    n_head = config.get('n_heads', config.get('n_head'))
-    known = answers | ({'n_head': n_head} if type(n_head) is int and n_head > 0 else {})
-    is_from_scratch = 'gpt.t_embedding.weight' in weights
-    if config or is_from_scratch:
-        known['gelu'] = 'tanh'
-    if is_from_scratch:
+    if 'gpt.t_embedding.weight' in weights:
         weights = from_gpt_from_scratch(weights)
+        config = {'n_head': config.get('n_heads')}
+    says = {'n_head': config.get('n_head'), 'gelu': 'tanh'} if config else {}  # both projects have GPT-2's GELU
+    known = answers | {name: value for name, value in says.items()
+                       if name == 'gelu' or (type(value) is int and value > 0)}
     if 'transformer.wte.weight' not in weights:
         raise UserError(f"{path} has no 'model' and 'model_args': neither plainGPT nor nanoGPT wrote it", CHECKPOINT)
     return complete(describe(weights, known, path) | {
@@ -86,10 +85,16 @@ def clean(weights: Any) -> dict[str, Tensor]:
 def complete(state: State) -> State:
     """The keys that this project's checkpoints have and others lack."""
     best_val_loss = float(state.get('best_val_loss', 'inf'))  # a tensor in nanoGPT's
-    best = {'loss': [best_val_loss, state.get('iter_num', 0)]} if math.isfinite(best_val_loss) else {}
-    rest: State = {'iter_num': 0, 'skipped': 0, 'tokenizer': None, 'scaler': {}, 'wandb_run_id': '', 'data': {},
-                   'best': best}
-    return rest | state | {'best_val_loss': best_val_loss}
+    return {
+        'iter_num': 0,
+        'skipped': 0,
+        'tokenizer': None,
+        'scaler': {},
+        'wandb_run_id': '',
+        'data': {},
+        'best': {'loss': [best_val_loss, state.get('iter_num', 0)]} if math.isfinite(best_val_loss) else {},
+        **state,
+        'best_val_loss': best_val_loss}
 
 
 def from_gpt_from_scratch(weights: dict[str, Tensor]) -> dict[str, Tensor]:
