@@ -31,20 +31,11 @@ from plaingpt.metrics import Predictor, exp
 
 Row = dict[str, Any]  # a line of a test's file
 Pair = tuple[list[int], list[int]]  # the ids of a text, and of how it may go on
-
-
-class Source(NamedTuple):
-    """Where a test's file comes from."""
-
-    url: str
-    sha256: str
-
-
-SOURCES = {
-    'hellaswag': Source('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
-                        '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'),
-    'lambada': Source('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
-                      '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226'),
+SOURCES = {  # the address of each original, and its sha256
+    'hellaswag': ('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
+                  '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'),
+    'lambada': ('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
+                '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226'),
 }
 LABELS = ('0', '1', '2', '3')  # of the right one among four endings
 
@@ -58,7 +49,7 @@ def load(task: str, path: str, limit: int, process: Process) -> list[Row]:
     '', from the original, which one process of each machine downloads. Every process must call it."""
     folder, option = DATA_ROOT / task, f'--{task}'
     if not path or path.startswith(('http://', 'https://')):
-        url, sha256 = Source(path, '') if path else SOURCES[task]
+        url, sha256 = (path, '') if path else SOURCES[task]
         path = str(folder / PurePosixPath(url.partition('?')[0]).name)
         if process.local_rank == 0:
             download(url, Path(path), sha256, option)
@@ -95,14 +86,20 @@ def is_hellaswag(row: object) -> bool:
     return False
 
 
-def is_lambada(row: object) -> bool:
+def parted(row: object) -> tuple[str, str]:
+    """The context and the last word of a row of LAMBADA; one of them is '' if it is none."""
     match row:
         case {'text': str(text)}:
             context, _, word = text.rpartition(' ')
-            return context.strip() != '' and word != ''
         case {'context': str(context), 'continuation': str(word)}:
-            return context.strip() != '' and word != ''
-    return False
+            pass
+        case _:
+            return '', ''
+    return context.rstrip() and context, word
+
+
+def is_lambada(row: object) -> bool:
+    return all(parted(row))
 
 
 def is_raw(rows: Sequence[Row]) -> bool:
@@ -155,11 +152,7 @@ def cleaned(text: str) -> str:
 
 def last_words(rows: Iterable[Row], vocabulary: Tokenizer) -> list[Pair]:
     """LAMBADA as lm-eval's lambada_openai asks it: the word after the last space, with that space."""
-    pairs = []
-    for row in rows:
-        context, _, word = row['text'].rpartition(' ') if 'text' in row else (row['context'], '', row['continuation'])
-        pairs.append(encode_together(context, f' {word}', vocabulary))
-    return pairs
+    return [encode_together(context, f' {word}', vocabulary) for context, word in map(parted, rows)]
 
 
 def encode_together(context: str, ending: str, vocabulary: Tokenizer) -> Pair:
