@@ -32,10 +32,10 @@ from plaingpt.machines.device import choose, peak_memory
 from plaingpt.machines.processes import Process
 from plaingpt.machines.stop import Stop, StopAsked
 from plaingpt.machines.watch import Watch, explained
-from plaingpt.plan import RunSettings, Work, amount, show_plan
+from plaingpt.plan import RunSettings, amount, show_plan
 from plaingpt.run import checkpoint, wandb
 from plaingpt.run.log import Log, Pace
-from plaingpt.run.run import Learner, Run
+from plaingpt.run.run import Learner, Run, Work
 from plaingpt.run.upload import Uploader
 
 # ------------------------------------------------------------------------------------------------
@@ -208,8 +208,7 @@ def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: S
         checkpoint.make_ready(folder, overwrite and not overfit_single_batch, is_best, learner.raw_model, keep)
     is_kept = process.is_main and not (eval_only or overfit_single_batch)
     uploader = Uploader(upload_to if is_kept else '', console.say)
-    last_step = learner.step if eval_only else work.last_step
-    log = Log(None if eval_only else folder, process.is_main, learner.step, last_step, uploader)
+    log = Log(None if eval_only else folder, process.is_main, learner.step, work.last_step, uploader)
     watch.on_end = log.end
     run_id = origin.state.get('wandb_run_id', '') if origin.is_resumed else ''
     if wandb_log:
@@ -220,18 +219,17 @@ def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: S
     peak = learner.compute.peak and learner.compute.peak * process.world_size
     pace = Pace(work.n_windows * learner.raw_model.config.block_size, learner.raw_model.flops_per_token(), peak)
     with log, explained(watch, less_memory()), checkpoint.Saver(folder, keep, uploader, watch.beat) as saver:
-        yield Run(folder, log, saver, watch, stop, process, record, run_id, learner.step, last_step, work.decay_steps,
-                  work.n_windows, work.n_parts, log_interval, pace)
+        yield Run(folder, log, saver, watch, stop, process, record, run_id, learner.step, work, log_interval, pace)
 
 
 def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
     """What a run says before its first step."""
-    process, T = learner.process, data.order.block_size
-    run.log.line(f'{processes.describe(process)}; {learner.compute.line}\n'
+    work, T, epoch = run.work, data.order.block_size, data.order.epoch
+    run.log.line(f'{processes.describe(run.process)}; {learner.compute.line}\n'
                  f'{console.parameter_lines(learner.optimizer.param_groups)}\n'
-                 f'tokens per iteration will be: {run.n_windows * T:,} = {run.n_windows} windows of {T}, in '
-                 f'micro-batches of {batch_size}, {run.n_parts} for each process\n'
-                 f'{run.last_step:,} iterations are {run.last_step * run.n_windows / data.order.epoch:.2f} epochs')
+                 f'tokens per iteration will be: {work.n_windows * T:,} = {work.n_windows} windows of {T}, in '
+                 f'micro-batches of {batch_size}, {work.n_parts} for each process\n'
+                 f'{work.last_step:,} iterations are {work.last_step * work.n_windows / epoch:.2f} epochs')
     _, complaint = sample.encode_start(sample_start, data.tokenizer, data.splits['val'])
     if complaint and (sample_interval or not data.tokenizer):
         run.log.line(complaint)
@@ -285,8 +283,8 @@ def draw_sample(data: Data, learner: Learner, run: Run) -> None:
 
 def micro_batches(data: Data, learner: Learner, run: Run) -> Iterator[Part]:
     """What this process reads in the next step."""
-    first = 0 if overfit_single_batch else learner.step * run.n_windows
-    return parts_of(data.splits['train'], data.order.starts(first, run.n_windows), batch_size,
+    first = 0 if overfit_single_batch else learner.step * run.work.n_windows
+    return parts_of(data.splits['train'], data.order.starts(first, run.work.n_windows), batch_size,
                     learner.raw_model.config, learner.process)
 
 
@@ -319,17 +317,17 @@ def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | 
             evaluate_splits(data, learner, run)
         if run.is_due(sample_interval, learner.step):
             draw_sample(data, learner, run)
-        if learner.step == run.last_step:
+        if learner.step == run.work.last_step:
             return
 
         # forward and backward: the gradient of the mean loss over the step's windows, one micro-batch at a time
         run.pace.begin()
         parts = micro_batches(data, learner, run)
-        shown = console.progress(parts, run.n_parts, f'step {learner.step}', 'micro-batches', SLOW, run.log.line)
+        shown = console.progress(parts, run.work.n_parts, f'step {learner.step}', 'micro-batches', SLOW, run.log.line)
         part_of_loss = accumulate_gradient(learner, shown)
 
         # update
-        rate = lr_at(learner.step, run.decay_steps)
+        rate = lr_at(learner.step, run.work.decay_steps)
         for group in optimizer.param_groups:
             group['lr'] = rate * group['scale']
         scaler.unscale_(optimizer)
@@ -376,7 +374,7 @@ def stop_early(data: Data, learner: Learner, run: Run, reason: StopAsked) -> NoR
         run.save(data, learner)
         run.saver.wait()
     run.watch.rest()
-    raise UserError(f'stopped before step {learner.step} of {run.last_step} by {reason}\n'
+    raise UserError(f'stopped before step {learner.step} of {run.work.last_step} by {reason}\n'
                     'the same command goes on from there, with --init_from=auto', errors.STOPPED)
 
 
@@ -386,8 +384,8 @@ def finish(run: Run) -> None:
     run.saver.wait()
     run.watch.rest()
     if overfit_single_batch:
-        verdict = (f'the loss on one batch went from {run.first_loss:.4f} to {run.last_loss:.4f} in {run.last_step} '
-                   'steps')
+        verdict = (f'the loss on one batch went from {run.first_loss:.4f} to {run.last_loss:.4f} '
+                   f'in {run.work.last_step} steps')
         if not run.last_loss < LEARNED_BY_HEART * run.first_loss:
             raise UserError(f'FAIL: {verdict}, not below {LEARNED_BY_HEART} of the first', errors.CHECK_FAILED)
         run.log.line(f'PASS: {verdict}')
@@ -452,6 +450,8 @@ def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any]
     is_asked = hellaswag_interval > 0 and not overfit_single_batch
     questions = tasks.for_training(hellaswag, hellaswag_limit, data.tokenizer, process) if is_asked else None
     work = amount(wanted, data.order.block_size, data.order.epoch, process.world_size, learner.step)
+    if eval_only:
+        work = work._replace(last_step=learner.step)
     with open_run(origin, learner, work, watch, stop, record) as run:
         announce(data, origin, learner, run)
         try:

@@ -55,7 +55,7 @@ def arguments(out_dir: Path, dataset: str, steps: int) -> list[str]:
         'dropout': 0.1,
         'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': 16, 'batch_size': 2, 'gradient_accumulation_steps': 4,
         'max_iters': steps, 'lr_decay_iters': steps, 'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3,
-        'eval_interval': 3, 'eval_iters': 2, 'sample_interval': 0, 'timeout': 20, 'start_timeout': 20,
+        'eval_interval': 3, 'eval_iters': 2, 'sample_interval': 0, 'timeout': 60, 'start_timeout': 600,
     }
     return [f'--{name}={value}' for name, value in settings.items()]
 
@@ -91,15 +91,15 @@ def last_step(log: Path) -> int:
 def live_and_die(world_size: int, train_arguments: list[str], log: Path, random_moment: random.Random,
                  fate: int) -> bool:
     """Start the run, and kill it around step `fate`, however fast the machine: now and then before its first step,
-    and now and then one process of several, without which the others must end by themselves. False if the run was over
-    before."""
+    and now and then, later, one process of several, without which the others must end by themselves. False if the run
+    was over before."""
     lives = start(world_size, train_arguments, log)
     limit = 4 * random_moment.random() if random_moment.random() < 0.1 else math.inf  # seconds
     end = time.monotonic() + limit
     while last_step(log) < fate and time.monotonic() < end and all(life.poll() is None for life in lives):
         time.sleep(0.002)
     time.sleep(LATEST * random_moment.random())
-    victims = [random_moment.choice(lives)] if random_moment.random() < 0.1 else lives
+    victims = [random_moment.choice(lives)] if random_moment.random() < 0.1 and last_step(log) >= 0 else lives
     for life in victims:
         life.send_signal(signal.SIGKILL)
     codes = [life.wait() for life in lives]
@@ -117,7 +117,7 @@ def rows(out_dir: Path) -> list[dict[str, Any]]:
 def check(world_size: int, folder: Path, seed: int) -> str:
     """A line on a run that survived; UserError on one that did not."""
     whole, killed, log = folder / 'whole', folder / 'killed', folder / 'log'
-    steps = (kills + 4) * STEPS_PER_LIFE  # so many that the last one, too, is killed
+    steps = (kills + 16) * STEPS_PER_LIFE  # so many that the last one, too, is killed, even if some live on for longer
     finish(start(world_size, arguments(whole, dataset, steps), log), log)
     random_moment, done = random.Random(seed), 0
     for number in range(kills):

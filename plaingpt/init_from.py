@@ -169,7 +169,8 @@ def learned_tokenizer(state: State, vocab_size: int, folder: Path) -> Tokenizer:
     vocabulary = tokenizer.from_state(learned_reference(state, vocab_size, folder))
     if vocabulary.n_vocab > vocab_size:
         remedy = '' if state.get('tokenizer') else (
-            f'\nthe checkpoint brings none; prepare its corpus here, {how_to_prepare(folder)}, or name it: --dataset=')
+            f'\nit brings none: prepare its corpus here, {how_to_prepare(folder)}; evaluate.py and export.py take any '
+            'other as --dataset=')
         raise UserError(f'the model knows {vocab_size} tokens, and the tokenizer {vocabulary.name} has '
                         f'{vocabulary.n_vocab}: it has learned another one{remedy}', CHECKPOINT)
     return vocabulary

@@ -28,6 +28,7 @@ from plaingpt.init_from import ModelSettings, open_model
 from plaingpt.machines import processes, strategies
 from plaingpt.machines.device import peak_flops
 from plaingpt.run import checkpoint
+from plaingpt.run.run import Work
 
 CARDS = {'RTX 4090': 24e9, 'A100': 80e9, 'H100 HBM3': 80e9, 'B200': 180e9}  # bytes of memory
 UTILISATION = 0.4  # of the FLOP/s that a card promises: an assumption, and a good one for GPT-2's sizes
@@ -72,15 +73,6 @@ def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, 
         raise UserError(f'total_batch_size={total_batch_size} must be a multiple of block_size={block_size}: '
                         f'the nearest are {f"{below} and " if below else ""}{below + block_size}')
     return total_batch_size // block_size
-
-
-class Work(NamedTuple):
-    """How much there is to do."""
-
-    n_windows: int  # in a step, over all processes
-    n_parts: int  # micro-batches of each process in a step
-    last_step: int  # before which the run ends
-    decay_steps: int  # where the learning rate has come down
 
 
 def amount(settings: RunSettings, block_size: int, epoch: int, world_size: int, first_step: int = 0) -> Work:

@@ -79,14 +79,20 @@ def is_hellaswag(row: object) -> bool:
     return False
 
 
-def is_lambada(row: object) -> bool:
+def parted(row: object) -> tuple[str, str]:
+    """The context and the last word of a row of LAMBADA; one of them is '' if it is none."""
     match row:
         case {'text': str(text)}:
             context, _, word = text.rpartition(' ')
-            return context.strip() != '' and word != ''
         case {'context': str(context), 'continuation': str(word)}:
-            return context.strip() != '' and word != ''
-    return False
+            pass
+        case _:
+            return '', ''
+    return context.rstrip() and context, word
+
+
+def is_lambada(row: object) -> bool:
+    return all(parted(row))
 
 
 class Task(NamedTuple):
@@ -155,11 +161,7 @@ def cleaned(text: str) -> str:
 
 def last_words(rows: Iterable[Row], vocabulary: Tokenizer) -> list[Pair]:
     """LAMBADA as lm-eval's lambada_openai asks it: the word after the last space, with that space."""
-    pairs = []
-    for row in rows:
-        context, _, word = row['text'].rpartition(' ') if 'text' in row else (row['context'], '', row['continuation'])
-        pairs.append(encode_together(context, f' {word}', vocabulary))
-    return pairs
+    return [encode_together(context, f' {word}', vocabulary) for context, word in map(parted, rows)]
 
 
 def encode_together(context: str, ending: str, vocabulary: Tokenizer) -> Pair:

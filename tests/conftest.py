@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENT
+
 ROOT = Path(__file__).parents[1]
 OURS = sorted('.'.join(path.relative_to(ROOT).with_suffix('').parts)
               for path in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py')))  # the modules of this project
 
-# Before torch is imported, here and in every process that a test starts: one thread each, and no network.
-os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
+# Before torch is imported, here and in every process that a test starts: one thread each, since threads that wait for
+# each other starve where other programs want the cores, and no network.
+os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', HF_HUB_OFFLINE='1')
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -85,7 +88,7 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
                             for module in ('__main__', *OURS))
         return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, stdin=subprocess.DEVNULL,
                               env={**os.environ, 'PYTHONWARNINGS': warnings, **(environment or {})},
-                              capture_output=True, text=True, encoding='utf-8', timeout=600)
+                              capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
 
     return run
 

@@ -27,6 +27,7 @@ from plaingpt.errors import UserError
 from plaingpt.machines import processes, strategies
 from plaingpt.machines.stop import Stop
 from plaingpt.machines.watch import Watch
+from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 32, 'batch_size': 4,
@@ -247,7 +248,7 @@ def answer(settings: dict[str, Any], bug: Bug | None = None,
                 train.main(arguments_of(settings))
             else:
                 values, given = configurator.configure(train, arguments_of(settings))
-                with Stop(0.0) as stop, Watch(process, 300.0, 60.0) as watch:
+                with Stop(0.0) as stop, Watch(process, PATIENT, PATIENT) as watch:
                     train.carry_out(process, watch, stop, values, given)
         except UserError as error:
             return error.code, str(error)
@@ -353,7 +354,7 @@ def test_a_run_that_exists_is_checked_as_it_would_go_on_and_left_alone(
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', __file__]
-    return subprocess.run([*launch, *arguments], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=300,
+    return subprocess.run([*launch, *arguments], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=PATIENT,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8')
 
 
@@ -387,7 +388,7 @@ def test_a_process_that_crashes_alone_is_named(tiny_dataset: Path, tmp_path: Pat
                                   'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port},
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8')
             for rank in range(2)]
-    (out, said), (_, traceback) = (process.communicate(timeout=120) for process in both)
+    (out, said), (_, traceback) = (process.communicate(timeout=PATIENT) for process in both)
     assert [process.returncode for process in both] == [errors.PEER_LOST, 1]
     assert re.search(rf"(?m)^process 1 \(pid {both[1].pid} on .*\): name 'losses' is not defined$", said), said
     assert "NameError: name 'losses' is not defined" in traceback

@@ -21,6 +21,7 @@ from plaingpt.corpus.folder import open_split
 from plaingpt.corpus.order import fixed_starts
 from plaingpt.init_from import open_model
 from tests.comparing import ROUNDING, predictor_of, refused
+from tests.waiting import PATIENT
 
 V, T = 128, 16
 
@@ -277,7 +278,7 @@ def test_any_number_of_processes_writes_the_same_file(trained: Path, questions: 
         launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
         subprocess.run([sys.executable, *(launcher if n > 1 else []), 'evaluate.py', *command,
                         f'--json={tmp_path}/all.json'],
-                       cwd=Path(evaluate.__file__).parent, check=True, capture_output=True, timeout=300)
+                       cwd=Path(evaluate.__file__).parent, check=True, capture_output=True, timeout=PATIENT)
         files.append((tmp_path / 'all.json').read_bytes())
     assert files[0] == files[1] == files[2]
     assert len(json.loads(files[0])['measured'][0]) == 7

@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 
 from plaingpt import errors
 from plaingpt.run import checkpoint
+from tests.waiting import PATIENT, wait_until
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'
@@ -107,13 +107,6 @@ def free_port() -> int:
     raise AssertionError('count ends never')
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f'{what}: not in {seconds} s'
-        time.sleep(0.02)
-
-
 def only(pattern: str, text: str) -> str:
     """The group of a pattern that fits in one place."""
     found: list[str] = re.findall(pattern, text, re.MULTILINE)
@@ -143,7 +136,7 @@ def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_goes_on_to_its_end
     shell = slurm.start(*command)
     wait_until(lambda: 'iter 20: ' in ' '.join(slurm.read('slurm.out')), 'twenty steps')
     slurm.warn(shell)
-    assert shell.wait(60) == errors.STOPPED, slurm.read('slurm.out')[-20:]
+    assert shell.wait(PATIENT) == errors.STOPPED, slurm.read('slurm.out')[-20:]
     assert slurm.read('codes') == ['75 75'], 'the exit codes of both processes'
     status = json.loads((out / 'status.json').read_text(encoding='utf-8'))
     stopped = checkpoint.load(out / 'ckpt.pt')['iter_num']
@@ -152,7 +145,7 @@ def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_goes_on_to_its_end
     assert f'stopped before step {stopped} of 800' in '\n'.join(slurm.read('slurm.out'))
     assert slurm.read('scontrol') == [f'requeue {slurm.job}']
 
-    assert slurm.start(*command).wait(120) == errors.DONE, slurm.read('slurm.out')[-20:]
+    assert slurm.start(*command).wait(PATIENT) == errors.DONE, slurm.read('slurm.out')[-20:]
     log = '\n'.join(slurm.read('slurm.out'))
     assert f'resuming at step {stopped}' in log
     assert log.index('iter 20: ') < log.index('resuming at step'), 'the log of the first start is still there'
@@ -165,7 +158,7 @@ def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_goes_on_to_its_end
 @pytest.mark.slow
 def test_a_slurm_job_with_a_wrong_setting_is_not_requeued(tmp_path: Path) -> None:
     slurm = Slurm(tmp_path)
-    assert slurm.start('config/train_gpt2.py', '--learning_rte=1').wait(60) == errors.COMMAND
+    assert slurm.start('config/train_gpt2.py', '--learning_rte=1').wait(PATIENT) == errors.COMMAND
     assert slurm.read('codes') == ['2 2']
     assert slurm.read('scontrol') == []
 
@@ -310,9 +303,9 @@ def test_a_pod_is_not_root_and_holds_no_secret(manifest: dict[str, Any]) -> None
 def test_our_torchrun_ends_as_the_process_that_ended_first(tmp_path: Path, ends: str, expected: int) -> None:
     """And not as the other one, which torchrun kills then, while it still saves, say."""
     (tmp_path / 'work.py').write_text(
-        f"import os, sys, time\ntime.sleep(60) if os.environ['RANK'] == '0' else {ends}", encoding='utf-8')
+        f"import os, sys, time\ntime.sleep(10000) if os.environ['RANK'] == '0' else {ends}", encoding='utf-8')
     command = [sys.executable, str(LAUNCH / 'torchrun.py'), '--standalone', '--nproc_per_node=2', 'work.py']
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60).returncode == expected
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=PATIENT).returncode == expected
 
 
 class Pods:
@@ -340,7 +333,7 @@ class Pods:
         for pid, its_session in (map(int, line.split()) for line in listing.splitlines()):
             if its_session == session:
                 os.kill(pid, signal.SIGKILL)
-        self.pods[pod].wait(10)
+        self.pods[pod].wait(PATIENT)
 
     def collect(self) -> list[int]:
         """The pods that have ended since."""
@@ -469,7 +462,7 @@ def test_what_the_image_holds_is_enough_to_train(tmp_path: Path) -> None:
     for command in (json.loads(only(r'^CMD (.*)$', dockerfile())), ['-c', f'import {modules}'],
                     ['launch/torchrun.py', '--standalone', 'train.py', 'config/train_gpt2.py', '--learning_rte=1']):
         result = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
-                                encoding='utf-8', timeout=120)
+                                encoding='utf-8', timeout=PATIENT)
         expected = errors.COMMAND if '--learning_rte=1' in command else errors.DONE
         assert result.returncode == expected, result.stderr
         assert 'ModuleNotFoundError' not in result.stderr

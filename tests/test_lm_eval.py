@@ -21,6 +21,7 @@ import export
 from model import GPT, GPTConfig
 from plaingpt.corpus import documents, tokenizer
 from plaingpt.tasks import last_words, lm_eval, pieces, read, to_batch
+from tests.waiting import PATIENT
 
 N = 240  # examples of each task
 pytestmark = [pytest.mark.slow,
@@ -89,7 +90,7 @@ def run_lm_eval(model: Path, files: dict[str, Path], folder: Path) -> tuple[dict
         [sys.executable, '-m', 'lm_eval', 'run', '--model', 'hf', '--model_args', f'pretrained={model},dtype=float32',
          '--tasks', 'hellaswag_here,lambada_openai_here', '--include_path', str(folder), '--device', 'cpu',
          '--batch_size', '16', '--output_path', str(folder / 'out'), '--log_samples'],
-        cwd=folder, check=True, timeout=600, env={**os.environ, 'HF_HOME': str(folder / 'cache')})
+        cwd=folder, check=True, timeout=PATIENT, env={**os.environ, 'HF_HOME': str(folder / 'cache')})
     results, = (folder / 'out').glob('*/results_*.json')
     samples = {task: [json.loads(line) for line in next((folder / 'out').glob(f'*/samples_{task}_here_*')).open(
         encoding='utf-8')] for task in ('hellaswag', 'lambada_openai')}

@@ -8,11 +8,12 @@ import site
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import PATIENT, wait_until
 
 ROOT = Path(__file__).parents[1]
 STATEMENT = re.compile(r'\s*(def \w+\(.*|class \w+.*:|if \w.*:|for \w.* in .*:|while .*:|else:|try:|except.*:'
@@ -27,7 +28,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.relative_to(ROOT))
-    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', '.venv'], cwd=folder, check=True, timeout=600)
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', '.venv'], cwd=folder, check=True, timeout=PATIENT)
     packages = next((folder / '.venv/lib').glob('python*/site-packages'))
     (packages / 'borrowed.pth').write_text('\n'.join(site.getsitepackages()), encoding='utf-8')
     (folder / '.venv/core').touch()  # later than its requirements: nothing to install
@@ -39,13 +40,13 @@ def terminal() -> dict[str, str]:
     ours = str(Path(sys.executable).parent)
     path = os.pathsep.join(folder for folder in os.environ['PATH'].split(os.pathsep) if folder != ours)
     outside = {name: value for name, value in os.environ.items() if not re.match('MAKE|MFLAGS|VIRTUAL_ENV', name)}
-    return {**outside, 'PATH': path, 'OMP_NUM_THREADS': '2'}
+    return {**outside, 'PATH': path}
 
 
 def run(folder: Path, command: str) -> str:
     """What a command prints, which must end well."""
-    result = subprocess.run(['sh', '-c', command], cwd=folder, env=terminal(), stdin=subprocess.DEVNULL, timeout=1800,
-                            capture_output=True, text=True, encoding='utf-8')
+    result = subprocess.run(['sh', '-c', command], cwd=folder, env=terminal(), stdin=subprocess.DEVNULL,
+                            capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
     assert result.returncode == 0, f'{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}'
     return result.stdout
 
@@ -112,8 +113,8 @@ def test_a_text_of_ones_own_is_prepared_trained_on_killed_resumed_and_sampled(cl
                '--eval_interval=100', '--eval_iters=2', '--log_interval=1', '--sample_interval=150']
     metrics = clone / 'out-mine/metrics.jsonl'
     with subprocess.Popen(command, cwd=clone, env=terminal(), stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b'\n') > 120):
-            time.sleep(0.01)  # until it has saved step 100, and gone on
+        # until it has saved step 100, and gone on
+        wait_until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_bytes().count(b'\n') > 120))
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert json.loads((clone / 'out-mine/status.json').read_text(encoding='utf-8'))['state'] == 'running'

@@ -342,6 +342,7 @@ def test_what_somebody_may_not_have_meant_is_said(arguments: str, words: str, ti
 # The command
 
 
+@pytest.mark.slow
 def test_a_plan_reads_no_token_writes_nothing_and_is_printed_once(
         run_script: Callable[..., CompletedProcess[str]], tiny_dataset: Path, tmp_path: Path) -> None:
     """In a process of its own, alone and as the second of two, without the others; whatever stands in the corpus."""

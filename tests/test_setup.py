@@ -17,6 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tests.waiting import PATIENT
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))
 EXTRAS = PROJECT['project']['optional-dependencies']
@@ -32,7 +34,7 @@ def run(folder: Path, *command: str, **environment: str) -> subprocess.Completed
     """Run a command as a user does who has just opened a terminal: outside any other make."""
     outside = {name: value for name, value in os.environ.items() if 'MAKE' not in name and name != 'MFLAGS'}
     return subprocess.run(command, cwd=folder, env={**outside, **environment}, stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, encoding='utf-8', timeout=600)
+                          capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
 
 
 def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

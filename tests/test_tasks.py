@@ -43,6 +43,7 @@ from plaingpt.tasks import (
     score,
 )
 from tests.comparing import ALONE, predictor_of
+from tests.waiting import PATIENT
 
 BYTES = tokenizer.Bytes(eot=False)
 # Two rows as HellaSwag has them, one from a film and one from WikiHow, and two as LAMBADA has them
@@ -249,7 +250,7 @@ def test_a_model_that_several_processes_train_is_asked_as_if_by_one(strategy: st
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'ask.py'),
          strategy],
         env={**os.environ, 'PYTHONPATH': f'{root}{os.pathsep}{root / "tests"}'}, capture_output=True, text=True,
-        encoding='utf-8', timeout=300)
+        encoding='utf-8', timeout=PATIENT)
     assert asked.returncode == 0, asked.stderr
 
 

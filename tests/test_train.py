@@ -50,6 +50,15 @@ TINY: dict[str, Any] = {
     'max_iters': 10, 'lr_decay_iters': 10, 'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3,
     'eval_interval': 5, 'eval_iters': 2, 'sample_interval': 0, 'device': 'cpu',
 }
+HALTING = """import sys, time, train
+from plaingpt.run.log import Log
+iteration = Log.iteration
+def halting(log, step, *rest):
+    iteration(log, step, *rest)
+    time.sleep(10000 if step == 27 else 0)
+Log.iteration = halting
+train.main(sys.argv[1:])
+"""
 CLOCK = {'tokens_per_second', 'peak_memory_bytes'}  # what differs between two equal runs
 
 
@@ -503,12 +512,13 @@ def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
-    """A real process and a real SIGKILL, between two checkpoints; `init_from=auto` starts the first and the second."""
+    """A real process and a real SIGKILL, between two checkpoints, at step 27, where it waits to be killed;
+    `init_from=auto` starts the first and the second."""
     settings = {'dropout': 0.1, 'eval_interval': 20, 'max_iters': 60, 'lr_decay_iters': 60}
     whole = run(tmp_path / 'whole', **settings)
     killed = tmp_path / 'killed'
     command = arguments(killed, tiny_dataset, settings | {'init_from': 'auto'})
-    with subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *command], cwd=ROOT, text=True, encoding='utf-8',
+    with subprocess.Popen([sys.executable, '-c', HALTING, *command], cwd=ROOT, text=True, encoding='utf-8',
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         wait_for(process, 'saving checkpoint')
         wait_for(process, 'iter 27:')

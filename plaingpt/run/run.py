@@ -3,7 +3,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -50,6 +50,15 @@ class Learner:
         return is_sound
 
 
+class Work(NamedTuple):
+    """How much there is to do."""
+
+    n_windows: int  # in a step, over all processes
+    n_parts: int  # micro-batches of each process in a step
+    last_step: int  # before which the run ends
+    decay_steps: int  # where the learning rate has come down
+
+
 @dataclass
 class Run:
     """What surrounds learning. Every process calls it alike; only the main one writes."""
@@ -63,10 +72,7 @@ class Run:
     record: dict[str, Any]  # the settings, as checkpoints keep them
     wandb_run_id: str
     first_step: int  # updates that were made before
-    last_step: int  # the run ends before it
-    decay_steps: int  # where the learning rate has come down
-    n_windows: int  # in a step, over all processes
-    n_parts: int  # micro-batches of each process in a step
+    work: Work
     log_interval: int  # steps
     pace: Pace
     first_loss: float = math.nan  # of the steps that were reported
@@ -92,12 +98,12 @@ class Run:
 
     def is_due(self, interval: int, step: int) -> bool:
         """Whether something is done before `step`: every `interval` steps, and at the end. 0 is never."""
-        return interval > 0 and (step % interval == 0 or step == self.last_step)
+        return interval > 0 and (step % interval == 0 or step == self.work.last_step)
 
     def report(self, learner: Learner, loss: float, lr: float, grad_norm: float) -> None:
         """The last update: every log_interval steps, and the first and the last one of the run."""
         step = learner.step - 1
-        if step % self.log_interval and step not in (self.first_step, self.last_step - 1):
+        if step % self.log_interval and step not in (self.first_step, self.work.last_step - 1):
             return
         self.first_loss = loss if step == self.first_step else self.first_loss
         self.last_loss = loss
@@ -105,7 +111,7 @@ class Run:
             'loss': loss,
             'lr': lr,
             'grad_norm': grad_norm,
-            'tokens': learner.step * self.n_windows * learner.raw_model.config.block_size,
+            'tokens': learner.step * self.work.n_windows * learner.raw_model.config.block_size,
             'skipped': learner.skipped,
             'peak_memory_bytes': peak_memory(self.process.device.type),
         }, self.pace.lap())

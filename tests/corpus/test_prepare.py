@@ -6,9 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from plaingpt.corpus import tokenizer
 from plaingpt.corpus.folder import open_split, read_meta
 from plaingpt.errors import COMMAND, DATA, UserError
 from tests.comparing import copy_script
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +61,7 @@ def web_pages(shared_data: Path) -> list[str]:
 # stdlib
 
 
+@pytest.mark.slow
 def test_the_default_text_is_pythons_library_without_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     prepare = load('stdlib', tmp_path, monkeypatch)
@@ -332,13 +333,6 @@ def processes_of(group: int) -> list[int]:
 
 def is_gone(group: int) -> bool:
     return not processes_of(group)
-
-
-def wait_until(done: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, 'it did not come'
-        time.sleep(0.02)
 
 
 @pytest.fixture

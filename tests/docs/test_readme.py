@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.waiting import PATIENT
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PROSE = re.sub(r'^```.*?^```$', '', README, flags=re.MULTILINE | re.DOTALL)  # without its blocks of code
@@ -201,7 +203,7 @@ def shell(folder: Path, *lines: str) -> str:
     secret = ('WANDB', 'MAKE', 'VIRTUAL_ENV')
     environment = {name: value for name, value in os.environ.items() if not name.startswith(secret)}
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'  # its python3, and its torchrun
-    result = subprocess.run(['sh', '-e', '-c', '\n'.join(lines)], cwd=folder, stdin=subprocess.DEVNULL, timeout=600,
+    result = subprocess.run(['sh', '-e', '-c', '\n'.join(lines)], cwd=folder, stdin=subprocess.DEVNULL, timeout=PATIENT,
                             env={**environment, 'PATH': path, 'CUDA_VISIBLE_DEVICES': '', 'NETRC': str(folder / 'no'),
                                  'WANDB_CONFIG_DIR': str(folder)},
                             capture_output=True, text=True, encoding='utf-8')
@@ -265,7 +267,7 @@ def test_the_exit_codes_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch)
     sources = [path.read_text(encoding='utf-8') for pattern in ('*.py', 'plaingpt/**/*.py', 'data/*/*.py')
                for path in ROOT.glob(pattern)]
     names = [name for name, value in vars(errors).items() if isinstance(value, int) and name.isupper()]
-    used = {getattr(errors, name): name for name in names if is_used(name, sources)}
+    used = {getattr(errors, name): name for name in set(names) & names_read(sources)}
     rows = {int(code): meaning for code, meaning in tables(README)['code']}
     assert list(rows) == sorted(used)
     for code, name in used.items():
@@ -273,11 +275,11 @@ def test_the_exit_codes_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch)
         assert set(words) <= set(re.findall(r'[\w-]+', rows[code].lower())), f'{rows[code]!r} does not mean {name}'
 
 
-def is_used(name: str, sources: list[str]) -> bool:
-    """Whether some file reads a constant of errors.py, DONE apart, which is what a process ends with by itself."""
+def names_read(sources: list[str]) -> set[str]:
+    """The variables and attributes that some file reads."""
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     read = [node for node in nodes if isinstance(getattr(node, 'ctx', None), ast.Load)]
-    return any(name in (getattr(node, 'id', ''), getattr(node, 'attr', '')) for node in read)
+    return {getattr(node, 'id', '') or getattr(node, 'attr', '') for node in read}
 
 
 FAULTS = {  # what holds each row of the table of faults, in tests/

@@ -162,6 +162,7 @@ def test_bare_weights_need_two_answers(tmp_path: Path) -> None:
         assert ours.config == GPTConfig(16, 50304, 2, 4, 256, gelu='exact', tie_weights=tied)
 
 
+@pytest.mark.slow
 def test_what_it_advises_makes_a_run_that_says_all(tmp_path: Path, tiktoken_cache: Path,
                                                    run_script: Callable[..., Any]) -> None:
     """The advice, as it stands there, and then sample.py on what it made."""
@@ -179,6 +180,7 @@ def test_what_it_advises_makes_a_run_that_says_all(tmp_path: Path, tiktoken_cach
     assert state['tokenizer']['name'] == 'gpt2'
 
 
+@pytest.mark.slow
 def test_training_takes_the_answers_from_its_own_settings(tmp_path: Path, tiny_dataset: Path,
                                                           run_script: Callable[..., Any]) -> None:
     torch.save(GPT(GPTConfig(16, 128, 1, 2, 8)).state_dict(), tmp_path / 'theirs.pt')

@@ -21,6 +21,7 @@ from plaingpt.machines.watch import Watch
 from plaingpt.run import checkpoint
 from plaingpt.run.log import Log
 from tests.comparing import assert_equal_learning, assert_equal_to_rounding, in_float64, in_three_groups
+from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {
@@ -98,7 +99,8 @@ def main() -> None:
         for run in plan:
             settings, given = configurator.configure(train, arguments(run))
             precision = nullcontext() if 'dtype' in run else in_float64()
-            with precision, groups_of(run['out_dir']), Stop(0.0) as stop, Watch(process, 300.0, 60.0) as watch:
+            with (precision, groups_of(run['out_dir']), Stop(0.0) as stop,
+                  Watch(process, PATIENT, PATIENT) as watch):
                 train.carry_out(process, watch, stop, settings, given)
     processes.stop()
 
@@ -106,7 +108,7 @@ def main() -> None:
 def torchrun(processes: int, *command: str) -> str:
     """What a launch prints, which must end well."""
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    result = subprocess.run([*launch, *command], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=300,
+    result = subprocess.run([*launch, *command], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=PATIENT,
                             stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8')
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-9000:]
     return result.stdout

@@ -29,6 +29,7 @@ from plaingpt.machines.stop import AGAIN
 from plaingpt.run import checkpoint
 from plaingpt.run.log import Log
 from tests.comparing import give
+from tests.waiting import PATIENT, wait_until
 
 ROOT = Path(__file__).parents[2]
 Start = Callable[..., subprocess.Popen[str]]
@@ -37,12 +38,10 @@ TINY: dict[str, Any] = {
     'max_iters': 12, 'lr_decay_iters': 12, 'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3, 'dropout': 0.1,
     'eval_interval': 4, 'eval_iters': 2, 'sample_interval': 0, 'device': 'cpu', 'init_from': 'auto',
 }
-PATIENT = 120  # seconds that a test waits for what should come at once
 TRAIN = 'import sys, train; train.main(sys.argv[1:])'
 # the steps take a tenth of a second each, so that there is time to see one
 SLOWLY = """import os, sys, time, train
 from plaingpt import errors
-from plaingpt.init_from import open_model
 parts_of = train.parts_of
 def slowly(*arguments):
     time.sleep(0.1)
@@ -51,6 +50,15 @@ train.parts_of = slowly
 """
 RUN = 'errors.run(train.main)'
 ALONE = 'import train; from plaingpt import errors; ' + RUN
+JOINING = """import train
+from plaingpt import errors
+from plaingpt.machines import processes
+join = processes.join
+def joining(*arguments):
+    print('joining', flush=True)
+    return join(*arguments)
+processes.join = joining
+"""
 
 
 def arguments(out_dir: Path, dataset: Path, **changes: Any) -> list[str]:
@@ -137,6 +145,11 @@ def freezing(rank: int, out_dir: Path) -> str:
     return SLOWLY.replace('time.sleep(0.1)', f'if {is_time}: os.kill(os.getpid(), 19)')
 
 
+def is_halted(pid: int) -> bool:
+    """Whether a process has got SIGSTOP."""
+    return subprocess.run(['ps', '-o', 'stat=', '-p', str(pid)], capture_output=True, text=True).stdout.startswith('T')
+
+
 # ------------------------------------------------------------------------------------------------
 # Signals and time
 
@@ -145,20 +158,20 @@ def freezing(rank: int, out_dir: Path) -> str:
 def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(start: Start, tmp_path: Path,
                                                                          tiny_dataset: Path) -> None:
     """All three signals one after the other; the run is then what it would have been without any."""
-    stopped = tmp_path / 'stopped'
+    stopped, long = tmp_path / 'stopped', {'max_iters': 200, 'lr_decay_iters': 200, 'eval_interval': 100}
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        process = start('-c', SLOWLY + RUN, *arguments(stopped, tiny_dataset))
+        process = start('-c', SLOWLY + RUN, *arguments(stopped, tiny_dataset, **long))
         wait_for(process, 'iter ')
         process.send_signal(number)
         printed = end_of(process)
         assert process.returncode == errors.STOPPED, printed
         step = checkpoint.load(stopped / 'ckpt.pt')['iter_num']
-        assert f'stopped before step {step} of 12 by {number.name}' in printed
+        assert f'stopped before step {step} of 200 by {number.name}' in printed
         assert 'Traceback' not in printed
         status = status_of(stopped)
         assert (status['state'], status['exit_code'], status['step']) == ('stopped', 75, step - 1)
-    train.main(arguments(stopped, tiny_dataset))
-    train.main(arguments(tmp_path / 'whole', tiny_dataset))
+    train.main(arguments(stopped, tiny_dataset, **long))
+    train.main(arguments(tmp_path / 'whole', tiny_dataset, **long))
     assert status_of(stopped)['state'] == 'done'
     assert_same_run(stopped, tmp_path / 'whole')
 
@@ -180,9 +193,9 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(start: Start, t
 
 @pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
-    process = start('-c', SLOWLY.replace('0.1', '30') + RUN, *arguments(tmp_path, tiny_dataset))
-    wait_for(process, 'iterations are')
-    time.sleep(1)
+    asleep = SLOWLY.replace('time.sleep(0.1)', 'print("asleep", flush=True); time.sleep(10000)')
+    process = start('-c', asleep + RUN, *arguments(tmp_path, tiny_dataset))
+    wait_for(process, 'asleep')
     process.send_signal(signal.SIGINT)
     wait_for(process, 'saving after this step')
     time.sleep(AGAIN + 0.2)
@@ -195,16 +208,16 @@ def test_a_second_interrupt_leaves_at_once(start: Start, tmp_path: Path, tiny_da
 def test_signals_are_heard_by_a_process_that_waits_for_others(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
     """Python's own handlers would have to wait as long: for peers that never come, or one that is frozen in a step."""
     for number, code in [(signal.SIGTERM, errors.STOPPED), (signal.SIGINT, errors.INTERRUPTED)]:
-        alone = start('-c', ALONE, *arguments(tmp_path / 'alone', tiny_dataset),
+        alone = start('-c', JOINING + RUN, *arguments(tmp_path / 'alone', tiny_dataset),
                       RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
-        wait_for(alone, 'Overriding: dataset')
-        time.sleep(3)
+        wait_for(alone, 'joining')
+        time.sleep(1)  # it may wait in C++ by now
         alone.send_signal(number)
         end_of(alone)
         assert alone.returncode == code
     both = start_two(start, freezing(1, tmp_path / 'frozen') + RUN, tmp_path / 'frozen', tiny_dataset, eval_interval=2)
-    wait_for(both[0], 'saving checkpoint')
-    time.sleep(2)
+    wait_until(lambda: is_halted(both[1].pid), 'the halt of the other')
+    time.sleep(1)  # it may wait for the other by now
     both[0].send_signal(signal.SIGINT)
     wait_for(both[0], 'saving after this step')
     time.sleep(AGAIN + 0.2)
@@ -215,7 +228,7 @@ def test_signals_are_heard_by_a_process_that_waits_for_others(start: Start, tmp_
 @pytest.mark.slow
 def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
     """`python train.py | tee log`: Ctrl-C ends tee as well, and nobody reads any more."""
-    process = start('-c', SLOWLY + RUN, *arguments(tmp_path, tiny_dataset))
+    process = start('-c', SLOWLY + RUN, *arguments(tmp_path, tiny_dataset, max_iters=1000))
     wait_for(process, 'iter ')
     assert process.stdout is not None, 'it is a pipe'
     process.stdout.close()
@@ -252,18 +265,24 @@ def test_torchrun_passes_a_signal_on_and_both_processes_stop_at_the_same_step(st
 
 @pytest.mark.slow
 def test_a_stop_under_torchrun_waits_for_a_slow_disk(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
-    """The time of max_hours is over on all processes; the main one writes for longer than its peers may be silent, and
-    torchrun would end it as soon as another had left."""
+    """The time of max_hours is over on all processes, in a step that has come; the main one writes for longer than its
+    peers may be silent, and torchrun would end it as soon as another had left."""
     script = tmp_path / 'slow_disk.py'
     script.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
 import os, time, train
 from plaingpt import errors
-fsync = os.fsync
-os.fsync = lambda file: (time.sleep(10 if 'ckpt' in os.readlink(f'/proc/self/fd/{{file}}') else 0), fsync(file))
+from plaingpt.machines.stop import Stop
+fsync, is_asked, calls = os.fsync, Stop.is_asked, []
+os.fsync = lambda file: (time.sleep(12 if 'ckpt' in os.readlink(f'/proc/self/fd/{{file}}') else 0), fsync(file))
+def is_asked_later(self):
+    calls.append(0)  # at each step, on each process
+    self.end = 0.0 if len(calls) > 20 else self.end
+    return is_asked(self)
+Stop.is_asked = is_asked_later
 {RUN}""", encoding='utf-8')
     process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script),
-                    *arguments(tmp_path / 'run', tiny_dataset, max_iters=100_000, eval_interval=100_000, timeout=2,
-                               max_hours=4 / 3600))
+                    *arguments(tmp_path / 'run', tiny_dataset, max_iters=100_000, eval_interval=100_000, timeout=4,
+                               max_hours=1000))
     printed = end_of(process)
     assert checkpoint.load(tmp_path / 'run/ckpt.pt')['iter_num'] > 0, printed[-3000:]
     assert status_of(tmp_path / 'run')['exit_code'] == errors.STOPPED
@@ -282,14 +301,14 @@ def hang(start: Start, tmp_path: Path, dataset: Path, what: str) -> tuple[list[s
     if calls == 4 and os.environ['RANK'] == '1':
         {what}
 """).replace('parts_of = ', 'import signal; calls = 0; parts_of = ', 1)
-    both = start_two(start, code + RUN, tmp_path, dataset, timeout=6, start_timeout=30)
+    both = start_two(start, code + RUN, tmp_path, dataset, timeout=6, start_timeout=PATIENT)
     return both, [end_of(both[0])]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('what', 'word'), [
     ('os.kill(os.getpid(), signal.SIGKILL)', 'is silent'), ('os.kill(os.getpid(), signal.SIGSTOP)', 'is silent'),
-    ('time.sleep(1000)', 'hangs'),
+    ('time.sleep(10000)', 'hangs'),
 ])
 def test_a_process_that_is_lost_is_named_and_the_others_end(start: Start, tmp_path: Path, tiny_dataset: Path, what: str,
                                                             word: str) -> None:
@@ -312,8 +331,8 @@ calls = 0
 def sleep(*_):
     global calls
     calls += 1
-    if calls == 8 and os.environ['RANK'] == '1':
-        time.sleep(1000)
+    if calls == 12 and os.environ['RANK'] == '1':  # after the first step
+        time.sleep(10000)
 forward = model.MLP.forward
 def hanging(self, x):
     y = forward(self, x)
@@ -324,7 +343,7 @@ def hanging(self, x):
     return y
 model.MLP.forward = hanging
 """
-    both = start_two(start, code + RUN, tmp_path, tiny_dataset, timeout=6, start_timeout=20, eval_interval=100,
+    both = start_two(start, code + RUN, tmp_path, tiny_dataset, timeout=6, start_timeout=PATIENT, eval_interval=100,
                      gradient_accumulation_steps=4, strategy=strategy)
     printed = end_of(both[0])
     assert both[0].returncode == errors.PEER_LOST, printed
@@ -350,7 +369,7 @@ def test_what_ends_one_process_is_said_by_the_others(start: Start, tmp_path: Pat
 @pytest.mark.slow
 def test_a_frozen_process_that_keeps_the_store_is_noticed(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
     both = start_two(start, freezing(0, tmp_path / 'frozen') + RUN, tmp_path / 'frozen', tiny_dataset, eval_interval=2,
-                     timeout=5, start_timeout=30)
+                     timeout=6, start_timeout=PATIENT)
     printed = end_of(both[1])
     assert both[1].returncode == errors.PEER_LOST, printed
     assert 'process 0, at 127.0.0.1, is silent' in printed
@@ -370,7 +389,7 @@ def test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goe
             rendezvous = ['--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', f'--rdzv_endpoint={endpoint}',
                           f'--rdzv_conf=is_host={host}', '--rdzv_id=test', '--local_addr=127.0.0.1']
             agents.append(start('-m', 'torch.distributed.run', *rendezvous, str(script), *arguments(
-                tmp_path / 'run', tiny_dataset, timeout=6, start_timeout=30, **changes)))
+                tmp_path / 'run', tiny_dataset, timeout=6, start_timeout=PATIENT, **changes)))
         return agents
 
     agents = launch(max_iters=1000)
@@ -378,9 +397,7 @@ def test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goe
     readers = [threading.Thread(target=lambda agent=agent: printed.append(agent.stdout.read())) for agent in agents]
     for reader in readers:
         reader.start()
-    deadline = time.monotonic() + PATIENT
-    while not (tmp_path / 'run/ckpt.pt').exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until((tmp_path / 'run/ckpt.pt').exists, 'a checkpoint')
     agents[1].kill()  # not its worker, which must notice
     for reader in readers:
         reader.join(PATIENT)
@@ -659,7 +676,10 @@ def test_what_goes_wrong_behind_training_ends_the_run(monkeypatch: pytest.Monkey
     def surprise(*_: Any) -> None:
         raise ArithmeticError('planted')
 
-    monkeypatch.setattr(checkpoint, what, {'link': fail, 'write': surprise}[what])
+    if what == 'link':
+        monkeypatch.setattr('plaingpt.files.link', fail)
+    else:
+        monkeypatch.setattr(checkpoint, 'write', surprise)
     with pytest.raises((errors.UserError, ArithmeticError), match='planted'):
         train.main(arguments(tmp_path, tiny_dataset))
     assert status_of(tmp_path)['state'] == 'failed'

@@ -23,6 +23,7 @@ from plaingpt.errors import DATA, UserError, python
 from plaingpt.machines.device import peak_flops, peak_memory
 from plaingpt.run.log import Log
 from plaingpt.run.wandb import Wandb
+from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[2]
 
@@ -428,7 +429,7 @@ def run_with_wandb(folder: Path, first: int, last: int, before: str = '', **envi
     code = before + RUN.replace('SETTINGS', repr(SETTINGS))
     result = subprocess.run(
         [sys.executable, '-c', code, str(folder / 'out'), str(first), str(last)], cwd=ROOT, stdin=slave,
-        capture_output=True, text=True, encoding='utf-8', timeout=120, env=surroundings | home | environment,
+        capture_output=True, text=True, encoding='utf-8', timeout=PATIENT, env=surroundings | home | environment,
     )
     os.close(slave)
     os.close(master)

@@ -4,7 +4,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,17 +12,11 @@ import pytest
 
 from plaingpt.errors import CHECKPOINT, COMMAND, UserError
 from plaingpt.run import upload
+from tests.waiting import PATIENT, wait_until
 
 ROOT = Path(__file__).parents[2]
 SECRET = 'wJalrXUtnFEMI-a-secret-of-this-test'
 needs_s3 = pytest.mark.skipif(not (find_spec('s3fs') and find_spec('moto')), reason="needs s3fs and 'moto[server]'")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, 'waited in vain'
-        time.sleep(0.002)
 
 
 class Server:
@@ -98,7 +91,7 @@ def test_what_is_put_arrives_bit_for_bit_though_the_file_is_renamed_at_once(
     uploader.put(write(newest, second))
     newest.unlink()
     assert set(uploader.missing) <= {'ckpt.pt', 'ckpt.1.pt'}
-    uploader.close(30)
+    uploader.close(PATIENT)
     assert (uploader.missing, lines, kinds(tmp_path)) == ([], [], {'ckpt.1.pt'})
 
     assert upload.checkpoints('s3://bucket/deep/run') == ['ckpt.1.pt', 'ckpt.pt']
@@ -140,7 +133,7 @@ def test_a_bucket_that_is_not_there_is_visible_and_not_fatal(server: Server, tmp
     server.call('create_bucket', Bucket='nowhere')
     uploader.put(write(tmp_path / 'best.pt', b'two'))
     wait_until(lambda: uploader.missing == [])
-    uploader.close(30)
+    uploader.close(PATIENT)
     assert upload.checkpoints('s3://nowhere/run') == ['best.pt', 'ckpt.pt']
     assert len(lines) == 1
     assert kinds(tmp_path) == {'best.pt', 'ckpt.pt'}
@@ -160,7 +153,7 @@ def test_while_the_service_hangs_only_the_newest_version_waits(
         assert uploader.missing == ['ckpt.pt']
     finally:
         server.process.send_signal(signal.SIGCONT)
-    uploader.close(30)
+    uploader.close(PATIENT)
     versions = server.call('list_object_versions', Bucket='bucket', Prefix='slow/')['Versions']
     assert isinstance(versions, list)
     assert sorted(version['Size'] for version in versions) == [1, 6]
@@ -179,11 +172,11 @@ def test_a_service_that_comes_back_gets_what_it_missed(server: Server, tmp_path:
         upload.fetch('s3://bucket/again', tmp_path)
     assert error.value.code == CHECKPOINT
 
-    monkeypatch.setattr(upload, 'PAUSES', (0.5,) * 60)  # long enough for the server to start between two attempts
+    monkeypatch.setattr(upload, 'PAUSES', (0.5,) * 2 * PATIENT)  # the server starts between two attempts
     uploader.put(write(tmp_path / 'best.pt', b'two'))
     server.start()
     wait_until(lambda: uploader.missing == [])
-    uploader.close(30)
+    uploader.close(PATIENT)
     assert len(lines) == 1
     assert [path.read_bytes() for path in upload.fetch('s3://bucket/again', tmp_path / 'out')] == [b'two', b'one']
 
@@ -222,7 +215,7 @@ def test_a_folder_under_file_gets_whole_files_and_nothing_else(tmp_path: Path, l
         wait_until(lambda: uploader.missing == [])
         assert (there / 'ckpt.pt').read_bytes() == content
     uploader.put(write(run / 'best.pt', b'best'))
-    uploader.close(30)
+    uploader.close(PATIENT)
     uploader.put(run / 'ckpt.pt')  # after the end: ignored
     assert (kinds(run), kinds(there)) == ({'ckpt.pt', 'best.pt'}, {'ckpt.pt', 'best.pt'})
     assert lines == []
@@ -244,7 +237,7 @@ def test_files_arrive_where_no_links_are_possible(tmp_path: Path, lines: list[st
     uploader = upload.Uploader(f'file://{tmp_path}/there', lines.append)
     uploader.put(write(tmp_path / 'ckpt.pt', b'one'))
     (tmp_path / 'ckpt.pt').unlink()
-    uploader.close(30)
+    uploader.close(PATIENT)
     assert (tmp_path / 'there/ckpt.pt').read_bytes() == b'one'
     assert (kinds(tmp_path), lines) == ({'there'}, [])
 
@@ -258,7 +251,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_once_a_put_and_tried_again(
     wait_until(lambda: len(lines) == 1)
     uploader.put(write(tmp_path / 'ckpt.pt', b'two'))
     wait_until(lambda: len(lines) == 2)
-    uploader.close(30)
+    uploader.close(PATIENT)
     assert len(lines) == 3
     assert all(line.startswith(f'file://{there}/ckpt.pt is not uploaded: ') for line in lines)
     assert uploader.missing == ['ckpt.pt']
@@ -268,12 +261,12 @@ def test_a_folder_that_cannot_be_written_to_is_said_once_a_put_and_tried_again(
 def test_a_kill_in_the_middle_leaves_no_half_file_under_the_final_name(tmp_path: Path) -> None:
     run, there = tmp_path / 'run', tmp_path / 'there'
     run.mkdir()
-    size = 2_000_000_000
+    size = 20_000_000_000  # of holes: they take no room until they are copied
     with open(run / 'ckpt.pt', 'wb') as file:
         file.truncate(size)
     code = ('import sys; from plaingpt.run import upload; from pathlib import Path; '
             'uploader = upload.Uploader(sys.argv[1], print); '
-            'uploader.put(Path(sys.argv[2])); uploader.close(60)')
+            'uploader.put(Path(sys.argv[2])); uploader.close(1800)')
     process = subprocess.Popen([sys.executable, '-c', code, f'file://{there}', str(run / 'ckpt.pt')], cwd=ROOT)
     wait_until(lambda: there.is_dir() and any(there.iterdir()))
     process.send_signal(signal.SIGKILL)
@@ -285,7 +278,7 @@ def test_a_kill_in_the_middle_leaves_no_half_file_under_the_final_name(tmp_path:
 
     uploader = upload.Uploader(f'file://{there}', print)
     uploader.put(write(run / 'ckpt.pt', b'one'))
-    uploader.close(30)
+    uploader.close(PATIENT)
     assert (kinds(run), kinds(there)) == ({'ckpt.pt'}, {'ckpt.pt'})
 
 
@@ -299,7 +292,7 @@ def test_a_slow_upload_holds_up_neither_close_nor_the_end_of_the_process(tmp_pat
             'uploader = upload.Uploader(sys.argv[1], print); '
             'uploader.put(Path(sys.argv[2])); uploader.close(0.5); print(uploader.missing)')
     result = subprocess.run([sys.executable, '-c', code, f'file://{tmp_path}', str(tmp_path / 'run/ckpt.pt')],
-                            cwd=ROOT, capture_output=True, text=True, encoding='utf-8', timeout=60)
+                            cwd=ROOT, capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         f'file://{tmp_path}/ckpt.pt is not uploaded: 0.5 seconds were not enough; the run goes on', "['ckpt.pt']"]
@@ -338,7 +331,7 @@ def test_a_url_that_cannot_work_is_refused_before_a_run_begins(url: str, answer:
 def test_without_a_url_nothing_happens(tmp_path: Path) -> None:
     uploader = upload.Uploader('', print)
     uploader.put(write(tmp_path / 'ckpt.pt', b'one'))
-    uploader.close(30)
+    uploader.close(PATIENT)
     assert uploader.missing == []
     assert kinds(tmp_path) == {'ckpt.pt'}
 
