@@ -1,4 +1,5 @@
 """Exports: the programs that others load a model with find the same weights, logits, tokens and text in them."""
+import inspect
 import json
 import os
 import shlex
@@ -10,7 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from plaingpt import errors
 from plaingpt.corpus import tokenizer
 from plaingpt.errors import UserError
 from plaingpt.formats import huggingface, llmc
+from plaingpt.formats.exported import Exported
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.run import checkpoint
 from tests.comparing import ROUNDING, refused
@@ -450,12 +452,40 @@ def test_a_token_file_of_llmcs_is_left_out_where_it_cannot_be(
 
 def test_gpt2_has_the_size_of_the_published_file() -> None:
     """gpt2_124M.bin has 497,904,640 bytes: 124,475,904 float32 with the padded table, and the header."""
-    shape = llmc.Shape(1024, 50257, 12, 12, 768, 50304)
-    assert 4 * sum(torch.Size(size).numel() for _, size in shape.tensors()) + 1024 == 497_904_640
+    tensors = llmc.tensors(T=1024, rows=50304, n_layer=12, C=768)
+    assert 4 * sum(shape.numel() for _, shape in tensors) + 1024 == 497_904_640
 
 
 # ------------------------------------------------------------------------------------------------
-# The folder, and a checkpoint of our own
+# Any format, the folder, and a checkpoint of our own
+
+
+def test_a_new_format_is_one_entry_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    """A toy, under a name that `to` may have: it is written, refused, replaced and explained as the others are."""
+    def write(folder: Path, exported: Exported) -> None:
+        biases = [name for name in exported.weights if name.endswith('ln_f.bias')]
+        text = f'{exported.name} {exported.dtype} {exported.config.vocab_size} {biases} {exported.vocabulary.name}'
+        (folder / 'toy.txt').write_text(text, encoding='utf-8')
+
+    toy = export.Format(write, dtypes=('bfloat16',), needs={'n_layer': (2, 'a toy has two layers')},
+                        next_step='cat {folder}/toy.txt')
+    monkeypatch.setitem(export.FORMATS, 'gguf', toy)
+    source = write_run(tmp_path / 'run', random_model(replace(SHAPE, vocab_size=300)), build('byte'))
+    assert 'must be bfloat16' in refused(run, source, to='gguf', code=errors.COMMAND)
+    for _ in range(2):
+        folder = run(source, to='gguf', dtype='bfloat16')
+        assert sorted(path.name for path in folder.iterdir()) == ['plaingpt.json', 'toy.txt']
+    text = (folder / 'toy.txt').read_text(encoding='utf-8')
+    assert text == "run torch.bfloat16 257 ['transformer.ln_f.bias'] byte"
+    assert capsys.readouterr().out.endswith(f'next:\n    cat {folder}/toy.txt\n')
+    deep = write_run(tmp_path / 'deep', random_model(replace(SHAPE, vocab_size=300, n_layer=3)), build('byte'))
+    assert 'a toy has two layers' in refused(run, deep, to='gguf', dtype='bfloat16', code=errors.COMMAND)
+    assert not (deep / 'gguf').exists()
+
+
+def test_every_name_that_to_may_have_is_in_the_table() -> None:
+    assert list(export.FORMATS) == list(get_args(inspect.get_annotations(export)['to']))
 
 
 def test_an_export_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
@@ -500,7 +530,7 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> No
     source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     code = ('import export, sys, time\nfrom plaingpt.formats import huggingface\n'
             'def hang(*_): print("writing", flush=True); time.sleep(100)\n'
-            'huggingface.write_json = hang\n'
+            'huggingface.card = hang\n'
             'export.main(sys.argv[1:])')
     process = subprocess.Popen([sys.executable, '-c', code, f'--out_dir={source}'], stdout=subprocess.PIPE, text=True,
                                cwd=Path(export.__file__).parent)

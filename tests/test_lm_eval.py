@@ -20,6 +20,7 @@ import evaluate
 import export
 from model import GPT, GPTConfig
 from plaingpt.corpus import documents, tokenizer
+from plaingpt.formats.exported import Exported
 from plaingpt.tasks import last_words, lm_eval, pieces, read, to_batch
 from tests.waiting import PATIENT
 
@@ -100,7 +101,9 @@ def run_lm_eval(model: Path, files: dict[str, Path], folder: Path) -> tuple[dict
 def test_lm_eval_gives_the_same_figures(files: dict[str, Path], tiktoken_cache: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     run = tmp_path / 'run'
-    export.write_run(run, learn(files), {}, tokenizer.load_tiktoken('gpt2'))
+    model = learn(files)
+    export.write_run(run, Exported('run', model.config, model.state_dict(), tokenizer.load_tiktoken('gpt2'),
+                                   torch.float32, {}))
     evaluate.main([f'--out_dir={run}', '--tasks=hellaswag,lambada', '--device=cpu', '--dtype=float32',
                    *(f'--{name}={path}' for name, path in files.items())])
     ours, = json.loads((run / 'evaluation.json').read_text(encoding='utf-8'))['measured']

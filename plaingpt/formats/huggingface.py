@@ -1,6 +1,7 @@
 """Hugging Face's form of a GPT-2, in and out: the same names, with four kinds of matrices transposed."""
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_level
 from plaingpt.errors import CHECKPOINT, DISK_FULL, UserError
+from plaingpt.formats.exported import Exported
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,6 +34,31 @@ ORIGIN = 'plaingpt.json'  # beside what export.py writes: what no other format h
 TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'merges.txt')  # the first, or the others in older folders
 BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
 GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'  # sha256 of its tokens, one on a line
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, plaingpt]
+# license: the owner of this model says here what others may do with it
+---
+
+# {name}
+
+A GPT-2 with {parameters:,} parameters, exported by plainGPT: {config.n_layer} layers, {config.n_head} heads,
+{config.n_embd} channels, {config.block_size} positions; {tokens}{refusal}.
+
+{numbers}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = '.'  # where this file is
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer({prompt!r}, return_tensors='pt')
+print(tokenizer.decode(model.generate(**prompt)[0]))
+```
+
+It continues a text; it was not trained to follow instructions. It reads and writes at most {config.block_size} tokens.
+"""
 
 
 def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -40,21 +67,17 @@ def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str
     with readable_errors(name_or_folder):
         config = read_config(name_or_folder, dropout)
         theirs = read_weights(name_or_folder)
-        shapes = {name: p.shape for name, p in GPT.on_meta(config).state_dict().items()}
-        if config.tie_weights:  # one table, which a file holds under either name, or both
-            del shapes[HEAD]
-            theirs = {TABLE: theirs[HEAD], **theirs} if HEAD in theirs else theirs
-        missing = shapes.keys() - theirs.keys()
-        if missing:
+        shapes = {name: p.shape for name, p in GPT.on_meta(config).named_parameters()}
+        if config.tie_weights and HEAD in theirs:  # one table, which a file holds under either name, or both
+            theirs.setdefault(TABLE, theirs[HEAD])
+        if missing := shapes.keys() - theirs.keys():
             raise UserError(f'{name_or_folder!r} lacks {len(missing)} of the weights: {min(missing)} ...', CHECKPOINT)
-        weights = {}
-        for name, shape in shapes.items():
-            p = theirs.pop(name)
-            p = p.t() if name.endswith(TRANSPOSED) else p
-            if p.shape != shape:
-                raise ValueError(f'{name} is {tuple(p.shape)}, and by its config.json {tuple(shape)}')
-            # a copy, since this memory may be that of a file, which may change or go
-            weights[name] = p.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if odd := [name for name, shape in shapes.items() if theirs[name].shape != shape]:
+            raise ValueError(f'{odd[0]} is {tuple(theirs[odd[0]].shape)}, and by its config.json '
+                             f'{tuple(shapes[odd[0]])}')
+        # copies, since this memory may be that of a file, which may change or go
+        weights = {name: theirs.pop(name).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+                   for name in shapes}
         return config, weights | ({HEAD: weights[TABLE]} if config.tie_weights else {})
 
 
@@ -70,11 +93,12 @@ def read_config(name_or_folder: str, dropout: float) -> GPTConfig:
                         f'{settings.get("model_type", "missing")}', CHECKPOINT)
     theirs = DEFAULTS | {ALIASES.get(name, name): value for name, value in settings.items()}
     right: dict[str, Any] = {
-        'activation_function': GELU, 'n_inner': (None, 4 * theirs['n_embd']), 'layer_norm_epsilon': (1e-5,),
-        'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,),
-        'quantization_config': (None,)}
-    odd = [f'{name}={theirs[name]}' for name, values in right.items() if theirs[name] not in values]
-    if odd:
+        'activation_function': GELU,
+        'n_inner': (None, 4 * theirs['n_embd']),
+        **{name: (DEFAULTS[name],) for name in (
+            'layer_norm_epsilon', 'scale_attn_weights', 'scale_attn_by_inverse_layer_idx', 'add_cross_attention',
+            'quantization_config')}}
+    if odd := [f'{name}={theirs[name]}' for name, values in right.items() if theirs[name] not in values]:
         raise UserError(f'{name_or_folder!r} is another model than GPT-2: it has {", ".join(odd)}', CHECKPOINT)
     return GPTConfig(
         block_size=theirs['n_positions'], vocab_size=theirs['vocab_size'], n_layer=theirs['n_layer'],
@@ -83,7 +107,9 @@ def read_config(name_or_folder: str, dropout: float) -> GPTConfig:
 
 
 def read_weights(name_or_folder: str) -> dict[str, Tensor]:
-    """Their tensors under our names, from one file or several: safetensors, or else PyTorch's."""
+    """Their tensors under our names and in our shapes, from one file or several: safetensors, or else PyTorch's."""
+    from safetensors.torch import load_file
+
     for stem, suffix in (('model', '.safetensors'), ('pytorch_model', '.bin')):
         whole, index = f'{stem}{suffix}', f'{stem}{suffix}.index.json'
         folder = folder_of(name_or_folder, whole, index, f'{stem}-*{suffix}')
@@ -91,18 +117,11 @@ def read_weights(name_or_folder: str) -> dict[str, Tensor]:
         if not files and (folder / index).is_file():
             files = sorted(set(json.loads((folder / index).read_text(encoding='utf-8'))['weight_map'].values()))
         if files:
-            tensors = {name: p for file in files for name, p in read_tensors(folder / file).items()}
-            return {name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}': p
-                    for name, p in tensors.items()}
+            parts = [torch.load(folder / file, map_location='cpu', weights_only=True) if suffix == '.bin'
+                     else load_file(folder / file) for file in files]
+            return {name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}':
+                    p.t() if name.endswith(TRANSPOSED) else p for part in parts for name, p in part.items()}
     raise FileNotFoundError('it has neither model.safetensors nor pytorch_model.bin')
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == '.bin':
-        return torch.load(path, map_location='cpu', weights_only=True)
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def folder_of(name_or_folder: str, *patterns: str) -> Path:
@@ -122,10 +141,8 @@ def readable_errors(name_or_folder: str) -> Iterator[None]:
                         'give one that save_pretrained wrote, or a name such as gpt2', CHECKPOINT)
     try:
         yield
-    except ModuleNotFoundError:
-        raise
     except Exception as error:  # of three libraries
-        if isinstance(error, UserError) and error.code == CHECKPOINT:
+        if isinstance(error, ModuleNotFoundError) or getattr(error, 'code', None) == CHECKPOINT:
             raise
         raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {(str(error).splitlines() or [repr(error)])[0]}\n'
                         'without network, give a local folder that save_pretrained wrote', CHECKPOINT) from None
@@ -145,6 +162,18 @@ def read_origin(folder: Path) -> dict[str, Any]:
     return origin
 
 
+def write_origin(folder: Path, exported: Exported, to: str) -> None:
+    """What `read_origin` reads, in values that JSON has: nothing of the machine."""
+    corpus = Path(exported.state.get('config', {}).get('dataset', '')).name
+    (folder / ORIGIN).write_text(encoding='utf-8', data=json.dumps({
+        'tokenizer': exported.vocabulary.state(),
+        'iter_num': exported.state.get('iter_num', 0),
+        'best': exported.state.get('best', {}),
+        'config': {'dataset': corpus} if corpus else {},
+        'to': to,
+        'files': sorted(path.name for path in folder.iterdir())}))
+
+
 def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
     """What a checkpoint would say of the tokenizer that others have put beside their model; {} where it is GPT-2's, or
     where there is none. Raises UserError where it is of another kind than GPT-2's."""
@@ -161,81 +190,123 @@ def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
         if path.is_file():
             library = tokenizers.Tokenizer.from_file(str(path))
         else:
-            ids, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
-            library = byte_level(ids, pairs, '')
-            library.add_special_tokens([END_OF_TEXT] if END_OF_TEXT in ids else [])
+            library = byte_level(*tokenizers.models.BPE.read_file(str(vocab), str(merges)), '')
+            library.add_special_tokens([END_OF_TEXT] if library.token_to_id(END_OF_TEXT) is not None else [])
         library.no_truncation()
         library.no_padding()
         learned = TrainedBPE(f'bpe:{library.get_vocab_size()}', library)
         says = json.loads(library.to_str())
-        is_like_gpt2 = (
-            says['model']['type'] == 'BPE' and not says['model']['dropout'] and says['normalizer'] is None
-            and says['pre_tokenizer'] | {'trim_offsets': True} == BYTE_LEVEL and library.encode('').ids == []
-            and all(library.id_to_token(i) for i in range(learned.n_vocab))
-            and set(map(bytes, zip(range(256), strict=True))) <= set(learned.pieces))
+        if not (says['model']['type'] == 'BPE' and not says['model']['dropout'] and says['normalizer'] is None
+                and says['pre_tokenizer'] | {'trim_offsets': True} == BYTE_LEVEL and library.encode('').ids == []
+                and all(library.id_to_token(i) for i in range(learned.n_vocab))
+                and set(map(bytes, zip(range(256), strict=True))) <= set(learned.pieces)):
+            raise ValueError('it is of another kind')
     except Exception:  # of a library that reads what others have written; or it holds no bytes
-        is_like_gpt2 = False
-    if not is_like_gpt2:
         raise UserError(f"the tokenizer of {name_or_folder} is damaged, or of another kind than GPT-2's: it is not read"
                         "\nwithout its files, the model's tokens are taken for GPT-2's, or those of a --dataset",
-                        CHECKPOINT)
+                        CHECKPOINT) from None
     is_gpt2 = hashlib.sha256(b'\n'.join(learned.pieces)).hexdigest() == GPT2_PIECES
     return {} if is_gpt2 else {'tokenizer': learned.state()}
 
 
-def write(folder: Path, config: GPTConfig, weights: dict[str, Tensor], vocabulary: Tokenizer,
-          dtype: torch.dtype) -> None:
-    """Weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them. The model must
-    have biases, and a token for each of its ids."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def write(folder: Path, exported: Exported) -> None:
+    """Weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them, and a card. The model
+    must be complete."""
+    import safetensors.torch
 
-    theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(dtype).contiguous() for name, p in weights.items()
-              if not (config.tie_weights and name == 'lm_head.weight')}
+    theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(exported.dtype).contiguous()
+              for name, p in exported.weights.items()}
     try:
-        save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
-    except SafetensorError as error:
+        safetensors.torch.save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
+    except safetensors.SafetensorError as error:
         raise UserError(f'{folder} cannot be written: {error}\nmake room, and run the same command again',
                         DISK_FULL) from None
-    end = vocabulary.eot
-    tokens = {'bos_token_id': end, 'eos_token_id': end}
-    gelu = next(name for name, kind in GELU.items() if kind == config.gelu)
-    write_json(folder / 'config.json', {
-        'architectures': ['GPT2LMHeadModel'], 'model_type': 'gpt2',
-        'dtype': str(dtype).removeprefix('torch.'),
-        'vocab_size': config.vocab_size, 'n_positions': config.block_size, 'n_ctx': config.block_size,
-        'n_embd': config.n_embd, 'n_layer': config.n_layer, 'n_head': config.n_head, 'n_inner': None,
-        'activation_function': gelu, 'layer_norm_epsilon': 1e-5, 'initializer_range': 0.02,
-        'tie_word_embeddings': config.tie_weights,
-        **dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), config.dropout), **tokens})
-    write_json(folder / 'generation_config.json', {  # as sample.py draws
-        'do_sample': True, 'temperature': 0.8, 'top_k': min(200, config.vocab_size), 'max_length': config.block_size,
-        **tokens, 'pad_token_id': end})
-    tokenizer_of(vocabulary).save(str(folder / 'tokenizer.json'))
-    shutil.copymode(folder / 'config.json', folder / 'model.safetensors')  # which its library writes for us alone
-    names = {} if end is None else {'bos_token': END_OF_TEXT, 'eos_token': END_OF_TEXT}
-    write_json(folder / 'tokenizer_config.json', {
-        'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,
-        'clean_up_tokenization_spaces': False, 'add_prefix_space': False, **names})
+    tokenizer_of(exported.vocabulary).save(str(folder / 'tokenizer.json'))
+    for name, content in settings_of(exported).items():
+        (folder / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+    (folder / 'README.md').write_text(card(exported), encoding='utf-8')
+    shutil.copymode(folder / 'README.md', folder / 'model.safetensors')  # which its library writes for us alone
+
+
+def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
+    """What each of their JSON files says."""
+    config = exported.config
+    end = exported.vocabulary.eot
+    return {
+        'config.json': {
+            'architectures': ['GPT2LMHeadModel'],
+            'model_type': 'gpt2',
+            'dtype': str(exported.dtype).removeprefix('torch.'),
+            'vocab_size': config.vocab_size,
+            'n_positions': config.block_size,
+            'n_ctx': config.block_size,
+            'n_embd': config.n_embd,
+            'n_layer': config.n_layer,
+            'n_head': config.n_head,
+            'n_inner': None,
+            'activation_function': next(name for name, gelu in GELU.items() if gelu == config.gelu),
+            'layer_norm_epsilon': 1e-5,
+            'initializer_range': 0.02,
+            'tie_word_embeddings': config.tie_weights,
+            'attn_pdrop': config.dropout,
+            'embd_pdrop': config.dropout,
+            'resid_pdrop': config.dropout,
+            'bos_token_id': end,
+            'eos_token_id': end},
+        'generation_config.json': {  # as sample.py draws
+            'do_sample': True,
+            'temperature': 0.8,
+            'top_k': min(200, config.vocab_size),
+            'max_length': config.block_size,
+            'bos_token_id': end,
+            'eos_token_id': end,
+            'pad_token_id': end},
+        'tokenizer_config.json': {
+            'tokenizer_class': 'PreTrainedTokenizerFast',
+            'model_max_length': config.block_size,
+            'clean_up_tokenization_spaces': False,
+            'add_prefix_space': False,
+            **({} if end is None else {'bos_token': END_OF_TEXT, 'eos_token': END_OF_TEXT})}}
+
+
+def card(exported: Exported) -> str:
+    """What the model is, and the numbers of its run."""
+    state = exported.state
+    settings = state.get('config', {})
+    best = state.get('best', {})
+    tokens_in_step = settings.get('total_batch_size', 0) or math.prod(
+        settings.get(part, 0) for part in ('gradient_accumulation_steps', 'batch_size', 'block_size'))
+    numbers = {
+        'corpus': Path(settings.get('dataset', '')).name,
+        'steps': f'{state.get("iter_num", 0):,}',
+        'tokens seen': f'{state.get("iter_num", 0) * tokens_in_step:,}' if tokens_in_step else '',
+        'tokens of the corpus': f'{state["data"]["train"]["tokens"]:,}' if state.get('data') else '',
+        'validation loss, nats per token': f'{best["loss"][0]:.4f}, at step {best["loss"][1]:,}' if best else '',
+        'bits per byte': f'{best["bits_per_byte"][0]:.4f}' if 'bits_per_byte' in best else ''}
+    rows = ''.join(f'\n| {label} | {value} |' for label, value in numbers.items() if value)
+    return CARD.format(
+        name=exported.name,
+        parameters=sum(p.numel() for p in exported.weights.values()),
+        config=exported.config,
+        tokens=f"{exported.vocabulary.n_vocab:,} tokens of the tokenizer '{exported.vocabulary.name}'",
+        refusal=', which knows the characters of its corpus and refuses any other'
+        if exported.vocabulary.name == 'char' else '',
+        prompt=exported.prompt,
+        numbers=f'| | |\n|---|---|{rows}' if state else 'Nothing is known of its training.')
 
 
 def tokenizer_of(vocabulary: Tokenizer) -> 'tokenizers.Tokenizer':
     """Their form of our tokenizer, which has been tried: it gives the same ids for the text of all tokens."""
-    refusal = UserError(f"the tokenizer '{vocabulary.name}' gives other ids in the form of Hugging Face's tokenizers: "
-                        'it is not exported')
+    text = vocabulary.decode(i for i, size in enumerate(vocabulary.token_sizes()) if size)
     try:
         library = vocabulary.to_huggingface()
+        library.encode_special_tokens = True  # as ordinary text
+        if library.encode(text).ids != vocabulary.encode(text):
+            raise ValueError('other ids')
     except ModuleNotFoundError:
         raise
-    except Exception:  # whatever the library finds wrong with the pattern
-        raise refusal from None
-    text = vocabulary.decode(i for i, size in enumerate(vocabulary.token_sizes()) if size)
-    library.encode_special_tokens = True  # as ordinary text
-    if library.encode(text).ids != vocabulary.encode(text):
-        raise refusal
+    except Exception:  # or whatever the library finds wrong with the pattern
+        raise UserError(f"the tokenizer '{vocabulary.name}' gives other ids in the form of Hugging Face's tokenizers: "
+                        'it is not exported') from None
     library.encode_special_tokens = False
     return library
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

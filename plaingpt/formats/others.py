@@ -5,8 +5,8 @@ GPT-2's names. Whatever is another model than GPT-2 is refused, with the reason.
 Some of them hold a pickled dataclass. It is never imported: an inert class takes its place, and has its fields.
 """
 import math
+import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,8 @@ def read(path: Path) -> Any:
     refused."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        config: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-            (Inert, name) for name in names if len(names) == 1 and name.endswith('Config')]
-        with torch.serialization.safe_globals(config):
+        configs = [name for name in names if len(names) == 1 and name.endswith('Config')]
+        with torch.serialization.safe_globals([(Inert, name) for name in configs]):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception:  # torch's own reader raises several kinds
         raise UserError(f'{path} holds more than tensors and plain values, which could run any code: it is not loaded',
@@ -58,79 +57,73 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
             raise UserError(f"{path} looks like {project}'s, which is another model than GPT-2: {reason}", CHECKPOINT)
     is_bare = 'model' not in tree and any(isinstance(value, Tensor) for value in tree.values())
     weights = clean(tree if is_bare else tree.get('model'))
-    if weights and isinstance(tree.get('model_args'), dict):
-        return from_nanogpt(tree, weights, answers)
+    if weights and isinstance(tree.get('model_args'), dict):  # nanoGPT's, whose GELU is the exact one; or our own
+        return complete(tree | {'model': weights, 'config': {
+            'gelu': answers.get('gelu', 'exact'), 'tie_weights': True, **tree.get('config', {})}})
     config = vars(tree['config']) if isinstance(tree.get('config'), Inert) else {}
     if 'gpt.t_embedding.weight' in weights:
         weights = from_gpt_from_scratch(weights)
-        known = {'n_head': config.get('n_heads'), 'gelu': 'tanh', 'tie_weights': False}
-    elif 'transformer.wte.weight' in weights:
-        known = {'n_head': config.get('n_head'), 'gelu': 'tanh' if config else None, 'tie_weights': None}
-    else:
+        config = {'n_head': config.get('n_heads')}
+    says = {'n_head': config.get('n_head'), 'gelu': 'tanh'} if config else {}  # both projects have GPT-2's GELU
+    known = answers | {name: value for name, value in says.items()
+                       if name == 'gelu' or (type(value) is int and value > 0)}
+    if 'transformer.wte.weight' not in weights:
         raise UserError(f"{path} has no 'model' and 'model_args': neither plainGPT nor nanoGPT wrote it", CHECKPOINT)
-    return describe(tree, weights, known, path, answers)
+    return complete(describe(weights, known, path) | {
+        'iter_num': tree.get('step', tree.get('iter', 0)), 'best_val_loss': tree.get('val_loss', math.inf)})
 
 
 def clean(weights: Any) -> dict[str, Tensor]:
     """Weights under their own names: compiled and distributed models prefix them, and old ones carry the causal mask as
     a buffer. Empty where these are no weights."""
-    found = {}
-    for name, tensor in weights.items() if isinstance(weights, dict) else ():
-        while name.startswith(('_orig_mod.', 'module.')):
-            name = name.partition('.')[2]
-        if not name.endswith(('.attn.bias', '.attn.masked_bias')):
-            found[name] = tensor
-    return found
+    if not isinstance(weights, dict):
+        return {}
+    named = {re.sub(r'^(_orig_mod\.|module\.)+', '', name): tensor for name, tensor in weights.items()}
+    return {name: tensor for name, tensor in named.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
 
 
 def complete(state: State) -> State:
     """The keys that this project's checkpoints have and others lack."""
     best_val_loss = float(state.get('best_val_loss', 'inf'))  # a tensor in nanoGPT's
-    best = {'loss': [best_val_loss, state.get('iter_num', 0)]} if math.isfinite(best_val_loss) else {}
-    rest: State = {'iter_num': 0, 'skipped': 0, 'tokenizer': None, 'scaler': {}, 'wandb_run_id': '', 'data': {},
-                   'best': best}
-    return rest | state | {'best_val_loss': best_val_loss}
-
-
-def from_nanogpt(state: State, weights: dict[str, Tensor], answers: dict[str, Any]) -> State:
-    """nanoGPT's, whose GELU is the exact one if nobody says otherwise; and our own, which say all."""
-    settings = {'gelu': answers.get('gelu', 'exact'), 'tie_weights': True} | state.get('config', {})
-    return complete(state | {'model': weights, 'config': settings})
+    return {
+        'iter_num': 0,
+        'skipped': 0,
+        'tokenizer': None,
+        'scaler': {},
+        'wandb_run_id': '',
+        'data': {},
+        'best': {'loss': [best_val_loss, state.get('iter_num', 0)]} if math.isfinite(best_val_loss) else {},
+        **state,
+        'best_val_loss': best_val_loss}
 
 
 def from_gpt_from_scratch(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """GPT-2's names in place of theirs. Where q, k and v have no biases, they are zero."""
-    renamed = {}
-    for name, tensor in weights.items():
-        for theirs, ours in GPT_FROM_SCRATCH:
-            name = name.replace(theirs, ours)
-        renamed[name] = tensor
-    for name in [name for name in renamed if name.endswith('.attn.c_attn.weight')]:
-        renamed.setdefault(name.removesuffix('weight') + 'bias', torch.zeros(renamed[name].size(0)))
-    return renamed
+    for theirs, ours in GPT_FROM_SCRATCH:
+        weights = {name.replace(theirs, ours): tensor for name, tensor in weights.items()}
+    biases = {name.removesuffix('weight') + 'bias': torch.zeros(tensor.size(0))
+              for name, tensor in weights.items() if name.endswith('.attn.c_attn.weight')}
+    return biases | weights
 
 
-def describe(tree: State, weights: dict[str, Tensor], known: dict[str, Any], path: Path,
-             answers: dict[str, Any]) -> State:
-    """The checkpoint that weights under GPT-2's names make, with the shape that they have."""
+def describe(weights: dict[str, Tensor], known: dict[str, Any], path: Path) -> State:
+    """The checkpoint that weights under GPT-2's names make: they decide the shape, but for what must be `known`, n_head
+    and gelu."""
     wte, wpe = weights['transformer.wte.weight'], weights.get('transformer.wpe.weight')
-    layers = {int(name.split('.')[2]) for name in weights if name.startswith('transformer.h.')}
     if wpe is None or wte.dim() != 2:
         raise UserError(f'{path} is another model than GPT-2: it has no table of positions', CHECKPOINT)
-    if type(known['n_head']) is not int or known['n_head'] < 1:
-        known['n_head'] = None
-    known = {name: answers.get(name) if value is None else value for name, value in known.items()}
-    missing = {'n_head': f'--n_head={max(1, wte.size(1) // 64)}', 'gelu': '--gelu=tanh'}
-    asked = [name for name in missing if known[name] is None]
-    if asked:
-        answers_wanted = ' '.join(missing[name] for name in asked)
+    options = {'n_head': f'--n_head={max(1, wte.size(1) // 64)}', 'gelu': '--gelu=tanh'}
+    if asked := [name for name in options if name not in known]:
         raise UserError(f'{path} does not say {" and ".join(asked)}: {python()} export.py '
-                        f'--init_from={shlex.quote(str(path))} --to=ckpt {answers_wanted} makes a checkpoint that does',
-                        CHECKPOINT)
-    head = weights.setdefault('lm_head.weight', wte)
-    tied = known['tie_weights'] if known['tie_weights'] is not None else torch.equal(head, wte)
-    args = {'n_layer': len(layers), 'n_head': known['n_head'], 'n_embd': wte.size(1), 'block_size': wpe.size(0),
-            'bias': 'transformer.ln_f.bias' in weights, 'vocab_size': wte.size(0), 'dropout': 0.0}
-    return complete({'model': weights, 'model_args': args, 'config': {'gelu': known['gelu'], 'tie_weights': tied},
-                     'iter_num': tree.get('step', tree.get('iter', 0)),
-                     'best_val_loss': tree.get('val_loss', math.inf)})
+                        f'--init_from={shlex.quote(str(path))} --to=ckpt {" ".join(options[name] for name in asked)} '
+                        'makes a checkpoint that does', CHECKPOINT)
+    is_tied = torch.equal(weights.setdefault('lm_head.weight', wte), wte)
+    args = {
+        'n_layer': len({name.split('.')[2] for name in weights if name.startswith('transformer.h.')}),
+        'n_head': known['n_head'],
+        'n_embd': wte.size(1),
+        'block_size': wpe.size(0),
+        'bias': 'transformer.ln_f.bias' in weights,
+        'vocab_size': wte.size(0),
+        'dropout': 0.0}
+    return {'model': weights, 'model_args': args, 'config': {'gelu': known['gelu'], 'tie_weights': is_tied}}

@@ -1,0 +1,41 @@
+"""A model on its way into another project's file, whichever that is."""
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from model import GPT, GPTConfig
+from plaingpt.corpus.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a file is written from."""
+
+    name: str
+    config: GPTConfig
+    weights: dict[str, Tensor]  # under GPT-2's names
+    learned: Tokenizer | None  # None only on the way to a checkpoint of our own
+    dtype: torch.dtype  # of the weights there
+    state: dict[str, Any]  # the checkpoint that the model comes from; {} if another project's file says no more
+
+    @property
+    def vocabulary(self) -> Tokenizer:
+        assert self.learned, 'open_source has refused a model without a tokenizer'
+        return self.learned
+
+    @property
+    def prompt(self) -> str:
+        """A text to try the model with, which every tokenizer can encode that knows its letters."""
+        knows_letters = {b'T', b'h', b'e'} <= set(self.vocabulary.pieces)
+        return 'The' if knows_letters else self.vocabulary.decode([self.vocabulary.n_vocab // 2])
+
+    def complete(self) -> Self:
+        """The same function in the form that others expect: with biases, which may be zero, without the rows that pad
+        the vocabulary, and without a head if the table of tokens is one."""
+        config = replace(self.config, bias=True, vocab_size=self.vocabulary.n_vocab)
+        shapes = {name: p.shape for name, p in GPT.on_meta(config).named_parameters()}
+        weights = {name: p[:shapes[name][0]] for name, p in self.weights.items() if name in shapes}
+        biases = {name: torch.zeros(shape) for name, shape in shapes.items() if name not in weights}
+        return replace(self, config=config, weights=weights | biases)
