@@ -17,8 +17,6 @@ from plaingpt.machines.processes import Process, Progress, compute_together
 
 Best = dict[str, list[float]]  # for each metric its best value in validation, and the step at which it was
 
-HIGHER_IS_BETTER = ('accuracy',)
-
 
 class Predictor:
     """What a model says comes next, without dropout and without a gradient. Several processes may share the model, each
@@ -52,46 +50,51 @@ def evaluate(predict: Predictor, corpus: TokenFile, n_windows: int, token_sizes:
     starts = fixed_starts(len(corpus), T, n_windows)
     sizes = torch.tensor(token_sizes or [0], dtype=torch.float32, device=predict.process.device)
 
+    names = list[str]()  # of the sums
+
     def measure_batch(number: int) -> Tensor:
         mine = starts[number * batch_size:(number + 1) * batch_size]
         x, y = read_batch(corpus, mine, T, batch_size, predict.config.vocab_size)
-        return sums_of(predict(x), to_device(y, predict.process.device), sizes)
+        sums = sums_of(predict(x), to_device(y, predict.process.device), sizes)
+        names[:] = sums
+        return torch.stack(list(sums.values()))
 
     of_batches = compute_together(math.ceil(len(starts) / batch_size), measure_batch, predict.process, progress,
                                   f'evaluating on {corpus.path.stem}', 'batches')
-    results = figures(of_batches.sum(dim=0), len(starts))
+    results = figures(dict(zip(names, of_batches.sum(dim=0).tolist(), strict=True)), len(starts))
     if token_sizes is None:
         del results['bits_per_byte']
     return results
 
 
-def sums_of(logits: Tensor, y: Tensor, sizes: Tensor) -> Tensor:
-    """What one batch, logits (B, T, V) and targets (B, T), adds to each sum that `figures` reads. Targets of -1 do not
-    count; `sizes` (V,) are the bytes that each token stands for."""
+def sums_of(logits: Tensor, y: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+    """Return what one batch, logits (B, T, V) and targets (B, T), adds to each sum that `figures` reads. Targets of -1
+    do not count; `sizes` (V,) are the bytes that each token stands for."""
     logits, targets = logits.flatten(0, 1), y.flatten()  # (N, V), (N,)
     nats = F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')  # (N,), 0 where there is no target
-    of_tokens = torch.stack([
-        nats,
-        nats / math.log(2),  # bits
-        (logits.argmax(dim=-1) == targets).to(nats.dtype),
-        sizes[targets.clamp(0, len(sizes) - 1)].to(nats.dtype),
-        torch.ones_like(nats),
-    ])  # (5, N)
-    of_tokens = torch.where(targets >= 0, of_tokens, 0.0).cpu().double()
+    of_tokens = {  # (N,) each
+        'nats': nats,
+        'bits': nats / math.log(2),
+        'right': logits.argmax(dim=-1) == targets,
+        'bytes': sizes[targets.clamp(0, len(sizes) - 1)],
+        'tokens': torch.ones_like(nats),
+    }
+    table = torch.stack([numbers.to(nats.dtype) for numbers in of_tokens.values()])  # (sums, N)
+    totals = torch.where(targets >= 0, table, 0.0).cpu().double().sum(dim=1)
     windows = nats.view(y.shape).mean(dim=1).cpu().double()  # (B,), 0 for windows that are missing
-    return torch.cat([of_tokens.sum(dim=1), torch.stack([windows.sum(), (windows**2).sum()])])
+    return dict(zip(of_tokens, totals, strict=True)) | {'windows': windows.sum(), 'squares': (windows**2).sum()}
 
 
-def figures(sums: Tensor, n_windows: int) -> dict[str, float]:
-    """The metrics that these sums amount to: one more is a line here and, unless the sums suffice, one in `sums_of`."""
-    nats, bits, right, n_bytes, n_tokens, of_windows, of_squares = sums.tolist()
-    loss, mean = nats / n_tokens, of_windows / n_windows
-    variance = max(0.0, of_squares / n_windows - mean**2)
+def figures(sums: dict[str, float], n_windows: int) -> dict[str, float]:
+    """Return the metrics that these sums amount to: one more is a line here and, unless the sums suffice, one in
+    `sums_of`. An accuracy, which is better when it is higher, has a name that ends with this word."""
+    loss, mean = sums['nats'] / sums['tokens'], sums['windows'] / n_windows
+    variance = max(0.0, sums['squares'] / n_windows - mean**2)
     return {
         'loss': loss,  # nats per token
         'perplexity': exp(loss),
-        'accuracy': right / n_tokens,  # how often the likeliest token is the right one
-        'bits_per_byte': bits / n_bytes if n_bytes else math.nan,  # comparable between tokenizers
+        'accuracy': sums['right'] / sums['tokens'],  # how often the likeliest token is the right one
+        'bits_per_byte': sums['bits'] / sums['bytes'] if sums['bytes'] else math.nan,  # comparable between tokenizers
         'loss_stderr': math.sqrt(variance / max(1, n_windows - 1)),
     }
 
@@ -109,7 +112,7 @@ def keep_best(best: Best, results: dict[str, float], step: int) -> bool:
 
 
 def is_better(name: str, new: float, old: float) -> bool:
-    return new > old if name in HIGHER_IS_BETTER else new < old
+    return new > old if name.endswith('accuracy') else new < old
 
 
 def table(results: dict[str, dict[str, float]], best: Best) -> str:

@@ -11,7 +11,7 @@ the text, puts the activity before it, and divides by characters.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -31,12 +31,6 @@ from plaingpt.metrics import Predictor, exp
 
 Row = dict[str, Any]  # a line of a test's file
 Pair = tuple[list[int], list[int]]  # the ids of a text, and of how it may go on
-SOURCES = {  # the address of each original, and its sha256
-    'hellaswag': ('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
-                  '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588'),
-    'lambada': ('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
-                '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226'),
-}
 LABELS = ('0', '1', '2', '3')  # of the right one among four endings
 
 
@@ -45,11 +39,11 @@ LABELS = ('0', '1', '2', '3')  # of the right one among four endings
 
 
 def load(task: str, path: str, limit: int, process: Process) -> list[Row]:
-    """The first `limit` rows (0: all) of 'hellaswag' or 'lambada', from the file or URL at `path`, or, where that is
-    '', from the original, which one process of each machine downloads. Every process must call it."""
+    """Return the first `limit` rows (0: all) of one of TASKS, from the file or URL at `path`, or, if that is '', from
+    the original, which one process of each machine downloads. Every process must call it."""
     folder, option = DATA_ROOT / task, f'--{task}'
     if not path or path.startswith(('http://', 'https://')):
-        url, sha256 = (path, '') if path else SOURCES[task]
+        url, sha256 = (path, '') if path else (TASKS[task].url, TASKS[task].sha256)
         path = str(folder / PurePosixPath(url.partition('?')[0]).name)
         if process.local_rank == 0:
             download(url, Path(path), sha256, option)
@@ -62,14 +56,13 @@ def load(task: str, path: str, limit: int, process: Process) -> list[Row]:
 
 def read(task: str, path: str, limit: int = 0) -> Iterator[Row]:
     """The rows of a .jsonl file, packed or not. Raises UserError that names a line which is no example of the task."""
-    is_right = {'hellaswag': is_hellaswag, 'lambada': is_lambada}[task]
     with documents.opened(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
             except ValueError:
                 row = None
-            if not is_right(row):
+            if not TASKS[task].is_row(row):
                 start = str(line[:60], 'utf-8', 'replace')
                 raise UserError(f'{path}, line {number} is not an example of {task}: {start}', DATA)
             yield row
@@ -100,6 +93,22 @@ def parted(row: object) -> tuple[str, str]:
 
 def is_lambada(row: object) -> bool:
     return all(parted(row))
+
+
+class Task(NamedTuple):
+    """A test's file: where it comes from, and what each line of it must be."""
+
+    url: str
+    sha256: str
+    is_row: Callable[[object], bool]
+
+
+TASKS = {
+    'hellaswag': Task('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
+                      '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588', is_hellaswag),
+    'lambada': Task('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
+                    '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226', is_lambada),
+}
 
 
 def is_raw(rows: Sequence[Row]) -> bool:

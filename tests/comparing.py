@@ -37,6 +37,15 @@ def learner_of(model: GPT, optimizer: torch.optim.Optimizer, scale: float | None
     return Learner(model, model, optimizer, scaler, ALONE, choose(ALONE.device, 'float32', compile=False))
 
 
+def in_three_groups(model: GPT) -> list[dict[str, Any]]:
+    """In place of train.parameter_groups: the two tables are a group of their own, which learns at half the rate."""
+    tables = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    others = [p for p in model.parameters() if all(p is not table for table in tables)]
+    return [{'params': tables, 'weight_decay': 0.1, 'scale': 0.5},
+            {'params': [p for p in others if p.dim() >= 2], 'weight_decay': 0.1, 'scale': 1.0},
+            {'params': [p for p in others if p.dim() < 2], 'weight_decay': 0.0, 'scale': 1.0}]
+
+
 def copy_script(name: str, target: Path) -> Path:
     """A script of the repository in a folder of its own, with what it imports, so that it writes there."""
     shutil.copytree(ROOT / 'plaingpt', target / 'plaingpt', ignore=shutil.ignore_patterns('__pycache__'))

@@ -98,6 +98,27 @@ def test_at_most_the_whole_split_is_read_and_no_window_twice(model: GPT, corpus:
     assert measured(model, corpus, 1, 8, None)['loss_stderr'] == 0, 'one window tells nothing of the others'
 
 
+def test_a_metric_that_needs_a_sum_of_its_own_is_two_lines(model: GPT, corpus: token_files.TokenFile,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    sums_of, figures = metrics.sums_of, metrics.figures
+
+    def more_sums(logits: Tensor, y: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        is_near = (logits.topk(V // 2).indices == y[..., None]).any(dim=-1)
+        return sums_of(logits, y, sizes) | {'near': is_near.sum().double()}
+
+    def more_figures(sums: dict[str, float], n_windows: int) -> dict[str, float]:
+        return figures(sums, n_windows) | {'wide_accuracy': sums['near'] / sums['tokens']}
+
+    monkeypatch.setattr(metrics, 'sums_of', more_sums)
+    monkeypatch.setattr(metrics, 'figures', more_figures)
+    results = measured(model, corpus, 10, 4, [1] * V)
+    assert results['accuracy'] < results['wide_accuracy'] < 1
+    best: metrics.Best = {}
+    for step, value in enumerate((0.5, 0.75, 0.25)):
+        metrics.keep_best(best, {'loss': 1.0, 'wide_accuracy': value}, step)
+    assert best['wide_accuracy'] == [0.75, 1], 'an accuracy is better when it is higher'
+
+
 def test_a_metric_is_one_more_line(model: GPT, corpus: token_files.TokenFile, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = metrics.figures
     monkeypatch.setattr(metrics, 'figures', lambda *sums: {**figures(*sums), 'errors': 1 - figures(*sums)['accuracy']})

@@ -23,13 +23,16 @@ from plaingpt import console, errors
 from plaingpt.corpus import tokenizer
 from plaingpt.errors import UserError
 from plaingpt.tasks import (
-    SOURCES,
+    TASKS,
     Pair,
     Questions,
+    Task,
     choices,
     completion,
     encode_together,
     for_training,
+    is_hellaswag,
+    is_lambada,
     is_raw,
     last_words,
     lm_eval,
@@ -362,19 +365,19 @@ def test_without_a_path_the_original_is_downloaded_and_anything_else_refused(
     monkeypatch.setattr('plaingpt.tasks.DATA_ROOT', tmp_path / 'data')
     file = write(tmp_path / 'web/hellaswag_val.jsonl', RAW)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setitem(SOURCES, 'hellaswag', (f'{served}/hellaswag_val.jsonl', digest))
+    monkeypatch.setitem(TASKS, 'hellaswag', Task(f'{served}/hellaswag_val.jsonl', digest, is_hellaswag))
     assert load('hellaswag', '', 0, ALONE) == RAW
     assert (tmp_path / 'data/hellaswag/hellaswag_val.jsonl').read_bytes() == file.read_bytes()
     file.unlink()
     assert load('hellaswag', '', 0, ALONE) == RAW, 'it is there now'
 
     write(tmp_path / 'web/lambada_test.jsonl', WORDS)
-    monkeypatch.setitem(SOURCES, 'lambada', (f'{served}/lambada_test.jsonl', digest))
+    monkeypatch.setitem(TASKS, 'lambada', Task(f'{served}/lambada_test.jsonl', digest, is_lambada))
     with pytest.raises(UserError, match=r'sha256 is .* is expected\n.*--lambada=PATH'):
         load('lambada', '', 0, ALONE)
     assert load('lambada', f'{served}/lambada_test.jsonl', 1, ALONE) == WORDS[:1], 'by its address, as it is'
 
 
 def test_the_originals_are_named_by_their_known_hashes() -> None:
-    assert {name: (url.rpartition('/')[2], sha256[:8]) for name, (url, sha256) in SOURCES.items()} == {
+    assert {name: (task.url.rpartition('/')[2], task.sha256[:8]) for name, task in TASKS.items()} == {
         'hellaswag': ('hellaswag_val.jsonl', '0aa3b888'), 'lambada': ('lambada_test.jsonl', '4aa8d02c')}

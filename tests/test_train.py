@@ -37,6 +37,7 @@ from tests.comparing import (
     assert_equal_to_rounding,
     differences,
     give,
+    in_three_groups,
     learner_of,
     refused,
 )
@@ -676,6 +677,27 @@ def test_what_a_resumed_run_is_told_about_its_optimizer_counts(run: Run, tmp_pat
     line = re.search(r'^resuming at step 10, with (.*)$', capsys.readouterr().out, re.MULTILINE)
     assert line
     assert {'max_iters=11 (was 10)', 'weight_decay=0.5 (was 0.1)', 'beta2=0.5 (was 0.95)'} <= set(line[1].split(', '))
+
+
+def test_an_optimizer_may_have_any_number_of_parameter_groups_each_with_its_own_rate(
+        run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    two = run(tmp_path / 'two', eval_interval=4, max_iters=8)
+    monkeypatch.setattr(train, 'parameter_groups', in_three_groups)
+    whole = run(tmp_path / 'whole', eval_interval=4, max_iters=8)
+    assert losses(whole)[0] == losses(two)[0]
+    assert losses(whole)[-1] != losses(two)[-1], 'the tables have learned more slowly'
+    run(tmp_path / 'parts', eval_interval=4, max_iters=4)
+    assert run(tmp_path / 'parts', eval_interval=4, max_iters=8, init_from='resume') == whole
+    tables, matrices, vectors = last(tmp_path / 'parts')['optimizer']['param_groups']
+    assert tables['lr'] == matrices['lr'] / 2 == vectors['lr'] / 2 > 0
+
+    out = capsys.readouterr().out
+    numbers = [int(number.replace(',', '')) for number in re.findall(r'decayed .*, with ([\d,]+) parameters', out)[-2:]]
+    assert sum(numbers) == sum(p.numel() for p in checkpoint.model_of(last(tmp_path / 'parts')).parameters())
+    run(tmp_path / 'checked', check=True)
+    assert '9 checks passed' in capsys.readouterr().out
+    run(tmp_path / 'planned', plan=True)
+    assert 'zero1, one of 8' in capsys.readouterr().out
 
 
 def test_init_from_auto_starts_and_then_continues(run: Run, tmp_path: Path) -> None:

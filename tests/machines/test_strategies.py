@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from plaingpt.machines.stop import Stop
 from plaingpt.machines.watch import Watch
 from plaingpt.run import checkpoint
 from plaingpt.run.log import Log
-from tests.comparing import assert_equal_learning, assert_equal_to_rounding, in_float64
+from tests.comparing import assert_equal_learning, assert_equal_to_rounding, in_float64, in_three_groups
 from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3, 'eval_interval': 4, 'device': 'cpu', 'sample_interval': 4,
     'sample_tokens': 5, 'hellaswag_interval': 4,
 }
+RESUMED = 'resumed, with three parameter groups'
 RUNS: dict[str, dict[str, Any]] = {
     'four micro-batches': {'batch_size': 2, 'gradient_accumulation_steps': 4, 'eval_iters': 4},
     'three micro-batches': {'batch_size': 2, 'gradient_accumulation_steps': 3, 'eval_iters': 3},
@@ -38,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
                                     'block_size': 128},
     'no clipping, untied, with biases': {'batch_size': 1, 'gradient_accumulation_steps': 5, 'eval_iters': 7,
                                          'grad_clip': 0, 'tie_weights': False, 'bias': True},
-    'resumed': {'batch_size': 2, 'gradient_accumulation_steps': 3, 'eval_iters': 3, 'init_from': 'resume'},
+    RESUMED: {'batch_size': 2, 'gradient_accumulation_steps': 3, 'eval_iters': 3, 'init_from': 'resume'},
 }
 
 
@@ -49,6 +50,15 @@ def arguments(settings: dict[str, Any]) -> list[str]:
 
 def draw_nothing(log: Log) -> None:
     """In place of the picture of a run, which costs as much time as a hundred of its steps."""
+
+
+@contextmanager
+def groups_of(folder: str | Path) -> Iterator[None]:
+    """Have the optimizer of the run in this folder its three groups of parameters, if the run is the one with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if Path(folder).name.startswith(RESUMED):
+            patch.setattr(train, 'parameter_groups', in_three_groups)
+        yield
 
 
 def note_tokens(patch: pytest.MonkeyPatch, rank: int) -> None:
@@ -89,7 +99,8 @@ def main() -> None:
         for run in plan:
             settings, given = configurator.configure(train, arguments(run))
             precision = nullcontext() if 'dtype' in run else in_float64()
-            with precision, Stop(0.0) as stop, Watch(process, PATIENT, PATIENT) as watch:
+            with (precision, groups_of(run['out_dir']), Stop(0.0) as stop,
+                  Watch(process, PATIENT, PATIENT) as watch):
                 train.carry_out(process, watch, stop, settings, given)
     processes.stop()
 
@@ -129,7 +140,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
         note_tokens(patch, 0)
         for name, settings in RUNS.items():
             whole = settings | {'init_from': 'scratch'}  # the one to resume too: without an interruption
-            train.main(arguments(whole | {'out_dir': folder / name, 'dataset': tiny_dataset}))
+            with groups_of(name):
+                train.main(arguments(whole | {'out_dir': folder / name, 'dataset': tiny_dataset}))
     return folder
 
 
@@ -156,7 +168,8 @@ def test_several_processes_learn_what_one_learns(alone: Path, tiny_dataset: Path
     plan = plan_of(tmp_path, tiny_dataset, names)
     for settings in plan.values():
         if settings.get('init_from') == 'resume':
-            train.main(arguments(settings | {'max_iters': 4, 'init_from': 'scratch', 'strategy': 'ddp'}))
+            with groups_of(settings['out_dir']):
+                train.main(arguments(settings | {'max_iters': 4, 'init_from': 'scratch', 'strategy': 'ddp'}))
     crossing = RUNS['three micro-batches'] | {'out_dir': str(tmp_path / 'crossing'), 'dataset': str(tiny_dataset)}
     train.main(arguments(crossing | {'max_iters': 1, 'eval_interval': 1}))
     segments = [crossing | {'max_iters': step, 'eval_interval': 1, 'init_from': 'resume', 'strategy': strategy}
