@@ -32,8 +32,7 @@ def pick_device(name: str) -> tuple[str, str]:
     """'auto' takes the first of cuda, mps and cpu that this machine has. Returns the device's type, and why."""
     there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
-        name = next(device for device, is_there in there.items() if is_there)
-        return name, f'the first of {", ".join(there)} that is here'
+        return next(device for device in there if there[device]), f'the first of {", ".join(there)} that is here'
     kind, colon, number = name.partition(':')
     if kind not in there or (colon and not number.isdecimal()):
         raise UserError(f"--device={name}: expected 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
@@ -48,22 +47,21 @@ def pick_device(name: str) -> tuple[str, str]:
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """The precision of the matrix products, and why: 'auto' takes the fastest that trains soundly on this type of
     device."""
-    if device == 'cuda':
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        if name == 'auto':
-            best = torch.bfloat16 if has_bfloat16 else torch.float16
-            return best, 'the card computes with it' if has_bfloat16 else 'the card has no bfloat16'
-    elif device == 'mps':
-        has_bfloat16 = True
-    else:
-        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if name == 'auto':
-        return torch.float32, f'which is sound on every {device}'
-    if name == 'bfloat16' and not has_bfloat16:
-        return torch.float32, f'bfloat16 was asked for, and this {device} is not known to multiply it'
-    if name == 'float16' and device != 'cuda':
-        return torch.float32, 'float16 was asked for, and is for cuda alone'
-    return DTYPES[name], 'as asked'
+    is_cuda = device == 'cuda'
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if is_cuda else (
+        device == 'mps' or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    why_float32 = {
+        'auto': '' if is_cuda else f'which is sound on every {device}',
+        'bfloat16': '' if has_bfloat16 else f'bfloat16 was asked for, and this {device} is not known to multiply it',
+        'float16': '' if is_cuda else 'float16 was asked for, and is for cuda alone',
+        'float32': 'as asked',
+    }[name]
+    if why_float32:
+        return torch.float32, why_float32
+    if name != 'auto':
+        return DTYPES[name], 'as asked'
+    return ((torch.bfloat16, 'the card computes with it') if has_bfloat16 else
+            (torch.float16, 'the card has no bfloat16'))
 
 
 def pick_compile(choice: bool | str, device: str) -> tuple[bool, str]:
@@ -94,10 +92,13 @@ def choose(device: torch.device, dtype: str, compile: bool | str) -> Compute:
     """What the settings `dtype` and `compile` come to on this device."""
     precision, why_precision = pick_dtype(dtype, device.type)
     compiles, why_compile = pick_compile(compile, device.type)
-    line = (f'{name_of(precision)}, {why_precision}; '
-            f'{"compiled" if compiles else "not compiled"}, {why_compile}')
-    peak = peak_flops(card(device), name_of(precision))
-    return Compute(precision, autocast(device, precision), compiles, peak, line)
+    return Compute(
+        dtype=precision,
+        autocast=autocast(device, precision),
+        compiles=compiles,
+        peak=peak_flops(card(device), name_of(precision)),
+        line=f'{name_of(precision)}, {why_precision}; {"compiled" if compiles else "not compiled"}, {why_compile}',
+    )
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -123,14 +124,10 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     """FLOP/s that the card promises in matrix products of `dtype` ('float32': with TF32 allowed, half the 16-bit rate);
     None where it is not known, so that no wrong utilisation is shown."""
     words = set(re.split(r'[\s-]+', device_name.lower()))
-    if not words.isdisjoint(OTHER_CHIP):
+    name = next((name for name in PEAK_FLOPS if words.issuperset(name.lower().split())), '')
+    if not name or words & OTHER_CHIP or (name.split()[0] in FLOAT16_ONLY and dtype != 'float16'):
         return None
-    for name, flops in PEAK_FLOPS.items():
-        if words.issuperset(name.lower().split()):
-            if name.split()[0] in FLOAT16_ONLY and dtype != 'float16':
-                return None
-            return flops / 2 if dtype == 'float32' else flops
-    return None
+    return PEAK_FLOPS[name] / (2 if dtype == 'float32' else 1)
 
 
 def peak_memory(device_type: str) -> int:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -31,7 +31,7 @@ class Process:
     device: torch.device
     why: str  # this device
     local_rank: int = 0  # among those of this machine
-    store: dist.Store | None = None  # a small dictionary that all processes read and write; None where there is one
+    store: dist.Store = field(default_factory=dist.HashStore)  # a small dictionary that all processes read and write
 
     @property
     def is_main(self) -> bool:
@@ -66,15 +66,15 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
     if kind == 'mps':
         raise UserError('several processes cannot share mps: run `python train.py`, or give --device=cpu')
     if kind == 'cuda':
-        has_own = 'SLURM_LOCALID' in os.environ and torch.cuda.device_count() == 1  # srun --gpus-per-task=1
-        number = 0 if has_own else local_rank
+        # srun --gpus-per-task=1 shows a process its own card and no other.
+        number = 0 if 'SLURM_LOCALID' in os.environ and torch.cuda.device_count() == 1 else local_rank
         if number >= torch.cuda.device_count():
             raise UserError(f'{torch.cuda.device_count()} cards here are too few for process {local_rank + 1}\n'
                             'give torchrun --nproc_per_node=gpu, for one process on each card')
         torch.cuda.set_device(number)
         device = f'cuda:{number}'
-    rank, world_size, store = join(backend, timeout)
-    return Process(rank, world_size, torch.device(device), why, local_rank, store)
+    rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    return Process(rank, world_size, torch.device(device), why, local_rank, join(backend, timeout))
 
 
 @contextmanager
@@ -103,15 +103,17 @@ def slurm_as_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     nodes = environment.get('SLURM_STEP_NODELIST') or environment.get('SLURM_JOB_NODELIST') or 'localhost'
     first = re.sub(r'^([^,\[]*)\[(\w+)[^]]*]([^,]*).*', r'\1\2\3', nodes).partition(',')[0]  # gpu[07-09,12] -> gpu07
-    port = 20000 + int(environment.get('SLURM_JOB_ID', '0')) % 20000  # the same everywhere, and another for each job
-    ours = {name: environment[theirs] for name, theirs in SLURM.items()}
-    return {'MASTER_ADDR': first, 'MASTER_PORT': str(port)} | {
-        name: environment[name] for name in ('MASTER_ADDR', 'MASTER_PORT') if name in environment} | ours
+    job = int(environment.get('SLURM_JOB_ID', '0'))
+    return {
+        'MASTER_ADDR': environment.get('MASTER_ADDR', first),
+        'MASTER_PORT': environment.get('MASTER_PORT', str(20000 + job % 20000)),  # the same on all machines of a job
+        **{name: environment[theirs] for name, theirs in SLURM.items()},
+    }
 
 
-def join(backend: str, timeout: float) -> tuple[int, int, dist.Store]:
-    """The group of all processes: rank, world size, and a connection of our own to their store. watch.Watch notices
-    sooner than the group's own time-out that a process is lost, and names it."""
+def join(backend: str, timeout: float) -> dist.Store:
+    """Form the group of all processes, and return a connection of our own to their store. watch.Watch notices sooner
+    than the group's own time-out that a process is lost, and names it."""
     limit, where = timedelta(seconds=timeout), [os.environ.get(name, '') for name in ('MASTER_ADDR', 'MASTER_PORT')]
     try:
         store, rank, world_size = next(iter(dist.rendezvous('env://', timeout=limit)))
@@ -120,11 +122,11 @@ def join(backend: str, timeout: float) -> tuple[int, int, dist.Store]:
         dist.barrier()
         ours = dist.TCPStore(where[0], int(where[1]), is_master=False, timeout=limit, wait_for_workers=False)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        me, reason = f'process {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}', str(error).splitlines()[0]
-        raise UserError(f'{me} has not met all others at {":".join(where)} in {timeout:.0f} s: {reason}\n'
+        raise UserError(f'process {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]} has not met all others at '
+                        f'{":".join(where)} in {timeout:.0f} s: {str(error).splitlines()[0]}\n'
                         'were all of them started (with Slurm: srun python train.py), and can they reach that address?',
                         PEER_LOST) from None
-    return rank, world_size, dist.PrefixStore(f'watch/{os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}', ours)
+    return dist.PrefixStore(f'watch/{os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}', ours)
 
 
 def stop() -> None:
@@ -159,11 +161,10 @@ def compute_together(n: int, work: Callable[[int], Tensor], process: Process, pr
 
 def agree(numbers: Tensor) -> Tensor:
     """Which of the numbers are the same on all processes, bit for bit. Every process must call it."""
-    least, most = numbers.clone(), numbers.clone()
+    first = numbers.clone()
     if dist.is_initialized():
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-    return least == most
+        dist.broadcast(first, src=0)
+    return total((numbers != first).int()) == 0
 
 
 def wait_for_all(process: Process) -> None:
@@ -174,15 +175,14 @@ def wait_for_all(process: Process) -> None:
 def refuse_difference(process: Process, what: str, value: Any, remedy: str) -> None:
     """Machines may not share the folders that they should: every process must have found the same `value`. All of them
     must call it; each says it in JSON."""
-    if process.store is None:
-        return
     process.store.set(f'{what}/{process.rank}', json.dumps(value, sort_keys=True))
     wait_for_all(process)
-    found = process.store.multi_get([f'{what}/{rank}' for rank in range(process.world_size)])
-    other = next((rank for rank, theirs in enumerate(found) if theirs != found[0]), None)
-    if other is not None:
-        ours, theirs = (str(found[rank], 'utf-8')[:100].replace('null', 'none') for rank in (0, other))
-        raise UserError(f'process 0 has found the {what} {ours}, and process {other} {theirs}\n{remedy}')
+    answers = process.store.multi_get([f'{what}/{rank}' for rank in range(process.world_size)])
+    found = [str(answer, 'utf-8').replace('null', 'none') for answer in answers]
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise UserError(f'process 0 has found the {what} {found[0][:100]}, and process {rank} {other[:100]}\n'
+                            f'{remedy}')
 
 
 def describe(process: Process) -> str:

@@ -6,12 +6,12 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from types import FrameType
-from typing import Any, Self
+from typing import Self
 
 from plaingpt import errors
 
-SIGNALS = ('SIGTERM', 'SIGUSR1', 'SIGINT')  # Kubernetes and torchrun, Slurm, Ctrl-C; a system need not have them all
+SIGNALS = {number: name for name, number in vars(signal).items() if name in (
+    'SIGTERM', 'SIGUSR1', 'SIGINT')}  # Kubernetes and torchrun, Slurm, Ctrl-C; a system need not have them all
 AGAIN = 1.0  # seconds: a second Ctrl-C sooner than that is the first one, passed on by torchrun
 
 
@@ -28,7 +28,7 @@ class Stop:
 
     def __init__(self, max_hours: float) -> None:
         self.end = time.monotonic() + 3600 * max_hours if max_hours else math.inf
-        self.reason, self.since, self.before = '', 0.0, dict[int, Any]()
+        self.reason, self.since = '', 0.0
         self.has_begun = False  # there is something to save
 
     def __enter__(self) -> Self:
@@ -36,8 +36,8 @@ class Stop:
         os.set_blocking(self.writer, False)
         self.pipe_before = signal.set_wakeup_fd(self.writer)
         threading.Thread(target=self.read, args=(reader,), daemon=True).start()
-        for number in (getattr(signal, name) for name in SIGNALS if name in vars(signal)):
-            self.before[number] = signal.signal(number, leave_to_the_thread)
+        # Without a handler there would be nothing to read.
+        self.before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -49,8 +49,8 @@ class Stop:
     def read(self, reader: int) -> None:
         """The thread."""
         while number := os.read(reader, 1):
-            if number[0] in self.before:
-                self.ask(signal.Signals(number[0]).name)
+            if number[0] in SIGNALS:
+                self.ask(SIGNALS[number[0]])
         os.close(reader)
 
     def ask(self, reason: str) -> None:
@@ -66,7 +66,3 @@ class Stop:
         if not self.reason and time.monotonic() > self.end:
             self.reason = 'the end of max_hours'
         return self.has_begun and self.reason != ''
-
-
-def leave_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """A handler, without which there would be nothing to read."""

@@ -4,7 +4,6 @@ Who holds what when several processes train one model, all of it or a part, and 
 What PyTorch has for that takes half a second to import: it is imported where it is used, and so never by one process
 alone, unless that was asked for fsdp.
 """
-import itertools
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
@@ -37,8 +36,8 @@ def distribute(model: nn.Module, blocks: Iterable[nn.Module], process: Process, 
         if process.world_size == 1:
             return model
         torch._dynamo.config.optimize_ddp = False  # what is compiled are blocks: DDP need not cut them further
-        cards = [process.device] if process.device.type == 'cuda' else None
-        return DistributedDataParallel(model, device_ids=cards, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=[process.device] if process.device.type == 'cuda' else None,
+                                       gradient_as_bucket_view=True)
     if dtype == torch.float16:
         raise UserError('float16 needs a GradScaler, and that does not know the parts of fsdp: give --dtype=bfloat16, '
                         '--dtype=float32, or another --strategy')
@@ -85,52 +84,35 @@ def complete(tensor: Tensor) -> Tensor:
 def gather(model: nn.Module, optimizer: Optimizer, process: Process) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights and the optimizer's state, whole, under the names they would have in one process, as copies in main
     memory, so that training can go on. Every process must call it; those that are not the main one get nothing."""
-    reshard(model)
-    weights, copies = {}, dict[int, Any]()  # tied weights stay one tensor
-    for name, p in model.named_parameters(remove_duplicate=False):
-        copies[id(p)] = copies[id(p)] if id(p) in copies else whole(p, process)
-        weights[name] = copies[id(p)]
-    state = whole(state_of(optimizer, process), process)
-    return (weights, state) if process.is_main else ({}, {})
-
-
-def reshard(model: nn.Module) -> None:
-    """Have each process keep no more than its part: evaluation may have left a module of fsdp complete."""
-    if not dist.is_initialized():
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def state_of(optimizer: Optimizer, process: Process) -> dict[str, Any]:
-    """The optimizer's state; that of ZeRO, of which each process has a part, goes to the main one."""
     if dist.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # evaluation may have left it complete
         if isinstance(optimizer, ZeroRedundancyOptimizer):
             optimizer.consolidate_state_dict(to=0)
-            return optimizer.state_dict() if process.is_main else {}
-    return optimizer.state_dict()
+            if not process.is_main:
+                return {}, {}  # nothing else is divided
+    state = optimizer.state_dict()
+    copies = {p: whole_copy(p, process) for p in model.parameters()}  # tied weights are one tensor, and stay it
+    weights = {name: copies[p] for name, p in model.named_parameters(remove_duplicate=False)}
+    moments = {number: {name: whole_copy(tensor, process) for name, tensor in tensors.items()}
+               for number, tensors in state['state'].items()}
+    return (weights, state | {'state': moments}) if process.is_main else ({}, {})
 
 
-def whole(tree: Any, process: Process) -> Any:
-    """The same dicts and lists, with a whole copy in main memory of every tensor; only the main process keeps it."""
-    if isinstance(tree, Tensor):
-        tensor = complete(tree.detach())
-        return tensor.to('cpu', copy=True) if process.is_main else None
-    if isinstance(tree, dict):
-        return {key: whole(value, process) for key, value in tree.items()}
-    return [whole(value, process) for value in tree] if isinstance(tree, list) else tree
+def whole_copy(tensor: Tensor, process: Process) -> Tensor:
+    """All of the tensor, in main memory; only the main process keeps it, and the others get nothing."""
+    tensor = complete(tensor.detach())
+    return tensor.to('cpu', copy=True) if process.is_main else torch.empty(0)
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
     """Give the optimizer the state of each weight, whole as `gather` made it; a process keeps its part. Learning rates
     and the like stay as they are."""
-    numbers = itertools.count()
-    groups = [group | {'params': [next(numbers) for _ in group['params']]} for group in optimizer.param_groups]
+    groups = Optimizer.state_dict(optimizer)['param_groups']  # ZeRO's own would ask for the parts of all processes
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     ours = {number: {name: shard_like(tensor, parameters[number]) for name, tensor in moments.items()}
             for number, moments in state.items()}

@@ -5,14 +5,12 @@ evaluating or training on needs. It is a superset of nanoGPT's, and nanoGPT's lo
 It is written under a temporary name and renamed, so a kill at any moment leaves the previous one; the zip's checksums
 are compared on loading, so that no damage is ever taken for weights.
 """
-import os
 import platform
 import shutil
 import sys
-import threading
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent import futures
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,14 +36,13 @@ class Saver:
 
     def __init__(self, out_dir: Path, keep: int, uploader: upload.Uploader, while_waiting: Callable[[], None]) -> None:
         self.out_dir, self.keep, self.uploader, self.while_waiting = out_dir, keep, uploader, while_waiting
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
+        self.executor = futures.ThreadPoolExecutor(max_workers=1)
+        self.last: futures.Future[None] | None = None  # the checkpoint that was begun last
 
     def __enter__(self) -> Self:
         """What a run that goes on has saved may not have reached its other place."""
-        for path in (self.out_dir / 'ckpt.pt', self.out_dir / 'best.pt'):
-            if path.exists():
-                self.uploader.put(path)
+        for path in filter(Path.exists, (self.out_dir / 'ckpt.pt', self.out_dir / 'best.pt')):
+            self.uploader.put(path)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -54,29 +51,24 @@ class Saver:
     def save(self, is_best: bool, state: State) -> None:
         """Begin to write `state`, which nobody may change any more."""
         self.wait()
-        self.thread = threading.Thread(target=self.write, args=(state, is_best))
-        self.thread.start()
+        self.last = self.executor.submit(self.write, state, is_best)
 
     def write(self, state: State, is_best: bool) -> None:
-        try:
-            write(self.out_dir, state, self.keep, is_best)
-            for name in ('ckpt.pt', 'best.pt') if is_best else ('ckpt.pt',):
-                self.uploader.put(self.out_dir / name)
-        except BaseException as error:  # which wait() or complain() raises where it is seen
-            self.error = error
+        write(self.out_dir, state, self.keep, is_best)
+        for name in ('ckpt.pt', 'best.pt') if is_best else ('ckpt.pt',):
+            self.uploader.put(self.out_dir / name)
 
     def wait(self) -> None:
         """Until the last checkpoint is on the disk. Raises what went wrong with it."""
-        while self.thread and self.thread.is_alive():
+        while self.last and not self.last.done():
             self.while_waiting()
-            self.thread.join(1.0)
+            futures.wait([self.last], timeout=1.0)
         self.complain()
 
     def complain(self) -> None:
         """Raise what went wrong with the last checkpoint, if it is known by now."""
-        error, self.error = self.error, None
-        if error:
-            raise error
+        if self.last and self.last.done():
+            self.last.result()
 
 
 def model_args(config: GPTConfig) -> dict[str, Any]:
@@ -92,33 +84,36 @@ def shape_of(config: GPTConfig) -> dict[str, Any]:
 def write(out_dir: Path, state: State, keep: int, is_best: bool) -> None:
     """Put `state` into out_dir/ckpt.pt; those before it become ckpt.1.pt and so on, `keep` in all; the best so far is
     best.pt as well. At every moment there is a whole ckpt.pt, if there was one before."""
-    newest, new = out_dir / 'ckpt.pt', out_dir / 'ckpt.new.pt'
+    newest = out_dir / 'ckpt.pt'
     state['versions'] = {'python': platform.python_version(), 'torch': str(torch.__version__)}
     try:
-        with files.written_whole(new) as file:
+        with files.written_whole(newest) as file:
             torch.save(state, file)
-        for age in range(keep - 1, 1, -1):
-            if older(newest, age - 1).exists():
-                os.replace(older(newest, age - 1), older(newest, age))
-        if newest.exists():
-            files.link(newest, older(newest, 1))  # with two names for a moment, so that ckpt.pt is always there
-        os.replace(new, newest)
+            files.put_on_disk(file)  # there is room for it: now the others move
+            rotate(out_dir, keep)
         if is_best:
             files.link(newest, out_dir / 'best.pt')
     except (OSError, RuntimeError) as error:  # a full disk is either, by the moment at which torch meets it
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise UserError(f'{new} cannot be written: {str(error).splitlines()[0]}\n'
+        raise UserError(f'the next {newest} cannot be written: {str(error).splitlines()[0]}\n'
                         f'it needs {n_bytes(state):,} bytes, and {shutil.disk_usage(out_dir).free:,} are free\n'
                         f'{newest}, if it is there, is whole: make room, and resume', DISK_FULL) from None
 
 
+def rotate(out_dir: Path, keep: int) -> None:
+    """Give each checkpoint the name of the one before it; the newest has two for a moment, so that ckpt.pt is always
+    there."""
+    for age in range(keep - 1, 1, -1):
+        if (younger := out_dir / f'ckpt.{age - 1}.pt').exists():
+            younger.replace(out_dir / f'ckpt.{age}.pt')
+    if (out_dir / 'ckpt.pt').exists():
+        files.link(out_dir / 'ckpt.pt', out_dir / 'ckpt.1.pt')
+
+
 def n_bytes(tree: Any) -> int:
     """What the tensors in it take."""
-    if isinstance(tree, Tensor):
-        return tree.nbytes
-    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return sum(map(n_bytes, values))
+    if isinstance(tree, dict):
+        return sum(map(n_bytes, tree.values()))
+    return tree.nbytes if isinstance(tree, Tensor) else 0
 
 
 def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int) -> None:
@@ -146,8 +141,10 @@ def bytes_needed(n_parameters: int, keep: int) -> int:
     return (keep + 2) * 3 * 4 * n_parameters
 
 
-def older(newest: Path, age: int) -> Path:
-    return newest.with_name(f'ckpt.{age}.pt')
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Where those of a run are, from the newest to the oldest; ckpt.pt need not be there."""
+    older = folder.glob('ckpt.[0-9]*.pt')
+    return [folder / 'ckpt.pt', *sorted(older, key=lambda path: int(path.name.split('.')[1]))]
 
 
 def load(path: Path, answers: dict[str, Any] | None = None) -> State:
@@ -168,36 +165,30 @@ def load(path: Path, answers: dict[str, Any] | None = None) -> State:
 def load_newest(out_dir: Path) -> State:
     """The newest checkpoint of a run that is whole, with a line for each newer one that is not. Raises UserError where
     none is."""
-    paths = [out_dir / 'ckpt.pt', *sorted(out_dir.glob('ckpt.[0-9]*.pt'), key=age_of)]
-    complaints = []
-    for path in paths:
+    complaints: list[str] = []
+    for path in checkpoints_of(out_dir):
         try:
             state = load(path)
+            if complaints:
+                instead = f'{path} is used in its place, from step {state["iter_num"]}'
+                print(*complaints, instead, sep='\n', file=sys.stderr)
+            return state
         except UserError as error:
             complaints.append(str(error))
-            continue
-        if complaints:
-            instead = f'{path} is used in its place, from step {state["iter_num"]}'
-            print('\n'.join([*complaints, instead]), file=sys.stderr)
-        return state
     advice = f'nothing to continue in {out_dir}: give another --out_dir, or start a run with --init_from=scratch'
     raise UserError('\n'.join([*complaints[:2], advice]), CHECKPOINT)
 
 
 def holds_run(folder: Path) -> bool:
     """Whether there is a checkpoint, be it damaged. What a kill left half written is none."""
-    return (folder / 'ckpt.pt').exists() or any(folder.glob('ckpt.[0-9]*.pt'))
-
-
-def age_of(path: Path) -> int:
-    return int(path.name.split('.')[1])
+    return any(path.exists() for path in checkpoints_of(folder))
 
 
 def config_of(state: State, dropout: float = 0.0) -> GPTConfig:
     """The shape of a checkpoint's model. Dropout is a matter of training, and given anew each time."""
     shape = {name: value for name, value in state['model_args'].items() if name in MODEL_ARGS}
-    gelu, tie_weights = state['config']['gelu'], state['config']['tie_weights']
-    return GPTConfig(**shape | {'dropout': dropout}, gelu=gelu, tie_weights=tie_weights)
+    more = {name: state['config'][name] for name in ('gelu', 'tie_weights')}
+    return GPTConfig(**shape | more | {'dropout': dropout})
 
 
 def model_of(state: State, dropout: float = 0.0) -> GPT:

@@ -1,14 +1,12 @@
 """The picture of a run: loss.png. log.py imports this where it draws, so that a run does without matplotlib, too."""
 import io
 from collections.abc import Mapping
-from functools import partial
-from operator import itemgetter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -22,13 +20,22 @@ PANELS = {'lr': 'learning rate', 'grad_norm': 'gradient norm', 'tokens_per_secon
 HELLASWAG = ('hellaswag_acc_norm', 'hellaswag_cleaned_acc_norm')  # in completion style; the text as it is, or cleaned
 COLUMNS = ('step', 'tokens', 'loss', 'val_loss', 'val_loss_stderr', 'val_bits_per_byte', *PANELS,
            *HELLASWAG, *(f'{name}_stderr' for name in HELLASWAG))
-TRAIN, VALIDATION, INK, FAINT, GRID = '#3b6ea8', '#d1495b', '#2b2b2b', '#7f7f7f', '#ececec'
+TRAIN, VALIDATION, INK, FAINT = '#3b6ea8', '#d1495b', '#2b2b2b', '#7f7f7f'
+STYLE: dict[Any, Any] = {  # matplotlib's settings: only the lines that help to read a value
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#c8c8c8',
+    'axes.grid': True, 'axes.axisbelow': True, 'grid.color': '#ececec',
+    'axes.labelcolor': FAINT, 'axes.labelsize': 9,
+    'axes.titlecolor': FAINT, 'axes.titlesize': 9, 'axes.titlelocation': 'left',
+    'xtick.color': FAINT, 'xtick.labelsize': 9, 'xtick.major.size': 0,
+    'ytick.color': FAINT, 'ytick.labelsize': 9, 'ytick.major.size': 0,
+}
+ASIDE: dict[int, Literal['bottom', 'center', 'top']] = {-1: 'bottom', 0: 'center', 1: 'top'}  # of a name above, below
 
 
-def measured(columns: Columns, name: str) -> tuple[Values, Values]:
-    """The steps at which `name` was measured, and what it was."""
-    there = np.isfinite(columns[name])
-    return columns['step'][there], columns[name][there]
+def measured(columns: Columns, *names: str) -> list[Values]:
+    """The steps at which the first of these was measured, and what each of them was then."""
+    there = np.isfinite(columns[names[0]])
+    return [columns[name][there] for name in ('step', *names)]
 
 
 def smoothed(y: Values) -> Values:
@@ -36,20 +43,16 @@ def smoothed(y: Values) -> Values:
     right, so that a curve that begins to fall stays where it is."""
     i, n = np.arange(len(y)), len(y)
     left = np.minimum(i, n // 50)
-    right = np.minimum(np.minimum(i, n - 1 - i), n // 50)
+    right = np.minimum(left, n - 1 - i)
     total = np.concatenate([[0.0], np.cumsum(y)])
     return np.asarray((total[i + right + 1] - total[i - left]) / (left + right + 1))
 
 
-def clean(axes: Axes, unit: str) -> None:
-    """Only the lines that help to read a value, and short numbers; where x is 0 stands what it counts."""
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.spines[['left', 'bottom']].set_color('#c8c8c8')
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=FAINT, labelsize=9)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n) if n else unit))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
+def scale(axes: Axes, end: float, unit: str) -> None:
+    """Let x reach from 0, where stands what it counts, to `end`; and write 1k for 1000 on both axes."""
+    axes.set_xlim(0, end)
+    axes.xaxis.set_major_formatter(lambda n, _: short(n) if n else unit)
+    axes.yaxis.set_major_formatter(lambda n, _: short(n))
 
 
 def draw_noisy(axes: Axes, x: Values, y: Values, colour: str) -> None:
@@ -59,32 +62,35 @@ def draw_noisy(axes: Axes, x: Values, y: Values, colour: str) -> None:
     axes.plot(x[thin], smoothed(y)[thin], color=colour, linewidth=1.5, solid_capstyle='round')
 
 
+def draw_measured(axes: Axes, x: Values, y: Values, error: Values, colour: str) -> None:
+    """What was measured now and then, within its standard error."""
+    axes.fill_between(x, y - error, y + error, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(x, y, color=colour, linewidth=1.5, marker='o', markersize=3 if len(x) < 60 else 0)
+
+
 def draw_losses(axes: Axes, columns: Columns) -> None:
     """Training loss, and validation loss within its standard error; each is named where it ends."""
     x, y = measured(columns, 'loss')
-    val_x, val_y = measured(columns, 'val_loss')
+    val_x, val_y, error = measured(columns, 'val_loss', 'val_loss_stderr')
     drawn, first = np.concatenate([y, val_y]), np.concatenate([y[:1], val_y[:1]])
     low, high = drawn.min(), max(np.percentile(drawn, 99.5), first.max())  # one spike does not flatten the rest
     margin = 0.1 * (high - low) + 1e-3  # room for a name
-    axes.set_ylim(low - margin, high + margin)
-    axes.set_ylabel('loss, nats per token', color=FAINT, fontsize=9)
+    axes.set(ylim=(low - margin, high + margin), ylabel='loss, nats per token')
 
     names = []
     if len(x):
         draw_noisy(axes, x, y, TRAIN)
-        names.append((smoothed(y)[-1], 'train', '', TRAIN, y[x >= 0.8 * x[-1]]))
+        end = smoothed(y)[-1]
+        names.append((end, f'train {end:.3f}', TRAIN, y[x >= 0.8 * x[-1]]))
     if len(val_x):
-        error = columns['val_loss_stderr'][np.isfinite(columns['val_loss'])]
-        axes.fill_between(val_x, val_y - error, val_y + error, color=VALIDATION, alpha=0.2, linewidth=0)
-        axes.plot(val_x, val_y, color=VALIDATION, linewidth=1.5, marker='o', markersize=3 if len(val_x) < 60 else 0)
+        draw_measured(axes, val_x, val_y, error, VALIDATION)
         doubt = f' ± {error[-1]:.3f}' if np.isfinite(error[-1]) else ''
-        names.append((val_y[-1], 'validation', doubt, VALIDATION, val_y[val_x >= 0.8 * val_x[-1]]))
+        names.append((val_y[-1], f'validation {val_y[-1]:.3f}{doubt}', VALIDATION, val_y[val_x >= 0.8 * val_x[-1]]))
 
     # The higher curve has its name above all of its last fifth, the lower one below.
-    names.sort(key=itemgetter(0), reverse=True)
-    for (end, name, doubt, colour, tail), is_higher in zip(names, (True, False), strict=False):
+    for (_, name, colour, tail), is_higher in zip(sorted(names, reverse=True), (True, False), strict=False):
         axes.annotate(
-            f'{name} {end:.3f}{doubt}',
+            name,
             xy=(columns['step'][-1], tail.max() if is_higher else tail.min()),
             xytext=(-2, 9 if is_higher else -7),
             textcoords='offset points',
@@ -98,40 +104,35 @@ def draw_losses(axes: Axes, columns: Columns) -> None:
 def draw_hellaswag(axes: Axes, columns: Columns, name: str, tokens_per_step: float) -> None:
     """Accuracy against tokens, within its standard error, and those published figures which it has passed or may pass
     next. They stand for the whole set, of its own text."""
-    steps, y = measured(columns, name)
-    x, error = steps * tokens_per_step, columns[f'{name}_stderr'][np.isfinite(columns[name])]
+    steps, y, error = measured(columns, name, f'{name}_stderr')
+    x = steps * tokens_per_step
     figures = {model: row['acc_norm'] for model, row in PUBLISHED['hellaswag_completion'].items()}
     to_pass = sorted(figure for figure in figures.values() if figure > y.max())[:2]
     low, high = min(0.24, (y - error).min() - 0.005), max(*to_pass, (y + error).max(), 0.25) + 0.015
-    axes.set(xlim=(0, columns['step'][-1] * tokens_per_step), ylim=(low, high))
-    for model, figure in {'chance': 0.25, **figures}.items():
-        if figure > high:
-            continue
+    shown = {model: figure for model, figure in {'chance': 0.25, **figures}.items() if figure <= high}
+    for model, figure in shown.items():
         colour, style = (INK, 'dashed') if model.startswith('GPT-2') else (FAINT, 'dotted')
         axes.axhline(figure, color=colour, linewidth=0.8, linestyle=style)
-        close = [other for other in figures.values() if 0 < abs(other - figure) < 0.04 * (high - low)]  # to its name
-        place: Literal['center', 'top', 'bottom'] = 'center'
-        if close:
-            place = 'top' if close[0] > figure else 'bottom'
-        axes.annotate(model, (1.02, figure), xycoords=('axes fraction', 'data'), va=place, fontsize=8, color=colour)
-    axes.fill_between(x, y - error, y + error, color=TRAIN, alpha=0.2, linewidth=0)
-    axes.plot(x, y, color=TRAIN, linewidth=1.8, marker='o', markersize=3 if len(x) < 60 else 0)
+        distances = (other - figure for other in figures.values())
+        to_next = next((far for far in distances if 0 < abs(far) < 0.04 * (high - low)), 0.0)  # one close to its name
+        axes.annotate(model, (1.02, figure), xycoords=('axes fraction', 'data'), va=ASIDE[int(np.sign(to_next))],
+                      fontsize=8, color=colour)
+    draw_measured(axes, x, y, error, TRAIN)
     axes.annotate(f'{y[-1]:.3f} ± {error[-1]:.3f}', (x[-1], (y + error)[x >= 0.7 * x[-1]].max()), xytext=(-2, 5),
                   textcoords='offset points', ha='right', color=TRAIN, fontsize=10)
     remark = 'of cleaned text: not comparable' if 'cleaned' in name else 'GPT-3 as OpenAI scored it'
-    axes.set_title(f'HellaSwag acc_norm, completion style, {remark}', loc='left', fontsize=9, color=FAINT, pad=8)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    clean(axes, '0 tokens')
+    axes.set_title(f'HellaSwag acc_norm, completion style, {remark}', loc='left', pad=8)
+    axes.set_ylim(low, high)
+    scale(axes, columns['step'][-1] * tokens_per_step, '0 tokens')
 
 
 def best(columns: Columns) -> str:
     """The lowest validation loss of the run, in words."""
-    x, y = measured(columns, 'val_loss')
+    x, y, bits = measured(columns, 'val_loss', 'val_bits_per_byte')
     if not len(y):
         return ''
     at = int(np.argmin(y))
-    bits = columns['val_bits_per_byte'][np.isfinite(columns['val_loss'])][at]
-    per_byte = f', {bits:.3f} bits per byte' if np.isfinite(bits) else ''
+    per_byte = f', {bits[at]:.3f} bits per byte' if np.isfinite(bits[at]) else ''
     return f'best validation loss {y[at]:.3f}{per_byte}, at step {x[at]:,.0f}'
 
 
@@ -139,25 +140,24 @@ def picture(columns: Columns, title: str) -> Figure:
     """Losses against steps (above: against tokens), below them a panel for each of PANELS that was measured, and beside
     them HellaSwag."""
     steps, tokens = measured(columns, 'tokens')
+    end = max(columns['step'][-1], 1)
     tokens_per_step = tokens[-1] / steps[-1] if len(tokens) and steps[-1] > 0 else 0.0
     panels = [name for name in PANELS if np.isfinite(columns[name]).any()]
     hellaswag = [name for name in HELLASWAG if np.isfinite(columns[name]).any() and tokens_per_step]
-    figure = Figure(figsize=(9 + 5 * bool(hellaswag), 5.2 if panels else 3.8), dpi=150, layout='constrained')
+    figure = Figure(figsize=(14 if hellaswag else 9, 5.2 if panels else 3.8), dpi=150, layout='constrained')
     halves = figure.add_gridspec(1, 2, width_ratios=(9, 5)) if hellaswag else figure.add_gridspec(1, 1)
-    ratios = {'height_ratios': (3, 1)} if panels else {}
-    grid = halves[0].subgridspec(2 if panels else 1, max(1, len(panels)), **ratios)
+    grid = halves[0].subgridspec(2, len(panels), height_ratios=(3, 1)) if panels else halves
 
     losses = figure.add_subplot(grid[0, :])
     draw_losses(losses, columns)
-    clean(losses, 'step 0')
     losses.set_title(title, loc='left', fontsize=12, fontweight='bold', color=INK, pad=8)
-    losses.set_title(best(columns), loc='right', fontsize=9, color=FAINT, pad=8)
+    losses.set_title(best(columns), loc='right', pad=8)
+    scale(losses, end, 'step 0')
     if tokens_per_step:
-        there, back = partial(np.multiply, tokens_per_step), partial(np.multiply, 1 / tokens_per_step)
-        above = losses.secondary_xaxis('top', functions=(there, back))
+        above = losses.secondary_xaxis('top', functions=(
+            lambda x: np.multiply(x, tokens_per_step), lambda x: np.multiply(x, 1 / tokens_per_step)))
         above.spines['top'].set_visible(False)
-        above.tick_params(length=0, colors=FAINT, labelsize=9)
-        above.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n) if n else '0 tokens'))
+        above.xaxis.set_major_formatter(lambda n, _: short(n) if n else '0 tokens')
 
     for i, name in enumerate(panels):
         panel = figure.add_subplot(grid[1, i])
@@ -166,22 +166,17 @@ def picture(columns: Columns, title: str) -> Figure:
             panel.plot(x, y, color=INK, linewidth=1.5)
         else:
             draw_noisy(panel, x, y, INK)
-        panel.set_ylim(0, 1.08 * max(np.percentile(y, 99.5), 1e-12))
-        panel.set_title(PANELS[name], loc='left', fontsize=9, color=FAINT)
-        panel.xaxis.set_major_locator(MaxNLocator(4))
-        panel.yaxis.set_major_locator(MaxNLocator(3))
-        clean(panel, '0')
-    for axes in figure.axes:
-        axes.set_xlim(0, max(columns['step'][-1], 1))
+        panel.set(title=PANELS[name], ylim=(0, 1.08 * max(np.percentile(y, 99.5), 1e-12)))
+        scale(panel, end, '0')
     if hellaswag:
         draw_hellaswag(figure.add_subplot(halves[1]), columns, hellaswag[0], tokens_per_step)
     return figure
 
 
+@rc_context(STYLE)
 def draw(columns: Columns, title: str) -> bytes:
     """The PNG of a run, some loss of which must be there."""
-    figure = picture(columns, title)
     full, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format='png', facecolor='white')
+    picture(columns, title).savefig(full, format='png', facecolor='white')
     Image.open(full).convert('RGB').quantize(64).save(small, format='png', optimize=True)  # in 64 colours
     return small.getvalue()

@@ -2,12 +2,10 @@
 import os
 import re
 import secrets
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from wandb.sdk.wandb_run import Run
+from typing import Any
 
 SECRET = re.compile(r'key|secret|password|token(?!s|iz)', re.IGNORECASE)  # in the name of a setting
+NAMES = {'loss': 'train/loss', 'train_loss': 'train/loss_evaluated'}  # of a row, as nanoGPT has them
 
 
 def new_id() -> str:
@@ -23,7 +21,7 @@ class Wandb:
 
         if wandb.setup().settings.mode == 'online' and not wandb.login(prompt=False):
             raise RuntimeError('there is no API key (run `wandb login`, or set WANDB_MODE=offline)')
-        self.run: Run = wandb.init(
+        self.run = wandb.init(
             project=project,
             name=name or None,
             id=run_id,
@@ -51,12 +49,7 @@ class Wandb:
 
 def wandb_row(step: int, values: dict[str, float]) -> dict[str, float]:
     """A row under nanoGPT's names: iter, train/loss, val/loss, lr, mfu in percent; the rest likewise."""
-    named: dict[str, float] = {'iter': step}
-    for name, value in values.items():
-        if name == 'mfu':
-            named['mfu'] = 100 * value
-        elif name.startswith('val_'):
-            named[f'val/{name.removeprefix("val_")}'] = value
-        else:
-            named[{'loss': 'train/loss', 'train_loss': 'train/loss_evaluated'}.get(name, name)] = value
-    return named
+    return {'iter': step} | {
+        NAMES.get(name, re.sub('^val_', 'val/', name)): 100 * value if name == 'mfu' else value
+        for name, value in values.items()
+    }

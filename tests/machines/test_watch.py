@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import train
-from plaingpt import errors
+from plaingpt import errors, files
 from plaingpt.corpus import batches
 from plaingpt.corpus.batches import Part
 from plaingpt.init_from import open_model
@@ -676,10 +676,7 @@ def test_what_goes_wrong_behind_training_ends_the_run(monkeypatch: pytest.Monkey
     def surprise(*_: Any) -> None:
         raise ArithmeticError('planted')
 
-    if what == 'link':
-        monkeypatch.setattr('plaingpt.files.link', fail)
-    else:
-        monkeypatch.setattr(checkpoint, 'write', surprise)
+    monkeypatch.setattr({'link': files, 'write': checkpoint}[what], what, {'link': fail, 'write': surprise}[what])
     with pytest.raises((errors.UserError, ArithmeticError), match='planted'):
         train.main(arguments(tmp_path, tiny_dataset))
     assert status_of(tmp_path)['state'] == 'failed'
