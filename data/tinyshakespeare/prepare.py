@@ -39,13 +39,11 @@ def main(args: list[str]) -> None:
     packer = tokenise.Packer(encoder, encoder.eot, eot_first=True)
     ids = np.frombuffer(packer.pack(split_sections(text)).tokens, packer.dtype)
     sizes = np.array(encoder.token_sizes())  # bytes of text
-
-    def fill(writers: dict[str, tokenise.Writer]) -> None:
-        for split, part in [('val', ids[:N_VALIDATION]), ('train', ids[N_VALIDATION:])]:
-            n_documents, n_bytes = int((part == encoder.eot).sum()), int(sizes[part].sum())
-            writers[split].write(tokenise.Packed(part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes))
-
-    tokenise.write_files(FOLDER, packer, 'tiny Shakespeare', fill)
+    splits = []
+    for split, part in [('val', ids[:N_VALIDATION]), ('train', ids[N_VALIDATION:])]:
+        n_documents, n_bytes = int((part == encoder.eot).sum()), int(sizes[part].sum())
+        splits.append((split, tokenise.Packed(part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes)))
+    tokenise.write_files(FOLDER, packer, 'tiny Shakespeare', splits)
     print(f'next:\n    {errors.python()} train.py config/overfit_tinyshakespeare.py')
 
 
