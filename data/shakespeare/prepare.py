@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from plaingpt import errors
-from plaingpt.corpus import documents, tokenise, tokenizer
+from plaingpt.corpus import tiny_shakespeare
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -24,12 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    text = documents.read_tiny_shakespeare(input, FOLDER)
-    encoder = tokenizer.build('gpt2', lambda: [text], eot=True)
-    parts, validation = tokenise.split_text(text, 0.1)
-    tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, eot=None), parts, validation, 'tiny Shakespeare')
-    print(f'next:\n    {errors.python()} train.py config/finetune_shakespeare.py\n'
-          f'    {errors.python()} sample.py --out_dir=out-shakespeare')
+    tiny_shakespeare.prepare(input, FOLDER, 'gpt2', 'finetune_shakespeare')
 
 
 if __name__ == '__main__':

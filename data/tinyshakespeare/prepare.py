@@ -15,7 +15,7 @@ import numpy as np
 
 import configurator
 from plaingpt import errors
-from plaingpt.corpus import documents, tokenise, tokenizer
+from plaingpt.corpus import tiny_shakespeare, tokenise, tokenizer
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -34,18 +34,16 @@ def split_sections(text: str) -> list[str]:
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    text = documents.read_tiny_shakespeare(input, FOLDER)
+    text = tiny_shakespeare.read(input, FOLDER)
     encoder = tokenizer.build('gpt2', list, eot=True)
     packer = tokenise.Packer(encoder, encoder.eot, eot_first=True)
     ids = np.frombuffer(packer.pack(split_sections(text)).tokens, packer.dtype)
     sizes = np.array(encoder.token_sizes())  # bytes of text
-
-    def fill(writers: dict[str, tokenise.Writer]) -> None:
-        for split, part in [('val', ids[:N_VALIDATION]), ('train', ids[N_VALIDATION:])]:
-            n_documents, n_bytes = int((part == encoder.eot).sum()), int(sizes[part].sum())
-            writers[split].write(tokenise.Packed(part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes))
-
-    tokenise.write_files(FOLDER, packer, 'tiny Shakespeare', fill)
+    splits = []
+    for split, part in [('val', ids[:N_VALIDATION]), ('train', ids[N_VALIDATION:])]:
+        n_documents, n_bytes = int((part == encoder.eot).sum()), int(sizes[part].sum())
+        splits.append((split, tokenise.Packed(part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes)))
+    tokenise.write_files(FOLDER, packer, tiny_shakespeare.NAME, splits)
     print(f'next:\n    {errors.python()} train.py config/overfit_tinyshakespeare.py')
 
 

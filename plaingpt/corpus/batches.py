@@ -3,7 +3,7 @@ import glob
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,15 +14,10 @@ from model import GPTConfig
 from plaingpt.corpus.folder import read_meta
 from plaingpt.corpus.order import Integers
 from plaingpt.corpus.token_files import Ids, TokenFile, open_files
+from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError
 from plaingpt.machines.device import to_device
 from plaingpt.machines.processes import Process
-
-
-class Encoder(Protocol):
-    """All that a window asks of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
@@ -30,7 +25,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
     anybody's DataLoader. `source` is a token file, a glob of some, ids, or, with a tokenizer, text."""
 
     def __init__(self, source: TokenFile | str | Path | Sequence[int] | Ids, block_size: int,
-                 tokenizer: Encoder | None = None) -> None:
+                 tokenizer: Tokenizer | None = None) -> None:
         if isinstance(source, str) and tokenizer is not None:
             source = tokenizer.encode(source)
         if isinstance(source, str | Path):
@@ -57,8 +52,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 def read_batch(tokens: TokenFile, starts: Integers, block_size: int, batch_size: int,
                vocab_size: int) -> tuple[Tensor, Tensor]:
-    """x and y (batch_size, T): the windows at `starts`. Rows for which there is no start have targets -1, which do not
-    count."""
+    """Return x and y (batch_size, T), the windows at `starts`. Rows for which there is no start have targets -1, which
+    do not count."""
     xy = np.full((batch_size, block_size + 1), -1, dtype=np.int64)
     for row, start in enumerate(starts.tolist()):
         ids = tokens.read(start, block_size + 1)
@@ -83,8 +78,8 @@ class Part(NamedTuple):
 
 def parts_of(corpus: TokenFile, starts: Integers, batch_size: int, config: GPTConfig,
              process: Process) -> Iterator[Part]:
-    """This process's micro-batches of the windows of one step. Every process gets the same number of them, of the same
-    shape; where windows are missing, targets are -1."""
+    """Yield this process's micro-batches of the windows of one step. Every process gets the same number of them, of the
+    same shape; where windows are missing, targets are -1."""
     rounds = math.ceil(len(starts) / (batch_size * process.world_size))
     for number in range(process.rank, rounds * process.world_size, process.world_size):
         mine = starts[number * batch_size:(number + 1) * batch_size]

@@ -21,8 +21,6 @@ KINDS = ('.txt', '.jsonl', '.parquet')
 PACKED = ('.gz', '.xz', '.bz2')
 PIECE = 1 << 21  # bytes of text that a process reads and tokenises at a time, or little more
 LARGEST = 1 << 25  # bytes of a row group that a process reads at once
-TINY_SHAKESPEARE = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-TINY_SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 class Piece(NamedTuple):
@@ -41,8 +39,9 @@ class Piece(NamedTuple):
 
 
 def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
-    """The files that `path` names, in a fixed order: one file, the .txt, .jsonl and .parquet files of a folder (packed
-    or not), a glob, or a URL that fsspec opens. What http has is fetched into `folder` first: it is read twice."""
+    """Return the files that `path` names, in a fixed order: one file, the .txt, .jsonl and .parquet files of a folder
+    (packed or not), a glob, or a URL that fsspec opens. What http has is fetched into `folder` first: it is read
+    twice."""
     import fsspec
 
     if path.startswith(('http://', 'https://')):
@@ -51,10 +50,8 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
     try:
         files, root = fsspec.url_to_fs(path)
         is_folder = files.isdir(root)
-        if is_folder:
-            found = [name for name in files.find(root) if kind_of(name) in KINDS]
-        else:
-            found = [root] if files.exists(root) else [name for name in files.glob(root) if not files.isdir(name)]
+        names = files.find(root) or [name for name in files.glob(root) if not files.isdir(name)]
+        found = [name for name in names if kind_of(name) in KINDS or not is_folder]
     except ImportError as error:
         raise missing_package(error) from None
     except (OSError, ValueError) as error:  # a protocol that is unknown; no permission
@@ -65,14 +62,10 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
     return sorted(files.unstrip_protocol(name) if '://' in path else name for name in found)
 
 
-def is_packed(name: str) -> bool:
-    return name.endswith(PACKED)
-
-
 def kind_of(name: str) -> str:
-    """The suffix that says how a file is to be read, without that of the compression, which fsspec sees to."""
+    """Return the suffix that says how a file is to be read, without that of the compression, which fsspec sees to."""
     path = PurePosixPath(name)
-    return PurePosixPath(path.stem if is_packed(name) else path).suffix.lower()
+    return PurePosixPath(path.stem if name.endswith(PACKED) else path).suffix.lower()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -81,7 +74,7 @@ def kind_of(name: str) -> str:
 
 @contextmanager
 def opened(name: str) -> Iterator[BinaryIO]:
-    """The bytes of a file anywhere, unpacked."""
+    """Open the bytes of a file anywhere, unpacked."""
     import fsspec
 
     try:
@@ -92,19 +85,20 @@ def opened(name: str) -> Iterator[BinaryIO]:
 
 
 def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:
-    """All documents of a file, in pieces, in order."""
+    """Yield all documents of a file, in pieces, in order."""
     with opened(name) as file:
-        if kind_of(name) == '.jsonl':
-            yield from find_lines(name, column, file)
-        elif kind_of(name) == '.parquet':
-            yield from find_row_groups(name, column, file)
-        else:
-            yield Piece(name, column, 0, 1, 1, is_apart=False)
+        match kind_of(name):
+            case '.jsonl':
+                yield from find_lines(name, column, file)
+            case '.parquet':
+                yield from find_row_groups(name, column, file)
+            case _:
+                yield Piece(name, column, 0, 1, 1, is_apart=False)
 
 
 def find_lines(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
-    """Pieces of a .jsonl file that begin and end with a line. Blank lines are no documents."""
-    is_apart, start, stop, n_documents = not is_packed(name), 0, 0, 0
+    """Yield pieces of a .jsonl file that begin and end with a line. Blank lines are no documents."""
+    is_apart, start, stop, n_documents = not name.endswith(PACKED), 0, 0, 0
     for line in file:
         stop += len(line)
         n_documents += not line.isspace()
@@ -116,32 +110,33 @@ def find_lines(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
 
 
 def find_row_groups(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
-    """Pieces of a .parquet file: whole row groups, since none can be read from its middle."""
+    """Yield pieces of a .parquet file: whole row groups, since none can be read from its middle."""
     groups = open_parquet(name, column, file).metadata
     start = n_documents = size = 0
     for stop in range(1, groups.num_row_groups + 1):
         n_documents += groups.row_group(stop - 1).num_rows
         size += groups.row_group(stop - 1).total_byte_size
         if size >= PIECE or stop == groups.num_row_groups:
-            yield Piece(name, column, start, stop, n_documents, size <= LARGEST and not is_packed(name))
+            yield Piece(name, column, start, stop, n_documents, size <= LARGEST and not name.endswith(PACKED))
             start, n_documents, size = stop, 0, 0
 
 
 def read_documents(pieces: Iterable[Piece]) -> Iterator[str]:
-    """The documents of all pieces in order: the lines of a .jsonl file, the rows of a .parquet file, and any other file
-    as a whole. Raises UserError that names the file, and the line or byte that is wrong."""
+    """Yield the documents of all pieces in order: the lines of a .jsonl file, the rows of a .parquet file, and any
+    other file as a whole. Raises UserError that names the file, and the line or byte that is wrong."""
     for piece in pieces:
         with opened(piece.name) as file:
-            if kind_of(piece.name) == '.jsonl':
-                yield from read_lines(piece, file)
-            elif kind_of(piece.name) == '.parquet':
-                yield from read_row_groups(piece, file)
-            else:
-                yield decode(piece.name, file.read(), 0)
+            match kind_of(piece.name):
+                case '.jsonl':
+                    yield from read_lines(piece, file)
+                case '.parquet':
+                    yield from read_row_groups(piece, file)
+                case _:
+                    yield decode(piece.name, file.read(), 0)
 
 
 def decode(name: str, text: bytes, offset: int) -> str:
-    """UTF-8 -> str. `offset` is where `text` starts in its file."""
+    """Return UTF-8 as str. `offset` is where `text` starts in its file."""
     try:
         return text.decode('utf-8')
     except UnicodeDecodeError as error:
@@ -150,7 +145,7 @@ def decode(name: str, text: bytes, offset: int) -> str:
 
 
 def read_lines(piece: Piece, file: BinaryIO) -> Iterator[str]:
-    """The field `column` of every line that is not blank."""
+    """Yield the field `column` of every line that is not blank."""
     name, column, offset, stop = piece[:4]
     file.seek(offset)
     for line in file:
@@ -169,7 +164,7 @@ def read_lines(piece: Piece, file: BinaryIO) -> Iterator[str]:
 
 
 def replace_surrogates(text: str) -> str:
-    """Half a surrogate pair, which JSON may have and UTF-8 has not, becomes U+FFFD, as tiktoken does it."""
+    """Replace half a surrogate pair, which JSON may have and UTF-8 has not, by U+FFFD, as tiktoken does it."""
     try:
         text.encode('utf-8')
     except UnicodeEncodeError:
@@ -178,14 +173,14 @@ def replace_surrogates(text: str) -> str:
 
 
 def line_number(file: BinaryIO, offset: int) -> int:
-    """Of the line that starts at byte `offset`, counted from 1."""
+    """Return the number, from 1, of the line that starts at byte `offset`."""
     file.seek(0)
     ends = itertools.accumulate(map(len, file))
     return 1 + sum(1 for _ in itertools.takewhile(lambda end: end <= offset, ends))
 
 
 def open_parquet(name: str, column: str, file: BinaryIO) -> Any:
-    """The file as pyarrow has it, with text in that column."""
+    """Open the file as pyarrow has it, with text in that column."""
     import pyarrow.parquet
 
     try:
@@ -208,14 +203,3 @@ def read_row_groups(piece: Piece, file: BinaryIO) -> Iterator[str]:
 def missing_column(where: str, column: str, there_are: list[str]) -> UserError:
     return UserError(f"{where} has no text in a column '{column}'; its columns: {', '.join(there_are) or 'none'}\n"
                      'name the one to read with --column=', DATA)
-
-
-# ------------------------------------------------------------------------------------------------
-# Downloading
-
-
-def read_tiny_shakespeare(path: str, folder: Path) -> str:
-    """The text at `path`, or, where that is '', the download in `folder`/input.txt."""
-    if not path:
-        path = str(download(TINY_SHAKESPEARE, folder / 'input.txt', TINY_SHAKESPEARE_SHA256))
-    return next(read_documents(find_pieces(find_files(path, folder)[0])))

@@ -15,8 +15,8 @@ TIMEOUT = 30  # seconds that a download may stand still
 
 
 def download(url: str, path: Path, sha256: str = '', option: str = '--input') -> Path:
-    """`path`, fetched from `url` unless it is there with that sha256. It never appears with wrong or missing bytes. The
-    `option` takes a file that was got in another way."""
+    """Return `path`, fetched from `url` unless it is there with that sha256. It never appears with wrong or missing
+    bytes. The `option` takes a file that was got in another way."""
     if sha256 and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
     try:
@@ -37,8 +37,8 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
 
 
 def find_hub_files(dataset: str, config: str, revision: str, split: str = 'train') -> list[str]:
-    """Where the files of one split of a dataset are: on the Hugging Face hub, or in a folder. Nothing in the dataset is
-    executed."""
+    """Return where the files of one split of a dataset are: on the Hugging Face hub, or in a folder. Nothing in the
+    dataset is executed."""
     from datasets import load_dataset_builder
 
     with explained_hub(dataset):
@@ -47,7 +47,8 @@ def find_hub_files(dataset: str, config: str, revision: str, split: str = 'train
 
 
 def fetch_hub_files(files: list[str]) -> list[str]:
-    """These files on this machine, in Hugging Face's cache, which goes on with a download that was interrupted."""
+    """Fetch these files to this machine, in Hugging Face's cache, which goes on with a download that was
+    interrupted."""
     from datasets import DownloadConfig, DownloadManager
 
     with explained_hub(files[0]):

@@ -6,11 +6,11 @@ them and what they looked like when they were made.
 """
 import glob
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from plaingpt import files
 from plaingpt.corpus.order import Order
 from plaingpt.corpus.token_files import VOCABULARIES, TokenFile, ends_of, open_files
 from plaingpt.corpus.tokenizer import Tokenizer
@@ -37,13 +37,13 @@ class Data:
 
 
 def data_folder(dataset: str) -> Path:
-    """Where a corpus is: data/<dataset> beside the stages, or any other folder or glob of token files."""
+    """Return where a corpus is: data/<dataset> beside the stages, or any other folder or glob of token files."""
     return DATA_ROOT / dataset if glob.glob(str(DATA_ROOT / dataset)) or not glob.glob(dataset) else Path(dataset)
 
 
 def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
-    """What tells these tokens from others, without reading all of them: how many, the ends of each file, and the hashes
-    of whole files that their maker left in `meta`."""
+    """Return what tells these tokens from others, without reading all of them: how many, the ends of each file, and the
+    hashes of whole files that their maker left in `meta`."""
     marks = [ends_of(file.path) | {'sha256': meta['splits'].get(file.path.stem, {}).get('sha256', '')}
              for file in tokens.files]
     if len(marks) > 1:
@@ -53,12 +53,13 @@ def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_for(split: str, name: str) -> bool:
-    """Files with `val` in their name validate; all others are for training."""
+    """Return whether a file of that name is for `split`: those with `val` in it validate, all others are for
+    training."""
     return ('val' in name) == (split == 'val')
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """The token files of a split, in the order of their names. `folder` may be a glob, too."""
+    """Return the token files of a split, in the order of their names. `folder` may be a glob, too."""
     if (folder / 'train.bin').exists():
         return [path for path in (folder / f'{split}.bin',) if path.exists()]
     found = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(str(folder), recursive=True))
@@ -67,10 +68,11 @@ def files_of(folder: Path, split: str) -> list[Path]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What a corpus's maker wrote into meta.json. Other projects' corpora have none: they hold GPT-2's tokens, unless
-    their files say otherwise."""
-    paths, path = files_of(folder, 'train'), (folder if folder.is_dir() else folder.parent) / 'meta.json'
-    meta = load_json(path)
+    """Return what a corpus's maker wrote into meta.json. Other projects' corpora have none: they hold GPT-2's tokens,
+    unless their files say otherwise."""
+    path = (folder if folder.is_dir() else folder.parent) / 'meta.json'
+    meta = files.read_json(path)
+    paths = files_of(folder, 'train')
     if isinstance(meta, dict) and meta.get('unfinished'):
         raise UserError(f'{folder} is not complete: a preparation was interrupted, or is at work\n'
                         f'go on with: {meta.get("created_by") or how_to_prepare(folder)}', DATA)
@@ -92,17 +94,9 @@ def is_prepared(folder: Path) -> bool:
     return any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
 
 
-def load_json(path: Path) -> object:
-    """What a file holds, or None."""
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return None
-
-
 def is_meta(meta: object) -> TypeGuard[dict[str, Any]]:
-    """Whether it has all that is read of a meta.json, in the right types. `splits` has an entry for each file, by its
-    name without suffix."""
+    """Return whether it has all that is read of a meta.json, in the right types. `splits` has an entry for each file,
+    by its name without suffix."""
     match meta:
         case {'tokenizer': {'name': str()}, 'vocab_size': int(), 'dtype': 'uint16' | 'uint32', 'splits': dict(splits)}:
             return all(isinstance(made, dict) and isinstance(made.get('tokens'), int)
@@ -112,7 +106,7 @@ def is_meta(meta: object) -> TypeGuard[dict[str, Any]]:
 
 
 def how_to_prepare(folder: Path) -> str:
-    """The command that makes this corpus."""
+    """Return the command that makes this corpus."""
     name = folder.parent.name if folder.suffix in SUFFIXES else folder.name
     if (DATA_ROOT / name / 'prepare.py').exists():
         return f'{python()} data/{name}/prepare.py'
@@ -120,15 +114,17 @@ def how_to_prepare(folder: Path) -> str:
 
 
 def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> TokenFile:
-    """The tokens of 'train' or 'val', checked: they are what their maker wrote, enough for one window, and known to a
-    model of vocab_size tokens. Raises UserError that names the file and the sizes."""
+    """Open the tokens of 'train' or 'val', checked: they are what their maker wrote, enough for one window, and known
+    to a model of vocab_size tokens. Raises UserError that names the file and the sizes."""
     meta, paths = read_meta(folder), files_of(folder, split)
     listed = {name for name in meta['splits'] if is_for(split, name)}
     missing = listed - {path.stem for path in paths} if folder.is_dir() else set()
+    if not paths and not folder.is_dir():
+        raise UserError(f'{folder} has no file to {split}: val in a name decides\nfirst run: {how_to_prepare(folder)}',
+                        DATA)
     if missing or not paths:
-        lost = folder / f'{min(missing)}.bin' if missing else folder / f'{split}.bin' if folder.is_dir() else folder
-        what = 'is not there' if missing or folder.is_dir() else f'has no file to {split}: val in a name decides'
-        raise UserError(f'{lost} {what}\nfirst run: {how_to_prepare(folder)}', DATA)
+        raise UserError(f'{folder / min(missing, default=split)}.bin is not there\nfirst run: {how_to_prepare(folder)}',
+                        DATA)
     tokens = open_files(paths, (folder if folder.is_dir() else folder.parent) / split, meta['dtype'])
     for file in tokens.files:
         if meta['splits'] and file.path.stem not in meta['splits']:

@@ -11,14 +11,14 @@ Integers = npt.NDArray[np.int64]
 
 
 def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Each 64-bit number -> one that looks unrelated to it (splitmix64, Steele et al. 2014)."""
+    """Turn each 64-bit number into one that looks unrelated to it (splitmix64, Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def draw(*key: int) -> int:
-    """A 63-bit number that depends on nothing but the key."""
+    """Return a 63-bit number that depends on nothing but the key."""
     state = np.zeros(1, dtype=np.uint64)
     for number in key:
         state = mix(state + np.uint64(number % 2**64) + np.uint64(0x9E3779B97F4A7C15))
@@ -26,9 +26,9 @@ def draw(*key: int) -> int:
 
 
 def shuffle(index: Integers, n: int, key: int) -> Integers:
-    """Where a random order of 0 .. n - 1 puts each index: a keyed permutation that is computed, not stored. Six rounds
-    of a Feistel network permute the next power of four; what falls outside 0 .. n - 1 is permuted again (Black and
-    Rogaway 2002)."""
+    """Return where a random order of 0 .. n - 1 puts each index: a keyed permutation that is computed, not stored. Six
+    rounds of a Feistel network permute the next power of four; what falls outside 0 .. n - 1 is permuted again (Black
+    and Rogaway 2002)."""
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of each of the two halves
     mask = np.uint64((1 << int(half)) - 1)
     x, outside = index.astype(np.uint64), np.ones(len(index), dtype=bool)
@@ -53,11 +53,11 @@ class Order:
 
     @property
     def epoch(self) -> int:
-        """Windows in an epoch."""
+        """Return how many windows an epoch has."""
         return max(1, self.n_tokens // self.block_size - 1)
 
     def starts(self, first: int, count: int) -> Integers:
-        """Where windows number first .. first + count - 1 of the sequence start in the corpus."""
+        """Return where windows number first .. first + count - 1 of the sequence start in the corpus."""
         numbers = np.arange(first, first + count)
         starts = np.empty(count, dtype=np.int64)
         for epoch in np.unique(numbers // self.epoch).tolist():
@@ -70,7 +70,7 @@ class Order:
 
 
 def fixed_starts(n_tokens: int, block_size: int, count: int) -> Integers:
-    """Where the same `count` windows, or all where there are fewer, start each time: evenly spread over a split, to
-    evaluate on."""
+    """Return where the same `count` windows, or all where there are fewer, start each time: evenly spread over a split,
+    to evaluate on."""
     total = (n_tokens - 1) // block_size
     return np.arange(min(count, total)) * total // min(count, total) * block_size

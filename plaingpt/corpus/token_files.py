@@ -9,9 +9,10 @@ Several files are read as one sequence, in the order of their names. All numbers
 that says otherwise. Nothing is mapped into memory, and nothing that a file holds is executed.
 """
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -26,108 +27,72 @@ NPY = b'\x93NUMPY'
 SMALL_WORD = 3  # what the upper half of a 32-bit id holds at most, up to a vocabulary of 2**18
 
 
-class Family(NamedTuple):
-    """What a magic number says."""
-
-    version: int
-    dtype: str
-    tokenizer: str
-
-
-FAMILIES = {
-    20240520: Family(1, 'uint16', 'gpt2'),  # llm.c, modded-nanogpt
-    20240801: Family(7, 'uint32', 'llama3'),  # llm.c
-    20250211: Family(1, 'uint16', 'gpt2'),  # DDP-BASEMODEL-TRAIN
+FAMILIES = {  # by the magic number at their beginning: version, type of a token, tokenizer
+    20240520: (1, 'uint16', 'gpt2'),  # llm.c, modded-nanogpt
+    20240801: (7, 'uint32', 'llama3'),  # llm.c
+    20250211: (1, 'uint16', 'gpt2'),  # DDP-BASEMODEL-TRAIN
 }
 NOT_TOKENS = {20240522: 'an evaluation set', 20240326: 'a model', 20240327: 'a debug state', 20240328: 'a tokenizer',
               20250214: 'a tokenizer', 20240527: 'an optimizer state'}  # llm.c's other files
 VOCABULARIES = {'gpt2': 50257, 'llama3': 128256}  # ids
 
 
-class Layout(NamedTuple):
-    """Where the tokens of a file stand, and whose they are, as far as the file says."""
-
-    dtype: np.dtype[Any]
-    offset: int  # bytes before the first token
-    n_tokens: int
-    tokenizer: str
-
-
-def find_layout(path: Path, dtype: str) -> Layout:
-    """`dtype` is what bare integers are; '' finds it out. Raises UserError where the file is of no family, or its size
-    is not what its header says."""
-    try:
-        size = path.stat().st_size
-        with open(path, 'rb') as file:
-            head = file.read(12)
-    except OSError as error:
-        raise UserError(f'{path}: {error.strerror}', DATA) from None
+def find_layout(file: BinaryIO, path: Path, dtype: str) -> tuple[np.dtype[Any], int, int, str]:
+    """Return what a file says of its tokens: their type, the bytes before the first of them, how many they are, and
+    whose, as far as it says so. `dtype` is what bare integers are; '' finds it out. Raise UserError if the file is of
+    no family."""
+    head = file.read(12)
     magic, version, count = (int.from_bytes(head[i:i + 4], 'little') for i in (0, 4, 8))
     if head.startswith(NPY):
-        return npy_layout(path, size)
+        return npy_layout(file, path)
     if magic in NOT_TOKENS and version < 256:
         raise UserError(f"{path} is {NOT_TOKENS[magic]} in llm.c's format, and holds no tokens to train on", DATA)
     if magic in FAMILIES:
-        family = FAMILIES[magic]
-        if version != family.version:
-            raise UserError(f'{path}: its header says {magic}, version {version}; known is version {family.version}\n'
+        known, name, tokenizer = FAMILIES[magic]
+        if version != known:
+            raise UserError(f'{path}: its header says {magic}, version {version}; known is version {known}\n'
                             'it is damaged or of another format: prepare the corpus again', DATA)
-        return checked(path, size, Layout(np.dtype(family.dtype), HEADER, count, family.tokenizer))
+        return np.dtype(name), HEADER, count, tokenizer
+    size = file.seek(0, os.SEEK_END)
     kind = np.dtype(dtype or ('uint32' if is_uint32(path, size) else 'uint16')).newbyteorder('<')
-    if size == 0 or size % kind.itemsize:
-        raise UserError(f'{path} has {size} bytes, which is not a whole number of {kind.name} tokens\n'
-                        'it is damaged or of another format: prepare the corpus again', DATA)
-    return Layout(kind, 0, size // kind.itemsize, 'gpt2')
+    return kind, 0, size // kind.itemsize, 'gpt2'
 
 
 def make_header(dtype: np.dtype[Any], n_tokens: int) -> bytes:
-    """llm.c's, for tokens of 16 or 32 bits."""
+    """Return llm.c's header, for tokens of 16 or 32 bits."""
     magic = 20240520 if dtype.itemsize == 2 else 20240801
-    return np.array([magic, FAMILIES[magic].version, n_tokens], dtype='<u4').tobytes().ljust(HEADER, b'\0')
+    return np.array([magic, FAMILIES[magic][0], n_tokens], dtype='<u4').tobytes().ljust(HEADER, b'\0')
 
 
-def checked(path: Path, size: int, layout: Layout) -> Layout:
-    """The same, if the file has the size that its header says."""
-    expected = layout.offset + layout.n_tokens * layout.dtype.itemsize
-    if size != expected or layout.n_tokens == 0:
-        raise UserError(f'{path} has {size} bytes, and its header says {layout.n_tokens} {layout.dtype.name} tokens, '
-                        f'which are {expected}\nit is damaged: prepare the corpus again, or fetch the file again', DATA)
-    return layout
-
-
-def npy_layout(path: Path, size: int) -> Layout:
-    """Of an array that numpy saved. Negative numbers are read as unsigned ones, too large for any vocabulary."""
+def npy_layout(file: BinaryIO, path: Path) -> tuple[np.dtype[Any], int, int, str]:
+    """Return the layout of an array that numpy saved. Negative numbers are read as unsigned ones, too large for any
+    vocabulary."""
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with open(path, 'rb') as file:
-        try:
-            shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
-        except (ValueError, KeyError):
-            raise UserError(f'{path} begins as an .npy file, and its header cannot be read\n'
-                            'it is damaged: prepare the corpus again', DATA) from None
-        offset = file.tell()
+    file.seek(0)
+    try:
+        shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
+    except (ValueError, KeyError):
+        raise UserError(f'{path} begins as an .npy file, and its header cannot be read\n'
+                        'it is damaged: prepare the corpus again', DATA) from None
     if dtype.kind not in 'iu' or len(shape) != 1:
         raise UserError(f'{path} is an array of {dtype.name}, shape {shape}: tokens are whole numbers, one after the '
                         'other', DATA)
-    return checked(path, size, Layout(np.dtype(f'{dtype.byteorder}u{dtype.itemsize}'), offset, shape[0], 'gpt2'))
+    return np.dtype(f'{dtype.byteorder}u{dtype.itemsize}'), file.tell(), shape[0], 'gpt2'
 
 
 def is_uint32(path: Path, size: int) -> bool:
-    """Whether bare integers have 32 bits: then every second 16-bit word is the upper half of an id, and next to zero.
-    Text in 16 bits has no such pattern."""
+    """Return whether bare integers have 32 bits: then every second 16-bit word is the upper half of an id, and next to
+    zero. Text in 16 bits has no such pattern."""
     if size % 4:
         return False
-    with open(path, 'rb') as file:
-        parts = []
-        for place in range(16):
-            file.seek(size * place // 16 // 4 * 4)
-            parts.append(file.read(END))
-    words = np.frombuffer(b''.join(parts), dtype='<u2')
+    places = [size * number // 16 // 4 * 4 for number in range(16)]
+    words = np.concatenate([np.fromfile(path, '<u2', END // 2, offset=place) for place in places])
     lower, upper = words[::2] <= SMALL_WORD, words[1::2] <= SMALL_WORD
-    return len(words) > 0 and float(upper.mean()) > 0.99 and float(lower.mean()) < 0.5
+    return size > 0 and float(upper.mean()) > 0.99 and float(lower.mean()) < 0.5
 
 
 def ends_of(path: Path) -> dict[str, str]:
-    """sha256 of the first and of the last 4096 bytes: what notices most damage without reading a whole file."""
+    """Return the sha256 of the first and of the last 4096 bytes, which notice most damage to a file."""
     with open(path, 'rb') as file:
         head = file.read(END)
         file.seek(max(0, path.stat().st_size - END))
@@ -139,8 +104,20 @@ class TokenFile:
     the file shrinks, and nothing that a copy in another process would share."""
 
     def __init__(self, path: str | Path, dtype: str = '') -> None:
+        """Raise UserError if the file is of no family, or its size is not what its header says."""
         self.path = Path(path)
-        self.dtype, self.offset, self.n_tokens, self.tokenizer = find_layout(self.path, dtype)
+        try:
+            with open(self.path, 'rb') as file:
+                self.dtype, self.offset, self.n_tokens, self.tokenizer = find_layout(file, self.path, dtype)
+            size = self.path.stat().st_size
+        except OSError as error:
+            raise UserError(f'{self.path}: {error.strerror}', DATA) from None
+        expected = self.offset + self.n_tokens * self.dtype.itemsize
+        if size != expected or self.n_tokens == 0:
+            what = (f'and its header says {self.n_tokens} {self.dtype.name} tokens, which are {expected}'
+                    if self.offset else f'which is not a whole number of {self.dtype.name} tokens')
+            raise UserError(f'{self.path} has {size} bytes, {what}\n'
+                            'it is damaged or of another format: prepare the corpus, or fetch the file, again', DATA)
 
     def __len__(self) -> int:
         return self.n_tokens
@@ -150,7 +127,7 @@ class TokenFile:
         return [self]
 
     def read(self, start: int, count: int) -> Ids:
-        """Tokens start .. start + count - 1. Raises UserError where the file no longer holds them."""
+        """Return tokens start .. start + count - 1. Raises UserError where the file no longer holds them."""
         try:
             ids = np.fromfile(self.path, self.dtype, count, offset=self.offset + start * self.dtype.itemsize)
         except OSError as error:
@@ -161,7 +138,7 @@ class TokenFile:
         return ids
 
     def name_of(self, start: int) -> Path:
-        """The file that holds this token."""
+        """Return the file that holds this token."""
         return self.path
 
 
@@ -180,13 +157,11 @@ class Shards(TokenFile):
     def read(self, start: int, count: int) -> Ids:
         assert 0 <= start <= start + count <= self.n_tokens, f'{start} + {count} of {self.n_tokens} tokens'
         parts = []
-        while True:
-            number = self.number_of(start)
-            taken = min(count, int(self.ends[number]) - start)
-            parts.append(self.shards[number].read(start - int(self.ends[number]) + len(self.shards[number]), taken))
-            start, count = start + taken, count - taken
-            if not count:
-                return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        for number in range(self.number_of(start), self.number_of(start + max(0, count - 1)) + 1):
+            before = int(self.ends[number]) - len(self.shards[number])
+            first = max(start, before)
+            parts.append(self.shards[number].read(first - before, min(start + count, int(self.ends[number])) - first))
+        return np.concatenate(parts)
 
     def number_of(self, start: int) -> int:
         return min(int(np.searchsorted(self.ends, start, side='right')), len(self.shards) - 1)
@@ -196,6 +171,6 @@ class Shards(TokenFile):
 
 
 def open_files(paths: Sequence[Path], name: Path, dtype: str = '') -> TokenFile:
-    """Those files as one sequence, which goes by `name` where there are several."""
+    """Open those files as one sequence, which goes by `name` where there are several."""
     files = [TokenFile(path, dtype) for path in paths]
     return files[0] if len(files) == 1 else Shards(name, files)

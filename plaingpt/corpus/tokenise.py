@@ -8,7 +8,6 @@ tokenises reads its pieces of the files itself, and hands back packed tokens. Ev
 batches for each process, however long the corpus is. Files appear under their names only when both splits are complete,
 so that an interrupted run leaves what was there before.
 """
-import errno
 import hashlib
 import itertools
 import json
@@ -20,7 +19,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
@@ -33,9 +32,9 @@ import numpy.typing as npt
 
 from plaingpt import console, files
 from plaingpt.corpus.documents import PIECE, Piece, read_documents
-from plaingpt.corpus.token_files import END
+from plaingpt.corpus.token_files import ends_of
 from plaingpt.corpus.tokenizer import Tokenizer, build, from_state
-from plaingpt.errors import COMMAND, DATA, DISK_FULL, OUT_OF_MEMORY, UserError
+from plaingpt.errors import COMMAND, DATA, DISK_FULL, OUT_OF_MEMORY, UserError, is_disk_full
 
 Part = Piece | list[str]  # of a corpus: where some documents stand, or what they say
 Numbers = npt.NDArray[np.int64]  # of documents
@@ -50,14 +49,14 @@ SMALL = 4  # batches that one process has done before others would have started
 
 
 def choose_validation(n_documents: int, fraction: float, seed: int) -> Numbers:
-    """The numbers of the validation documents, as Hugging Face's train_test_split(test_size=fraction, seed=seed) lists
-    them. While it draws, it needs 8 bytes for each document of the corpus."""
+    """Draw the numbers of the validation documents, as Hugging Face's train_test_split(test_size=fraction, seed=seed)
+    lists them. While it draws, it needs 8 bytes for each document of the corpus."""
     check_fraction(fraction)
     return np.random.default_rng(seed).permutation(n_documents)[:math.ceil(fraction * n_documents)].copy()
 
 
 def split_text(text: str, fraction: float) -> tuple[list[Part], Numbers]:
-    """One document by position, as a corpus of two: the last part of its characters is for validation."""
+    """Split one document by position, as a corpus of two: the last part of its characters is for validation."""
     check_fraction(fraction)
     cut = int(len(text) * (1 - fraction))
     return [[text[:cut], text[cut:]]], np.array([1])
@@ -78,8 +77,8 @@ def read_texts(parts: Iterable[Part]) -> Iterator[str]:
 
 
 def build_tokenizer(spec: str, parts: Sequence[Part], validation: Numbers, eot: bool) -> Tokenizer:
-    """The tokenizer that `spec` names, for these documents. Every character must be known, wherever it stands; a BPE
-    learns its merges from the training documents alone."""
+    """Return the tokenizer that `spec` names, for these documents. Every character must be known, wherever it stands; a
+    BPE learns its merges from the training documents alone."""
     left_out = set() if spec == 'char' else set(validation.tolist())
     return build(spec, lambda: (text for i, text in enumerate(read_texts(parts)) if i not in left_out), eot)
 
@@ -93,23 +92,23 @@ class Batch(NamedTuple):
 
     part: Part
     first: int  # the number of its first document in the corpus
-    n_documents: int
-    validation: list[int]  # the numbers of those that are for validation, in order
+    validation: list[int]  # the numbers of those that are for validation
 
 
 def make_batches(parts: Iterable[Part], validation: Numbers) -> Iterator[Batch]:
-    """All documents in order. What stands apart is left to other processes to read."""
-    in_order, first = np.sort(validation), 0
+    """Yield all documents in order. What stands apart is left to other processes to read."""
+    in_order = np.sort(validation)
+    first = 0
     for is_apart, some in itertools.groupby(parts, lambda part: isinstance(part, Piece) and part.is_apart):
         for part in some if is_apart else group(read_texts(some), PIECE):
-            n_documents = count_documents([part])
-            start, stop = np.searchsorted(in_order, [first, first + n_documents])
-            yield Batch(part, first, n_documents, in_order[start:stop].tolist())
-            first += n_documents
+            end = first + count_documents([part])
+            start, stop = np.searchsorted(in_order, [first, end])
+            yield Batch(part, first, in_order[start:stop].tolist())
+            first = end
 
 
 def group(texts: Iterable[str], n_characters: int) -> Iterator[list[str]]:
-    """So many characters at a time, or little more."""
+    """Yield so many characters at a time, or little more."""
     waiting: list[str] = []
     size = 0
     for text in texts:
@@ -135,8 +134,9 @@ class Packed(NamedTuple):
 class Done(NamedTuple):
     """What came of a batch."""
 
+    first: int  # the number of its first document in the corpus
     train: Packed
-    val: list[Packed]  # each document apart, since val.bin may have them in another order
+    val: dict[int, Packed]  # each document apart, by its number, since val.bin may have them in another order
 
 
 class Packer:
@@ -148,14 +148,13 @@ class Packer:
         self.dtype = np.dtype('<u2' if tokenizer.n_vocab <= 1 << 16 else '<u4')  # nanoGPT's, where it holds all ids
         self.end = np.array([] if eot is None else [eot], dtype=np.uint32)
 
-    def with_eot(self, ids: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
-        return (self.end, ids) if self.eot_first else (ids, self.end)
-
     def pack(self, texts: Iterable[str]) -> Packed:
-        """A little at a time, so that memory never holds all of the texts."""
+        """Tokenise a little at a time, so that memory never holds all of the texts."""
         tokens, largest_id, n_documents, n_bytes = bytearray(), 0, 0, 0
         for some in group((text for text in texts if text or self.keep_empty), CHUNK):
-            ids = np.concatenate([part for ids in self.tokenizer.encode_batch(some) for part in self.with_eot(ids)])
+            encoded = self.tokenizer.encode_batch(some)
+            pairs = ((self.end, ids) if self.eot_first else (ids, self.end) for ids in encoded)
+            ids = np.concatenate(list(itertools.chain.from_iterable(pairs)))
             tokens += ids.astype(self.dtype).data
             largest_id = max(largest_id, int(ids.max(initial=0)))
             n_documents += len(some)
@@ -163,32 +162,34 @@ class Packer:
         return Packed(bytes(tokens), largest_id, n_documents, n_bytes)
 
     def __call__(self, batch: Batch) -> Done:
-        chosen, val = set(batch.validation), list[Packed]()
+        chosen = set(batch.validation)
+        val: dict[int, Packed] = {}
 
         def training_texts() -> Iterator[str]:
             for number, text in enumerate(read_texts([batch.part]), start=batch.first):
                 if number in chosen:
-                    val.append(self.pack([text]))
+                    val[number] = self.pack([text])
                 else:
                     yield text
 
-        return Done(self.pack(training_texts()), val)
+        return Done(batch.first, self.pack(training_texts()), val)
 
 
-def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[tuple[Batch, Done], None, None]:
-    """Every batch and what came of it, in order."""
+def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[Done, None, None]:
+    """Yield what came of each batch, in order. `num_proc` processes do it; 0 is one for each core."""
+    num_proc = num_proc if num_proc > 0 else os.cpu_count() or 1
     batches = iter(batches)
     first = list(itertools.islice(batches, SMALL))
     if num_proc == 1 or len(first) < SMALL:
-        yield from ((batch, packer(batch)) for batch in itertools.chain(first, batches))
+        yield from map(packer, itertools.chain(first, batches))
         return
-    waiting: deque[tuple[Batch, Future[Done]]] = deque()
+    waiting: deque[Future[Done]] = deque()
     with started_workers(packer, num_proc) as workers:
         for batch in itertools.chain(first, batches):
-            waiting.append((batch, workers.submit(pack_in_worker, batch)))
+            waiting.append(workers.submit(pack_in_worker, batch))
             if len(waiting) > 2 * num_proc:  # never more: an executor's own queue has no limit
-                yield waiting[0][0], waiting.popleft()[1].result()
-        yield from ((batch, future.result()) for batch, future in waiting)
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 WORKER: dict[str, Packer] = {}  # in a worker process: what it packs with
@@ -196,8 +197,8 @@ WORKER: dict[str, Packer] = {}  # in a worker process: what it packs with
 
 @contextmanager
 def started_workers(packer: Packer, num_proc: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that start afresh on every system (spawn), leave Ctrl-C to this one, and end when it is killed. Raises
-    UserError where one of them is killed."""
+    """Yield processes that start afresh on every system (spawn), leave Ctrl-C to this one, and end when it is killed.
+    Raise UserError if one of them is killed."""
     workers = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), set_up_worker,
                                   (packer.tokenizer.state(), packer.eot, packer.keep_empty, packer.eot_first))
     try:
@@ -214,7 +215,7 @@ def started_workers(packer: Packer, num_proc: int) -> Iterator[ProcessPoolExecut
 
 @contextmanager
 def delayed_interrupts() -> Iterator[None]:
-    """A Ctrl-C comes at the end. Processes that start here inherit that, and see none before they can ignore it."""
+    """Let a Ctrl-C come at the end. Processes that start here inherit that, and see none before they can ignore it."""
     if sys.platform == 'win32':
         yield
         return
@@ -251,107 +252,72 @@ class Writer:
     """One token file, and what meta.json will say about it."""
 
     def __init__(self, file: BufferedRandom) -> None:
-        self.file, self.sha256, self.head, self.tail = file, hashlib.sha256(), b'', b''
-        self.n_documents = self.n_bytes = self.size = self.largest_id = 0
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.size = self.largest_id = self.n_documents = self.n_bytes = 0
 
     def write(self, packed: Packed) -> None:
         self.file.write(packed.tokens)
         self.sha256.update(packed.tokens)
-        self.head += packed.tokens[:END - len(self.head)]
-        self.tail = (self.tail + packed.tokens[-END:])[-END:]
         self.size += len(packed.tokens)
+        self.largest_id = max(self.largest_id, packed.largest_id)
         self.n_documents += packed.n_documents
         self.n_bytes += packed.n_bytes
-        self.largest_id = max(self.largest_id, packed.largest_id)
 
     def finish(self, dtype: np.dtype[Any]) -> dict[str, Any]:
         """Put everything on the disk; return the numbers for meta.json."""
         files.put_on_disk(self.file)
         return {'tokens': self.size // dtype.itemsize, 'documents': self.n_documents, 'bytes': self.n_bytes,
-                'largest_id': self.largest_id, 'sha256': self.sha256.hexdigest(),
-                'head': hashlib.sha256(self.head).hexdigest(), 'tail': hashlib.sha256(self.tail).hexdigest()}
-
-
-def write_splits(writers: dict[str, Writer], results: Iterable[tuple[Batch, Done]], validation: Numbers,
-                 progress: console.Progress) -> None:
-    """The training documents in their order, the validation documents in that of `validation`: those whose turn has not
-    come wait in memory."""
-    turn, waiting = 0, dict[int, Packed]()
-    for batch, done in results:
-        progress.update(batch.first)
-        writers['train'].write(done.train)
-        waiting.update(zip(batch.validation, done.val, strict=True))
-        while turn < len(validation) and int(validation[turn]) in waiting:
-            writers['val'].write(waiting.pop(int(validation[turn])))
-            turn += 1
+                'largest_id': self.largest_id, 'sha256': self.sha256.hexdigest(), **ends_of(Path(self.file.name))}
 
 
 def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation: Numbers, source: str,
                  num_proc: int = 0) -> None:
-    """Tokenise a corpus into folder/train.bin and val.bin by `num_proc` processes (0: one for each core), and print
-    what came of it. UserError where a split is empty or the disk full."""
-    num_proc = num_proc if num_proc > 0 else os.cpu_count() or 1
-
-    def fill(writers: dict[str, Writer]) -> None:
-        with (console.Progress(count_documents(parts), 'tokenising', 'documents') as progress,
-              closing(tokenise(make_batches(parts, validation), packer, num_proc)) as results):
-            write_splits(writers, results, validation, progress)
-
-    write_files(folder, packer, source, fill)
+    """Tokenise a corpus into folder/train.bin and val.bin, by `num_proc` processes (0: one for each core), and print
+    what came of it. Raise UserError if a split is empty or the disk full."""
+    with (console.Progress(count_documents(parts), 'tokenising', 'documents') as progress,
+          closing(tokenise(make_batches(parts, validation), packer, num_proc)) as results):
+        write_files(folder, packer, source, in_turn(results, validation, progress))
 
 
-def write_files(folder: Path, packer: Packer, source: str, fill: Callable[[dict[str, Writer]], None]) -> None:
-    """What `fill` writes becomes folder/train.bin and val.bin, with their meta.json, or leaves no trace."""
+def in_turn(results: Iterable[Done], validation: Numbers, progress: console.Progress) -> Iterator[tuple[str, Packed]]:
+    """Yield the training documents in their order, and the validation documents in that of `validation`, with the name
+    of their split. Those whose turn has not come wait in memory."""
+    waiting: dict[int, Packed] = {}
+    turn = 0  # how many of the validation documents are written
+    for done in results:
+        progress.update(done.first)
+        yield 'train', done.train
+        waiting |= done.val
+        while turn < len(validation) and int(validation[turn]) in waiting:
+            yield 'val', waiting.pop(int(validation[turn]))
+            turn += 1
+
+
+def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tuple[str, Packed]]) -> None:
+    """Make folder/train.bin and val.bin of what was packed for each split, with their meta.json, or leave no trace."""
     with alone_in(folder):
         with ExitStack() as stack:
             writers = {split: Writer(stack.enter_context(files.written_whole(folder / f'{split}.bin')))
                        for split in SPLITS}
-            fill(writers)
+            for split, some in packed:
+                writers[split].write(some)
             splits = {split: writer.finish(packer.dtype) for split, writer in writers.items()}
             empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
             if empty:
                 raise UserError(f'{source} holds no text for {empty[0]}.bin', DATA)
             write_meta(folder, {'format': 1, 'unfinished': True})  # so that half of it is not taken for the whole
-        meta = {'format': 1, 'tokenizer': packer.tokenizer.reference(), 'vocab_size': packer.tokenizer.n_vocab,
-                'dtype': packer.dtype.name, 'source': source, 'created_by': shlex.join(['python', *sys.argv]),
-                'splits': splits}
-        write_meta(folder, meta)
-    report(folder, meta)
+        write_meta(folder, describe(packer, source) | {'splits': splits})
+    for split, made in splits.items():
+        print(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text each '
+              f'({made["bytes"]:,} in all; documents: {made["documents"]:,})')
+    print(f'vocabulary: {packer.tokenizer.name}, {packer.tokenizer.n_vocab:,} ids, stored as {packer.dtype.name}')
+    print(f'wrote train.bin, val.bin and meta.json to {folder}')
 
 
-@contextmanager
-def alone_in(folder: Path, remedy: str = '') -> Iterator[None]:
-    """A folder that one process at a time writes into. UserError where another does already, where the folder cannot be
-    written, and where the disk is full, with `remedy`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            yield
-    except OSError as error:
-        code = DISK_FULL if error.errno == errno.ENOSPC else DATA
-        raise UserError(f'{folder} cannot be written: {error.strerror}{remedy}', code) from error
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """A lock that ends with the process, however that ends, and leaves no file."""
-    if sys.platform == 'win32':  # has none for folders
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):  # and not a file system that locks no folders
-            os.close(handle)
-            raise UserError(f'{folder} is being written by another process\n'
-                            'wait until it has ended, then run the same command', COMMAND) from None
-    try:
-        yield
-    finally:
-        os.close(handle)
+def describe(packer: Packer, source: str) -> dict[str, Any]:
+    """Return what meta.json says about a corpus as a whole."""
+    return {'format': 1, 'tokenizer': packer.tokenizer.reference(), 'vocab_size': packer.tokenizer.n_vocab,
+            'dtype': packer.dtype.name, 'source': source, 'created_by': shlex.join(['python', *sys.argv])}
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
@@ -359,9 +325,36 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
         file.write(json.dumps(meta, indent=1).encode())
 
 
-def report(folder: Path, meta: dict[str, Any]) -> None:
-    for split, made in meta['splits'].items():
-        print(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text each '
-              f'({made["bytes"]:,} in all; documents: {made["documents"]:,})')
-    print(f'vocabulary: {meta["tokenizer"]["name"]}, {meta["vocab_size"]:,} ids, stored as {meta["dtype"]}')
-    print(f'wrote train.bin, val.bin and meta.json to {folder}')
+@contextmanager
+def alone_in(folder: Path, remedy: str = '') -> Iterator[None]:
+    """Hold a folder that one process at a time writes into. Raise UserError if another does already, and, with
+    `remedy`, if it cannot be written or the disk is full."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            yield
+    except OSError as error:
+        code = DISK_FULL if is_disk_full(error) else DATA
+        raise UserError(f'{folder} cannot be written: {error.strerror}{remedy}', code) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, however that ends, and leaves no file."""
+    if sys.platform == 'win32':  # has none for folders
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f'{folder} is being written by another process\n'
+                            'wait until it has ended, then run the same command', COMMAND) from None
+        except OSError:
+            pass  # this file system locks no folders
+        yield
+    finally:
+        os.close(handle)

@@ -8,7 +8,7 @@ import base64
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class Tokenizer(ABC):
 
     def __init__(self, name: str, pieces: list[bytes], eot: int | None) -> None:
         self.name, self.pieces, self.eot = name, pieces, eot
+        self.special = {eot}  # ids that stand for no text
 
     @property
     def n_vocab(self) -> int:
@@ -40,45 +41,45 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of ordinary text: a special token's name in it is text like any other."""
+        """Return the ids of ordinary text: a special token's name in it is text like any other."""
 
     def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
-        """The ids of each text, as `encode` gives them, in arrays."""
+        """Return the ids of each text, as `encode` gives them, in arrays."""
         return (np.array(self.encode(text), dtype=np.uint32) for text in texts)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Like `encode`, but a literal <|endoftext|> becomes `eot`, where there is one."""
+        """Return what `encode` does, but a literal <|endoftext|> becomes `eot`, where there is one."""
         if self.eot is None:
             return self.encode(text)
-        first, *others = text.split(END_OF_TEXT)
-        ids = self.encode(first)
-        for part in others:
+        ids: list[int] = []
+        for part in text.split(END_OF_TEXT):
             ids += [self.eot, *self.encode(part)]
-        return ids
+        return ids[1:]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes of `ids`; a few ids may well end in the middle of a character."""
+        """Return the UTF-8 bytes of `ids`; a few ids may well end in the middle of a character."""
         return b''.join(self.pieces[i] for i in ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
     def token_sizes(self) -> list[int]:
-        """UTF-8 bytes of text that each id stands for, 0 for the end of a document: what bits per byte divide by."""
-        return [0 if i == self.eot else len(piece) for i, piece in enumerate(self.pieces)]
+        """Return the UTF-8 bytes of text that each id stands for, 0 for the end of a document: what bits per byte
+        divide by."""
+        return [0 if i in self.special else len(piece) for i, piece in enumerate(self.pieces)]
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """All that `from_state` needs, in plain Python values."""
+        """Return all that `from_state` needs, in plain Python values."""
 
     def reference(self) -> dict[str, Any]:
-        """What meta.json keeps, in values that JSON has."""
+        """Return what meta.json keeps, in values that JSON has."""
         return self.state()
 
     @abstractmethod
     def to_huggingface(self) -> 'tokenizers.Tokenizer':
-        """The same vocabulary in the form that Hugging Face's libraries load. As in `encode_prompt`, the name of a
-        special token stands for its id."""
+        """Return the same vocabulary in the form that Hugging Face's libraries load. As in `encode_prompt`, the name of
+        a special token stands for its id."""
 
 
 class Characters(Tokenizer):
@@ -103,13 +104,13 @@ class Characters(Tokenizer):
         return {'name': self.name, 'characters': self.characters, 'eot': self.eot is not None}
 
     def to_huggingface(self) -> 'tokenizers.Tokenizer':
-        """An unknown character is an error there, too: it has no id."""
-        from tokenizers import Regex, decoders, models, pre_tokenizers
-        from tokenizers import Tokenizer as Library
+        """Return a vocabulary in which an unknown character is an error, too: it has no id."""
+        import tokenizers
 
-        library = Library(models.WordLevel(self.id_of, unk_token=END_OF_TEXT * 2))  # which no character is
-        library.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
-        library.decoder = decoders.Fuse()
+        # its name for what is unknown is one that no character has
+        library = tokenizers.Tokenizer(tokenizers.models.WordLevel(self.id_of, unk_token=END_OF_TEXT * 2))
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'[\s\S]'), 'isolated')
+        library.decoder = tokenizers.decoders.Fuse()
         library.add_special_tokens([END_OF_TEXT] if self.eot is not None else [])
         return library
 
@@ -118,7 +119,8 @@ class Bytes(Tokenizer):
     """The 256 bytes of UTF-8: any text, nothing to train, long sequences."""
 
     def __init__(self, eot: bool) -> None:
-        super().__init__('byte', [bytes([i]) for i in range(256)] + [END_OF_TEXT.encode()] * eot, 256 if eot else None)
+        pieces = [bytes([i]) for i in range(256)] + [END_OF_TEXT.encode()] * eot
+        super().__init__('byte', pieces, 256 if eot else None)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode('utf-8'))
@@ -127,7 +129,7 @@ class Bytes(Tokenizer):
         return {'name': self.name, 'eot': self.eot is not None}
 
     def to_huggingface(self) -> 'tokenizers.Tokenizer':
-        """A byte-pair encoding without any pair."""
+        """Return a byte-pair encoding without any pair."""
         library = byte_level(bytes_of_printable_alphabet(), [])
         library.add_special_tokens([END_OF_TEXT] if self.eot is not None else [])
         return library
@@ -148,15 +150,15 @@ class TrainedBPE(Tokenizer):
 
     @classmethod
     def train(cls, name: str, texts: Iterable[str], n_vocab: int) -> 'TrainedBPE':
-        """At most `n_vocab` ids: a small text may hold too few pairs of neighbours for all of them."""
-        from tokenizers import Tokenizer as Library
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+        """Learn at most `n_vocab` ids: a small text may hold too few pairs of neighbours for all of them."""
+        import tokenizers
 
-        library = Library(models.BPE())
-        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        library.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
+        library = tokenizers.Tokenizer(tokenizers.models.BPE())
+        library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
         library.train_from_iterator(texts, trainer)
         library.add_special_tokens([END_OF_TEXT])
         return cls(name, library)
@@ -171,20 +173,20 @@ class TrainedBPE(Tokenizer):
         return {'name': self.name, 'json': self.library.to_str()}
 
     def to_huggingface(self) -> 'tokenizers.Tokenizer':
-        from tokenizers import Tokenizer as Library
-        return Library.from_str(self.library.to_str())
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(self.library.to_str())
 
 
 class Tiktoken(Tokenizer):
     """A published vocabulary: 'gpt2', 'cl100k_base', ... Ids that it leaves unused stand for no bytes."""
 
     def __init__(self, library: 'tiktoken.Encoding') -> None:
-        pieces = [b''] * library.n_vocab
-        for token, rank in library._mergeable_ranks.items():
-            pieces[rank] = token
-        for token_name, i in library._special_tokens.items():
-            pieces[i] = token_name.encode('utf-8')
-        super().__init__(library.name, pieces, library._special_tokens.get(END_OF_TEXT))
+        special = library._special_tokens
+        token_of = {i: token for token, i in library._mergeable_ranks.items()}
+        token_of |= {i: token.encode('utf-8') for token, i in special.items()}
+        super().__init__(library.name, [token_of.get(i, b'') for i in range(library.n_vocab)], special.get(END_OF_TEXT))
+        self.special.update(special.values())
         self.library = library
 
     def encode(self, text: str) -> list[int]:
@@ -193,12 +195,8 @@ class Tiktoken(Tokenizer):
     def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
         return (self.library.encode_to_numpy(text, disallowed_special=()) for text in texts)
 
-    def token_sizes(self) -> list[int]:
-        special = set(self.library._special_tokens.values())
-        return [0 if i in special else len(piece) for i, piece in enumerate(self.pieces)]
-
     def state(self) -> dict[str, Any]:
-        """The ranks are in the form of tiktoken's own files: a token in base 64 and its rank on every line."""
+        """Return the ranks in the form of tiktoken's own files: a token in base 64 and its rank on every line."""
         ranks = sorted(self.library._mergeable_ranks.items(), key=lambda item: item[1])
         lines = (f'{base64.b64encode(token).decode()} {rank}' for token, rank in ranks)
         return {'name': self.name, 'pattern': self.library._pat_str, 'ranks': '\n'.join(lines),
@@ -208,8 +206,8 @@ class Tiktoken(Tokenizer):
         return {'name': self.name}
 
     def to_huggingface(self) -> 'tokenizers.Tokenizer':
-        """Its pattern is written in another dialect of regular expressions: there, {1,3}+ repeats what {1,3} has
-        repeated, and $ is the end of a line."""
+        """Write the pattern in another dialect of regular expressions: there, {1,3}+ repeats what {1,3} has repeated,
+        and $ is the end of a line."""
         symbol_of = {byte: symbol for symbol, byte in bytes_of_printable_alphabet().items()}
         ranks, special = self.library._mergeable_ranks, self.library._special_tokens
         names = {token: ''.join(symbol_of[byte] for byte in token) for token in ranks}
@@ -222,20 +220,21 @@ class Tiktoken(Tokenizer):
 
 
 def model_vocab_size(n_vocab: int) -> int:
-    """The ids that a model provides for: a large vocabulary is rounded up to a multiple of 128, since matrices of round
-    sizes multiply faster (GPT-2's 50257 become 50304)."""
+    """Return how many ids a model provides for: a large vocabulary is rounded up to a multiple of 128, since matrices
+    of round sizes multiply faster (GPT-2's 50257 become 50304)."""
     return n_vocab if n_vocab < 4096 else -(-n_vocab // 128) * 128
 
 
 def bytes_of_printable_alphabet() -> dict[str, int]:
-    """GPT-2's way to write bytes: a printable one is its Latin-1 character, the n-th of the others is chr(256 + n)."""
+    """Return GPT-2's way to write bytes: a printable one is its Latin-1 character, the n-th of the others is
+    chr(256 + n)."""
     printable = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1), *range(ord('®'), ord('ÿ') + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def is_gpt2_like(vocabulary: Tokenizer) -> bool:
-    """Whether text is cut into words as GPT-2 cuts it, and words are then merged from bytes; or if that makes no
+    """Return whether text is cut into words as GPT-2 cuts it, and words are then merged from bytes; or if that makes no
     difference, since bytes stay bytes."""
     if isinstance(vocabulary, Tiktoken):
         return vocabulary.library._pat_str in GPT2_PATTERNS
@@ -244,23 +243,24 @@ def is_gpt2_like(vocabulary: Tokenizer) -> bool:
 
 def byte_level(ids: dict[str, int], merges: list[tuple[str, str]],
                pattern: str | None = None) -> 'tokenizers.Tokenizer':
-    """A byte-pair encoding on GPT-2's way to write bytes. `pattern` matches the words that are encoded each for itself;
-    '' is GPT-2's, and None takes the text as one."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Library
+    """Return a byte-pair encoding on GPT-2's way to write bytes. `pattern` matches the words that are encoded each for
+    itself; '' is GPT-2's, and None takes the text as one."""
+    import tokenizers
 
-    library = Library(models.BPE(vocab=ids, merges=merges, ignore_merges=pattern is not None))
-    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == '')
+    model = tokenizers.models.BPE(vocab=ids, merges=merges, ignore_merges=pattern is not None)
+    library = tokenizers.Tokenizer(model)
+    bytes_of = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == '')
     library.pre_tokenizer = bytes_of
     if pattern:
-        library.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'isolated'), bytes_of])
-    library.decoder = decoders.ByteLevel()
+        words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated')
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, bytes_of])
+    library.decoder = tokenizers.decoders.ByteLevel()
     return library
 
 
 def merges_of(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
-    """The two parts that each token of a byte-pair encoding was made of, in the order of its learning: what is left of
-    the token when all that was learned before it is merged."""
+    """Yield the two parts that each token of a byte-pair encoding was made of, in the order of its learning: what is
+    left of the token when all that was learned before it is merged."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
@@ -274,7 +274,7 @@ def merges_of(ranks: dict[bytes, int]) -> Iterable[tuple[bytes, bytes]]:
 
 
 def load_tiktoken(name: str) -> Tiktoken:
-    """A vocabulary that tiktoken knows by name; it downloads the files of one that it has not met before."""
+    """Load a vocabulary that tiktoken knows by name; it downloads the files of one that it has not met before."""
     import tiktoken
 
     known = tiktoken.list_encoding_names()
@@ -289,13 +289,11 @@ def load_tiktoken(name: str) -> Tiktoken:
 
 
 def build(spec: str, texts: Callable[[], Iterable[str]], eot: bool) -> Tokenizer:
-    """The tokenizer that `spec` names: 'char', 'byte', 'bpe:N' or a name that tiktoken knows. `texts()` iterates over
-    the training text, for those that look at it. `eot` asks char and byte for one more id, the end of a document."""
+    """Return the tokenizer that `spec` names: 'char', 'byte', 'bpe:N' or a name that tiktoken knows. `texts()` iterates
+    over the training text, for those that look at it. `eot` asks char and byte for one more id, the end of a
+    document."""
     if spec == 'char':
-        characters: set[str] = set()
-        for text in texts():
-            characters.update(text)
-        return Characters(''.join(sorted(characters)), eot)
+        return Characters(''.join(sorted(set(chain.from_iterable(texts())))), eot)
     if spec == 'byte':
         return Bytes(eot)
     if spec.startswith('bpe:'):
@@ -307,19 +305,20 @@ def build(spec: str, texts: Callable[[], Iterable[str]], eot: bool) -> Tokenizer
 
 
 def from_state(state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer whose `state()`, or `reference()`, this is."""
-    name = state['name']
-    if name == 'char':
-        return Characters(state['characters'], state['eot'])
-    if name == 'byte':
-        return Bytes(state['eot'])
-    if name.startswith('bpe:'):
-        from tokenizers import Tokenizer as Library
-        return TrainedBPE(name, Library.from_str(state['json']))
-    if 'ranks' not in state:
-        return load_tiktoken(name)
-    import tiktoken
-    lines = (line.split() for line in state['ranks'].splitlines())
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    return Tiktoken(tiktoken.Encoding(name, pat_str=state['pattern'], mergeable_ranks=ranks,
-                                      special_tokens=state['special_tokens']))
+    """Return the tokenizer whose `state()`, or `reference()`, this is."""
+    match state:
+        case {'name': 'char', 'characters': characters, 'eot': eot}:
+            return Characters(characters, eot)
+        case {'name': 'byte', 'eot': eot}:
+            return Bytes(eot)
+        case {'name': name, 'json': text}:
+            import tokenizers
+
+            return TrainedBPE(name, tokenizers.Tokenizer.from_str(text))
+        case {'name': name, 'ranks': ranks, 'pattern': pattern, 'special_tokens': special}:
+            import tiktoken
+
+            lines = (line.split() for line in ranks.splitlines())
+            rank_of = {base64.b64decode(token): int(rank) for token, rank in lines}
+            return Tiktoken(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=rank_of, special_tokens=special))
+    return load_tiktoken(state['name'])

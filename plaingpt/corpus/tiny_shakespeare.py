@@ -1,0 +1,26 @@
+"""Tiny Shakespeare, a megabyte of his plays, and the corpora that nanoGPT makes of it."""
+from pathlib import Path
+
+from plaingpt.corpus import documents, tokenise, tokenizer
+from plaingpt.corpus.download import download
+from plaingpt.errors import python
+
+URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+NAME = 'tiny Shakespeare'  # in meta.json
+
+
+def read(path: str, folder: Path) -> str:
+    """Return the text at `path`; if that is '', download it to folder/input.txt."""
+    path = path or str(download(URL, folder / 'input.txt', SHA256))
+    return next(documents.read_documents(documents.find_pieces(documents.find_files(path, folder)[0])))
+
+
+def prepare(path: str, folder: Path, spec: str, config: str) -> None:
+    """Split the text by position, tokenise it as `spec` says, and name the commands that train on it and sample."""
+    text = read(path, folder)
+    encoder = tokenizer.build(spec, lambda: [text], eot=False)
+    parts, validation = tokenise.split_text(text, 0.1)
+    tokenise.write_corpus(folder, tokenise.Packer(encoder, eot=None), parts, validation, NAME)
+    print(f'next:\n    {python()} train.py config/{config}.py\n'
+          f'    {python()} sample.py --out_dir=out-{folder.name.replace("_", "-")}')
