@@ -20,6 +20,14 @@ class TensorBoard:
     def __init__(self, out_dir: str) -> None:
         import a_package_that_is_missing
 '''
+CORPUS = """import sys
+from pathlib import Path
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+from plaingpt.corpus import tokenise, tokenizer
+text = 100 * 'Simple is better than complex.'
+if True:
+"""  # and the lines of the page
 
 
 def named() -> Iterator[tuple[str, str]]:
@@ -71,8 +79,7 @@ def change(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_changes_work_together(tiny_dataset: Path, tmp_path: Path,
-                                   run_script: Callable[..., CompletedProcess[str]]) -> None:
+def test_the_changes_work_together(tmp_path: Path, run_script: Callable[..., CompletedProcess[str]]) -> None:
     shutil.copytree(ROOT / 'plaingpt', tmp_path / 'plaingpt', ignore=shutil.ignore_patterns('__pycache__'))
     for file in ROOT.glob('*.py'):
         shutil.copy(file, tmp_path)
@@ -81,7 +88,13 @@ def test_the_changes_work_together(tiny_dataset: Path, tmp_path: Path,
     script = tmp_path / 'train.py'
     script.write_text(script.read_text(encoding='utf-8').replace("'wsd'] = ", "'wsd', 'root'] = "), encoding='utf-8')
 
-    settings = {'dataset': tiny_dataset, 'out_dir': tmp_path / 'out', 'n_layer': 1, 'n_head': 2, 'n_embd': 16,
+    prepare = tmp_path / 'data/new/prepare.py'
+    prepare.parent.mkdir(parents=True)
+    lines = PAGE.partition('## 7.')[2].partition('```python\n')[2].partition('```')[0]
+    prepare.write_text(CORPUS + lines, encoding='utf-8')
+    assert 'wrote train.bin, val.bin and meta.json' in run_script(str(prepare), cwd=tmp_path).stdout
+
+    settings = {'dataset': 'new', 'out_dir': tmp_path / 'out', 'n_layer': 1, 'n_head': 2, 'n_embd': 16,
                 'block_size': 16, 'batch_size': 2, 'gradient_accumulation_steps': 2, 'eval_interval': 4,
                 'eval_iters': 2, 'sample_interval': 0, 'device': 'cpu', 'schedule': 'root', 'warmup_iters': 0,
                 'lr_decay_iters': 4, 'learning_rate': 1e-2, 'min_lr': 0}
