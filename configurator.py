@@ -51,15 +51,17 @@ def configure(script: types.ModuleType, args: list[str]) -> tuple[dict[str, Any]
         assert line.value, f'{name} needs a default'
         settings[name] = fit(name, evaluate(line.value, {}, script.__name__), kinds, script.__name__)
 
-    given: set[str] = set()
+    given: dict[str, Any] = {}
     rest = list(args)
     while rest:
         arg = rest.pop(0)
-        new = read_option(arg, rest, kinds, script) if arg.startswith('--') else read_file(arg, settings, kinds)
-        settings |= new
-        given |= set(new)
+        if arg.startswith('--'):
+            given |= read_option(arg, rest, kinds, script)
+        else:
+            given |= read_file(arg, settings | given, kinds)
+    settings |= given
     vars(script).update(settings)
-    return settings, given
+    return settings, set(given)
 
 
 def pick(make: Callable[..., T], script: types.ModuleType, **others: Any) -> T:
@@ -82,8 +84,9 @@ def check_range(script: types.ModuleType, names: str, least: float, below: float
 
 
 def find_settings(script: types.ModuleType) -> dict[str, ast.AnnAssign]:
-    """The annotated names above the first function or class; NAMES like this are constants, not settings. Defaults come
-    from these lines and not from the module's values, so that a second call does not start from what the first set."""
+    """Return the annotated names above the first function or class; NAMES like this are constants, not settings.
+    Defaults come from these lines and not from the module's values, so that a second call does not start from what the
+    first set."""
     lines: dict[str, ast.AnnAssign] = {}
     for node in ast.parse(inspect.getsource(script)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -94,17 +97,16 @@ def find_settings(script: types.ModuleType) -> dict[str, ast.AnnAssign]:
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """bool | Literal['auto', 'on'] -> [bool, 'auto', 'on']"""
-    if get_origin(annotation) in (Union, types.UnionType):
+    """Turn bool | Literal['auto', 'on'] into [bool, 'auto', 'on']."""
+    if get_origin(annotation) in (Union, Literal, types.UnionType):
         return [kind for part in get_args(annotation) for kind in alternatives(part)]
-    if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
-    assert annotation in (bool, int, float, str), f'a setting cannot be declared as {annotation}'
+    is_known = isinstance(annotation, str) or annotation in (bool, int, float, str)
+    assert is_known, f'a setting cannot be declared as {annotation}'
     return [annotation]
 
 
 def manual(script: types.ModuleType, lines: dict[str, ast.AnnAssign]) -> str:
-    """The docstring, and the settings as the source has them: name, type, default, meaning."""
+    """Return the docstring, and the settings as the source has them: name, type, default, meaning."""
     source = inspect.getsource(script)
     first, *_, last = lines.values()
     above = [node.end_lineno or 0 for node in ast.parse(source).body if node.lineno < first.lineno]
@@ -117,7 +119,8 @@ def manual(script: types.ModuleType, lines: dict[str, ast.AnnAssign]) -> str:
 
 
 def fit(name: str, value: Any, kinds: Kinds, where: str) -> Any:
-    """`value` as the type that the setting declares: 1 is as good a number as 1.0, and 1e5 as good a whole number."""
+    """Return `value` as the type that the setting declares: 1 is as good a number as 1.0, and 1e5 as good a whole
+    number."""
     is_number = type(value) in (int, float) and abs(value) < LARGEST  # not of infinity, nor of nan
     for kind in kinds[name]:
         if kind is bool and (type(value) is bool or (is_number and value in (0, 1))):
@@ -134,7 +137,7 @@ def fit(name: str, value: Any, kinds: Kinds, where: str) -> Any:
 
 
 def read_option(arg: str, rest: list[str], kinds: Kinds, script: types.ModuleType) -> dict[str, Any]:
-    """--name=value, or --name and its value as the next argument, which is then taken off `rest`."""
+    """Read --name=value, or --name and its value as the next argument, which is then taken off `rest`."""
     name, equals, text = arg[2:].partition('=')
     name = name.replace('-', '_')
     if name not in kinds:
@@ -149,8 +152,8 @@ def read_option(arg: str, rest: list[str], kinds: Kinds, script: types.ModuleTyp
 
 
 def parse_text(text: str, kinds: list[Any]) -> Any:
-    """What was typed on the command line. Digits are text where text is wanted; text that brings quotes of its own is
-    read as Python reads it, so that "'\\n'" is a new line."""
+    """Read what was typed on the command line. Digits are text where text is wanted; text that brings quotes of its own
+    is read as Python reads it, so that "'\\n'" is a new line."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in '\'"':
         try:
             unquoted = ast.literal_eval(text)
@@ -174,7 +177,7 @@ def parse_text(text: str, kinds: list[Any]) -> Any:
 
 
 def read_file(path: str, settings: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
-    """What the file at `path` assigns. Nothing in it is ever executed."""
+    """Return what the file at `path` assigns. Nothing in it is ever executed."""
     try:
         source = Path(path).read_text(encoding='utf-8-sig')
         new: dict[str, Any] = {}
@@ -195,7 +198,7 @@ def read_file(path: str, settings: dict[str, Any], kinds: Kinds) -> dict[str, An
 
 
 def read_statement(statement: ast.stmt, settings: dict[str, Any], kinds: Kinds, path: str) -> dict[str, Any]:
-    """What one statement assigns: {name: value}, or nothing for a docstring."""
+    """Return what one statement assigns: {name: value}, or nothing for a docstring."""
     where = f'{path}, line {statement.lineno}'
     match statement:
         case ast.Expr(value=ast.Constant(value=str())):
@@ -209,7 +212,7 @@ def read_statement(statement: ast.stmt, settings: dict[str, Any], kinds: Kinds, 
 
 
 def evaluate(node: ast.expr, settings: dict[str, Any], where: str) -> Any:
-    """The value of a literal, of a setting's name, or of arithmetic on these."""
+    """Return the value of a literal, of a setting's name, or of arithmetic on these."""
     match node:
         case ast.Constant(value=value):
             return value
@@ -227,7 +230,7 @@ def evaluate(node: ast.expr, settings: dict[str, Any], where: str) -> Any:
 
 
 def calculate(sign: ast.AST, operands: list[Any], where: str) -> Any:
-    """The result of one operation on numbers, or of text + text, where it is of a sensible size."""
+    """Return the result of one operation on numbers, or of text + text, where it is of a sensible size."""
     numbers = all(isinstance(operand, int | float) for operand in operands)
     texts = all(isinstance(operand, str) for operand in operands) and isinstance(sign, ast.Add)
     if not numbers and not texts:
@@ -248,7 +251,7 @@ def calculate(sign: ast.AST, operands: list[Any], where: str) -> Any:
 
 
 def brief(text: str) -> str:
-    """`text` on one line of at most 60 characters."""
+    """Return `text` on one line of at most 60 characters."""
     text = ' '.join(text.split())
     return text if len(text) <= 60 else f'{text[:57]}...'
 
@@ -260,13 +263,13 @@ def unknown(name: str, names: Iterable[str], where: str, dashes: str = '', other
 
 
 def refused(node: ast.AST, where: str) -> UserError:
-    """A config file holds something else than settings: say what, and what to write."""
+    """Say what a config file holds that is no setting, and what to write."""
     text = ast.unparse(node)
     return UserError(f'{where}: this is refused: {brief(text)}\n{TIME_REMEDY if "time" in text else REMEDY}')
 
 
 def explain_missing(path: str, error: OSError) -> str:
-    """A config file that cannot be read: what else was meant?"""
+    """Say what else may have been meant by a config file that cannot be read."""
     if '=' in path or path.startswith('-'):
         return f'{brief(path)}: a setting is given with two dashes, --name=value'
     if not isinstance(error, FileNotFoundError):

@@ -65,7 +65,8 @@ class Trial:
         self.first_loss = 0.0  # in training
         self.is_stuck = False  # several processes wait for a gradient that one parameter will never have
         for group in learner.optimizer.param_groups:
-            group['lr'] = min(1e-2, 1 / self.config.n_embd)  # constant; the wider a model, the smaller its steps
+            # constant; the wider a model, the smaller its steps
+            group['lr'] = min(1e-2, 1 / self.config.n_embd) * group['scale']
 
     def loss(self, predict: Predictor) -> float:
         """Of this process's window, in nats per token, without dropout."""

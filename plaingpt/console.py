@@ -4,7 +4,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Self, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -79,12 +80,12 @@ def say(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` as this console can show it: nothing that steers a terminal, nothing that its encoding lacks."""
+    """Return `text` as this console can show it: nothing that steers a terminal, nothing that its encoding lacks."""
     encoding = sys.stdout.encoding or 'utf-8'
     return CONTROL.sub('\ufffd', text).encode(encoding, 'replace').decode(encoding)
 
 
-class Progress:
+class Progress(AbstractContextManager['Progress']):
     """How far long work is, in the main process: a bar on a terminal, elsewhere a line every PLAIN_SECONDS, and the
     first of either after `delay` seconds. What is left is judged by what was done since the first update."""
 
@@ -94,9 +95,6 @@ class Progress:
                         dynamic_ncols=True, delay=delay, disable=not (is_main() and sys.stderr.isatty()))
         self.due = time.monotonic() + max(delay, PLAIN_SECONDS)
         self.begun: tuple[float, float] | None = None  # when the first update came, and how much was done by then
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()

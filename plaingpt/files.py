@@ -49,25 +49,18 @@ def put_names_on_disk(folder: Path) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Give the file at `path` a second name, in place of the file that had it."""
+    """Give the file at `path` a second name, in place of the file that had it; copy it where the file system knows no
+    links. Raise OSError and change nothing if neither works."""
     temporary = name.with_name(name.name + UNFINISHED)
     temporary.unlink(missing_ok=True)
-    link_or_copy(path, temporary)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        with open(path, 'rb') as file, written_whole(name) as copy:
+            shutil.copyfileobj(file, copy)
+        return
     os.replace(temporary, name)
     temporary.unlink(missing_ok=True)  # rename(2) does nothing where both are names of one file
-
-
-def link_or_copy(path: Path, name: Path) -> None:
-    """Give the file a second name, which is free; copy it where the file system knows no links. Raise OSError and leave
-    nothing if neither works."""
-    try:
-        os.link(path, name)
-    except OSError:
-        try:
-            shutil.copyfile(path, name)
-        except OSError:
-            name.unlink(missing_ok=True)
-            raise
 
 
 def read_json(path: Path) -> Any:

@@ -4,9 +4,9 @@ Copies elsewhere: checkpoints go to and come from any folder that fsspec can wri
 Uploading happens behind training and never stops it. Credentials come from the environment and the files where each
 service's own tools look for them; none is taken from a URL, since URLs end up in checkpoints and logs.
 """
-import itertools
 import os
 import re
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from threading import Condition, Thread
@@ -23,13 +23,13 @@ SHORTEST_SECRET = 8  # characters; what is shorter may be a part of any word
 
 
 def is_url(where: str) -> bool:
-    """Whether this is s3://..., file://... and the like, rather than a path (C:\\... is one)."""
+    """Return whether this is s3://..., file://... and the like, rather than a path (C:\\... is one)."""
     return re.match(r'[a-zA-Z][\w.+-]+://', where) is not None
 
 
 def shown(text: str) -> str:
-    """A URL, or an error that may quote one, without what nobody else may read: user:password@, signatures in a query,
-    and whatever the environment holds in variables that are named like secrets."""
+    """Return a URL, or an error that may quote one, without what nobody else may read: user:password@, signatures in a
+    query, and whatever the environment holds in variables that are named like secrets."""
     text = re.sub(r'://[^/\s]*@', '://', text)
     text = re.sub(r'(://[^\s?]*)\?[^\s\'"]*', r'\1', text)
     hidden = {value for name, value in os.environ.items() if SECRETS.search(name) and len(value) >= SHORTEST_SECRET}
@@ -43,8 +43,8 @@ def reason(error: BaseException) -> str:
 
 
 def open_url(url: str, code: int) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it. Nothing is asked of the network yet. Raises UserError with this
-    code for a path, a URL with a password, a protocol that is unknown; and where a protocol's package is missing."""
+    """Return the file system of a URL, and the path in it. Nothing is asked of the network yet. Raises UserError with
+    this code for a path, a URL with a password, a protocol that is unknown, and if the package of one is missing."""
     import fsspec
     if not is_url(url):
         raise UserError(f'{url!r} is no URL: write s3://bucket/folder, or {Path(url).absolute().as_uri()}', code)
@@ -62,8 +62,8 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
 
 
 def checkpoints(url: str) -> list[str]:
-    """The names of the checkpoint files in a folder; none where there is no such folder or bucket. Raises UserError
-    where that cannot be known: no permission, no network."""
+    """Return the names of the checkpoint files in a folder; none where there is no such folder or bucket. Raises
+    UserError where that cannot be known: no permission, no network."""
     elsewhere, folder = open_url(url, CHECKPOINT)
     try:
         names = [Path(path).name for path in elsewhere.ls(folder, detail=False)]
@@ -97,7 +97,7 @@ class Uploader:
     newest is uploaded, so that a slow network holds back at most two of each on the disk."""
 
     def __init__(self, url: str, say: Callable[[str], None]) -> None:
-        """`say` gets a line for each failure, also from the background. Nothing at all happens where `url` is ''.
+        """Call `say` with a line for each failure, also from the background. Nothing at all happens where `url` is ''.
         Raises UserError for a URL that no file system can serve here."""
         self.url, self.say = url.rstrip('/'), say
         self.changed = Condition()  # its lock guards what follows; say() is called without it
@@ -105,14 +105,13 @@ class Uploader:
         self.failed: set[str] = set()  # those of them that wait for the next put
         self.busy_with: Path | None = None
         self.is_closed = not url
-        self.numbers = itertools.count()
         if url:
             self.elsewhere, self.folder = open_url(url, COMMAND)
             Thread(target=self.work, name='uploader', daemon=True).start()  # it holds up no process that wants to end
 
     @property
     def missing(self) -> list[str]:
-        """The names of the files whose newest version is not there, or not yet."""
+        """Return the names of the files whose newest version is not there, or not yet."""
         with self.changed:
             return list(self.waiting)
 
@@ -121,14 +120,14 @@ class Uploader:
         written to in place. Returns at once. What failed earlier is tried again as well."""
         if self.is_closed:
             return
-        snapshot = path.with_name(f'.{path.name}.{os.getpid()}-{next(self.numbers)}.uploading')
+        snapshot = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.uploading')
         why_not = ''
         with self.changed:
             self.waiting[path.name] = snapshot
             self.failed.clear()
             try:
                 self.sweep(path.parent)
-                files.link_or_copy(path, snapshot)
+                files.link(path, snapshot)
             except OSError as error:  # a full disk, say
                 why_not = reason(error)
                 self.failed.add(path.name)
@@ -151,9 +150,14 @@ class Uploader:
             self.complain(name, f'{seconds:g} seconds were not enough')
 
     def work(self) -> None:
-        """What the thread does: upload what waits, one file after the other."""
-        while job := self.next_job():
-            name, snapshot = job
+        """Upload what waits, one file after the other, until the end: this is what the thread does."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.is_closed or self.waiting.keys() - self.failed)
+                if self.is_closed:
+                    return
+                name = next(name for name in self.waiting if name not in self.failed)
+                snapshot = self.busy_with = self.waiting[name]
             why_not = self.attempt(name, snapshot)
             if why_not and not self.is_superseded(name, snapshot):
                 self.complain(name, why_not)
@@ -166,20 +170,9 @@ class Uploader:
                 self.sweep(snapshot.parent)
                 self.changed.notify_all()
 
-    def next_job(self) -> tuple[str, Path] | None:
-        """Wait for a file to upload, and give its name and copy; None at the end."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.is_closed or self.waiting.keys() - self.failed)
-            if self.is_closed:
-                return None
-            name = next(name for name in self.waiting if name not in self.failed)
-            self.busy_with = self.waiting[name]
-            return name, self.busy_with
-
     def attempt(self, name: str, snapshot: Path) -> str:
         """Upload a file, and again after each pause until it is there, or a newer one waits. Gives why it is not there,
         or ''."""
-        why_not = ''
         for pause in (*PAUSES, 0.0):
             try:
                 self.upload(name, snapshot)
