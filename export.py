@@ -108,7 +108,7 @@ def open_source() -> Exported:
                      dropout=state.get('model_args', {}).get('dropout', 0.0))  # for those who train on
     learned = None
     try:
-        learned = learned_tokenizer(state, config.vocab_size, corpus_of(state))
+        learned = learned_tokenizer(state, config.vocab_size, corpus_of(state), bool(dataset))
     except UserError as error:
         if not FORMATS[to].is_run:
             raise

@@ -116,7 +116,7 @@ deterministic: bool = False  # on cuda: bit for bit the same each time, and slow
 
 LEARNED_BY_HEART = 0.1  # of the first loss: overfit_single_batch passes below it
 PATIENCE = 10  # steps in a row that are skipped because something is not finite; then the run ends
-SLOW = 5  # seconds: a longer step shows its micro-batches
+SLOW = 5  # seconds: a longer step shows its micro-batches on a terminal
 
 
 # ------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def open_data(origin: Origin, process: Process) -> Data:
         checkpoint.refuse_other_data(origin.state, prints, folder)
     processes.refuse_difference(process, 'corpus', prints, f'{folder} must be the same on all machines')
     order = Order(len(splits['train']), config.block_size, seed)
-    return Data(folder, splits, order, shared_tokenizer(origin.learned_reference(folder), folder), prints)
+    return Data(folder, splits, order, shared_tokenizer(origin.tokenizer_reference(folder), folder), prints)
 
 
 def build_learner(origin: Origin, watch: Watch, process: Process) -> Learner:
@@ -213,7 +213,8 @@ def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: S
     run_id = origin.state.get('wandb_run_id', '') if origin.is_resumed else ''
     if wandb_log:
         run_id = run_id or wandb.new_id()
-        log.add('wandb', partial(wandb.Wandb, wandb_project, wandb_run_name, run_id, str(folder), record))
+        written = '' if eval_only else str(folder)
+        log.add('wandb', partial(wandb.Wandb, wandb_project, wandb_run_name, run_id, written, record))
     stop.has_begun = not (eval_only or overfit_single_batch)
     log.on_closed = stop.ask if stop.has_begun else None
     peak = learner.compute.peak and learner.compute.peak * process.world_size
@@ -226,10 +227,11 @@ def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
     """What a run says before its first step."""
     work, T, epoch = run.work, data.order.block_size, data.order.epoch
     run.log.line(f'{processes.describe(run.process)}; {learner.compute.line}\n'
-                 f'{console.parameter_lines(learner.optimizer.param_groups)}\n'
-                 f'tokens per iteration will be: {work.n_windows * T:,} = {work.n_windows} windows of {T}, in '
-                 f'micro-batches of {batch_size}, {work.n_parts} for each process\n'
-                 f'{work.last_step:,} iterations are {work.last_step * work.n_windows / epoch:.2f} epochs')
+                 f'{console.parameter_lines(learner.optimizer.param_groups)}')
+    if not eval_only:
+        run.log.line(f'tokens per iteration will be: {work.n_windows * T:,} = {work.n_windows} windows of {T}, in '
+                     f'micro-batches of {batch_size}, {work.n_parts} for each process\n'
+                     f'{work.last_step:,} iterations are {work.last_step * work.n_windows / epoch:.2f} epochs')
     _, complaint = sample.encode_start(sample_start, data.tokenizer, data.splits['val'])
     if complaint and (sample_interval or not data.tokenizer):
         run.log.line(complaint)
@@ -313,7 +315,7 @@ def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | 
         # look: every so often, and at the end
         if run.is_due(hellaswag_interval, learner.step):
             ask_hellaswag(questions, learner, run)
-        if run.is_due(0 if overfit_single_batch else eval_interval, learner.step):
+        if run.is_due(eval_interval if eval_only or not overfit_single_batch else 0, learner.step):
             evaluate_splits(data, learner, run)
         if run.is_due(sample_interval, learner.step):
             draw_sample(data, learner, run)
@@ -333,9 +335,12 @@ def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | 
         scaler.unscale_(optimizer)
         grad_norm = strategies.clip(learner.raw_model.parameters(), grad_clip)
         loss = processes.total(part_of_loss).item()
-        if learner.accepts(loss, grad_norm):
+        if learner.is_sound(loss, grad_norm):
             scaler.step(optimizer)
+            learner.skipped_in_a_row = 0
         else:
+            learner.skipped += 1
+            learner.skipped_in_a_row += 1
             run.log.line(f'step {learner.step} is skipped: loss {loss}, gradient norm {grad_norm}; '
                          f'skipped so far: {learner.skipped}')
         scaler.update()
@@ -368,9 +373,9 @@ def give_up(what: str, data: Data, learner: Learner, parts: Iterable[Part]) -> N
 # The end
 
 
-def stop_early(data: Data, learner: Learner, run: Run, reason: StopAsked) -> NoReturn:
-    """Save, unless the run has not come further than the checkpoint that it began with."""
-    if learner.step > run.first_step or learner.step == 0:
+def stop_early(data: Data, learner: Learner, run: Run, is_resumed: bool, reason: StopAsked) -> NoReturn:
+    """Save, unless the run has not come further than the checkpoint that it resumed."""
+    if learner.step > run.first_step or not is_resumed:
         run.save(data, learner)
         run.saver.wait()
     run.watch.rest()
@@ -383,7 +388,7 @@ def finish(run: Run) -> None:
     run.log.plot()
     run.saver.wait()
     run.watch.rest()
-    if overfit_single_batch:
+    if overfit_single_batch and not eval_only:
         verdict = (f'the loss on one batch went from {run.first_loss:.4f} to {run.last_loss:.4f} '
                    f'in {run.work.last_step} steps')
         if not run.last_loss < LEARNED_BY_HEART * run.first_loss:
@@ -457,7 +462,7 @@ def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any]
         try:
             train(data, learner, run, questions)
         except StopAsked as reason:
-            stop_early(data, learner, run, reason)
+            stop_early(data, learner, run, origin.is_resumed, reason)
         finish(run)
 
 

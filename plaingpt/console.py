@@ -68,8 +68,8 @@ def duration(seconds: float) -> str:
 
 
 def is_main() -> bool:
-    """Return whether this is the first of the processes that torchrun started, which speaks for all of them."""
-    return os.environ.get('RANK', '0') == '0'
+    """Return whether this is the first of the processes that torchrun or srun started, which speaks for all."""
+    return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
 
 
 def say(text: str) -> None:

@@ -106,11 +106,9 @@ class Origin(NamedTuple):
     is_resumed: bool = False  # the run continues the one that wrote this checkpoint
     is_new: bool = False  # the weights have been drawn, and have learned nothing
 
-    def learned_reference(self, folder: Path) -> dict[str, Any]:
-        """The tokenizer that the model has learned, or will learn from the corpus in `folder`."""
-        if self.is_new:
-            return dict(read_meta(folder)['tokenizer'])
-        return learned_reference(self.state, self.model.config.vocab_size, folder)
+    def tokenizer_reference(self, folder: Path) -> dict[str, Any]:
+        """Return the tokenizer that the model has learned, or will learn from the corpus in `folder`."""
+        return learned_reference(self.state, self.model.config.vocab_size, folder, is_of_corpus=self.is_new)
 
 
 def begin(settings: ModelSettings, n_vocab: int, may_share_folder: bool, process: Process) -> Origin:
@@ -163,10 +161,9 @@ def corpus_of(state: State, dataset: str = '') -> Path:
     return data_folder(dataset or state.get('config', {}).get('dataset', 'openwebtext'))
 
 
-def learned_tokenizer(state: State, vocab_size: int, folder: Path) -> Tokenizer:
-    """The tokenizer that a model of vocab_size ids has learned: that of its checkpoint; else GPT-2's, if it has as many
-    ids; else that of its corpus, if `folder` holds one. Raises UserError if that has more ids than the model."""
-    vocabulary = tokenizer.from_state(learned_reference(state, vocab_size, folder))
+def learned_tokenizer(state: State, vocab_size: int, folder: Path, is_of_corpus: bool = False) -> Tokenizer:
+    """Return the tokenizer that `learned_reference` says. Raises UserError if it has more ids than the model."""
+    vocabulary = tokenizer.from_state(learned_reference(state, vocab_size, folder, is_of_corpus))
     if vocabulary.n_vocab > vocab_size:
         remedy = '' if state.get('tokenizer') else (
             f'\nit brings none: prepare its corpus here, {how_to_prepare(folder)}; evaluate.py and export.py take any '
@@ -176,13 +173,17 @@ def learned_tokenizer(state: State, vocab_size: int, folder: Path) -> Tokenizer:
     return vocabulary
 
 
-def learned_reference(state: State, vocab_size: int, folder: Path) -> dict[str, Any]:
-    """The same in the form of `Tokenizer.state()` or of `Tokenizer.reference()`."""
+def learned_reference(state: State, vocab_size: int, folder: Path, is_of_corpus: bool = False) -> dict[str, Any]:
+    """Return the tokenizer that a model of vocab_size ids has learned, in the form of `Tokenizer.state()` or of
+    `reference()`: that of its checkpoint. If that has none, it is GPT-2's for a model of as many ids, or if there is no
+    corpus in `folder`; and else the corpus's, as it always is for a run of this project, whose files could not be had,
+    and if the caller knows that it `is_of_corpus`."""
     if state.get('tokenizer'):
         return dict(state['tokenizer'])
-    if vocab_size in GPT2_SIZES or not is_prepared(folder):
-        return {'name': 'gpt2'}
-    return dict(read_meta(folder)['tokenizer'])
+    is_known = is_of_corpus or bool(state.get('data'))
+    if is_prepared(folder) and (is_known or vocab_size not in GPT2_SIZES):
+        return dict(read_meta(folder)['tokenizer'])
+    return {'name': 'gpt2'}
 
 
 def shared_tokenizer(learned: dict[str, Any], folder: Path) -> Tokenizer | None:

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plaingpt import console
+from model import GPT, GPTConfig
+from plaingpt import console, metrics
 from plaingpt.corpus import shards, tokenise, tokenizer
+from plaingpt.corpus.token_files import TokenFile
+from tests.comparing import predictor_of
 
-LINE = re.compile(r'(evaluating|tokenising): ([\d,.]+)/([\d,]+) (windows|documents|files), (?:[\d,]+ tokens, [\d,]+ '
-                  r'tokens/s, )?\d\d:\d\d so far, (?:about \d\d:\d\d|unknown time) to go')
+LINE = re.compile(r'(evaluating on val|tokenising): ([\d,.]+)/([\d,]+) (batches|documents|files), '
+                  r'(?:[\d,]+ tokens, [\d,]+ tokens/s, )?\d\d:\d\d so far, (?:about \d\d:\d\d|unknown time) to go')
 
 
 class SlowPacker(tokenise.Packer):
@@ -25,8 +28,11 @@ class SlowPacker(tokenise.Packer):
 
 
 def evaluate(folder: Path) -> None:
-    for _ in console.progress(range(50), 50, 'evaluating', 'windows'):
-        time.sleep(0.01)
+    """As the trained model of the tests is evaluated, one window at a time, slowly."""
+    np.arange(500, dtype='<u2').tofile(folder / 'val.bin')
+    predict = predictor_of(GPT(GPTConfig(8, 512, 1, 1, 8)), 1)
+    predict.model.register_forward_hook(lambda *_: time.sleep(0.01))
+    metrics.evaluate(predict, TokenFile(folder / 'val.bin', 'uint16'), 50, None)
 
 
 def write_corpus(folder: Path) -> None:

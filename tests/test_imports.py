@@ -33,6 +33,8 @@ MODULES = {module_of(path): path for path in (*ROOT.glob('*.py'), *ROOT.glob('pl
 def imports_of(source: str) -> Iterator[str]:
     """The modules of this project that a file names in its import statements."""
     for node in ast.walk(ast.parse(source)):
+        assert getattr(node, 'level', 0) == 0 and getattr(node, 'attr', getattr(node, 'id', '')) != 'import_module', (
+            'import by full name, in an import statement')
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
         if isinstance(node, ast.ImportFrom) and node.module in MODULES:

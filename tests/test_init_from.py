@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ import sample
 import train
 from model import GPT, GPTConfig
 from plaingpt import errors
+from plaingpt.corpus.token_files import make_header
 from plaingpt.formats import others
 from plaingpt.init_from import learned_tokenizer, open_model
 from plaingpt.run import checkpoint
@@ -39,13 +41,15 @@ def test_every_stage_says_the_same_of_a_checkpoint_that_brings_no_tokenizer(
         'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config),
         'config': {'dataset': str(tiny_dataset), **checkpoint.shape_of(model.config)}}), 2, False)
     questions = tmp_path / 'lambada.jsonl'
-    questions.write_text(json.dumps({'text': 'She asked for bread and he gave her bread'}), encoding='utf-8')
+    questions.write_text(json.dumps({'text': 'A naïve reader asks for bread'}), encoding='utf-8')  # 'char' has no ï
 
     sample.main([f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=5', '--start=naïve', '--device=cpu'])
     assert capsys.readouterr().out.startswith('naïve'), 'which no character of the corpus could write'
     evaluate.main([f'--out_dir={run}', '--tasks=lambada', f'--lambada={questions}', '--device=cpu'])
     export.main([f'--out_dir={run}', '--to=ckpt', f'--to_dir={tmp_path / "new"}'])
     assert open_model(str(tmp_path / 'new'))[1]['tokenizer']['name'] == 'gpt2'
+    export.main([f'--out_dir={run}', '--to=ckpt', f'--to_dir={tmp_path / "named"}', f'--dataset={tiny_dataset}'])
+    assert open_model(str(tmp_path / 'named'))[1]['tokenizer']['name'] == 'char', 'what the user says comes first'
     message = refused(train.main, [f'--init_from={run}', f'--dataset={tiny_dataset}', f'--out_dir={tmp_path / "tuned"}',
                                    '--device=cpu'], code=errors.DATA)
     assert 'the tokenizer char, and the model has learned another: gpt2' in message
@@ -62,3 +66,20 @@ def test_a_model_is_opened_with_the_numbers_that_were_saved(tmp_path: Path) -> N
         assert all(torch.equal(p, model.state_dict()[key]) for key, p in opened.state_dict().items())
     message = refused(open_model, str(tmp_path / 'nothing'), code=errors.CHECKPOINT)
     assert 'is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2' in message
+
+
+def test_a_run_whose_tokenizer_cannot_be_had_goes_on_and_is_evaluated(tmp_path: Path) -> None:
+    """llm.c's shards for Llama 3, which tiktoken does not know: the corpus says whose tokens they are."""
+    for name, n_tokens in (('train_000001', 400), ('val_000000', 200)):
+        ids = np.arange(n_tokens, dtype='<u4') % 1000
+        (tmp_path / f'{name}.bin').write_bytes(make_header(ids.dtype, n_tokens) + ids.tobytes())
+    command = [f'--dataset={tmp_path}', f'--out_dir={tmp_path / "run"}', '--n_layer=1', '--n_head=1', '--n_embd=8',
+               '--block_size=16', '--batch_size=2', '--gradient_accumulation_steps=1', '--eval_interval=1',
+               '--eval_iters=1', '--sample_interval=0', '--device=cpu']
+    train.main([*command, '--max_iters=1'])
+    assert checkpoint.load(tmp_path / 'run/ckpt.pt')['tokenizer'] is None
+    train.main([*command, '--max_iters=2', '--init_from=resume'])
+    assert checkpoint.load(tmp_path / 'run/ckpt.pt')['iter_num'] == 2
+    evaluate.main([f'--out_dir={tmp_path / "run"}', '--eval_iters=1', '--batch_size=2', '--device=cpu'])
+    [measured] = json.loads((tmp_path / 'run/evaluation.json').read_text(encoding='utf-8'))['measured']
+    assert measured['val']['loss'] > 5 and 'bits_per_byte' not in measured['val']

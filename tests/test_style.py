@@ -153,8 +153,8 @@ def suppressions(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 Check = Callable[[str, ast.Module], Iterator[str]]
-EVERYWHERE: list[Check] = [wide_lines, missing_types, unnamed_encodings, suppressions]
-IN_MAIN_FILES: list[Check] = [*EVERYWHERE, long_functions, functions_in_the_loop, deep_nesting, missing_docstrings,
+EVERYWHERE: list[Check] = [wide_lines, long_functions, missing_types, unnamed_encodings, suppressions]
+IN_MAIN_FILES: list[Check] = [*EVERYWHERE, functions_in_the_loop, deep_nesting, missing_docstrings,
                               unsafe_code, module_level_actions]
 
 

@@ -227,7 +227,10 @@ def test_every_setting_is_read_somewhere() -> None:
                  if isinstance(node, ast.FunctionDef)]
     read = {node.id for function in functions for node in ast.walk(function)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    read |= {field.name for field in dataclasses.fields(RunSettings)}
+    for file in ('plan.py', 'init_from.py'):  # which take these by name
+        text = (ROOT / 'plaingpt' / file).read_text(encoding='utf-8')
+        read |= set(re.findall(r'(?:settings|self)\.(\w+)', text))
+    read |= set(checkpoint.SHAPE)  # by which a model that is resumed is compared
     assert [name for name in names if name not in read] == []
 
 
@@ -241,8 +244,8 @@ def test_what_a_plan_reads_of_the_settings_has_their_types() -> None:
 def test_nothing_assigns_to_a_setting() -> None:
     tree = ast.parse((ROOT / 'train.py').read_text(encoding='utf-8'))
     names = set(block_of_settings())
-    assigned = {node.id for function in tree.body if isinstance(function, ast.FunctionDef) and function.name in
-                ('main', 'train') for node in ast.walk(function)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assigned = {node.id for function in functions for node in ast.walk(function)
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     assert not assigned & names
 
@@ -452,6 +455,14 @@ def test_overfit_single_batch_passes_on_a_model_that_learns(run: Run, tmp_path: 
 def test_overfit_single_batch_fails_on_a_model_that_does_not_learn(run: Run, tmp_path: Path) -> None:
     message = refused(run, tmp_path, overfit_single_batch=True, learning_rate=0, min_lr=0, code=errors.CHECK_FAILED)
     assert message.startswith('FAIL: the loss on one batch went from ')
+
+
+def test_eval_only_evaluates_whatever_else_is_asked_for(run: Run, tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, eval_only=True, overfit_single_batch=True)
+    out = capsys.readouterr().out
+    assert re.search(r'^step 0: train loss \d', out, re.MULTILINE)
+    assert 'iterations are' not in out and 'one batch' not in out
 
 
 def test_eval_only_measures_and_touches_nothing(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

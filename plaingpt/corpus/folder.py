@@ -90,8 +90,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a corpus's maker, ours or nanoGPT's, has said in this folder which tokenizer made it."""
-    return any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
+    """Return whether there is a corpus, of any project."""
+    return bool(files_of(folder, 'train')) or any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
 
 
 def is_meta(meta: object) -> TypeGuard[dict[str, Any]]:

@@ -174,11 +174,11 @@ def wait_for_all(process: Process) -> None:
 
 def refuse_difference(process: Process, what: str, value: Any, remedy: str) -> None:
     """Machines may not share the folders that they should: every process must have found the same `value`. All of them
-    must call it; each says it in JSON."""
+    must call it. Raises UserError, with the remedy, if one has found another."""
     process.store.set(f'{what}/{process.rank}', json.dumps(value, sort_keys=True))
     wait_for_all(process)
     answers = process.store.multi_get([f'{what}/{rank}' for rank in range(process.world_size)])
-    found = [str(answer, 'utf-8').replace('null', 'none') for answer in answers]
+    found = ['none' if answer == b'null' else str(answer, 'utf-8') for answer in answers]
     for rank, other in enumerate(found):
         if other != found[0]:
             raise UserError(f'process 0 has found the {what} {found[0][:100]}, and process {rank} {other[:100]}\n'

@@ -1,4 +1,4 @@
-"""What can befall a run from outside: a signal, the end of its time, a process that dies or hangs, scarce memory."""
+"""What can befall a run of several processes: one of them dies or hangs; and scarce memory."""
 import json
 import os
 import socket

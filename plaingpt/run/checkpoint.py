@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from model import GPT, GPTConfig
-from plaingpt import files
+from plaingpt import console, files
 from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, UserError
 from plaingpt.formats import others
 from plaingpt.machines import strategies
@@ -169,7 +169,7 @@ def load_newest(out_dir: Path) -> State:
     for path in checkpoints_of(out_dir):
         try:
             state = load(path)
-            if complaints:
+            if complaints and console.is_main():
                 instead = f'{path} is used in its place, from step {state["iter_num"]}'
                 print(*complaints, instead, sep='\n', file=sys.stderr)
             return state

@@ -74,7 +74,7 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.float
 
 class Pace:
     """How fast a training is. A token takes `flops`; the devices promise `peak` of them in a second, if that is
-    known."""
+    known. Looking, logging and waiting to be stopped are not learning, and not counted."""
 
     def __init__(self, tokens_per_step: int, flops: int, peak: float | None) -> None:
         self.tokens_per_step, self.flops, self.peak = tokens_per_step, flops, peak

@@ -24,7 +24,7 @@ from plaingpt.run.log import Log, Pace
 
 @dataclass
 class Learner:
-    """A model and all that changes with it: what a checkpoint holds."""
+    """A model, all that changes while it learns, which a checkpoint holds, and where it learns."""
 
     raw_model: GPT
     model: nn.Module  # the same, as several processes share it
@@ -40,14 +40,11 @@ class Learner:
     def predictor(self, batch_size: int) -> Predictor:
         return Predictor(self.model, self.raw_model.config, self.process, self.compute, batch_size)
 
-    def accepts(self, loss: float, grad_norm: float) -> bool:
-        """Whether the weights may be updated: loss and gradient are finite, which they are on all processes or on none.
-        An overflow of float16 is for the scaler, which then updates nothing either."""
+    def is_sound(self, loss: float, grad_norm: float) -> bool:
+        """Return whether the weights may be updated: loss and gradient are finite, which they are on all processes or
+        on none. An overflow of float16 is for the scaler, which then updates nothing either."""
         may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        is_sound = math.isfinite(loss) and (math.isfinite(grad_norm) or may_overflow)
-        self.skipped += not is_sound
-        self.skipped_in_a_row = 0 if is_sound else self.skipped_in_a_row + 1
-        return is_sound
+        return math.isfinite(loss) and (math.isfinite(grad_norm) or may_overflow)
 
 
 class Work(NamedTuple):
@@ -101,7 +98,7 @@ class Run:
         return interval > 0 and (step % interval == 0 or step == self.work.last_step)
 
     def report(self, learner: Learner, loss: float, lr: float, grad_norm: float) -> None:
-        """The last update: every log_interval steps, and the first and the last one of the run."""
+        """Report the last update, every log_interval steps, and the first and the last one of the run."""
         step = learner.step - 1
         if step % self.log_interval and step not in (self.first_step, self.work.last_step - 1):
             return

@@ -45,7 +45,7 @@ DEFAULT = 'python train.py config/train_stdlib.py'
 RUN = {
     'python data/stdlib/prepare.py': Run('', r'(?m)^train: .* tokens, (\d\.\d+) bytes of text each'),
     'python train.py config/train_gpt2.py --plan=True':
-        Run('', r'(?m)^  gpt2-xl, 48 x 1600 +1,557,611,200 '),
+        Run('', r'(?m)^124,3\d\d,\d+ parameters: 12 layers of 12 heads'),
     f'{DEFAULT} --check=True': Run('', r'\n9 checks passed\n'),
     f'{DEFAULT} --overwrite=True': Run(TRAIN, r'\n=== step 3 ===\n'),
     f'{DEFAULT} --init_from=auto': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
