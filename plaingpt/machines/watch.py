@@ -36,13 +36,14 @@ class Watch:
         self.on_end: Callable[[int, str], None] | None = None  # what is done with an exit code and last words
         self.work, self.step, self.since = 0, 0, time.monotonic()  # how far the main thread is, and since when
         self.beats, self.ended = 0, threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
         self.me = f'process {process.rank} (pid {os.getpid()} on {socket.gethostname()})'
         self.parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
 
     def __enter__(self) -> Self:
         if self.process.world_size > 1:
             self.tell()
-            threading.Thread(target=self.run, daemon=True).start()
+            self.thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -50,6 +51,8 @@ class Watch:
         if error and code_of(error) not in (STOPPED, PEER_LOST):
             is_expected = isinstance(error, UserError) or code_of(error) != CHECK_FAILED
             self.say_last(lost(f'{self.me}: {error}', code_of(error) if is_expected else PEER_LOST))
+        if self.thread.is_alive():  # the interpreter must not end while it waits for the store, in C++
+            self.thread.join(PATIENCE)
 
     def beat(self, step: int | None = None) -> None:
         """Called wherever the main thread gets on: it is at work on `step`, or waits with good reason."""
