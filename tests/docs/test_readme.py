@@ -282,7 +282,7 @@ def names_read(sources: list[str]) -> set[str]:
 FAULTS = {  # what holds each row of the table of faults, in tests/
     'SIGTERM, SIGUSR1, Ctrl-C': 'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on',
     'a second Ctrl-C': 'test_watch.test_a_second_interrupt_leaves_at_once',
-    'nobody reads the output any more, as when Ctrl-C ends `tee` too':
+    'the output has no reader any more, as when Ctrl-C ends `tee` too':
         'test_watch.test_a_closed_output_is_a_reason_to_save',
     '`--max_hours` are over': 'test_watch.test_a_run_ends_when_its_time_is_over',
     'SIGKILL at any moment, also while saving': 'test_kills.test_twenty_kills_change_nothing',
