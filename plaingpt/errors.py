@@ -20,7 +20,7 @@ DISK_FULL = 7
 PEER_LOST = 8  # another process of this run died, or hangs: run the same command again
 STOPPED = 75  # stopped after saving: run the same command again
 INTERRUPTED = 130  # Ctrl-C, as shells count it
-BROKEN_PIPE = 141  # nobody reads the output any more, as shells count it
+BROKEN_PIPE = 141  # the output has no reader any more, as shells count it
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / 'requirements.txt'  # where this is a checkout
 PACKAGES = ('PIL', 'datasets', 'fsspec', 'gguf', 'huggingface_hub', 'matplotlib', 'pyarrow', 's3fs', 'safetensors',
@@ -96,7 +96,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         leave(str(missing_package(error)), COMMAND)
     except KeyboardInterrupt:
         leave('interrupted', INTERRUPTED)
-    except BrokenPipeError as error:  # `python train.py | head`: nobody reads on
+    except BrokenPipeError as error:  # `python train.py | head`: the reader has left
         drop_output()
         sys.exit(code_of(error))
     except (OSError, RuntimeError, MemoryError) as error:

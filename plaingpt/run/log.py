@@ -132,7 +132,7 @@ class Log:
         self.bar: tqdm[Any] | None = None
         self.step, self.values, self.last_kept, self.row_start = -1, dict[str, float](), -1, NO_ROW
         self.uploader = uploader or Uploader('', self.line)
-        self.on_closed: Callable[[str], None] | None = None  # who is told that nobody reads the console any more
+        self.on_closed: Callable[[str], None] | None = None  # called once the console has no reader any more
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.last_kept = drop_rows(self.folder / 'metrics.jsonl', first_step)

@@ -227,7 +227,7 @@ def test_signals_are_heard_by_a_process_that_waits_for_others(start: Start, tmp_
 
 @pytest.mark.slow
 def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
-    """`python train.py | tee log`: Ctrl-C ends tee as well, and nobody reads any more."""
+    """`python train.py | tee log`: Ctrl-C ends tee as well, and the output has no reader any more."""
     process = start('-c', SLOWLY + RUN, *arguments(tmp_path, tiny_dataset, max_iters=1000))
     wait_for(process, 'iter ')
     assert process.stdout is not None, 'it is a pipe'

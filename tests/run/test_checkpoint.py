@@ -316,7 +316,7 @@ def spoiled(data: bytes, rng: random.Random) -> Iterator[tuple[str, bytes]]:
 
 
 def test_no_damage_ever_loads_other_values(ours: Path, tmp_path: Path) -> None:
-    """A flip may hit what nobody reads, such as the date of a part. Then the values must be the same."""
+    """A flip may hit bytes that are never read, such as the date of a part. Then the values must be the same."""
     data, right, path = ours.read_bytes(), checkpoint.load(ours), tmp_path / 'ckpt.pt'
     refusals = 0
     for what, bad in spoiled(data, random.Random(1)):
