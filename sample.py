@@ -22,7 +22,6 @@ import configurator
 from model import GPT
 from plaingpt import console, errors
 from plaingpt.corpus import token_files, tokenizer
-from plaingpt.corpus.order import draw
 from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.machines import processes
@@ -184,7 +183,7 @@ def sample(source: str, prompt: str) -> None:
         count = min(batch_size, num_samples - first)
         idx = torch.tensor([ids] * count, device=process.device)  # (B, T)
         stream = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p if top_p < 1 else None, end,
-                              draw(seed, first), vocabulary.n_vocab)
+                              seed, vocabulary.n_vocab, first=first)
         show(texts(stream, count, prompt, vocabulary, end))
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 import configurator
 import sample
 from plaingpt import console, errors, metrics, tasks
+from plaingpt.chance import draw
 from plaingpt.check import run_checks
 from plaingpt.corpus.batches import Part, parts_of
 from plaingpt.corpus.folder import Data, data_folder, fingerprint, open_split, read_meta
-from plaingpt.corpus.order import Order, draw
+from plaingpt.corpus.order import Order
 from plaingpt.errors import UserError
 from plaingpt.init_from import Origin, begin, shared_tokenizer
 from plaingpt.machines import processes, strategies

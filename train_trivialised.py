@@ -105,7 +105,7 @@ def main(args: list[str]) -> None:
 
     vocabulary = tokenizer.from_state(meta['tokenizer'])
     prompt = torch.tensor([vocabulary.encode('\n')])  # (1, T)
-    print(vocabulary.decode(model.generate(prompt, 200)[0].tolist()))
+    print(vocabulary.decode(model.generate(prompt, 200, seed)[0].tolist()))
 
 
 if __name__ == '__main__':

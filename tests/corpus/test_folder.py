@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 
 from model import GPTConfig
 from plaingpt import errors
+from plaingpt.chance import draw
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.batches import Windows, parts_of, read_batch
 from plaingpt.corpus.folder import data_folder, fingerprint, open_split, read_meta
-from plaingpt.corpus.order import Order, draw, fixed_starts, shuffle
+from plaingpt.corpus.order import Order, fixed_starts, shuffle
 from plaingpt.corpus.token_files import TokenFile
 from plaingpt.errors import DATA
 from plaingpt.machines import processes
