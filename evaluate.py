@@ -94,8 +94,8 @@ def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], p
     if 'val' in names:
         corpus = open_split(folder, split, model.config.block_size, n_vocab)
         learned = shared_tokenizer(learned_reference(state, n_vocab, folder, bool(dataset)), folder)
-        n_windows = eval_iters * batch_size or len(corpus)
-        figures[split] = metrics.evaluate(predict, corpus, n_windows, learned.token_sizes() if learned else None)
+        figures[split] = metrics.evaluate(predict, corpus, eval_iters * batch_size,
+                                          learned.token_sizes() if learned else None)
     for name, rows in questions.items():
         figures |= MEASURES[name](rows, learned_tokenizer(state, n_vocab, folder, bool(dataset)), predict)
     return Measured(where, state.get('iter_num'), folder.name if 'val' in names else '', figures)

@@ -257,9 +257,9 @@ def choices(questions: Questions, nats: Tensor) -> dict[str, float]:
 
 
 def share(name: str, is_right: Tensor) -> dict[str, float]:
-    """How many of (N,) are, and the standard error of that."""
+    """How many of (N,) are, and the standard error of that, which a single one does not have."""
     n, mean = len(is_right), is_right.double().mean().item()
-    return {name: mean, f'{name}_stderr': math.sqrt(mean * (1 - mean) / max(1, n - 1))}
+    return {name: mean} | ({f'{name}_stderr': math.sqrt(mean * (1 - mean) / (n - 1))} if n > 1 else {})
 
 
 def measure_hellaswag(rows: list[Row], vocabulary: Tokenizer, predict: Predictor) -> dict[str, dict[str, float]]:
