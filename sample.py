@@ -4,6 +4,7 @@ Let a model write: one trained here, or GPT-2.
     python sample.py                                           the run in out/, or else the newest one in this folder
     python sample.py --out_dir=out-stdlib --start='def '       a run of your choice, and what it continues
     python sample.py --init_from=gpt2-xl --start=FILE:a.txt    GPT-2's weights, and a prompt from a file
+    python sample.py --out_dir=out-stdlib --interactive=True   one prompt after the other, a line each
 
 The samples go to stdout, and nothing else does.
 """
@@ -33,6 +34,7 @@ from plaingpt.run import checkpoint, upload
 init_from: str = 'resume'  # 'resume' is out_dir; or a checkpoint file, a run's folder, a Hugging Face folder, 'gpt2*'
 out_dir: str = 'out'  # of the run
 start: str = '\n'  # what each sample continues: text, '<|endoftext|>', 'FILE:path'; '' begins a document
+interactive: bool = False  # continue each line of stdin, after all that was read and written before; Ctrl-D ends it
 num_samples: int = 10
 batch_size: int = 16  # samples that are drawn at once; lower it when memory runs out
 max_new_tokens: int = 500  # in each sample
@@ -163,13 +165,72 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def continued(model: GPT, idx: Tensor, vocabulary: tokenizer.Tokenizer, first: int) -> Iterator[Tensor]:
+    """Yield a token (B,) at a time of the samples number `first`, first + 1, ... which continue idx (B, T)."""
+    return model.stream(idx, max_new_tokens, temperature, top_k or None, top_p if top_p < 1 else None,
+                        end_of(vocabulary), seed, vocabulary.n_vocab, first=first)
+
+
+def end_of(vocabulary: tokenizer.Tokenizer) -> int | None:
+    """The id that ends a sample, if there is one."""
+    return vocabulary.eot if stop else None
+
+
+def write_samples(model: GPT, prompt: str, ids: list[int], vocabulary: tokenizer.Tokenizer,
+                  device: torch.device) -> None:
+    """Print num_samples texts that continue the prompt, whose ids these are."""
+    for first in range(0, num_samples, batch_size):
+        count = min(batch_size, num_samples - first)
+        idx = torch.tensor([ids] * count, device=device)  # (B, T)
+        show(texts(continued(model, idx, vocabulary, first), count, prompt, vocabulary,
+                   end_of(vocabulary)))
+
+
+def converse(model: GPT, context: list[int], vocabulary: tokenizer.Tokenizer, device: torch.device) -> None:
+    """Print a continuation of each line of stdin, which follows the context and all lines and continuations before it.
+    Ctrl-C ends a continuation."""
+    block_size = model.config.block_size
+    for number, line in enumerate(lines()):
+        try:
+            context += vocabulary.encode_prompt(line)
+            context = context or encode('', vocabulary, block_size)
+            if len(context) > block_size:
+                say(f'the context is longer than {block_size} tokens: the model reads the last of them')
+                context = context[-block_size:]
+            stream = continued(model, torch.tensor([context], device=device), vocabulary, number)
+            show(texts(noted(stream, context), 1, '', vocabulary, end_of(vocabulary)))
+        except KeyboardInterrupt:
+            show([f'\n{RULE}\n'])
+        except UserError as error:
+            say(str(error))
+            show([f'\n{RULE}\n'])
+
+
+def lines() -> Iterator[str]:
+    """Yield the lines of stdin without their ends. A terminal shows where to type."""
+    while True:
+        if sys.stdin.isatty():
+            print('> ', end='', file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        yield line.decode('utf-8', errors='replace').rstrip('\r\n')
+
+
+def noted(stream: Iterable[Tensor], ids: list[int]) -> Iterator[Tensor]:
+    """Yield the tokens (1,) of the stream, each after it has been appended to `ids`."""
+    for token in stream:
+        ids.append(int(token))
+        yield token
+
+
 def sample(source: str, prompt: str) -> None:
-    """Open the model that `source` names, and print num_samples texts of it."""
+    """Open the model that `source` names, and let it continue the prompt."""
     process = processes.start(device)
     precision, why_precision = pick_dtype(dtype, process.device.type)
     model, state = open_model(source)
     vocabulary = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
-    ids = encode(prompt, vocabulary, model.config.block_size)
+    ids = encode(prompt, vocabulary, model.config.block_size) if prompt or not interactive else []
     if stop and vocabulary.eot is None:
         say(f"--stop=True changes nothing: this model's tokenizer '{vocabulary.name}' does not mark a document's end")
     say(f'{source}; {processes.describe(process)}; {name_of(precision)}, {why_precision}')
@@ -178,13 +239,10 @@ def sample(source: str, prompt: str) -> None:
     if compile is True:
         for block in model.transformer.h:
             block.compile()
-    end = vocabulary.eot if stop else None
-    for first in range(0, num_samples, batch_size):
-        count = min(batch_size, num_samples - first)
-        idx = torch.tensor([ids] * count, device=process.device)  # (B, T)
-        stream = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p if top_p < 1 else None, end,
-                              seed, vocabulary.n_vocab, first=first)
-        show(texts(stream, count, prompt, vocabulary, end))
+    if interactive:
+        converse(model, ids, vocabulary, process.device)
+    else:
+        write_samples(model, prompt, ids, vocabulary, process.device)
 
 
 def main(args: list[str]) -> None:
@@ -192,7 +250,7 @@ def main(args: list[str]) -> None:
     with redirect_stdout(sys.stdout if wants_help else io.StringIO()):  # the samples have it for themselves
         _, given = configurator.configure(sys.modules[__name__], args)
     refuse_mistakes()
-    prompt = read_prompt(start)
+    prompt = read_prompt(start) if 'start' in given or not interactive else ''
     sample(find_run(out_dir, 'out_dir' in given) if init_from == 'resume' else init_from, prompt)
 
 

@@ -108,14 +108,14 @@ def tiktoken_cache(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope='session')
 def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python script arguments...` in a process of its own: run_script('sample.py', '--start=x', cwd=tmp_path,
-    environment={'NAME': 'value'}). A script's path starts at the root of the repository, where it also runs by default.
-    """
+    environment={'NAME': 'value'}, typed='a line'). A script's path starts at the root of the repository, where it also
+    runs by default."""
 
-    def run(script: str, *arguments: str, cwd: Path = ROOT,
-            environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(script: str, *arguments: str, cwd: Path = ROOT, environment: Mapping[str, str] | None = None,
+            typed: str = '') -> subprocess.CompletedProcess[str]:
         warnings = ','.join(f'error::{category}:{module}' for category in ('DeprecationWarning', 'FutureWarning')
                             for module in ('__main__', *OURS))
-        return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, stdin=subprocess.DEVNULL,
+        return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, input=typed,
                               env={**os.environ, 'PYTHONWARNINGS': warnings, **(environment or {})},
                               capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
 

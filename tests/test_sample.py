@@ -2,11 +2,13 @@
 import io
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +371,7 @@ def test_settings_have_nanogpts_names_and_defaults() -> None:
     nanogpt = {'init_from': 'resume', 'out_dir': 'out', 'start': '\n', 'num_samples': 10, 'max_new_tokens': 500,
                'temperature': 0.8, 'top_k': 200, 'seed': 1337, 'device': 'auto', 'dtype': 'auto', 'compile': 'auto'}
     assert {name: settings.get(name) for name in nanogpt} == nanogpt
-    assert settings.keys() - nanogpt.keys() == {'top_p', 'stop', 'batch_size'}
+    assert settings.keys() - nanogpt.keys() == {'top_p', 'stop', 'batch_size', 'interactive'}
 
 
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,3 +451,61 @@ def test_a_reader_that_leaves_ends_it_without_a_word(trained: Path) -> None:
     assert process.wait(timeout=PATIENT) == errors.BROKEN_PIPE
     assert len(process.stderr.read().splitlines()) == 1, 'the line about the device'
     process.stderr.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# A prompt a line
+
+
+def test_each_line_of_a_pipe_is_continued_after_all_that_stands_before_it(trained: Path, run_script: Run) -> None:
+    arguments = (f'--out_dir={trained}', '--interactive=True', '--max_new_tokens=5', '--temperature=0', '--device=cpu')
+    result = run_script('sample.py', *arguments, '--start=# ', typed='def\nd\u2603f\n\nimport os, sys, re\n')
+    assert result.returncode == 0, result.stderr
+    *answers, rest = result.stdout.split(f'\n{RULE}\n')
+    assert rest == ''
+
+    model, state = open_model(str(trained))
+    vocabulary, context = tokenizer.from_state(state['tokenizer']), '# '
+    for line, answer in zip(['def', None, '', 'import os, sys, re'], answers, strict=True):
+        if line is None:
+            assert answer == '', 'it cannot be read, and changes nothing'
+            continue
+        ids = torch.tensor([vocabulary.encode(context + line)[-BLOCK:]])
+        assert answer == vocabulary.decode(model.generate(ids, 5, temperature=0)[0, -5:].tolist())
+        context += line + answer
+    assert len(context) > BLOCK
+    assert f'longer than {BLOCK} tokens' in result.stderr
+    assert 'is not among the' in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_session(trained: Path) -> None:
+    pty, fcntl, termios = map(pytest.importorskip, ('pty', 'fcntl', 'termios'))
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / 'sample.py'), f'--out_dir={trained}', '--interactive=True', '--device=cpu',
+               ENDLESS]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                               preexec_fn=partial(fcntl.ioctl, theirs, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    seen = bytearray()
+
+    def read_until(enough: Callable[[bytes], object]) -> None:
+        while not enough(bytes(seen)) and select.select([ours], [], [], PATIENT)[0]:
+            seen.extend(os.read(ours, 1000))
+
+    try:
+        for _ in range(2):
+            read_until(partial(re.search, rb'> $'))
+            seen.clear()
+            os.write(ours, b'def \n')
+            read_until(lambda text: len(text) > 200)
+            os.write(ours, b'\x03')
+            read_until(partial(re.search, RULE.encode()))
+        read_until(partial(re.search, rb'> $'))
+        os.write(ours, b'\x04')
+        assert process.wait(timeout=PATIENT) == 0
+        assert b'Traceback' not in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
