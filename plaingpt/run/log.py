@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from plaingpt import console, files
-from plaingpt.errors import DONE, STOPPED, code_of, drop_output, is_missing_package, missing_package
+from plaingpt.errors import DONE, STOPPED, code_of, drop, is_missing_package, missing_package
 from plaingpt.run.upload import Uploader, reason
 
 NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
@@ -176,7 +176,7 @@ class Log:
         except BrokenPipeError:
             if self.on_closed is None:
                 raise
-            drop_output()
+            drop(sys.stdout)
             self.on_closed('a closed output')
 
     def update(self, step: int, **shown: str) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import pty
 import re
 import resource
 import shutil
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +159,9 @@ def is_halted(pid: int) -> bool:
 @pytest.mark.slow
 def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(start: Start, tmp_path: Path,
                                                                          tiny_dataset: Path) -> None:
-    """All three signals one after the other; the run is then what it would have been without any."""
+    """All signals one after the other; the run is then what it would have been without any."""
     stopped, long = tmp_path / 'stopped', {'max_iters': 200, 'lr_decay_iters': 200, 'eval_interval': 100}
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGINT, signal.SIGQUIT):
         process = start('-c', SLOWLY + RUN, *arguments(stopped, tiny_dataset, **long))
         wait_for(process, 'iter ')
         process.send_signal(number)
@@ -235,6 +237,25 @@ def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_
     assert process.wait(PATIENT) == errors.STOPPED
     assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] > 0
     assert status_of(tmp_path)['state'] == 'stopped'
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwise(tmp_path: Path,
+                                                                                  tiny_dataset: Path) -> None:
+    """A real terminal: its session gets SIGHUP, and what it prints to has no reader any more."""
+    codes = {}
+    for name, command in (('hung up', []), ('nohup', ['nohup'])):
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [*command, sys.executable, '-c', SLOWLY + RUN, *arguments(tmp_path / name, tiny_dataset, max_iters=40)],
+            cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, preexec_fn=partial(os.login_tty, theirs))
+        os.close(theirs)
+        wait_until((tmp_path / name / 'ckpt.pt').exists, 'a checkpoint')
+        os.close(ours)
+        codes[name] = process.wait(PATIENT)
+    assert codes == {'hung up': errors.STOPPED, 'nohup': errors.DONE}
+    assert status_of(tmp_path / 'hung up')['state'] == 'stopped'
+    assert checkpoint.load(tmp_path / 'nohup/ckpt.pt')['iter_num'] == 40
 
 
 @pytest.mark.usefixtures('no_pictures')
