@@ -1,6 +1,7 @@
 """Files that are whole or not there: the one place that writes under a temporary name and renames."""
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,12 @@ def written_whole(path: str | Path, is_shared: bool = False) -> Iterator[Buffere
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def left_by_kills(folder: Path, names: str, suffix: str = UNFINISHED) -> list[Path]:
+    """Return what is left of files that were not whole yet, if their names match the regular expression `names`."""
+    pattern = re.compile(rf'({names})(\.[0-9a-f]{{8}})?{re.escape(suffix)}')
+    return [path for path in folder.glob('*') if pattern.fullmatch(path.name)]
 
 
 def put_on_disk(file: BufferedRandom) -> None:

@@ -606,11 +606,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures('no_pictures')
-def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, tiny_dataset: Path) -> None:
-    for name in ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp'):
+def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path: Path, tiny_dataset: Path) -> None:
+    left = ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp', 'ckpt.pt.0a1b2c3d.tmp', '.best.pt.0a1b2c3d.uploading',
+            '.ckpt.pt.0a1b2c3d.uploading.tmp')
+    foreign = ('thesis.tmp', 'ckpt.pt.old.tmp', '.mine.uploading', 'ckpt-mine.pt', 'ckpt.final.pt', 'my best.pt')
+    for name in (*left, *foreign):
         (tmp_path / name).write_bytes(b'half')
-    train.main(arguments(tmp_path, tiny_dataset))
-    assert not list(tmp_path.glob('*.tmp')) + list(tmp_path.glob('*new*'))
+    upload_to = (tmp_path / 'elsewhere').as_uri()  # which removes old copies
+    train.main(arguments(tmp_path, tiny_dataset, init_from='scratch', overwrite=True, upload_to=upload_to))
+    assert {path.name for path in tmp_path.iterdir()} & {*left, *foreign} == {*foreign}
 
 
 @pytest.mark.usefixtures('no_pictures')
