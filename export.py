@@ -49,6 +49,7 @@ class Format(NamedTuple):
     dtypes: tuple[str, ...]
     needs: dict[str, tuple[Any, str]]  # by the names of GPTConfig: the only value, and why there is no other
     next_step: str  # what to type where the export is wanted; the function of this name lists what may be in {}
+    optional: tuple[str, ...] = ()  # files that one export writes and another does not
     is_run: bool = False  # a checkpoint of our own: it may lack biases and a tokenizer
 
 
@@ -84,7 +85,8 @@ FORMATS = {
             'tie_weights': (True, (
                 "llm.c predicts tokens with the table that embeds them, and this model's head is another matrix\n"
                 'it can be exported with --to=hf or --to=gguf'))},
-        next_step='./train_gpt2cu -e {absolute}/model.bin    # in llm.c'),
+        next_step='./train_gpt2cu -e {absolute}/model.bin    # in llm.c',
+        optional=('tokenizer.bin',)),
     'ckpt': Format(
         write_run,
         dtypes=('float32',),
@@ -138,9 +140,8 @@ def write_folder(target: Path, exported: Exported) -> None:
     earlier export to the same form is replaced; anything else is not, unless told so."""
     if target.exists() and not target.is_dir():
         raise UserError(f'{target} is a file: give another --to_dir')
-    earlier = huggingface.read_origin(target)
-    old = earlier['files'] if earlier.get('to') == to else []
-    if not (old or overwrite) and any(path.name != UNFINISHED for path in target.glob('*')):
+    is_again = huggingface.read_origin(target).get('to') == to
+    if not (is_again or overwrite) and any(path.name != UNFINISHED for path in target.glob('*')):
         raise UserError(f'{target} holds other files than an export with --to={to}: give another --to_dir, or '
                         '--overwrite=True to write among them')
     temporary = target / UNFINISHED if target.is_dir() else target.with_name(f'.{target.name}{UNFINISHED}')
@@ -156,7 +157,7 @@ def write_folder(target: Path, exported: Exported) -> None:
             temporary.rename(target)
         else:  # config.json comes last: without it nobody takes the folder for whole
             new = sorted(temporary.iterdir(), key=lambda path: path.name == 'config.json')
-            for name in {*old, *(path.name for path in new)}:
+            for name in (*(FORMATS[to].optional if is_again else ()), *(path.name for path in new)):
                 (target / name).unlink(missing_ok=True)
             for path in new:
                 path.replace(target / path.name)

@@ -1,4 +1,5 @@
 """What a run says on the console: numbers as lines that people, and their scripts, read."""
+import errno
 import os
 import re
 import sys
@@ -73,10 +74,13 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line above the bars, in the main process only."""
+    """Print a line above the bars, in the main process only. Raise BrokenPipeError if it has no reader any more."""
     if is_main():
-        tqdm.write(printable(text), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(printable(text), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            raise BrokenPipeError(*error.args) if error.errno == errno.EIO else error from None  # a closed terminal
 
 
 def printable(text: str) -> str:

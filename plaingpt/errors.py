@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 DONE = 0
 CHECK_FAILED = 1  # for example, overfit_single_batch did not overfit
@@ -97,7 +97,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         leave('interrupted', INTERRUPTED)
     except BrokenPipeError as error:  # `python train.py | head`: the reader has left
-        drop_output()
+        drop(sys.stdout)
         sys.exit(code_of(error))
     except (OSError, RuntimeError, MemoryError) as error:
         reason = (str(error).splitlines() or ['main memory'])[0]
@@ -109,15 +109,16 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def leave(message: str, code: int) -> NoReturn:
-    """The last words of a process; whoever read them may be gone."""
-    try:
-        sys.stdout.flush()
-        print(message, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        drop_output()
+    """The last words of a process, whose readers may be gone."""
+    for stream, words in ((sys.stdout, ''), (sys.stderr, f'{message}\n')):
+        try:
+            stream.write(words)
+            stream.flush()
+        except OSError:
+            drop(stream)
     sys.exit(code)
 
 
-def drop_output() -> None:
-    """Nobody reads it, and nobody shall complain of what is left in the buffer."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def drop(stream: TextIO) -> None:
+    """Send the output that has no reader any more nowhere, with what is left in its buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

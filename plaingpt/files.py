@@ -1,6 +1,8 @@
-"""Files that are whole or not there: the one place that writes under a temporary name and renames."""
+"""Files that are whole or not there: the one place that writes under a temporary name and renames; and a small file that
+is overwritten in place."""
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -30,6 +32,22 @@ def written_whole(path: str | Path, is_shared: bool = False) -> Iterator[Buffere
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def overwrite(path: Path, content: bytes, room: int) -> None:
+    """Write the content, and spaces up to `room` bytes, over those of the file in one write: after the first time it
+    succeeds on a full disk, too, where no file can take its place. Readers skip the spaces, as JSON's do."""
+    path.touch()
+    with open(path, 'r+b', buffering=0) as file:
+        file.write(content[:room - 1].ljust(room - 1) + b'\n')
+        file.truncate()  # an older file may have been longer
+        os.fsync(file.fileno())
+
+
+def left_by_kills(folder: Path, names: str, suffix: str = UNFINISHED) -> list[Path]:
+    """Return what is left of files that were not whole yet, if their names match the regular expression `names`."""
+    pattern = re.compile(rf'({names})(\.[0-9a-f]{{8}})?{re.escape(suffix)}')
+    return [path for path in folder.glob('*') if pattern.fullmatch(path.name)]
 
 
 def put_on_disk(file: BufferedRandom) -> None:

@@ -515,6 +515,21 @@ def test_a_second_export_leaves_no_file_of_the_first(tmp_path: Path) -> None:
     assert {'config.json', 'model.safetensors', 'model.bin', 'mine.txt'} < {path.name for path in folder.iterdir()}
 
 
+def test_an_export_removes_no_file_that_the_one_before_merely_lists(tmp_path: Path) -> None:
+    """plaingpt.json may be wrong, or have come from elsewhere."""
+    source = write_run(tmp_path / 'run', random_model(replace(SHAPE, vocab_size=257)), build('byte'))
+    for to in ('hf', 'gguf', 'llmc'):
+        folder = run(source, to=to)
+        precious = [folder / 'thesis.txt', source / 'thesis.txt', tmp_path / 'thesis.txt']
+        for path in precious:
+            path.write_text('x', encoding='utf-8')
+        origin = json.loads((folder / 'plaingpt.json').read_text(encoding='utf-8'))
+        origin['files'] = ['thesis.txt', '../thesis.txt', str(tmp_path / 'thesis.txt')]
+        (folder / 'plaingpt.json').write_text(json.dumps(origin), encoding='utf-8')
+        run(source, to=to)
+        assert all(path.exists() for path in precious), to
+
+
 def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> None:
     source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     code = ('import export, sys, time\nfrom plaingpt.formats import huggingface\n'

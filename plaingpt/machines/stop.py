@@ -10,8 +10,10 @@ from typing import Self
 
 from plaingpt import errors
 
+# Kubernetes and torchrun; Slurm; LSF and SGE; a limit of CPU time; Ctrl-C and Ctrl-\; a terminal that is closed. A
+# system need not have them all.
 SIGNALS = {number: name for name, number in vars(signal).items() if name in (
-    'SIGTERM', 'SIGUSR1', 'SIGINT')}  # Kubernetes and torchrun, Slurm, Ctrl-C; a system need not have them all
+    'SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU', 'SIGINT', 'SIGQUIT', 'SIGHUP')}
 AGAIN = 1.0  # seconds: a second Ctrl-C sooner than that is the first one, passed on by torchrun
 
 
@@ -36,8 +38,9 @@ class Stop:
         os.set_blocking(self.writer, False)
         self.pipe_before = signal.set_wakeup_fd(self.writer)
         threading.Thread(target=self.read, args=(reader,), daemon=True).start()
-        # Without a handler there would be nothing to read.
-        self.before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        # Without a handler there would be nothing to read. What was ignored at the start, as with nohup, stays ignored.
+        self.before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS
+                       if signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *error: object) -> None:

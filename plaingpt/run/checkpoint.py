@@ -28,6 +28,8 @@ from plaingpt.run import upload
 State = dict[str, Any]
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'gelu', 'tie_weights')  # weights decide it
+WRITTEN = (rf'\.?({upload.CHECKPOINTS.pattern})(\.[0-9a-f]{{8}}{upload.UPLOADING})?|'
+           r'metrics\.jsonl|samples\.txt|loss\.png')  # what a run writes under a temporary name first
 
 
 class Saver:
@@ -123,8 +125,9 @@ def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--out_dir={out_dir} cannot be made a folder: {error.strerror}') from None
-    patterns = (f'*{files.UNFINISHED}', '.*.uploading', 'ckpt.new.pt', *(('ckpt*.pt', 'best.pt') if is_new else ()))
-    for path in {path for pattern in patterns for path in out_dir.glob(pattern)}:
+    of_another = [path for path in out_dir.iterdir() if is_new and upload.CHECKPOINTS.fullmatch(path.name)]
+    of_older_versions = out_dir / 'ckpt.new.pt'
+    for path in (*files.left_by_kills(out_dir, WRITTEN), *upload.snapshots(out_dir), *of_another, of_older_versions):
         path.unlink(missing_ok=True)
     if is_best and (out_dir / 'ckpt.pt').exists():
         files.link(out_dir / 'ckpt.pt', out_dir / 'best.pt')  # a kill may have come between the two

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from plaingpt import console, files
-from plaingpt.errors import DONE, STOPPED, code_of, drop_output, is_missing_package, missing_package
+from plaingpt.errors import DONE, STOPPED, code_of, drop, is_missing_package, missing_package
 from plaingpt.run.upload import Uploader, reason
 
 NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
 UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
+STATUS_ROOM = 4096  # bytes of status.json, which are taken at the start
+STATUS_MESSAGE = 600  # characters, of which JSON may make six bytes each
 SAMPLE_HEADER = re.compile(r'^=== step (\d+) ===\n', re.MULTILINE)
 
 
@@ -176,7 +178,7 @@ class Log:
         except BrokenPipeError:
             if self.on_closed is None:
                 raise
-            drop_output()
+            drop(sys.stdout)
             self.on_closed('a closed output')
 
     def update(self, step: int, **shown: str) -> None:
@@ -254,12 +256,12 @@ class Log:
 
     def status(self, state: str, step: int, exit_code: int, message: str = '') -> None:
         """status.json: what a scheduler asks. A full disk does not hide the error that is being reported."""
-        fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message,
+        fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message[:STATUS_MESSAGE],
                   'time': datetime.now(UTC).isoformat(timespec='seconds'), 'not_uploaded': self.uploader.missing}
         if self.folder:
             path = self.folder / 'status.json'
-            with expendable(self.line, f'{path} is not written'), files.written_whole(path) as file:
-                file.write(json.dumps(fields).encode() + b'\n')
+            with expendable(self.line, f'{path} is not written'):
+                files.overwrite(path, json.dumps(fields).encode(), STATUS_ROOM)
 
     def end(self, code: int, message: str) -> None:
         state = {DONE: 'done', STOPPED: 'stopped'}.get(code, 'failed')

@@ -18,6 +18,7 @@ from plaingpt.errors import CHECKPOINT, COMMAND, UserError, missing_package
 PAUSES = (1.0, 5.0, 25.0)  # seconds between one attempt to upload a file and the next
 OBJECT_STORES = ('s3://', 's3a://', 'gs://', 'gcs://', 'abfs://', 'abfss://', 'az://')
 CHECKPOINTS = re.compile(r'ckpt(\.\d+)?\.pt|best\.pt')
+UPLOADING = '.uploading'  # how the name of a copy ends that waits
 SECRETS = re.compile(r'SECRET|TOKEN|PASSWORD|KEY|CONNECTION_STRING')  # in the names of environment variables
 SHORTEST_SECRET = 8  # characters; what is shorter may be a part of any word
 
@@ -92,6 +93,11 @@ def fetch(url: str, folder: Path) -> list[Path]:
     return targets
 
 
+def snapshots(folder: Path) -> list[Path]:
+    """Return the copies of checkpoints that wait, or that a killed process has left."""
+    return files.left_by_kills(folder, rf'\.({CHECKPOINTS.pattern})', UPLOADING)
+
+
 class Uploader:
     """Copies files to a folder anywhere, in the background, in order. Of several versions of a file that wait, only the
     newest is uploaded, so that a slow network holds back at most two of each on the disk."""
@@ -120,7 +126,7 @@ class Uploader:
         written to in place. Returns at once. What failed earlier is tried again as well."""
         if self.is_closed:
             return
-        snapshot = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.uploading')
+        snapshot = path.with_name(f'.{path.name}.{secrets.token_hex(4)}{UPLOADING}')
         why_not = ''
         with self.changed:
             self.waiting[path.name] = snapshot
@@ -201,5 +207,5 @@ class Uploader:
 
     def sweep(self, folder: Path) -> None:
         """Delete the copies of older versions, and those that a killed process has left."""
-        for snapshot in {*folder.glob('.*.uploading')} - {*self.waiting.values(), self.busy_with}:
+        for snapshot in {*snapshots(folder)} - {*self.waiting.values(), self.busy_with}:
             snapshot.unlink(missing_ok=True)

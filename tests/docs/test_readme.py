@@ -107,8 +107,8 @@ EXCEPTIONS = {
     'python train.py config/train_gpt2.py --device=cuda': 'a GPU',
     'torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py': 'a GPU',
     'torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py': 'a GPU',
-    'torchrun --standalone --nproc_per_node=gpu --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=120 '
-    'train.py config/train_gpt2.py --init_from=auto': 'a GPU',
+    'torchrun --standalone --nproc_per_node=gpu --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 '
+    '--shutdown-timeout=120 train.py config/train_gpt2.py --init_from=auto': 'a GPU',
     **{f'torchrun --nnodes=2 {more} train.py config/train_gpt2.py': 'a cluster' for more in (
         '--node_rank=0 --nproc_per_node=8 --master_addr=HOST', '--node_rank=1 --nproc_per_node=8 --master_addr=HOST',
         '--nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500')},
@@ -282,10 +282,13 @@ def names_read(sources: list[str]) -> set[str]:
 
 
 FAULTS = {  # what holds each row of the table of faults, in tests/
-    'SIGTERM, SIGUSR1, Ctrl-C': 'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on',
+    'SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGQUIT, Ctrl-C':
+        'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on',
     'a second Ctrl-C': 'test_watch.test_a_second_interrupt_leaves_at_once',
     'the output has no reader any more, as when Ctrl-C ends `tee` too':
         'test_watch.test_a_closed_output_is_a_reason_to_save',
+    'the terminal is closed (SIGHUP), without `nohup`':
+        'test_watch.test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwise',
     '`--max_hours` are over': 'test_watch.test_a_run_ends_when_its_time_is_over',
     'SIGKILL at any moment, also while saving': 'test_kills.test_twenty_kills_change_nothing',
     'a process dies, freezes or hangs': 'test_watch.test_a_process_that_is_lost_is_named_and_the_others_end',

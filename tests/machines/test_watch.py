@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import pty
 import re
 import resource
 import shutil
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +159,9 @@ def is_halted(pid: int) -> bool:
 @pytest.mark.slow
 def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(start: Start, tmp_path: Path,
                                                                          tiny_dataset: Path) -> None:
-    """All three signals one after the other; the run is then what it would have been without any."""
+    """All signals one after the other; the run is then what it would have been without any."""
     stopped, long = tmp_path / 'stopped', {'max_iters': 200, 'lr_decay_iters': 200, 'eval_interval': 100}
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGINT, signal.SIGQUIT):
         process = start('-c', SLOWLY + RUN, *arguments(stopped, tiny_dataset, **long))
         wait_for(process, 'iter ')
         process.send_signal(number)
@@ -235,6 +237,25 @@ def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_
     assert process.wait(PATIENT) == errors.STOPPED
     assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] > 0
     assert status_of(tmp_path)['state'] == 'stopped'
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwise(tmp_path: Path,
+                                                                                  tiny_dataset: Path) -> None:
+    """A real terminal: its session gets SIGHUP, and what it prints to has no reader any more."""
+    codes = {}
+    for name, command in (('hung up', []), ('nohup', ['nohup'])):
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [*command, sys.executable, '-c', SLOWLY + RUN, *arguments(tmp_path / name, tiny_dataset, max_iters=40)],
+            cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, preexec_fn=partial(os.login_tty, theirs))
+        os.close(theirs)
+        wait_until((tmp_path / name / 'ckpt.pt').exists, 'a checkpoint')
+        os.close(ours)
+        codes[name] = process.wait(PATIENT)
+    assert codes == {'hung up': errors.STOPPED, 'nohup': errors.DONE}
+    assert status_of(tmp_path / 'hung up')['state'] == 'stopped'
+    assert checkpoint.load(tmp_path / 'nohup/ckpt.pt')['iter_num'] == 40
 
 
 @pytest.mark.usefixtures('no_pictures')
@@ -585,11 +606,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures('no_pictures')
-def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, tiny_dataset: Path) -> None:
-    for name in ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp'):
+def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path: Path, tiny_dataset: Path) -> None:
+    left = ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp', 'ckpt.pt.0a1b2c3d.tmp', '.best.pt.0a1b2c3d.uploading',
+            '.ckpt.pt.0a1b2c3d.uploading.tmp')
+    foreign = ('thesis.tmp', 'ckpt.pt.old.tmp', '.mine.uploading', 'ckpt-mine.pt', 'ckpt.final.pt', 'my best.pt')
+    for name in (*left, *foreign):
         (tmp_path / name).write_bytes(b'half')
-    train.main(arguments(tmp_path, tiny_dataset))
-    assert not list(tmp_path.glob('*.tmp')) + list(tmp_path.glob('*new*'))
+    upload_to = (tmp_path / 'elsewhere').as_uri()  # which removes old copies
+    train.main(arguments(tmp_path, tiny_dataset, init_from='scratch', overwrite=True, upload_to=upload_to))
+    assert {path.name for path in tmp_path.iterdir()} & {*left, *foreign} == {*foreign}
 
 
 @pytest.mark.usefixtures('no_pictures')
@@ -663,6 +688,31 @@ def test_a_disk_that_has_no_room_for_a_row_is_full_in_one_line(tmp_path: Path, t
                             cwd=ROOT, preexec_fn=with_limit, capture_output=True, text=True, check=False)
     assert result.returncode == errors.DISK_FULL, result.stdout[-2000:] + result.stderr[-2000:]
     assert result.stderr.startswith('the disk is full'), result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('eval_interval', [1000, 1], ids=['while a row is written', 'while a checkpoint is written'])
+def test_status_has_the_exit_code_though_the_disk_is_full(start: Start, tmp_path: Path, tiny_dataset: Path,
+                                                          eval_interval: int) -> None:
+    """A real file system in memory, without one free byte from the moment at which the run is in its steps."""
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2M', 'tmpfs', str(tmp_path)], capture_output=True,
+                             text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f'mounts a file system: {mounted.stderr}')
+    try:
+        process = start('-c', SLOWLY + RUN, *arguments(tmp_path / 'run', tiny_dataset, max_iters=1000,
+                                                       eval_interval=eval_interval))
+        wait_for(process, 'iter 3')
+        with open(tmp_path / 'more', 'wb', buffering=0) as file, pytest.raises(OSError, match='No space left'):
+            while True:
+                file.write(bytes(4096))
+        printed = end_of(process)
+        status = status_of(tmp_path / 'run')
+    finally:
+        subprocess.run(['umount', '--lazy', str(tmp_path)], check=True)
+    assert process.returncode == errors.DISK_FULL, printed
+    assert (status['state'], status['exit_code']) == ('failed', errors.DISK_FULL)
+    assert 'is not written' not in printed and 'Traceback' not in printed
 
 
 @pytest.mark.usefixtures('no_pictures')
