@@ -137,9 +137,9 @@ def open_data(origin: Origin, process: Process) -> Data:
     return Data(folder, splits, order, shared_tokenizer(origin.tokenizer_reference(folder), folder), prints)
 
 
-def build_learner(origin: Origin, watch: Watch, process: Process) -> Learner:
+def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) -> Learner:
     """The model on its device, divided among the processes, and its optimizer; as a checkpoint left them, if the run is
-    resumed."""
+    resumed, and at its place in the data, unless these are others."""
     raw_model, compute = origin.model, choose(process.device, dtype, compile)
     blocks = raw_model.transformer.h
     raw_model.transformer.recomputes = activation_checkpointing
@@ -153,8 +153,9 @@ def build_learner(origin: Origin, watch: Watch, process: Process) -> Learner:
     learner = Learner(raw_model, model, optimizer, scaler, process, compute)
     if origin.is_resumed:
         checkpoint.restore(optimizer, scaler, origin.state)
-        learner.step, learner.best = origin.state['iter_num'], origin.state['best']
-        learner.skipped = origin.state['skipped']
+        learner.step, learner.windows, learner.windows_before, learner.tokens = checkpoint.place_of(
+            origin.state, data.fingerprint)
+        learner.best, learner.skipped = origin.state['best'], origin.state['skipped']
     for name in ('model', 'optimizer'):  # their memory is free again
         origin.state.pop(name, None)
     return learner
@@ -232,12 +233,14 @@ def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
     if not eval_only:
         run.log.line(f'tokens per iteration will be: {work.n_windows * T:,} = {work.n_windows} windows of {T}, in '
                      f'micro-batches of {batch_size}, {work.n_parts} for each process\n'
-                     f'{work.last_step:,} iterations are {work.last_step * work.n_windows / epoch:.2f} epochs')
+                     f'{work.last_step:,} iterations are {work.end / epoch:.2f} epochs')
     _, complaint = sample.encode_start(sample_start, data.tokenizer, data.splits['val'])
     if complaint and (sample_interval or not data.tokenizer):
         run.log.line(complaint)
     if origin.is_resumed:
         run.log.line(checkpoint.describe(origin.state, run.record))
+    if learner.windows_before == learner.windows > 0:
+        run.log.line('the corpus is another one than before: it is read from its first window on')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -286,7 +289,7 @@ def draw_sample(data: Data, learner: Learner, run: Run) -> None:
 
 def micro_batches(data: Data, learner: Learner, run: Run) -> Iterator[Part]:
     """What this process reads in the next step."""
-    first = 0 if overfit_single_batch else learner.step * run.work.n_windows
+    first = 0 if overfit_single_batch else learner.windows - learner.windows_before
     return parts_of(data.splits['train'], data.order.starts(first, run.work.n_windows), batch_size,
                     learner.raw_model.config, learner.process)
 
@@ -349,7 +352,7 @@ def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | 
         if learner.skipped_in_a_row == PATIENCE:
             give_up(f'{PATIENCE} steps in a row were skipped, up to step {learner.step}', data, learner,
                     micro_batches(data, learner, run))
-        learner.step += 1
+        learner.count_step(run.work.n_windows)
         run.watch.tighten()  # from here on, a process that is silent for long is lost
         run.pace.end()
 
@@ -450,12 +453,12 @@ def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any]
     may_share_folder = overwrite or eval_only or check or overfit_single_batch
     origin = begin(wanted, read_meta(data_folder(dataset))['vocab_size'], may_share_folder, process)
     data = open_data(origin, process)
-    learner = build_learner(origin, watch, process)
+    learner = build_learner(origin, data, watch, process)
     if check:
         return run_checks(data, learner, origin.is_new, accumulate_gradient, seed, grad_clip)
     is_asked = hellaswag_interval > 0 and not overfit_single_batch
     questions = tasks.for_training(hellaswag, hellaswag_limit, data.tokenizer, process) if is_asked else None
-    work = amount(wanted, data.order.block_size, data.order.epoch, process.world_size, learner.step)
+    work = amount(wanted, data.order.block_size, data.order.epoch, process.world_size, learner.place)
     if eval_only:
         work = work._replace(last_step=learner.step)
     with open_run(origin, learner, work, watch, stop, record) as run:

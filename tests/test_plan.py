@@ -201,7 +201,7 @@ def test_the_disk_that_is_planned_is_what_a_run_asks_for(tiny_dataset: Path, tmp
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(*TINY, f'--dataset={tiny_dataset}', '--keep=3')
     config, _ = shape_of(settings, 65)
-    planned = Plan(settings, GPT.on_meta(config), [], look_at(str(tiny_dataset)), 1, 0, 1).disk_bytes
+    planned = Plan(settings, GPT.on_meta(config), [], look_at(str(tiny_dataset)), 1, checkpoint.Place(), 1).disk_bytes
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: real._replace(free=planned - 1))
     with pytest.raises(UserError, match=f' needs {planned:,} bytes '):

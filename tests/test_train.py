@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from plaingpt import errors
 from plaingpt.corpus import token_files
 from plaingpt.corpus.batches import Part, parts_of
 from plaingpt.corpus.folder import open_split
-from plaingpt.corpus.order import Order
+from plaingpt.corpus.order import Integers, Order
 from plaingpt.machines.device import pick_dtype
 from plaingpt.plan import RunSettings, windows_in_step
 from plaingpt.run import checkpoint, wandb
@@ -412,6 +412,59 @@ def test_a_resume_on_another_corpus_is_refused_unless_asked_for(run: Run, tmp_pa
     assert (tmp_path / 'run/ckpt.pt').read_bytes() == before
     run(tmp_path / 'run', max_iters=4, init_from='resume', dataset=str(other), ignore_data_change=True)
     assert last(tmp_path / 'run')['iter_num'] == 4
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The windows that training reads, by where they start, one step after the other."""
+    starts: list[int] = []
+
+    def noting(corpus: token_files.TokenFile, of_step: Integers, *rest: Any) -> Iterator[Part]:
+        starts.extend(of_step.tolist())
+        return parts_of(corpus, of_step, *rest)
+
+    monkeypatch.setattr(train, 'parts_of', noting)
+    return starts
+
+
+def test_a_resume_with_another_batch_reads_the_next_window_and_counts_tokens_epochs_and_steps_from_there(
+        run: Run, tmp_path: Path, tiny_dataset: Path, read: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    order = Order(len(open_split(tiny_dataset, 'train', 16, 128)), 16, 1337)
+    common: dict[str, Any] = {'gradient_accumulation_steps': 1, 'lr_decay_iters': 1000}
+    run(tmp_path, max_iters=6, **common)  # of 4 windows, 64 tokens
+    run(tmp_path, max_iters=8, init_from='resume', **common, batch_size=8)
+    assert (last(tmp_path)['windows'], last(tmp_path)['windows_before']) == (40, 0)
+    epochs = {'max_epochs': 50 / order.epoch, 'max_iters': 1000}
+    rows = run(tmp_path, init_from='resume', **common, **epochs, total_batch_size=48)
+    assert read == order.starts(0, 52).tolist(), 'each window once, and one after the other'
+    assert losses(rows, 'tokens') == [64, 128, 192, 256, 320, 384, 512, 640, 688, 736, 784, 832]
+    assert last(tmp_path)['tokens'] == 832
+    assert f'12 iterations are {52 / order.epoch:.2f} epochs\n' in capsys.readouterr().out
+    settings = TINY | common | epochs | {'total_batch_size': 96, 'max_epochs': 1.0, 'init_from': 'resume', 'plan': True}
+    train.main(arguments(tmp_path, tiny_dataset, settings))
+    left = math.ceil((order.epoch - 52) / 6)
+    assert (f'the run: {12 + left:,} steps, {832 + left * 96:,} tokens, 1.0 epochs; ') in capsys.readouterr().out
+
+
+def test_another_corpus_is_read_from_its_first_window_on_and_a_line_says_so(
+        run: Run, tmp_path: Path, tiny_dataset: Path, read: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    other = Path(shutil.copytree(tiny_dataset, tmp_path / 'other'))
+    meta = json.loads((other / 'meta.json').read_text(encoding='utf-8'))
+    (other / 'meta.json').write_text(json.dumps(meta | {'splits': {}}), encoding='utf-8')
+    (other / 'train.bin').write_bytes((other / 'train.bin').read_bytes()[:-2000])
+    order = Order(len(open_split(other, 'train', 16, 128)), 16, 1337)
+    out, line = tmp_path / 'run', 'the corpus is another one than before: it is read from its first window on\n'
+    run(out, max_iters=5)
+    changes: dict[str, Any] = {'init_from': 'resume', 'dataset': other, 'max_epochs': 30 / order.epoch}
+    assert line not in capsys.readouterr().out
+    run(out, **changes, ignore_data_change=True, max_iters=7)
+    assert line in capsys.readouterr().out
+    rows = run(out, **changes, max_iters=1000)
+    assert line not in capsys.readouterr().out
+    assert read[40:] == order.starts(0, 32).tolist()
+    assert losses(rows, 'tokens') == [128 * step for step in range(1, 10)]
+    assert {name: last(out)[name] for name in ('iter_num', 'windows', 'windows_before', 'tokens')} == {
+        'iter_num': 9, 'windows': 72, 'windows_before': 40, 'tokens': 1152}
 
 
 def test_evaluation_and_logging_do_not_change_what_is_learned(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:

@@ -1,7 +1,6 @@
 """Hugging Face's form of a GPT-2, in and out: the same names, with four kinds of matrices transposed."""
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -274,12 +273,10 @@ def card(exported: Exported) -> str:
     state = exported.state
     settings = state.get('config', {})
     best = state.get('best', {})
-    tokens_in_step = settings.get('total_batch_size', 0) or math.prod(
-        settings.get(part, 0) for part in ('gradient_accumulation_steps', 'batch_size', 'block_size'))
     numbers = {
         'corpus': Path(settings.get('dataset', '')).name,
         'steps': f'{state.get("iter_num", 0):,}',
-        'tokens seen': f'{state.get("iter_num", 0) * tokens_in_step:,}' if tokens_in_step else '',
+        'tokens seen': f'{state["tokens"]:,}' if state.get('tokens') else '',
         'tokens of the corpus': f'{state["data"]["train"]["tokens"]:,}' if state.get('data') else '',
         'validation loss, nats per token': f'{best["loss"][0]:.4f}, at step {best["loss"][1]:,}' if best else '',
         'bits per byte': f'{best["bits_per_byte"][0]:.4f}' if 'bits_per_byte' in best else ''}

@@ -85,8 +85,12 @@ def clean(weights: Any) -> dict[str, Tensor]:
 def complete(state: State) -> State:
     """The keys that this project's checkpoints have and others lack."""
     best_val_loss = float(state.get('best_val_loss', 'inf'))  # a tensor in nanoGPT's
+    windows = state.get('iter_num', 0) * windows_in_step(state)
     return {
         'iter_num': 0,
+        'windows': windows,
+        'windows_before': 0,
+        'tokens': windows * state['model_args'].get('block_size', 0),
         'skipped': 0,
         'tokenizer': None,
         'scaler': {},
@@ -95,6 +99,14 @@ def complete(state: State) -> State:
         'best': {'loss': [best_val_loss, state.get('iter_num', 0)]} if math.isfinite(best_val_loss) else {},
         **state,
         'best_val_loss': best_val_loss}
+
+
+def windows_in_step(state: State) -> int:
+    """Return how many windows each step has read of a run that does not say how many it has read in all: one of
+    nanoGPT, or of version 0.1.0."""
+    settings = {'block_size': 1, **state.get('config', {}), **state['model_args']}
+    in_tokens = settings.get('total_batch_size', 0) // settings['block_size']
+    return in_tokens or settings.get('gradient_accumulation_steps', 1) * settings.get('batch_size', 0)
 
 
 def from_gpt_from_scratch(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -198,9 +198,30 @@ def model_of(state: State, dropout: float = 0.0) -> GPT:
     return GPT.from_weights(config_of(state, dropout), state['model'])
 
 
+def is_other_data(state: State, data: dict[str, Any]) -> bool:
+    """Whether a checkpoint's run has read another corpus than that of this fingerprint, as far as both say it."""
+    return any(data.get(split, {}).get(name, mark) != mark
+               for split, marks in state['data'].items() for name, mark in marks.items())
+
+
+class Place(NamedTuple):
+    """How far a run has come."""
+
+    step: int = 0  # updates made
+    windows: int = 0  # read in all
+    windows_before: int = 0  # of these: before this corpus and block_size
+    tokens: int = 0  # read in all
+
+
+def place_of(state: State, data: dict[str, Any]) -> Place:
+    """Where a run goes on in a corpus with this fingerprint: another one than before begins with its first window."""
+    before = state['windows'] if is_other_data(state, data) else state['windows_before']
+    return Place(state['iter_num'], state['windows'], before, state['tokens'])
+
+
 def refuse_other_data(state: State, data: dict[str, Any], folder: Path) -> None:
     """A run that goes on reads the corpus that it has begun with: other tokens would pass for the same windows."""
-    if state['data'] and state['data'] != data:
+    if is_other_data(state, data):
         before, now = (', '.join(f'{split} {mark["tokens"]:,} tokens, sha256 {mark["sha256"][:8]}'
                                  for split, mark in marks.items()) for marks in (state['data'], data))
         raise UserError(f'the corpus in {folder} is another one than this run has read: {now}; it was: {before}\n'

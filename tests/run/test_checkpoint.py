@@ -139,7 +139,8 @@ def their_run(folder: Path, corpus: token_files.TokenFile, bias: bool) -> tuple[
         'model': {f'_orig_mod.{name}': weight for name, weight in weights.items()}, 'optimizer': optimizer.state_dict(),
         'model_args': model_args, 'iter_num': 3, 'best_val_loss': torch.tensor(4.25),
         'config': {'out_dir': 'out', 'dataset': 'tiny', 'eval_interval': 2000, 'init_from': 'scratch', 'dropout': 0.0,
-                   'bias': bias, 'learning_rate': 1e-2, 'device': 'cuda', 'dtype': 'bfloat16', 'compile': True},
+                   'gradient_accumulation_steps': 1, 'batch_size': 4, 'block_size': 16, 'bias': bias,
+                   'learning_rate': 1e-2, 'device': 'cuda', 'dtype': 'bfloat16', 'compile': True},
     }, folder / 'ckpt.pt')
     return model, optimizer
 
@@ -239,7 +240,8 @@ def test_prefixes_are_stripped_in_any_order_and_only_in_front(ours: Path, tmp_pa
 def test_a_checkpoint_holds_tensors_and_plain_values_and_nothing_else(ours: Path) -> None:
     state = torch.load(ours, weights_only=True)
     assert state.keys() == {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer',
-                            'scaler', 'wandb_run_id', 'data', 'versions', 'best', 'skipped'}
+                            'scaler', 'wandb_run_id', 'data', 'versions', 'best', 'skipped', 'windows',
+                            'windows_before', 'tokens'}
     for name, value in leaves(state):
         assert type(value) in (Tensor, str, int, float, bool, bytes, type(None)), name
         assert not isinstance(value, Tensor) or value.device.type == 'cpu'
