@@ -26,7 +26,7 @@ from plaingpt.corpus import token_files, tokenizer
 from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.machines import processes
-from plaingpt.machines.device import name_of, pick_dtype
+from plaingpt.machines.device import name_of, pick_compile, pick_dtype
 from plaingpt.run import checkpoint, upload
 
 # ------------------------------------------------------------------------------------------------
@@ -236,9 +236,11 @@ def sample(source: str, prompt: str) -> None:
     say(f'{source}; {processes.describe(process)}; {name_of(precision)}, {why_precision}')
 
     model.to(process.device, precision).eval()  # fast: every token reads all weights, and smaller ones are read sooner
-    if compile is True:
-        for block in model.transformer.h:
-            block.compile()
+    compiles, why = pick_compile(compile is True, process.device.type)
+    if compile is True and not compiles:
+        say(f'not compiled, {why}')
+    for block in model.transformer.h if compiles else ():
+        block.compile()
     if interactive:
         converse(model, ids, vocabulary, process.device)
     else:

@@ -223,6 +223,13 @@ def test_a_sample_cannot_steer_the_terminal(write: Write, tmp_path: Path) -> Non
     assert text.startswith('\ufffd]0;title\ufffd')
 
 
+def test_without_a_compiler_a_model_writes_uncompiled(trained: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    sample.main([f'--out_dir={trained}', '--device=cpu', '--num_samples=1', '--max_new_tokens=5', '--compile=True'])
+    assert '\nnot compiled, for want of a C++ compiler, no-such-compiler\n' in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('c++'), reason='torch.compile needs a C++ compiler')
 def test_a_compiled_model_writes_the_same_past_the_block(trained: Path, write: Write) -> None:

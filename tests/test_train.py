@@ -828,6 +828,13 @@ def test_weights_are_fine_tuned_under_a_new_wandb_run_and_resumed_under_the_old(
 # Compiled
 
 
+def test_without_a_compiler_a_run_is_not_compiled(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    run(tmp_path, max_iters=1, compile=True)
+    assert '; not compiled, for want of a C++ compiler, no-such-compiler\n' in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures('float64')
 def test_a_compiled_run_learns_the_same(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
