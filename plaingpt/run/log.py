@@ -245,7 +245,11 @@ class Log:
             return
         path = self.folder / 'loss.png'
         with expendable(self.line, f'{path} is not drawn'):
-            from plaingpt.run import plot
+            try:
+                from plaingpt.run import plot
+            except ValueError:  # of a backend that is not installed, such as a notebook's; the picture needs none
+                os.environ.pop('MPLBACKEND', None)
+                from plaingpt.run import plot
 
             columns = read_columns(self.folder / 'metrics.jsonl', plot.COLUMNS)
             if np.isfinite([columns['loss'], columns['val_loss']]).any():

@@ -349,6 +349,17 @@ def heights(pixels: NDArray[np.int64], colour: tuple[int, int, int], columns: sl
     return np.nonzero(np.abs(pixels[60:520, columns] - colour).sum(axis=2) < 40)[0]
 
 
+def test_a_backend_that_is_not_installed_does_not_stop_the_picture(tmp_path: Path) -> None:
+    program = ('import sys\nfrom pathlib import Path\nfrom plaingpt.run.log import Log\n'
+               'with Log(Path(sys.argv[1]), True, 0, 2) as log:\n'
+               '    log.row(0, loss=2.0)\n    log.row(1, loss=1.0)\n    log.plot()\n')
+    for backend in ('module://matplotlib_inline.backend_inline', 'nonsense'):
+        result = subprocess.run([sys.executable, '-c', program, str(tmp_path / backend[:6])], cwd=ROOT, text=True,
+                                env={**os.environ, 'MPLBACKEND': backend}, capture_output=True, check=True)
+        assert result.stdout == ''
+        assert (tmp_path / backend[:6] / 'loss.png').exists()
+
+
 def test_the_picture_shows_the_losses_of_all_runs_in_a_folder(tmp_path: Path) -> None:
     with open_logger(tmp_path) as log:
         for step in range(500):
