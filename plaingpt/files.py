@@ -1,4 +1,5 @@
-"""Files that are whole or not there: the one place that writes under a temporary name and renames."""
+"""Files that are whole or not there: the one place that writes under a temporary name and renames; and a small one that
+is overwritten in place."""
 import json
 import os
 import re
@@ -31,6 +32,16 @@ def written_whole(path: str | Path, is_shared: bool = False) -> Iterator[Buffere
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def overwrite(path: Path, content: bytes, room: int) -> None:
+    """Write the content, and spaces up to `room` bytes, over those of the file in one write: after the first time it
+    succeeds on a full disk, too, where no file can take its place. Readers skip the spaces, as JSON's do."""
+    path.touch()
+    with open(path, 'r+b', buffering=0) as file:
+        file.write(content[:room - 1].ljust(room - 1) + b'\n')
+        file.truncate()  # an older file may have been longer
+        os.fsync(file.fileno())
 
 
 def left_by_kills(folder: Path, names: str, suffix: str = UNFINISHED) -> list[Path]:

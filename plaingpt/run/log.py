@@ -22,6 +22,8 @@ from plaingpt.run.upload import Uploader, reason
 
 NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
 UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
+STATUS_ROOM = 4096  # bytes of status.json, which are taken at the start
+STATUS_MESSAGE = 600  # characters, of which JSON may make six bytes each
 SAMPLE_HEADER = re.compile(r'^=== step (\d+) ===\n', re.MULTILINE)
 
 
@@ -254,12 +256,12 @@ class Log:
 
     def status(self, state: str, step: int, exit_code: int, message: str = '') -> None:
         """status.json: what a scheduler asks. A full disk does not hide the error that is being reported."""
-        fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message,
+        fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message[:STATUS_MESSAGE],
                   'time': datetime.now(UTC).isoformat(timespec='seconds'), 'not_uploaded': self.uploader.missing}
         if self.folder:
             path = self.folder / 'status.json'
-            with expendable(self.line, f'{path} is not written'), files.written_whole(path) as file:
-                file.write(json.dumps(fields).encode() + b'\n')
+            with expendable(self.line, f'{path} is not written'):
+                files.overwrite(path, json.dumps(fields).encode(), STATUS_ROOM)
 
     def end(self, code: int, message: str) -> None:
         state = {DONE: 'done', STOPPED: 'stopped'}.get(code, 'failed')

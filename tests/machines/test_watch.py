@@ -690,6 +690,30 @@ def test_a_disk_that_has_no_room_for_a_row_is_full_in_one_line(tmp_path: Path, t
     assert result.stderr.startswith('the disk is full'), result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('eval_interval', [1000, 1], ids=['while a row is written', 'while a checkpoint is written'])
+def test_status_has_the_exit_code_though_the_disk_is_full(start: Start, tmp_path: Path, tiny_dataset: Path,
+                                                          eval_interval: int) -> None:
+    """A real file system in memory, without one free byte from the moment at which the run is in its steps."""
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2M', 'tmpfs', str(tmp_path)], capture_output=True,
+                             text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f'mounts a file system: {mounted.stderr}')
+    try:
+        process = start('-c', SLOWLY + RUN, *arguments(tmp_path / 'run', tiny_dataset, max_iters=1000,
+                                                       eval_interval=eval_interval))
+        wait_for(process, 'iter 3')
+        filled = subprocess.run(['dd', 'if=/dev/zero', f'of={tmp_path}/more'], capture_output=True, text=True)
+        assert 'No space left' in filled.stderr
+        printed = end_of(process)
+        status = status_of(tmp_path / 'run')
+    finally:
+        subprocess.run(['umount', '--lazy', str(tmp_path)], check=True)
+    assert process.returncode == errors.DISK_FULL, printed
+    assert (status['state'], status['exit_code']) == ('failed', errors.DISK_FULL)
+    assert 'is not written' not in printed and 'Traceback' not in printed
+
+
 @pytest.mark.usefixtures('no_pictures')
 @pytest.mark.parametrize('what', ['link', 'write'])
 def test_what_goes_wrong_behind_training_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
