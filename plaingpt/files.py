@@ -1,4 +1,4 @@
-"""Files that are whole or not there: the one place that writes under a temporary name and renames; and a small file that
+"""Files that are whole or not there: the one place that writes under a temporary name and renames; and a small one that
 is overwritten in place."""
 import json
 import os
