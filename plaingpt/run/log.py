@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -245,12 +245,14 @@ class Log:
             return
         path = self.folder / 'loss.png'
         with expendable(self.line, f'{path} is not drawn'):
-            try:
-                from plaingpt.run import plot
-            except ValueError:  # of a backend that is not installed, such as a notebook's; the picture needs none
-                os.environ.pop('MPLBACKEND', None)
-                from plaingpt.run import plot
+            # A notebook's backend may not be installed, and the picture needs none; the notebook may want it later.
+            backend = os.environ.pop('MPLBACKEND', '')
+            import matplotlib
 
+            from plaingpt.run import plot
+
+            with suppress(ValueError):
+                matplotlib.rcParams.update({'backend': backend} if backend else {})
             columns = read_columns(self.folder / 'metrics.jsonl', plot.COLUMNS)
             if np.isfinite([columns['loss'], columns['val_loss']]).any():
                 with files.written_whole(path) as file:

@@ -3,8 +3,8 @@ import io
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -182,7 +182,7 @@ def picture(columns: Columns, title: str) -> Figure:
     return figure
 
 
-@rc_context(STYLE)
+@matplotlib.rc_context(STYLE)
 def draw(columns: Columns, title: str) -> bytes:
     """The PNG of a run, some loss of which must be there."""
     full, small = io.BytesIO(), io.BytesIO()
