@@ -7,7 +7,7 @@
 import base64
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,12 @@ GPT2_PATTERNS = (  # two ways to write it: the published one, and tiktoken's, wh
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
 )
+CUT_ALIKE = ('cl100k_base', 'o200k_base')  # whose patterns, like GPT-2's, join no word with the space after it
+PART = 1 << 18  # characters of a text that a library is given at once, or a few more
+LONGEST = 1_000_000  # characters: tiktoken panics over a longer run of spaces, and the memory of a library is not free
+LEARNED = 1000  # characters of a word that a vocabulary learns from: the time that it takes grows with their square
+PLACE = re.compile(r'(?<=\S) ')
+LONG_WORD = re.compile(rf'\S{{{LEARNED}}}|\s{{{LEARNED}}}')
 
 
 class Tokenizer(ABC):
@@ -159,15 +165,17 @@ class TrainedBPE(Tokenizer):
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
-        library.train_from_iterator(texts, trainer)
+        library.train_from_iterator(chain.from_iterable(map(without_long_words, texts)), trainer)
         library.add_special_tokens([END_OF_TEXT])
         return cls(name, library)
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode(text).ids
+        return [i for part in parts_of(text) for i in self.library.encode(part).ids]
 
     def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
-        return (np.array(encoding.ids, dtype=np.uint32) for encoding in self.library.encode_batch_fast(texts))
+        encoded = iter(self.library.encode_batch_fast([text for text in texts if len(text) <= PART]))
+        return (np.array(next(encoded).ids if len(text) <= PART else self.encode(text), dtype=np.uint32)
+                for text in texts)
 
     def state(self) -> dict[str, Any]:
         return {'name': self.name, 'json': self.library.to_str()}
@@ -188,12 +196,15 @@ class Tiktoken(Tokenizer):
         super().__init__(library.name, [token_of.get(i, b'') for i in range(library.n_vocab)], special.get(END_OF_TEXT))
         self.special.update(special.values())
         self.library = library
+        self.may_cut = library._pat_str in GPT2_PATTERNS or library.name in CUT_ALIKE
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode_ordinary(text)
+        return np.concatenate(list(self.encode_batch([text]))).tolist()
 
     def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
-        return (self.library.encode_to_numpy(text, disallowed_special=()) for text in texts)
+        for text in texts:
+            parts = parts_of(text) if self.may_cut else [text]
+            yield np.concatenate([self.library.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
     def state(self) -> dict[str, Any]:
         """Return the ranks in the form of tiktoken's own files: a token in base 64 and its rank on every line."""
@@ -217,6 +228,25 @@ class Tiktoken(Tokenizer):
                              '' if is_gpt2_like(self) else pattern)
         library.add_special_tokens(list(special))
         return library
+
+
+def parts_of(text: str) -> Iterator[str]:
+    """Yield a long text in parts whose ids are those of the whole, one after the other, for GPT-2's pattern of words
+    and for those of CUT_ALIKE: it is cut before a space that follows anything else, and if there is none for LONGEST
+    characters, somewhere."""
+    start = 0
+    while len(text) - start > PART:
+        place = PLACE.search(text, start + PART, start + LONGEST)
+        stop = place.start() if place else start + LONGEST
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def without_long_words(text: str) -> Iterator[str]:
+    """Yield a text in parts that end within each word of more than LEARNED characters."""
+    ends = [0, *(match.end() for match in LONG_WORD.finditer(text)), len(text)]
+    return (text[start:stop] for start, stop in pairwise(ends))
 
 
 def model_vocab_size(n_vocab: int) -> int:
