@@ -434,6 +434,23 @@ def test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goe
     assert '2 processes' in ''.join(outputs)
 
 
+@pytest.mark.slow
+def test_a_process_that_has_finished_is_not_lost_while_the_main_one_plots_and_saves(start: Start, tmp_path: Path,
+                                                                                   tiny_dataset: Path) -> None:
+    """The last picture and the last checkpoint take longer than a process may be silent."""
+    slow_end = """import os, time, train
+from plaingpt import errors
+from plaingpt.run.log import Log
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(9 if 'ckpt' in os.readlink(f'/proc/self/fd/{file}') else 0), fsync(file))
+Log.plot = lambda log: time.sleep(9 if log.folder else 0)
+"""
+    both = start_two(start, slow_end + RUN, tmp_path, tiny_dataset, eval_interval=12, timeout=3)
+    printed = [end_of(process) for process in both]
+    assert [process.returncode for process in both] == [errors.DONE] * 2, printed
+    assert status_of(tmp_path)['state'] == 'done'
+
+
 # ------------------------------------------------------------------------------------------------
 # What is not finite
 
