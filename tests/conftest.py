@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,7 +138,7 @@ def tiny_dataset(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp('tiny')
     tokenizer = importlib.import_module('plaingpt.corpus.tokenizer').build('char', lambda: [tiny_text], eot=False)
     cut = len(tiny_text) * 9 // 10
-    splits = {}
+    numpy, splits, checksums = importlib.import_module('numpy'), {}, {}
     for split, text in [('train', tiny_text[:cut]), ('val', tiny_text[cut:])]:
         ids = tokenizer.encode(text)
         packed = b''.join(i.to_bytes(2, 'little') for i in ids)
@@ -145,6 +146,9 @@ def tiny_dataset(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
         hashes = {'sha256': packed, 'head': packed[:4096], 'tail': packed[-4096:]}
         splits[split] = {'tokens': len(ids), 'documents': 1, 'bytes': len(text.encode()), 'largest_id': max(ids),
                          **{name: hashlib.sha256(part).hexdigest() for name, part in hashes.items()}}
+        blocks = [packed[start:start + 65536] for start in range(0, len(packed), 65536)]
+        checksums[splits[split]['sha256']] = numpy.array([zlib.crc32(block) for block in blocks], dtype='<u4')
+    numpy.savez(folder / 'checksums.npz', **checksums)
     meta = {'format': 1, 'tokenizer': tokenizer.reference(), 'vocab_size': tokenizer.n_vocab, 'dtype': 'uint16',
             'source': "Python's json package", 'created_by': 'tests/conftest.py', 'splits': splits}
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')

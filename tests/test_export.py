@@ -28,7 +28,7 @@ from plaingpt.formats import huggingface, llmc
 from plaingpt.formats.exported import Exported
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.run import checkpoint
-from tests.comparing import ROUNDING, refused
+from tests.comparing import ROUNDING, damaged, differences, refused
 
 SHAPE = GPTConfig(block_size=16, vocab_size=0, n_layer=2, n_head=2, n_embd=8, bias=False)
 ODD = 'naïve café\n\tdef f(x): return "日本語 🙂"\r\n\x00 <|endoftext|> end  of   text\n\n'
@@ -129,6 +129,43 @@ def assert_same_weights(before: GPT, after: GPT, n_vocab: int) -> None:
     with torch.no_grad():
         expected = before.double()(idx)[0][:, :, :n_vocab]
         torch.testing.assert_close(after.double().eval()(idx)[0], expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(('to', 'name'), [('llmc', 'model.bin'), ('llmc', 'plaingpt.json'), ('hf', 'model.safetensors'),
+                                          ('hf', 'config.json'), ('hf', 'plaingpt.json')])
+def test_of_200_random_damages_to_an_export_none_gives_another_model(to: str, name: str, tmp_path: Path) -> None:
+    vocabulary = build('bpe:300')
+    folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary), to=to)
+    where = str(folder / 'model.bin' if to == 'llmc' else folder)
+    before, known = open_model(where)
+    data, refusals = (folder / name).read_bytes(), list[UserError]()
+    for number in range(200):
+        (folder / name).write_bytes(damaged(data, number))
+        try:
+            after, state = open_model(where)
+            assert not differences(after.state_dict(), before.state_dict()) and after.config == before.config
+            assert state['tokenizer'] == known['tokenizer'], number
+        except UserError as error:
+            refusals.append(error)
+    for refusal in refusals:
+        assert refusal.code == errors.CHECKPOINT and str(refusal).count('\n') < 3
+    assert len(refusals) > 150
+
+
+def test_an_export_of_version_0_1_0_and_one_that_another_program_has_changed_are_loaded(tmp_path: Path) -> None:
+    vocabulary = build('bpe:300')
+    folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary))
+    origin = json.loads((folder / 'plaingpt.json').read_text(encoding='utf-8'))
+    (folder / 'config.json').write_text((folder / 'config.json').read_text(encoding='utf-8') + '\n', encoding='utf-8')
+    message = refused(open_model, str(folder), code=errors.CHECKPOINT)
+    assert message.startswith(f'{folder}/config.json is not what export.py wrote')
+    del origin['sha256']
+    old = json.dumps(origin | {'files': sorted(origin['files'])})
+    (folder / 'plaingpt.json').write_text(old, encoding='utf-8')
+    assert open_model(str(folder))[1]['tokenizer'] == vocabulary.state()
+    (folder / 'plaingpt.json').unlink()
+    _, state = open_model(str(folder))
+    assert learned_tokenizer(state, vocabulary.n_vocab, tmp_path).pieces == vocabulary.pieces
 
 
 @pytest.mark.parametrize(('spec', 'eot'), VOCABULARIES)

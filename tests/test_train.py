@@ -467,6 +467,28 @@ def test_another_corpus_is_read_from_its_first_window_on_and_a_line_says_so(
         'iter_num': 9, 'windows': 72, 'windows_before': 40, 'tokens': 1152}
 
 
+def test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damaged_ends_the_run(
+        run: Run, tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With most of train.bin reversed: checksums tell damage; where there are none, as in other projects' corpora, a
+    sample tells another file, and the run says that it has no more than that."""
+    line = 'has no checksums: damage in the middle of a file may pass unseen\n'
+    corpus = Path(shutil.copytree(tiny_dataset, tmp_path / 'corpus'))
+    run(tmp_path / 'run', max_iters=2, dataset=corpus)
+    assert line not in capsys.readouterr().out
+    data, meta = bytearray((corpus / 'train.bin').read_bytes()), (corpus / 'meta.json').read_bytes()
+    (corpus / 'meta.json').write_text(json.dumps(json.loads(meta) | {'splits': {}}), encoding='utf-8')
+    run(tmp_path / 'bare', max_iters=2, dataset=corpus)
+    assert capsys.readouterr().out.count(f'{corpus} {line}') == 1
+    data[4096:-4096] = data[4096:-4096][::-1]
+    (corpus / 'train.bin').write_bytes(data)
+    message = refused(run, tmp_path / 'bare', max_iters=4, init_from='resume', dataset=corpus, code=errors.DATA)
+    assert 'is another one than this run has read' in message and message.count('43,506 tokens') == 2
+    (corpus / 'meta.json').write_bytes(meta)
+    message = refused(run, tmp_path / 'run', max_iters=4, init_from='resume', dataset=corpus, code=errors.DATA)
+    assert re.match(rf'{corpus}/train.bin is damaged: bytes \d', message) and 'prepare.py' in message
+    assert last(tmp_path / 'run')['iter_num'] == 2
+
+
 def test_evaluation_and_logging_do_not_change_what_is_learned(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
     seldom = run(tmp_path / 'seldom', eval_interval=100, dropout=0.1)
     often = run(tmp_path / 'often', eval_interval=1, eval_iters=1, log_interval=3, dropout=0.1, hellaswag_interval=1,

@@ -6,13 +6,16 @@ them and what they looked like when they were made.
 """
 import glob
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from plaingpt import files
+from plaingpt import console, files
+from plaingpt.corpus import checksums
 from plaingpt.corpus.order import Order
-from plaingpt.corpus.token_files import VOCABULARIES, TokenFile, ends_of, open_files
+from plaingpt.corpus.token_files import VOCABULARIES, TokenFile, ends_of, open_files, sample_of
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError, python
 
@@ -43,11 +46,12 @@ def data_folder(dataset: str) -> Path:
 
 def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
     """Return what tells these tokens from others, without reading all of them: how many, the ends of each file, and the
-    hashes of whole files that their maker left in `meta`."""
-    marks = [ends_of(file.path) | {'sha256': meta['splits'].get(file.path.stem, {}).get('sha256', '')}
-             for file in tokens.files]
+    hash of it that its maker left in `meta`, or of a sample of it."""
+    hashes = [meta['splits'].get(file.path.stem, {}).get('sha256', '') for file in tokens.files]
+    marks = [ends_of(file.path) | {'sha256': sha256} | ({} if sha256 else {'sample': sample_of(file.path)})
+             for file, sha256 in zip(tokens.files, hashes, strict=True)]
     if len(marks) > 1:
-        joined = {name: ' '.join(mark[name] for mark in marks) for name in marks[0]}
+        joined = {name: ' '.join(mark.get(name, '') for mark in marks) for name in marks[0]}
         marks = [{name: hashlib.sha256(text.encode()).hexdigest() for name, text in joined.items()}]
     return {'tokens': len(tokens), **marks[0]}
 
@@ -113,6 +117,24 @@ def how_to_prepare(folder: Path) -> str:
     return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={name}'
 
 
+def open_tokens(paths: Sequence[Path], name: Path, meta: dict[str, Any]) -> TokenFile:
+    """Open the files of one folder as `open_files` does. What is read of them is compared with their checksums, if
+    their maker has left some."""
+    tokens, folder = open_files(paths, name, meta['dtype']), paths[0].parent
+    remedy = f'rebuild the corpus: {how_to_prepare(folder)}{" --overwrite=True" * ("made_with" in meta)}'
+    sums = checksums.read(folder, remedy)
+    for file in tokens.files:
+        sha256 = meta['splits'].get(file.path.stem, {}).get('sha256', '')
+        if sha256 in sums:
+            file.comparison = checksums.Comparison(file.path, sums[sha256], remedy)
+    return tokens
+
+
+@cache
+def say_unprotected(folder: Path) -> None:
+    console.say(f'{folder} has no checksums: damage in the middle of a file may pass unseen')
+
+
 def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> TokenFile:
     """Open the tokens of 'train' or 'val', checked: they are what their maker wrote, enough for one window, and known
     to a model of vocab_size tokens. Raises UserError that names the file and the sizes."""
@@ -125,7 +147,9 @@ def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> To
     if missing or not paths:
         raise UserError(f'{folder / min(missing, default=split)}.bin is not there\nfirst run: {how_to_prepare(folder)}',
                         DATA)
-    tokens = open_files(paths, (folder if folder.is_dir() else folder.parent) / split, meta['dtype'])
+    tokens = open_tokens(paths, (folder if folder.is_dir() else folder.parent) / split, meta)
+    if any(file.comparison is None for file in tokens.files):
+        say_unprotected(folder)
     for file in tokens.files:
         if meta['splits'] and file.path.stem not in meta['splits']:
             raise UserError(f'{file.path} is not in the meta.json beside it: it belongs to another corpus\n'

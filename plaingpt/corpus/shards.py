@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plaingpt import console, files
-from plaingpt.corpus import documents, tokenise
+from plaingpt.corpus import checksums, documents, tokenise
 from plaingpt.corpus.folder import check_file, is_meta
 from plaingpt.corpus.token_files import HEADER, Ids, TokenFile, ends_of, make_header
 from plaingpt.errors import COMMAND, DATA, UserError
@@ -162,6 +162,7 @@ def fill_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_siz
     """Tokenise from the place that `meta` notes to the end of the text, and keep meta.json up to date: with each shard
     it becomes a note to go on from, and in the end the description of the corpus."""
     splits = meta['splits']
+    sums = checksums.read(folder, 'start over with --overwrite=True') if splits else {}
     tokenise.write_meta(folder, meta)
     for path in folder.iterdir():  # shards of a run that was killed before it could note them, or of another corpus
         if NAME.fullmatch(path.name) and path.stem not in splits:
@@ -173,7 +174,8 @@ def fill_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_siz
           closing(cut(results, source, packer.dtype, shard_size, meta)) as cuts):
         for first in cuts:  # the others that this shard has room for are taken on the way
             path = folder / f'{"train" if splits else "val"}_{len(splits):06d}.bin'
-            splits[path.stem] = write_shard(path, itertools.chain([first], cuts), packer.dtype, shard_size)
+            splits[path.stem] = write_shard(path, itertools.chain([first], cuts), packer.dtype, shard_size, sums)
+            checksums.write(folder, sums)
             tokenise.write_meta(folder, meta)
     if len(splits) < 2:
         n_tokens = n_tokens_in(splits)
@@ -214,9 +216,10 @@ def cut(results: Iterable[tokenise.Done], source: Source, dtype: np.dtype[Any], 
             meta['bytes'] += done.train.n_bytes
 
 
-def write_shard(path: Path, cuts: Iterable[Ids], dtype: np.dtype[Any], size: int) -> dict[str, Any]:
-    """Fill a file with what comes, to the end of the shard or of the text. Return what meta.json says about the file.
-    """
+def write_shard(path: Path, cuts: Iterable[Ids], dtype: np.dtype[Any], size: int,
+                sums: dict[str, checksums.Sums]) -> dict[str, Any]:
+    """Fill a file with what comes, to the end of the shard or of the text. Return what meta.json says about the file,
+    and add to the checksums."""
     n_tokens = largest_id = 0
     with files.written_whole(path) as file:
         file.seek(HEADER)
@@ -228,6 +231,5 @@ def write_shard(path: Path, cuts: Iterable[Ids], dtype: np.dtype[Any], size: int
                 break
         file.seek(0)
         file.write(make_header(dtype, n_tokens))
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+        sha256 = checksums.add(sums, file)
     return {'tokens': n_tokens, 'largest_id': largest_id, 'sha256': sha256, **ends_of(path)}

@@ -8,7 +8,6 @@ tokenises reads its pieces of the files itself, and hands back packed tokens. Ev
 batches for each process, however long the corpus is. Files appear under their names only when both splits are complete,
 so that an interrupted run leaves what was there before.
 """
-import hashlib
 import itertools
 import json
 import math
@@ -31,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plaingpt import console, files
+from plaingpt.corpus import checksums
 from plaingpt.corpus.documents import PIECE, Piece, read_documents
 from plaingpt.corpus.token_files import ends_of
 from plaingpt.corpus.tokenizer import Tokenizer, build, from_state
@@ -252,22 +252,22 @@ class Writer:
     """One token file, and what meta.json will say about it."""
 
     def __init__(self, file: BufferedRandom) -> None:
-        self.file, self.sha256 = file, hashlib.sha256()
+        self.file = file
         self.size = self.largest_id = self.n_documents = self.n_bytes = 0
 
     def write(self, packed: Packed) -> None:
         self.file.write(packed.tokens)
-        self.sha256.update(packed.tokens)
         self.size += len(packed.tokens)
         self.largest_id = max(self.largest_id, packed.largest_id)
         self.n_documents += packed.n_documents
         self.n_bytes += packed.n_bytes
 
-    def finish(self, dtype: np.dtype[Any]) -> dict[str, Any]:
-        """Put everything on the disk; return the numbers for meta.json."""
+    def finish(self, dtype: np.dtype[Any], sums: dict[str, checksums.Sums]) -> dict[str, Any]:
+        """Put everything on the disk; return the numbers for meta.json, and add to the checksums."""
         files.put_on_disk(self.file)
         return {'tokens': self.size // dtype.itemsize, 'documents': self.n_documents, 'bytes': self.n_bytes,
-                'largest_id': self.largest_id, 'sha256': self.sha256.hexdigest(), **ends_of(Path(self.file.name))}
+                'largest_id': self.largest_id, 'sha256': checksums.add(sums, self.file),
+                **ends_of(Path(self.file.name))}
 
 
 def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation: Numbers, source: str,
@@ -295,23 +295,25 @@ def in_turn(results: Iterable[Done], validation: Numbers, progress: console.Prog
 
 def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tuple[str, Packed]]) -> None:
     """Make folder/train.bin and val.bin of what was packed for each split, with their meta.json, or leave no trace."""
+    sums: dict[str, checksums.Sums] = {}
     with alone_in(folder):
         with ExitStack() as stack:
             writers = {split: Writer(stack.enter_context(files.written_whole(folder / f'{split}.bin')))
                        for split in SPLITS}
             for split, some in packed:
                 writers[split].write(some)
-            splits = {split: writer.finish(packer.dtype) for split, writer in writers.items()}
+            splits = {split: writer.finish(packer.dtype, sums) for split, writer in writers.items()}
             empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
             if empty:
                 raise UserError(f'{source} holds no text for {empty[0]}.bin', DATA)
             write_meta(folder, {'format': 1, 'unfinished': True})  # so that half of it is not taken for the whole
+        checksums.write(folder, sums)
         write_meta(folder, describe(packer, source) | {'splits': splits})
     for split, made in splits.items():
         print(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text each '
               f'({made["bytes"]:,} in all; documents: {made["documents"]:,})')
     print(f'vocabulary: {packer.tokenizer.name}, {packer.tokenizer.n_vocab:,} ids, stored as {packer.dtype.name}')
-    print(f'wrote train.bin, val.bin and meta.json to {folder}')
+    print(f'wrote train.bin, val.bin, {checksums.NAME} and meta.json to {folder}')
 
 
 def describe(packer: Packer, source: str) -> dict[str, Any]:

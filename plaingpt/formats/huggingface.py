@@ -64,6 +64,7 @@ def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str
     """The shape and the weights, in float32, of a GPT-2 of the hub, or of a local folder. Raises UserError where there
     is none, where some of it is missing, and where it is another model."""
     with readable_errors(name_or_folder):
+        refuse_damage(Path(name_or_folder), 'config.json', 'model.safetensors')
         config = read_config(name_or_folder, dropout)
         theirs = read_weights(name_or_folder)
         shapes = {name: p.shape for name, p in GPT.on_meta(config).named_parameters()}
@@ -158,19 +159,41 @@ def read_origin(folder: Path) -> dict[str, Any]:
         raise UserError(f'{path} is damaged: {error}', CHECKPOINT) from None
     if not isinstance(origin, dict) or not isinstance(origin.get('tokenizer'), dict):
         raise UserError(f'{path} is damaged: it has no tokenizer', CHECKPOINT)
+    if origin.pop('sha256', hash_of(origin)) != hash_of(origin):
+        raise UserError(f'{path} is damaged: its sha256 is another\nexport the model again', CHECKPOINT)
     return origin
 
 
+def hash_of(origin: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(origin).encode()).hexdigest()
+
+
+def refuse_damage(folder: Path, *names: str) -> None:
+    """Raise UserError if one of these files is there, and is not the one that export.py has left there."""
+    made = read_origin(folder).get('files', {})
+    for path in (folder / name for name in names if name in made and isinstance(made, dict)):
+        if path.is_file() and sha256_of(path) != made[path.name]:
+            raise UserError(f'{path} is not what export.py wrote: it is damaged, or another program has changed it\n'
+                            f'export the model again; or delete {folder / ORIGIN}, if it is meant to be so', CHECKPOINT)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
 def write_origin(folder: Path, exported: Exported, to: str) -> None:
-    """What `read_origin` reads, in values that JSON has: nothing of the machine."""
+    """What `read_origin` reads, in values that JSON has: nothing of the machine. Of each file its sha256, and its
+    own."""
     corpus = Path(exported.state.get('config', {}).get('dataset', '')).name
-    (folder / ORIGIN).write_text(encoding='utf-8', data=json.dumps({
+    origin = {
         'tokenizer': exported.vocabulary.state(),
         'iter_num': exported.state.get('iter_num', 0),
         'best': exported.state.get('best', {}),
         'config': {'dataset': corpus} if corpus else {},
         'to': to,
-        'files': sorted(path.name for path in folder.iterdir())}))
+        'files': {path.name: sha256_of(path) for path in sorted(folder.iterdir())}}
+    (folder / ORIGIN).write_text(json.dumps(origin | {'sha256': hash_of(origin)}), encoding='utf-8')
 
 
 def read_tokenizer(name_or_folder: str) -> dict[str, Any]:

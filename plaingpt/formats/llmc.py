@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from plaingpt.errors import CHECKPOINT, UserError
+from plaingpt.formats import huggingface
 from plaingpt.formats.exported import Exported
 
 MODEL, TOKENS = 20240326, 20240328  # the first number of a header
@@ -38,6 +39,7 @@ def is_model(path: Path) -> bool:
 def load(path: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The shape and the weights, in float32. The rows that pad the vocabulary stay behind. Raises UserError for a file
     that is cut off, or of another version."""
+    huggingface.refuse_damage(path.parent, path.name)
     first = np.fromfile(path, '<i4', HEADER).tolist()
     version = first[1] if len(first) == HEADER else 0
     if version not in DTYPES:

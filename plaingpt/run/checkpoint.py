@@ -222,8 +222,9 @@ def place_of(state: State, data: dict[str, Any]) -> Place:
 def refuse_other_data(state: State, data: dict[str, Any], folder: Path) -> None:
     """A run that goes on reads the corpus that it has begun with: other tokens would pass for the same windows."""
     if is_other_data(state, data):
-        before, now = (', '.join(f'{split} {mark["tokens"]:,} tokens, sha256 {mark["sha256"][:8]}'
-                                 for split, mark in marks.items()) for marks in (state['data'], data))
+        before, now = (', '.join(
+            f'{split} {mark["tokens"]:,} tokens, hash {(mark.get("sample") or mark["sha256"] or mark["head"])[:8]}'
+            for split, mark in marks.items()) for marks in (state['data'], data))
         raise UserError(f'the corpus in {folder} is another one than this run has read: {now}; it was: {before}\n'
                         'prepare that one again, or give --ignore_data_change=True to go on with this one', DATA)
 

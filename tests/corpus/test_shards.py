@@ -85,7 +85,7 @@ def test_shards_hold_every_token_once_in_the_order_of_the_documents(
     write(folder, files, shard_size, num_proc)
     n_shards = -(-len(ids) // shard_size)
     names = ['val_000000.bin', *(f'train_{i:06d}.bin' for i in range(1, n_shards))]
-    assert sorted(contents(folder)) == sorted([*names, 'meta.json'])
+    assert sorted(contents(folder)) == sorted([*names, 'meta.json', 'checksums.npz'])
     read: list[int] = []
     for name in names:
         data = (folder / name).read_bytes()

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -301,7 +302,7 @@ def test_token_files_hold_each_document_and_an_end_of_text(tmp_path: Path) -> No
     write(tmp_path, [numbered(40)])
     assert read_bytes(tmp_path, 'train') == ids_of(text for i, text in enumerate(numbered(40)) if i % 4 != 3)
     assert read_bytes(tmp_path, 'val') == ids_of(numbered(40)[3::4])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['checksums.npz', 'meta.json', 'train.bin', 'val.bin']
 
 
 def test_meta_json_describes_the_files(
@@ -319,6 +320,9 @@ def test_meta_json_describes_the_files(
         'sha256': hashlib.sha256(packed).hexdigest(), 'head': hashlib.sha256(packed[:4096]).hexdigest(),
         'tail': hashlib.sha256(packed[-4096:]).hexdigest()}
     assert meta['splits']['val']['tokens'] == 3 and meta['splits']['val']['bytes'] == 2
+    with np.load(tmp_path / 'checksums.npz') as sums:
+        assert {name: sums[made['sha256']].tolist() for name, made in meta['splits'].items()} == {
+            name: [zlib.crc32((tmp_path / f'{name}.bin').read_bytes())] for name in ('train', 'val')}, 'a block each'
     assert '15,052 tokens' in capsys.readouterr().out
     assert len(open_split(tmp_path, 'train', 8, 257)) == 15052  # training takes them
 
@@ -342,7 +346,7 @@ def test_any_number_of_processes_writes_the_documents_in_the_order_of_the_files_
     parts: list[tokenise.Part] = [numbered(30), *find_pieces(tmp_path / 'in', tmp_path)]
     for num_proc in (1, 2, 3):
         write(tmp_path / str(num_proc), parts, validation, spec, num_proc, keep_empty=keep_empty)
-        for name in ('train.bin', 'val.bin', 'meta.json'):
+        for name in ('train.bin', 'val.bin', 'meta.json', 'checksums.npz'):
             assert (tmp_path / '1' / name).read_bytes() == (tmp_path / str(num_proc) / name).read_bytes()
     assert not multiprocessing.active_children()
 

@@ -305,6 +305,8 @@ FAULTS = {  # what holds each row of the table of faults, in tests/
     'ten of them in a row': 'test_watch.test_ten_steps_in_a_row_that_are_not_finite_end_the_run',
     'memory runs out': 'test_watch.test_a_batch_that_is_too_large_is_answered_with_the_settings_that_fit',
     'the corpus has changed since': 'test_train.test_a_resume_on_another_corpus_is_refused_unless_asked_for',
+    'the corpus is damaged':
+        'test_train.test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damaged_ends_the_run',
     'the corpus shrinks while it is read': 'test_folder.test_a_file_that_shrinks_while_it_is_read_ends_in_a_message',
     'two machines do not share `out_dir`': 'test_watch.test_processes_that_do_not_share_a_folder_are_told_so',
     'an upload fails': 'test_watch.test_an_upload_that_fails_is_seen_and_does_not_end_the_run',
