@@ -83,7 +83,7 @@ def find_run(out_dir: str, is_given: bool) -> str:
     runs = sorted((path.stat().st_mtime, path.parent.name) for path in Path().glob('out*/ckpt.pt'))
     if runs and not is_given:
         newest = runs[-1][1]
-        say(f'{out_dir} holds no checkpoint: this is the newest run here, --out_dir={newest}')
+        console.note(f'{out_dir} holds no checkpoint: this is the newest run here, --out_dir={newest}')
         return newest
     names = ', '.join(name for _, name in reversed(runs[-5:]))
     remedy = f'the newest runs here: {names}' if runs else (
@@ -100,7 +100,7 @@ def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> lis
                         'document\ngive a text to continue, such as --start=A')
     ids = vocabulary.encode_prompt(prompt) if prompt else [vocabulary.eot or 0]
     if len(ids) > block_size:
-        say(f'the prompt has {len(ids)} tokens: the model reads the last {block_size} of them')
+        console.note(f'the prompt has {len(ids)} tokens: the model reads the last {block_size} of them')
     return ids
 
 
@@ -156,12 +156,7 @@ def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokeniz
 def show(pieces: Iterable[str]) -> None:
     """Print each piece the moment it is there, without what would steer the terminal."""
     for piece in pieces:
-        sys.stdout.write(console.printable(piece))
-        sys.stdout.flush()
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        console.write(piece, sys.stdout)
 
 
 def sample(source: str, prompt: str) -> None:
@@ -172,8 +167,9 @@ def sample(source: str, prompt: str) -> None:
     vocabulary = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
     ids = encode(prompt, vocabulary, model.config.block_size)
     if stop and vocabulary.eot is None:
-        say(f"--stop=True changes nothing: this model's tokenizer '{vocabulary.name}' does not mark a document's end")
-    say(f'{source}; {processes.describe(process)}; {name_of(precision)}, {why_precision}')
+        console.note(f"--stop=True changes nothing: this model's tokenizer '{vocabulary.name}' does not mark where a "
+                     'document ends')
+    console.note(f'{source}; {processes.describe(process)}; {name_of(precision)}, {why_precision}')
 
     model.to(process.device, precision).eval()  # fast: every token reads all weights, and smaller ones are read sooner
     if compile is True:
