@@ -46,12 +46,12 @@ TIME_REMEDY = "A config file is read, never run. For the time in a name, write '
 
 
 def configure(script: types.ModuleType, args: list[str], clock: float = STARTED) -> tuple[dict[str, Any], set[str]]:
-    """Set the settings of `script` from `args` (as in sys.argv[1:]). Return all of them by name, and the names that a
-    config file or the command line gave. `clock` is the time that they may name, in seconds since 1970. UserError if an
-    argument cannot be taken; --help prints and exits."""
+    """Set the settings of `script` from `args` (as in sys.argv[1:]). Return all of them by name, for records, which
+    keep no secret of a URL, and the names that a config file or the command line gave. `clock` is the time that they
+    may name, in seconds since 1970. UserError if an argument cannot be taken; --help prints and exits."""
     lines = find_settings(script)
     if '--help' in args or '-h' in args:
-        print(manual(script, lines))
+        console.say(manual(script, lines))
         raise SystemExit(0)
     annotations = inspect.get_annotations(script)
     kinds = {name: alternatives(annotations[name]) for name in lines}
@@ -74,7 +74,8 @@ def configure(script: types.ModuleType, args: list[str], clock: float = STARTED)
             given[name] = given[name].replace('{time}', stamp)
     settings |= given
     vars(script).update(settings)
-    return settings, set(given)
+    record = {name: console.shown(value) if isinstance(value, str) else value for name, value in settings.items()}
+    return record, set(given)
 
 
 def pick(make: Callable[..., T], script: types.ModuleType, **others: Any) -> T:

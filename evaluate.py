@@ -98,7 +98,7 @@ def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], p
                                           learned.token_sizes() if learned else None)
     for name, rows in questions.items():
         figures |= MEASURES[name](rows, learned_tokenizer(state, n_vocab, folder, bool(dataset)), predict)
-    return Measured(where, state.get('iter_num'), folder.name if 'val' in names else '', figures)
+    return Measured(console.shown(where), state.get('iter_num'), folder.name if 'val' in names else '', figures)
 
 
 def report(all_measured: Sequence[Measured], notes: dict[str, str]) -> str:
@@ -130,7 +130,7 @@ def json_file(where: str, found: Sequence[str]) -> str:
     """evaluation.json in the folder that holds what was found; for the weights of the hub, or of a URL, in this one,
     under their name."""
     if not os.path.exists(found[0]):
-        return f'evaluation-{Path(where).stem}.json'
+        return f'evaluation-{Path(where.partition("?")[0]).stem}.json'
     common = os.path.commonpath(found)
     return os.path.join(common if os.path.isdir(common) else os.path.dirname(common), 'evaluation.json')
 
@@ -151,7 +151,7 @@ def write_json(path: str, content: bytes) -> None:
             file.write(content)
     except OSError as error:
         raise UserError(f'{path} cannot be written: {error.strerror}\ngive another file with --json=') from None
-    print(f'\nall figures are in {path}')
+    console.say(f'\nall figures are in {path}')
 
 
 def main(args: list[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import configurator
-from plaingpt import errors
+from plaingpt import console, errors
 from plaingpt.errors import UserError
 from plaingpt.formats import gguf, huggingface, llmc, others
 from plaingpt.formats.exported import Exported
@@ -114,7 +114,7 @@ def open_source() -> Exported:
     except UserError as error:
         if not FORMATS[to].is_run:
             raise
-        print(f'the tokenizer stays behind: {error}')
+        console.say(f'the tokenizer stays behind: {error}')
     return Exported(
         name=re.sub(r'[^\w.-]', '-', Path(out_dir).resolve().name),
         config=config,
@@ -179,7 +179,7 @@ def next_step(target: Path, exported: Exported) -> str:
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if upload.is_url(to_dir or out_dir):
-        raise UserError(f'{upload.shown(to_dir or out_dir)} is no folder of this machine: give one as --to_dir')
+        raise UserError(f'{to_dir or out_dir} is no folder of this machine: give one as --to_dir')
     target = Path(to_dir).resolve() if to_dir else Path(out_dir, '' if FORMATS[to].is_run else to)
     exported = open_source()
     check(exported)
@@ -188,9 +188,9 @@ def main(args: list[str]) -> None:
     else:
         write_folder(target, exported.complete())
     for path in sorted(filter(Path.is_file, target.iterdir())):
-        print(f'{path.stat().st_size:15,} bytes  {path}')
+        console.say(f'{path.stat().st_size:15,} bytes  {path}')
     if exported.learned:
-        print(f'next:\n    {next_step(target, exported)}')
+        console.say(f'next:\n    {next_step(target, exported)}')
 
 
 if __name__ == '__main__':

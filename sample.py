@@ -84,7 +84,7 @@ def find_run(out_dir: str, is_given: bool) -> str:
     runs = sorted((path.stat().st_mtime, path.parent.name) for path in Path().glob('out*/ckpt.pt'))
     if runs and not is_given:
         newest = runs[-1][1]
-        say(f'{out_dir} holds no checkpoint: this is the newest run here, --out_dir={newest}')
+        console.note(f'{out_dir} holds no checkpoint: this is the newest run here, --out_dir={newest}')
         return newest
     names = ', '.join(name for _, name in reversed(runs[-5:]))
     remedy = f'the newest runs here: {names}' if runs else (
@@ -101,7 +101,7 @@ def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> lis
                         'document\ngive a text to continue, such as --start=A')
     ids = vocabulary.encode_prompt(prompt) if prompt else [vocabulary.eot or 0]
     if len(ids) > block_size:
-        say(f'the prompt has {len(ids)} tokens: the model reads the last {block_size} of them')
+        console.note(f'the prompt has {len(ids)} tokens: the model reads the last {block_size} of them')
     return ids
 
 
@@ -157,12 +157,7 @@ def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokeniz
 def show(pieces: Iterable[str]) -> None:
     """Print each piece the moment it is there, without what would steer the terminal."""
     for piece in pieces:
-        sys.stdout.write(console.printable(piece))
-        sys.stdout.flush()
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        console.write(piece, sys.stdout)
 
 
 def continued(model: GPT, idx: Tensor, vocabulary: tokenizer.Tokenizer, first: int) -> Iterator[Tensor]:
@@ -195,14 +190,14 @@ def converse(model: GPT, context: list[int], vocabulary: tokenizer.Tokenizer, de
             context += vocabulary.encode_prompt(line)
             context = context or encode('', vocabulary, block_size)
             if len(context) > block_size:
-                say(f'the context is longer than {block_size} tokens: the model reads the last of them')
+                console.note(f'the context is longer than {block_size} tokens: the model reads the last of them')
                 context = context[-block_size:]
             stream = continued(model, torch.tensor([context], device=device), vocabulary, number)
             show(texts(noted(stream, context), 1, '', vocabulary, end_of(vocabulary)))
         except KeyboardInterrupt:
             show([f'\n{RULE}\n'])
         except UserError as error:
-            say(str(error))
+            console.note(str(error))
             show([f'\n{RULE}\n'])
 
 
@@ -210,7 +205,7 @@ def lines() -> Iterator[str]:
     """Yield the lines of stdin without their ends. A terminal shows where to type."""
     while True:
         if sys.stdin.isatty():
-            print('> ', end='', file=sys.stderr, flush=True)
+            console.write('> ', sys.stderr)
         line = sys.stdin.buffer.readline()
         if not line:
             return
@@ -232,13 +227,14 @@ def sample(source: str, prompt: str) -> None:
     vocabulary = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
     ids = encode(prompt, vocabulary, model.config.block_size) if prompt or not interactive else []
     if stop and vocabulary.eot is None:
-        say(f"--stop=True changes nothing: this model's tokenizer '{vocabulary.name}' does not mark a document's end")
-    say(f'{source}; {processes.describe(process)}; {name_of(precision)}, {why_precision}')
+        console.note(f"--stop=True changes nothing: this model's tokenizer '{vocabulary.name}' does not mark where a "
+                     'document ends')
+    console.note(f'{source}; {processes.describe(process)}; {name_of(precision)}, {why_precision}')
 
     model.to(process.device, precision).eval()  # fast: every token reads all weights, and smaller ones are read sooner
     compiles, why = pick_compile(compile is True, process.device.type)
     if compile is True and not compiles:
-        say(f'not compiled, {why}')
+        console.note(f'not compiled, {why}')
     for block in model.transformer.h if compiles else ():
         block.compile()
     if interactive:

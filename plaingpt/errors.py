@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from plaingpt import console
+
 DONE = 0
 CHECK_FAILED = 1  # for example, overfit_single_batch did not overfit
 COMMAND = 2  # a wrong command or setting
@@ -32,7 +34,7 @@ class UserError(ValueError):
     lines."""
 
     def __init__(self, message: str, code: int = COMMAND) -> None:
-        super().__init__(message)
+        super().__init__(console.message(message))
         self.code = code
 
 
@@ -86,6 +88,7 @@ def code_of(error: BaseException) -> int:
 def run(main: Callable[[list[str]], None]) -> None:
     """Call main with the command line's arguments. A UserError ends the process with its message and code, no
     traceback; and so does a package that is not installed."""
+    sys.excepthook = console.note_traceback
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -110,10 +113,9 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 def leave(message: str, code: int) -> NoReturn:
     """The last words of a process, whose readers may be gone."""
-    for stream, words in ((sys.stdout, ''), (sys.stderr, f'{message}\n')):
+    for stream, words in ((sys.stdout, ''), (sys.stderr, f'{console.shown(message)}\n')):
         try:
-            stream.write(words)
-            stream.flush()
+            console.write(words, stream)
         except OSError:
             drop(stream)
     sys.exit(code)

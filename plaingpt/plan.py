@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from model import GPT, GPTConfig
 from plaingpt import sizes
-from plaingpt.console import duration, size
+from plaingpt.console import duration, say, size
 from plaingpt.corpus import token_files
 from plaingpt.corpus.folder import data_folder, files_of, fingerprint, read_meta
 from plaingpt.corpus.order import Order
@@ -312,4 +312,4 @@ def show_plan(settings: RunSettings, grouped: Grouping) -> None:
     environment = os.environ | processes.slurm_as_torchrun(os.environ)
     if environment.get('RANK', '0') == '0':
         for line in describe(settings, grouped, int(environment.get('WORLD_SIZE', '1'))):
-            print(line)
+            say(line)

@@ -209,6 +209,16 @@ def test_time_in_the_name_of_a_run_or_folder_is_the_time_of_the_start(script: Mo
     assert first['wandb_run_name'] != second['wandb_run_name']
 
 
+def test_secrets_of_a_url_reach_the_script_and_neither_console_nor_records(
+        script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    url = 's3://me:secret-1@host/run?signature=secret-2'
+    settings, _ = configurator.configure(script, [write(f"start = '{url}'  # {url}"), f'--out_dir={url}'])
+    assert (vars(script)['start'], vars(script)['out_dir']) == (url, url)
+    assert (settings['start'], settings['out_dir']) == ('s3://***@host/run?***', 's3://***@host/run?***')
+    out, _ = capsys.readouterr()
+    assert out.count('s3://***@host/run?***') == 3 and 'secret' not in out
+
+
 def test_what_is_overridden_is_printed_as_nanogpt_prints_it(
     script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

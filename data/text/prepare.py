@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
+from plaingpt import console
 from plaingpt.corpus import documents, tokenise
 from plaingpt.errors import COMMAND, DATA, UserError, python, run
 
@@ -48,14 +49,14 @@ def main(args: list[str]) -> None:
     train, val = ([piece for file in files for piece in documents.find_pieces(file, column)]
                   for files in (train_files, val_files))
     n_train, n_val = tokenise.count_documents(train), tokenise.count_documents(val)
-    print(f'found: files {len(train_files) + len(val_files):,}, documents {n_train + n_val:,}')
+    console.say(f'found: files {len(train_files) + len(val_files):,}, documents {n_train + n_val:,}')
     if n_train == 0:
         raise UserError(f'--input={input} holds no documents', DATA)
 
     parts: Sequence[tokenise.Part] = [*train, *val]
     by_position = n_train == 1 and not val_files
     if by_position:
-        print(f'a single document: the last {val_fraction:.0%} of its characters are for validation')
+        console.say(f'a single document: the last {val_fraction:.0%} of its characters are for validation')
         parts, validation = tokenise.split_text(next(documents.read_documents(train)), val_fraction)
     elif val_files:
         validation = np.arange(n_train, n_train + n_val)
@@ -65,8 +66,8 @@ def main(args: list[str]) -> None:
     encoder = tokenise.build_tokenizer(tokenizer, parts, validation, eot=n_train > 1 or n_val > 1)
     packer = tokenise.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
     tokenise.write_corpus(folder, packer, parts, validation, input, num_proc)
-    print(f'next:\n    {python()} train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'
-          f'    {python()} sample.py --out_dir=out-{name}')
+    console.say(f'next:\n    {python()} train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'
+                f'    {python()} sample.py --out_dir=out-{name}')
 
 
 if __name__ == '__main__':

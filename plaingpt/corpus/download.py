@@ -2,6 +2,7 @@
 import hashlib
 import http.client
 import shutil
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
     bytes. The `option` takes a file that was got in another way."""
     if sha256 and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
+    if '@' in urllib.parse.urlsplit(url).netloc:
+        raise UserError(f'{url} was given with a password, which cannot be used here\n'
+                        f'get the file in another way, and name it with {option}=PATH', DATA)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (urllib.request.urlopen(url, timeout=TIMEOUT) as answer,

@@ -6,6 +6,8 @@ them and what they looked like when they were made.
 """
 import glob
 import hashlib
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +23,7 @@ from plaingpt.errors import DATA, UserError, python
 
 DATA_ROOT = Path(__file__).parents[2] / 'data'
 SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
+OPTION = re.compile(r'--\w+=[\w ./:,+=*?\[\]~@%-]*')  # of a command that is shown although a file brought it
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     paths = files_of(folder, 'train')
     if isinstance(meta, dict) and meta.get('unfinished'):
         raise UserError(f'{folder} is not complete: a preparation was interrupted, or is at work\n'
-                        f'go on with: {meta.get("created_by") or how_to_prepare(folder)}', DATA)
+                        f'go on with: {how_to_go_on(folder, meta.get("created_by"))}', DATA)
     if not paths:
         raise UserError(f'{folder} holds no prepared corpus\nfirst run: {how_to_prepare(folder)}', DATA)
     if path.exists():
@@ -114,7 +117,20 @@ def how_to_prepare(folder: Path) -> str:
     name = folder.parent.name if folder.suffix in SUFFIXES else folder.name
     if (DATA_ROOT / name / 'prepare.py').exists():
         return f'{python()} data/{name}/prepare.py'
-    return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={name}'
+    return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={shlex.quote(name)}'
+
+
+def how_to_go_on(folder: Path, created_by: object) -> str:
+    """Return the command that has begun this corpus, if that is one of this project's; or one that makes it anew."""
+    try:
+        _, script, *options = shlex.split(str(created_by))
+    except ValueError:  # too few words, or a quote too many
+        return how_to_prepare(folder)
+    name = Path(script).parent.name
+    is_ours = Path(script).name == 'prepare.py' and (DATA_ROOT / name / 'prepare.py').exists()
+    if is_ours and all(map(OPTION.fullmatch, options)):
+        return shlex.join([python(), f'data/{name}/prepare.py', *options])
+    return how_to_prepare(folder)
 
 
 def open_tokens(paths: Sequence[Path], name: Path, meta: dict[str, Any]) -> TokenFile:

@@ -121,15 +121,15 @@ def write_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_si
             fill_shards(folder, packer, source, shard_size, meta, num_proc)
     for split in tokenise.SPLITS:
         shards = [made['tokens'] for name, made in meta['splits'].items() if name.startswith(split)]
-        print(f'{split + ":":6} {sum(shards):,} tokens, shards: {len(shards):,}')
-    print(f'vocabulary: {meta["tokenizer"]["name"]}, {meta["vocab_size"]:,} ids, stored as {meta["dtype"]}; '
-          f'documents: {meta["documents"]:,}, bytes: {meta["bytes"]:,}')
-    print(f'{folder} holds the shards and meta.json')
+        console.say(f'{split + ":":6} {sum(shards):,} tokens, shards: {len(shards):,}')
+    console.say(f'vocabulary: {meta["tokenizer"]["name"]}, {meta["vocab_size"]:,} ids, stored as {meta["dtype"]}; '
+                f'documents: {meta["documents"]:,}, bytes: {meta["bytes"]:,}')
+    console.say(f'{folder} holds the shards and meta.json')
 
 
 def mark_of(name: str) -> str:
     """Return what tells a file from another: its name and size, wherever it is; or its address, with the revision."""
-    return f'{PurePath(name).name} {os.path.getsize(name)}' if os.path.isfile(name) else name
+    return f'{PurePath(name).name} {os.path.getsize(name)}' if os.path.isfile(name) else console.shown(name)
 
 
 def find_note(folder: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
@@ -168,7 +168,7 @@ def fill_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_siz
         if NAME.fullmatch(path.name) and path.stem not in splits:
             path.unlink()
     if splits:
-        print(f'going on after {len(splits)} shards, {n_tokens_in(splits):,} tokens', flush=True)
+        console.say(f'going on after {len(splits)} shards, {n_tokens_in(splits):,} tokens')
     batches = tokenise.make_batches(source.parts_from(Place(**meta['next'])), NONE)
     with (closing(tokenise.tokenise(batches, packer, num_proc)) as results,
           closing(cut(results, source, packer.dtype, shard_size, meta)) as cuts):

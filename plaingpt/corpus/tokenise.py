@@ -310,16 +310,17 @@ def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tupl
         checksums.write(folder, sums)
         write_meta(folder, describe(packer, source) | {'splits': splits})
     for split, made in splits.items():
-        print(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text each '
-              f'({made["bytes"]:,} in all; documents: {made["documents"]:,})')
-    print(f'vocabulary: {packer.tokenizer.name}, {packer.tokenizer.n_vocab:,} ids, stored as {packer.dtype.name}')
-    print(f'wrote train.bin, val.bin, {checksums.NAME} and meta.json to {folder}')
+        console.say(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text '
+                    f'each ({made["bytes"]:,} in all; documents: {made["documents"]:,})')
+    console.say(f'vocabulary: {packer.tokenizer.name}, {packer.tokenizer.n_vocab:,} ids, stored as {packer.dtype.name}')
+    console.say(f'wrote train.bin, val.bin, {checksums.NAME} and meta.json to {folder}')
 
 
 def describe(packer: Packer, source: str) -> dict[str, Any]:
-    """Return what meta.json says about a corpus as a whole."""
+    """Return what meta.json says about a corpus as a whole. Secrets of a URL stay out of it."""
     return {'format': 1, 'tokenizer': packer.tokenizer.reference(), 'vocab_size': packer.tokenizer.n_vocab,
-            'dtype': packer.dtype.name, 'source': source, 'created_by': shlex.join(['python', *sys.argv])}
+            'dtype': packer.dtype.name, 'source': console.shown(source),
+            'created_by': shlex.join(['python', *map(console.shown, sys.argv)])}
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from plaingpt import console
 from plaingpt.errors import CHECKPOINT, UserError
 from plaingpt.formats import huggingface
 from plaingpt.formats.exported import Exported
@@ -82,4 +83,4 @@ def write(folder: Path, exported: Exported) -> None:
             header(TOKENS, 2, vocabulary.n_vocab, vocabulary.eot),
             *(bytes([len(piece)]) + piece for piece in vocabulary.pieces)]))
     else:
-        print('no tokenizer.bin: llm.c needs a token that begins a text, and 1 to 255 bytes in each')
+        console.say('no tokenizer.bin: llm.c needs a token that begins a text, and 1 to 255 bytes in each')

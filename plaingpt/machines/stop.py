@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from typing import Self
 
-from plaingpt import errors
+from plaingpt import console, errors
 
 # Kubernetes and torchrun; Slurm; LSF and SGE; a limit of CPU time; Ctrl-C and Ctrl-\; a terminal that is closed. A
 # system need not have them all.
@@ -63,7 +63,7 @@ class Stop:
         if not self.reason:
             self.reason, self.since = reason, now
             with suppress(OSError):  # whoever read it may have got the same signal
-                os.write(sys.stderr.fileno(), f'{reason}: saving after this step\n'.encode())
+                os.write(sys.stderr.fileno(), console.printable(f'{reason}: saving after this step\n').encode())
 
     def is_asked(self) -> bool:
         if not self.reason and time.monotonic() > self.end:

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 import torch.distributed as dist
 import torch.nn as nn
 
+from plaingpt import console
 from plaingpt.errors import CHECK_FAILED, OUT_OF_MEMORY, PEER_LOST, STOPPED, UserError, code_of, is_out_of_memory
 from plaingpt.machines.processes import Process
 
@@ -105,7 +106,7 @@ class Watch:
     def end(self, loss: UserError) -> None:
         """The main thread waits for a process that will not come, so this one ends the process."""
         with suppress(OSError):
-            os.write(sys.stderr.fileno(), f'{loss}\n'.encode())
+            os.write(sys.stderr.fileno(), console.printable(f'{loss}\n').encode())
         if self.on_end:
             self.on_end(loss.code, str(loss))
         self.say_last(loss)

@@ -7,7 +7,6 @@ are compared on loading, so that no damage is ever taken for weights.
 """
 import platform
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable
 from concurrent import futures
@@ -174,7 +173,7 @@ def load_newest(out_dir: Path) -> State:
             state = load(path)
             if complaints and console.is_main():
                 instead = f'{path} is used in its place, from step {state["iter_num"]}'
-                print(*complaints, instead, sep='\n', file=sys.stderr)
+                console.note('\n'.join([*complaints, instead]))
             return state
         except UserError as error:
             complaints.append(str(error))
@@ -252,4 +251,4 @@ def fetch_run(out_dir: Path, url: str) -> None:
     """Where this machine has no checkpoint of a run, take what was uploaded from another."""
     if url and not holds_run(out_dir) and upload.checkpoints(url):
         for path in upload.fetch(url, out_dir):
-            print(f'{path} comes from {upload.shown(url)}', flush=True)
+            console.note(f'{path} comes from {url}')

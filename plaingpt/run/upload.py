@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
-from plaingpt import files
+from plaingpt import console, files
 from plaingpt.errors import CHECKPOINT, COMMAND, UserError, missing_package
 
 PAUSES = (1.0, 5.0, 25.0)  # seconds between one attempt to upload a file and the next
@@ -28,19 +28,14 @@ def is_url(where: str) -> bool:
     return re.match(r'[a-zA-Z][\w.+-]+://', where) is not None
 
 
-def shown(text: str) -> str:
-    """Return a URL, or an error that may quote one, without what nobody else may read: user:password@, signatures in a
-    query, and whatever the environment holds in variables that are named like secrets."""
-    text = re.sub(r'://[^/\s]*@', '://', text)
-    text = re.sub(r'(://[^\s?]*)\?[^\s\'"]*', r'\1', text)
+def reason(error: BaseException) -> str:
+    """Return the first line of an error, without what is secret in URLs, and without what the environment holds in
+    variables that are named like secrets."""
+    text = console.shown(next(iter(str(error).splitlines()), '') or type(error).__name__)
     hidden = {value for name, value in os.environ.items() if SECRETS.search(name) and len(value) >= SHORTEST_SECRET}
     for value in sorted(hidden, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, '***')
     return text
-
-
-def reason(error: BaseException) -> str:
-    return shown(next(iter(str(error).splitlines()), '') or type(error).__name__)
 
 
 def open_url(url: str, code: int) -> tuple[Any, str]:
@@ -50,7 +45,7 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
     if not is_url(url):
         raise UserError(f'{url!r} is no URL: write s3://bucket/folder, or {Path(url).absolute().as_uri()}', code)
     if re.search(r'://[^/]*:[^/]*@', url):
-        raise UserError(f'{shown(url)} was given with a password, which checkpoints and logs would show: leave it out, '
+        raise UserError(f'{url} was given with a password, which checkpoints and logs would show: leave it out, '
                         'and put it into the environment', code)
     try:
         # others write there: what it has listed before is old
@@ -58,7 +53,7 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
     except ImportError as error:
         raise missing_package(error) from None
     except Exception as error:  # each file system raises errors of its own
-        raise UserError(f'{shown(url)} cannot be used: {reason(error)}', code) from None
+        raise UserError(f'{url} cannot be used: {reason(error)}', code) from None
     return elsewhere, path.rstrip('/')
 
 
@@ -71,7 +66,7 @@ def checkpoints(url: str) -> list[str]:
     except FileNotFoundError:
         return []
     except Exception as error:  # each file system raises errors of its own
-        raise UserError(f'{shown(url)} cannot be read: {reason(error)}', CHECKPOINT) from None
+        raise UserError(f'{url} cannot be read: {reason(error)}', CHECKPOINT) from None
     return sorted(name for name in names if CHECKPOINTS.fullmatch(name))
 
 
@@ -81,7 +76,7 @@ def fetch(url: str, folder: Path) -> list[Path]:
     elsewhere, path = open_url(url, CHECKPOINT)
     sources = [path] if path.endswith('.pt') else [f'{path}/{name}' for name in checkpoints(url)]
     if not sources:
-        raise UserError(f'no checkpoint at {shown(url)}', CHECKPOINT)
+        raise UserError(f'no checkpoint at {url}', CHECKPOINT)
     targets = [folder / Path(source).name for source in sources]
     for source, target in zip(sources, targets, strict=True):
         try:
@@ -89,7 +84,7 @@ def fetch(url: str, folder: Path) -> list[Path]:
             with files.written_whole(target, is_shared=True) as file:
                 elsewhere.get_file(source, file.name)
         except Exception as error:  # each file system raises errors of its own
-            raise UserError(f'{shown(url)} cannot be fetched to {target}: {reason(error)}', CHECKPOINT) from None
+            raise UserError(f'{url} cannot be fetched to {target}: {reason(error)}', CHECKPOINT) from None
     return targets
 
 
@@ -203,7 +198,7 @@ class Uploader:
         self.elsewhere.mv(target + files.UNFINISHED, target)
 
     def complain(self, name: str, why_not: str) -> None:
-        self.say(f'{shown(self.url)}/{name} is not uploaded: {why_not}; the run goes on')
+        self.say(f'{console.shown(self.url)}/{name} is not uploaded: {why_not}; the run goes on')
 
     def sweep(self, folder: Path) -> None:
         """Delete the copies of older versions, and those that a killed process has left."""

@@ -9,7 +9,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 
 import numpy as np
@@ -406,3 +408,24 @@ def test_a_script_ends_with_the_documented_codes_and_no_traceback(tmp_path: Path
         assert answer.returncode == code
         assert words in answer.stdout + answer.stderr
         assert 'Traceback' not in answer.stderr and len(answer.stderr.splitlines()) <= 3
+
+
+def test_what_is_secret_in_the_url_of_an_input_is_neither_printed_nor_kept(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(TEXTS / 'play.txt', tmp_path)
+    prepare = load('text', tmp_path / 'data', monkeypatch)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, 'log_message', lambda *_: None)  # what it logs is the server's
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        host = f'127.0.0.1:{server.server_port}'
+        args = [f'--input=http://{host}/play.txt?signature=Hush!', '--tokenizer=byte', '--name=play']
+        monkeypatch.setattr(sys, 'argv', ['data/text/prepare.py', *args])
+        prepare.main(args)
+        with pytest.raises(UserError, match=r'http://\*\*\*@.* was given with a password') as refused:
+            prepare.main([f'--input=http://me:Hush!@{host}/play.txt', '--tokenizer=byte'])
+        server.shutdown()
+    said = ''.join([*capsys.readouterr(), str(refused.value)])
+    assert f'http://{host}/play.txt?***' in said
+    assert 'created_by' in (tmp_path / 'data/play/meta.json').read_text(encoding='utf-8')
+    everything = said.encode() + b''.join(path.read_bytes() for path in tmp_path.rglob('*') if path.is_file())
+    assert b'Hush!' not in everything

@@ -154,7 +154,7 @@ def test_no_sample_steers_the_terminal_or_breaks_a_narrow_encoding(
     console = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(console, encoding='ascii'))
     open_logger(tmp_path).sample(3, 'é\x1b[2J\x07\ttab\r\nend')
-    assert console.getvalue() == b'=== step 3 ===\n??[2J?\ttab\r\nend\n'
+    assert console.getvalue() == b'=== step 3 ===\n\\xe9\\x1b[2J\\x07\ttab\r\nend\n'
 
 
 def test_status_says_how_the_run_ended(tmp_path: Path) -> None:
@@ -439,7 +439,8 @@ def run_with_wandb(folder: Path, first: int, last: int, before: str = '', **envi
     home = {'HOME': str(folder), 'NETRC': str(folder / 'netrc')}
     code = before + RUN.replace('SETTINGS', repr(SETTINGS))
     result = subprocess.run(
-        [sys.executable, '-c', code, str(folder / 'out'), str(first), str(last)], cwd=ROOT, stdin=slave,
+        [sys.executable, '-c', code, str(folder / 'out'), str(first), str(last), '--a=s3://leak-5@host/a?b=leak-6'],
+        cwd=ROOT, stdin=slave,
         capture_output=True, text=True, encoding='utf-8', timeout=PATIENT, env=surroundings | home | environment,
     )
     os.close(slave)
