@@ -52,9 +52,8 @@ def main(args: list[str]) -> None:
     if tokenizer == 'char' or tokenizer.startswith('bpe:'):
         raise UserError(f'--tokenizer={tokenizer} would have to read the whole corpus first: take gpt2, another of '
                         "tiktoken's, or byte\nor let data/text/prepare.py do it, which writes no shards", COMMAND)
-    if not name or Path(name).name != name:
-        raise UserError(f'--name={name} must be a plain name, since it becomes the folder data/<name>', COMMAND)
-    encoder, folder = build(tokenizer, list, eot=True), DATA_FOLDER / name
+    folder = tokenise.folder_named(name, DATA_FOLDER, 'fineweb_edu')
+    encoder = build(tokenizer, list, eot=True)
     if input:
         texts = shards.Source(documents.find_files(input, folder), str, column)
     else:

@@ -41,9 +41,7 @@ def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if not input:
         raise UserError('which text? give --input=PATH: a file, a folder, a glob or a URL', COMMAND)
-    if not name or Path(name).name != name:
-        raise UserError(f'--name={name} must be a plain name, since it becomes the folder data/<name>', COMMAND)
-    folder = DATA_FOLDER / name
+    folder = tokenise.folder_named(name, DATA_FOLDER, 'text')
     train_files = documents.find_files(input, folder)
     val_files = documents.find_files(val_input, folder, '--val_input') if val_input else []
     train, val = ([piece for file in files for piece in documents.find_pieces(file, column)]

@@ -13,10 +13,12 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -41,6 +43,7 @@ Numbers = npt.NDArray[np.int64]  # of documents
 
 SPLITS = ('train', 'val')
 CHUNK = 1 << 18  # characters that a tokenizer is given at once
+RESERVED = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)  # names of devices on Windows
 SMALL = 4  # batches that one process has done before others would have started
 
 
@@ -326,6 +329,19 @@ def describe(packer: Packer, source: str) -> dict[str, Any]:
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     with files.written_whole(folder / 'meta.json') as file:
         file.write(json.dumps(meta, indent=1).encode())
+
+
+def folder_named(name: str, data: Path, script: str) -> Path:
+    """Return data/<name>, which data/<script>/prepare.py is asked to write. Raise UserError for what is no plain name,
+    and for the folder of another prepare.py."""
+    is_plain = all(unicodedata.category(character)[0] in 'LMN' or character in '_.-' for character in name)
+    if not name or not is_plain or name[0] in '.-' or RESERVED.fullmatch(name):
+        raise UserError(f"--name={name} becomes the folder data/<name>: letters, digits, '_', '.' and '-', and neither "
+                        "of the last two comes first", COMMAND)
+    if name != script and (data / name / 'prepare.py').exists():
+        raise UserError(f'--name={name}: that folder is for the corpus of data/{name}/prepare.py: give another name',
+                        COMMAND)
+    return data / name
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -262,8 +263,11 @@ def test_the_seed_decides_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ([], 'give --input=PATH', COMMAND),
     (['--input=HERE/nowhere'], r'--input=.*/nowhere matches no file', DATA),
     (['--input=HERE/a.txt', '--val_input=HERE/nowhere'], r'--val_input=.*/nowhere matches no file', DATA),
-    (['--input=HERE/a.txt', '--name=../out'], r'--name=\.\./out must be a plain name', COMMAND),
-    (['--input=HERE/a.txt', '--name='], r'--name= must be a plain name', COMMAND),
+    *((['--input=HERE/a.txt', f'--name={name}'], rf'--name={re.escape(name)} becomes the folder data/<name>: letters',
+       COMMAND) for name in ('', '.', '..', '../out', '/tmp/out', 'a/b', 'a\\b', '.a', '-a', 'a b', 'a*', '[a]', '~',
+                             'a\n', 'C:', 'nul', 'COM1.txt', '$HOME')),
+    *((['--input=HERE/a.txt', f'--name={name}'], rf'--name={name}: that folder is for the corpus of data/{name}/',
+       COMMAND) for name in ('shakespeare', 'stdlib')),
     (['--input=HERE/a.txt', '--tokenizer=gpt9'], "tokenizer 'gpt9' is unknown", COMMAND),
     (['--input=HERE/a.txt', '--val_fraction=2'], 'val_fraction=2.0 must lie between 0 and 1', COMMAND),
     (['--input=HERE/empty.txt'], r'empty\.txt holds no text', DATA),
@@ -276,6 +280,9 @@ def test_a_wrong_command_is_one_clear_message(
     for name, content in [('a.txt', 'some text'), ('empty.txt', ''), ('blank.jsonl', '\n\n'),
                           ('rows.jsonl', '{"text": "a"}\n{"text": "b"}')]:
         (tmp_path / name).write_text(content, encoding='utf-8')
+    for other in ('text', 'shakespeare', 'stdlib'):
+        (tmp_path / 'out' / other).mkdir(parents=True)
+        (tmp_path / 'out' / other / 'prepare.py').touch()
     with pytest.raises(UserError, match=message) as caught:
         load('text', tmp_path / 'out', monkeypatch).main([a.replace('HERE', str(tmp_path)) for a in arguments])
     assert caught.value.code == code
@@ -429,3 +436,17 @@ def test_what_is_secret_in_the_url_of_an_input_is_neither_printed_nor_kept(
     assert 'created_by' in (tmp_path / 'data/play/meta.json').read_text(encoding='utf-8')
     everything = said.encode() + b''.join(path.read_bytes() for path in tmp_path.rglob('*') if path.is_file())
     assert b'Hush!' not in everything
+
+
+@pytest.mark.parametrize('name', ['text', 'mine', 'a.b_c-2', 'Bücher', '日本語', 'हिन्दी', 'ไทย', 'com10'])
+def test_a_corpus_may_have_a_name_of_any_script(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'text').mkdir()
+    (tmp_path / 'text/prepare.py').touch()
+    load('text', tmp_path, monkeypatch).main([f'--input={TEXTS}/play.txt', '--tokenizer=byte', f'--name={name}'])
+    assert read_meta(tmp_path / name)['vocab_size'] == 256
+
+
+@pytest.mark.parametrize('name', ['..', 'a/b', 'shakespeare'])
+def test_a_corpus_of_shards_is_named_by_the_same_rules(name: str) -> None:
+    with pytest.raises(UserError, match=f'--name={name}.*folder'):
+        importlib.import_module('data.fineweb_edu.prepare').main([f'--name={name}', '--input=nowhere'])
