@@ -22,7 +22,7 @@ from torch import Tensor
 import configurator
 from model import GPT
 from plaingpt import console, errors
-from plaingpt.corpus import token_files, tokenizer
+from plaingpt.corpus import documents, token_files, tokenizer
 from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.machines import processes
@@ -70,11 +70,9 @@ def read_prompt(start: str) -> str:
         return start
     path = Path(start.removeprefix('FILE:'))
     try:
-        return path.read_text(encoding='utf-8-sig')
+        return documents.decode(f'--start={start}: {path}', path.read_bytes(), 0)
     except OSError as error:
         raise UserError(f'--start={start}: the file {path} cannot be read: {error.strerror}', errors.DATA) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f'--start={start}: byte {error.start} of {path} is not text in UTF-8', errors.DATA) from None
 
 
 def find_run(out_dir: str, is_given: bool) -> str:

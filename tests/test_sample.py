@@ -301,7 +301,7 @@ def test_the_checkpoint_alone_is_enough_and_stdout_holds_the_samples_alone(
     ('--start=\udcff', errors.COMMAND, r'--start is not text in UTF-8'),
     ('--start=FILE:gone.txt', errors.DATA, r'gone.txt cannot be read: No such file'),
     ('--start=FILE:.', errors.DATA, r'cannot be read: Is a directory'),
-    ('--start=FILE:latin1.txt', errors.DATA, r'byte 3 of latin1.txt is not text in UTF-8'),
+    ('--start=FILE:latin1.txt', errors.DATA, r'latin1.txt is not UTF-8: byte 3 is 0xe9'),
     ('--start=FILE:empty.txt', errors.COMMAND, r'--start is empty'),
     ('--init_from=gone.pt', errors.CHECKPOINT, r'no checkpoint at gone.pt'),
     ('--init_from=here/gone.pt', errors.CHECKPOINT, r'no checkpoint at here/gone.pt'),

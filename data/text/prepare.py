@@ -46,7 +46,8 @@ def main(args: list[str]) -> None:
     val_files = documents.find_files(val_input, folder, '--val_input') if val_input else []
     train, val = ([piece for file in files for piece in documents.find_pieces(file, column)]
                   for files in (train_files, val_files))
-    n_train, n_val = tokenise.count_documents(train), tokenise.count_documents(val)
+    texts, n_val = tokenise.numbers_of_texts(train), tokenise.count_documents(val)  # others are empty
+    n_train = len(texts)
     console.say(f'found: files {len(train_files) + len(val_files):,}, documents {n_train + n_val:,}')
     if n_train == 0:
         raise UserError(f'--input={input} holds no documents', DATA)
@@ -55,11 +56,11 @@ def main(args: list[str]) -> None:
     by_position = n_train == 1 and not val_files
     if by_position:
         console.say(f'a single document: the last {val_fraction:.0%} of its characters are for validation')
-        parts, validation = tokenise.split_text(next(documents.read_documents(train)), val_fraction)
+        parts, validation = tokenise.split_text(''.join(tokenise.read_texts(train)), val_fraction)
     elif val_files:
-        validation = np.arange(n_train, n_train + n_val)
+        validation = tokenise.count_documents(train) + np.arange(n_val)
     else:
-        validation = np.sort(tokenise.choose_validation(n_train, val_fraction, seed))
+        validation = texts[np.sort(tokenise.choose_validation(n_train, val_fraction, seed))]
 
     encoder = tokenise.build_tokenizer(tokenizer, parts, validation, eot=n_train > 1 or n_val > 1)
     packer = tokenise.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)

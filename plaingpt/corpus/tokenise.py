@@ -8,6 +8,7 @@ tokenises reads its pieces of the files itself, and hands back packed tokens. Ev
 batches for each process, however long the corpus is. Files appear under their names only when both splits are complete,
 so that an interrupted run leaves what was there before.
 """
+import hashlib
 import itertools
 import json
 import math
@@ -44,6 +45,7 @@ Numbers = npt.NDArray[np.int64]  # of documents
 SPLITS = ('train', 'val')
 CHUNK = 1 << 18  # characters that a tokenizer is given at once
 RESERVED = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)  # names of devices on Windows
+MARK = 8  # bytes of a hash
 SMALL = 4  # batches that one process has done before others would have started
 
 
@@ -72,6 +74,11 @@ def check_fraction(fraction: float) -> None:
 
 def count_documents(parts: Iterable[Part]) -> int:
     return sum(part.n_documents if isinstance(part, Piece) else len(part) for part in parts)
+
+
+def numbers_of_texts(parts: Iterable[Part]) -> Numbers:
+    """Return the numbers of the documents that are not empty."""
+    return np.array([i for i, text in enumerate(read_texts(parts)) if text], dtype=np.int64)
 
 
 def read_texts(parts: Iterable[Part]) -> Iterator[str]:
@@ -132,6 +139,7 @@ class Packed(NamedTuple):
     largest_id: int
     n_documents: int
     n_bytes: int  # of the text in UTF-8
+    marks: bytes = b''  # MARK of them for each document, the same for the same text
 
 
 class Done(NamedTuple):
@@ -153,16 +161,18 @@ class Packer:
 
     def pack(self, texts: Iterable[str]) -> Packed:
         """Tokenise a little at a time, so that memory never holds all of the texts."""
-        tokens, largest_id, n_documents, n_bytes = bytearray(), 0, 0, 0
+        tokens, marks, largest_id, n_bytes = bytearray(), bytearray(), 0, 0
         for some in group((text for text in texts if text or self.keep_empty), CHUNK):
             encoded = self.tokenizer.encode_batch(some)
             pairs = ((self.end, ids) if self.eot_first else (ids, self.end) for ids in encoded)
             ids = np.concatenate(list(itertools.chain.from_iterable(pairs)))
             tokens += ids.astype(self.dtype).data
             largest_id = max(largest_id, int(ids.max(initial=0)))
-            n_documents += len(some)
-            n_bytes += sum(len(text) if text.isascii() else len(text.encode('utf-8')) for text in some)
-        return Packed(bytes(tokens), largest_id, n_documents, n_bytes)
+            for text in some:
+                utf8 = text.encode()
+                n_bytes += len(utf8)
+                marks += hashlib.blake2b(utf8, digest_size=MARK).digest()
+        return Packed(bytes(tokens), largest_id, len(marks) // MARK, n_bytes, bytes(marks))
 
     def __call__(self, batch: Batch) -> Done:
         chosen = set(batch.validation)
@@ -255,7 +265,7 @@ class Writer:
     """One token file, and what meta.json will say about it."""
 
     def __init__(self, file: BufferedRandom) -> None:
-        self.file = file
+        self.file, self.marks = file, bytearray()
         self.size = self.largest_id = self.n_documents = self.n_bytes = 0
 
     def write(self, packed: Packed) -> None:
@@ -264,6 +274,7 @@ class Writer:
         self.largest_id = max(self.largest_id, packed.largest_id)
         self.n_documents += packed.n_documents
         self.n_bytes += packed.n_bytes
+        self.marks += packed.marks
 
     def finish(self, dtype: np.dtype[Any], sums: dict[str, checksums.Sums]) -> dict[str, Any]:
         """Put everything on the disk; return the numbers for meta.json, and add to the checksums."""
@@ -315,6 +326,9 @@ def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tupl
     for split, made in splits.items():
         console.say(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text '
                     f'each ({made["bytes"]:,} in all; documents: {made["documents"]:,})')
+    train, val = (np.frombuffer(writers[split].marks, dtype=np.uint64) for split in SPLITS)
+    if n_known := np.isin(val, train).sum():
+        console.say(f'of the documents in val.bin, {n_known:,} are in train.bin too: the loss on them says little')
     console.say(f'vocabulary: {packer.tokenizer.name}, {packer.tokenizer.n_vocab:,} ids, stored as {packer.dtype.name}')
     console.say(f'wrote train.bin, val.bin, {checksums.NAME} and meta.json to {folder}')
 

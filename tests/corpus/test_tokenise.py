@@ -181,7 +181,8 @@ def write_bytes(name: str, content: bytes) -> Callable[[Path], Path]:
     (write_bytes('a.jsonl', b'{"text": "a"}\n{"text": '), r'a\.jsonl, line 2 is not JSON'),
     (write_bytes('a.jsonl', b'["a"]'), r"a\.jsonl, line 1 has no text in a column 'text'; its columns: none"),
     (lambda folder: write_jsonl(folder / 'a.jsonl', TEXTS, 'body'), "'text'; its columns: id, body\n.*--column="),
-    (lambda folder: write_parquet(folder / 'a.parquet', TEXTS, 'body'), "'text'; its columns: id, body\n.*--column="),
+    (lambda folder: write_parquet(folder / 'a.parquet', TEXTS, 'body'),
+     r"'text'; its columns: id \(\w+\), body \(string\)\n.*--column="),
     (write_bytes('a.parquet', b'no such thing'), r'a\.parquet is not a parquet file'),
     (write_bytes('a.txt.xz', b'no such thing'), r'a\.txt\.xz cannot be read'),
 ])
