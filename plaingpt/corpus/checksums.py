@@ -53,7 +53,7 @@ class Comparison:
 
     def __init__(self, path: Path, sums: Sums, remedy: str) -> None:
         self.path, self.sums, self.remedy = path, sums, remedy
-        self.is_done = np.zeros(path.stat().st_size // BLOCK + 2, dtype=bool)  # and one that begins at the end
+        self.is_done = bytearray(path.stat().st_size // BLOCK + 2)  # and one that begins at the end
 
     def widen(self, begin: int, end: int) -> tuple[int, int]:
         """Return which bytes to read in place of these: with the rest of a block that is not compared yet."""
@@ -70,4 +70,4 @@ class Comparison:
                 if zlib.crc32(block.data) not in self.sums[number:number + 1]:
                     raise UserError(f'{self.path} is damaged: bytes {start:,} to {start + len(block) - 1:,} are not '
                                     f'what its maker wrote\n{self.remedy}', DATA)
-                self.is_done[number] = True
+                self.is_done[number] = 1
