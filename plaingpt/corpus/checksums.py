@@ -44,6 +44,8 @@ def read(folder: Path, remedy: str) -> dict[str, Sums]:
             return dict(archive)
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise UserError(f'{folder / NAME} cannot be read: {error.strerror or error}', DATA) from None
     except Exception as error:  # a damaged file may raise anything
         raise UserError(f'{folder / NAME} is damaged: {error}\n{remedy}', DATA) from None
 
