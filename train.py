@@ -154,7 +154,7 @@ def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) ->
     if origin.is_resumed:
         checkpoint.restore(optimizer, scaler, origin.state)
         learner.step, learner.windows, learner.windows_before, learner.tokens = checkpoint.place_of(
-            origin.state, data.fingerprint)
+            origin.state, data.fingerprint, data.order.block_size)
         learner.best, learner.skipped = origin.state['best'], origin.state['skipped']
     for name in ('model', 'optimizer'):  # their memory is free again
         origin.state.pop(name, None)
@@ -240,7 +240,7 @@ def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
     if origin.is_resumed:
         run.log.line(checkpoint.describe(origin.state, run.record))
     if learner.windows_before == learner.windows > 0:
-        run.log.line('the corpus is another one than before: it is read from its first window on')
+        run.log.line('corpus or block_size are others than before: the corpus is read from its first window on')
 
 
 # ------------------------------------------------------------------------------------------------

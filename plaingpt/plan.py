@@ -128,7 +128,7 @@ def shape_of(settings: RunSettings, n_vocab: int) -> tuple[GPTConfig, checkpoint
         config = replace(sizes.GPT2[settings.init_from], dropout=settings.dropout)
     else:
         config = open_model(settings.init_from, settings.dropout, settings.answers)[0].config
-    settings.refuse_other_shape(config, may_crop=True)
+    settings.refuse_other_shape(config)
     is_cropped = 'block_size' in settings.given and settings.block_size < config.block_size
     return replace(config, block_size=settings.block_size) if is_cropped else config, state
 
@@ -294,7 +294,7 @@ def describe(settings: RunSettings, grouped: Grouping, world_size: int) -> Itera
     order = Order(n_tokens, config.block_size, settings.seed)
     model = GPT.on_meta(config)
     groups = [[p.numel() for p in group['params']] for group in grouped(model)]
-    place = checkpoint.place_of(state, corpus.prints) if state else checkpoint.Place()
+    place = checkpoint.place_of(state, corpus.prints, config.block_size) if state else checkpoint.Place()
     plan = Plan(settings, model, groups, corpus, order.epoch if corpus.prints else 0, place, world_size)
     yield from about_the_model(plan)
     yield f'\n{corpus.line}'

@@ -453,7 +453,7 @@ def test_another_corpus_is_read_from_its_first_window_on_and_a_line_says_so(
     (other / 'meta.json').write_text(json.dumps(meta | {'splits': {}}), encoding='utf-8')
     (other / 'train.bin').write_bytes((other / 'train.bin').read_bytes()[:-2000])
     order = Order(len(open_split(other, 'train', 16, 128)), 16, 1337)
-    out, line = tmp_path / 'run', 'the corpus is another one than before: it is read from its first window on\n'
+    out, line = tmp_path / 'run', 'others than before: the corpus is read from its first window on\n'
     run(out, max_iters=5)
     changes: dict[str, Any] = {'init_from': 'resume', 'dataset': other, 'max_epochs': 30 / order.epoch}
     assert line not in capsys.readouterr().out
@@ -465,6 +465,16 @@ def test_another_corpus_is_read_from_its_first_window_on_and_a_line_says_so(
     assert losses(rows, 'tokens') == [128 * step for step in range(1, 10)]
     assert {name: last(out)[name] for name in ('iter_num', 'windows', 'windows_before', 'tokens')} == {
         'iter_num': 9, 'windows': 72, 'windows_before': 40, 'tokens': 1152}
+    longer = refused(run, out, init_from='resume', dataset=other, block_size=32, code=errors.COMMAND)
+    assert longer.startswith('block_size=32 is longer than the 16 positions that this model has learned')
+    read.clear()
+    run(out, init_from='resume', dataset=other, block_size=8, max_iters=11, strategy='zero1')
+    assert line in capsys.readouterr().out
+    assert read == Order(order.n_tokens, 8, 1337).starts(0, 16).tolist()
+    state = last(out)
+    assert [state[name] for name in ('windows', 'windows_before', 'tokens')] == [88, 72, 1280]
+    assert state['model']['transformer.wpe.weight'].shape == (8, 16)
+    assert not differences(run(out, init_from='resume', dataset=other, max_iters=11, block_size=None), rows_of(out))
 
 
 def test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damaged_ends_the_run(
@@ -740,7 +750,7 @@ def test_resume_takes_the_shape_from_the_checkpoint_and_refuses_another(run: Run
     config = checkpoint.config_of(state)
     assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (2, 2, 16, 16)
     assert (config.bias, config.gelu, config.tie_weights) == (True, 'exact', False)
-    others: dict[str, Any] = {'n_layer': 3, 'n_head': 4, 'n_embd': 32, 'block_size': 8, 'bias': False, 'gelu': 'tanh',
+    others: dict[str, Any] = {'n_layer': 3, 'n_head': 4, 'n_embd': 32, 'bias': False, 'gelu': 'tanh',
                               'vocab_size': 512, 'tie_weights': True}
     for name, value in others.items():
         message = refused(run, tmp_path, init_from='resume', max_iters=14, **{name: value}, code=errors.COMMAND)

@@ -44,6 +44,8 @@ def read(folder: Path, remedy: str) -> dict[str, Sums]:
             return dict(archive)
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise UserError(f'{folder / NAME} cannot be read: {error.strerror or error}', DATA) from None
     except Exception as error:  # a damaged file may raise anything
         raise UserError(f'{folder / NAME} is damaged: {error}\n{remedy}', DATA) from None
 
@@ -53,7 +55,7 @@ class Comparison:
 
     def __init__(self, path: Path, sums: Sums, remedy: str) -> None:
         self.path, self.sums, self.remedy = path, sums, remedy
-        self.is_done = np.zeros(path.stat().st_size // BLOCK + 2, dtype=bool)  # and one that begins at the end
+        self.is_done = bytearray(path.stat().st_size // BLOCK + 2)  # and one that begins at the end
 
     def widen(self, begin: int, end: int) -> tuple[int, int]:
         """Return which bytes to read in place of these: with the rest of a block that is not compared yet."""
@@ -70,4 +72,4 @@ class Comparison:
                 if zlib.crc32(block.data) not in self.sums[number:number + 1]:
                     raise UserError(f'{self.path} is damaged: bytes {start:,} to {start + len(block) - 1:,} are not '
                                     f'what its maker wrote\n{self.remedy}', DATA)
-                self.is_done[number] = True
+                self.is_done[number] = 1

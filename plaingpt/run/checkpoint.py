@@ -212,9 +212,11 @@ class Place(NamedTuple):
     tokens: int = 0  # read in all
 
 
-def place_of(state: State, data: dict[str, Any]) -> Place:
-    """Where a run goes on in a corpus with this fingerprint: another one than before begins with its first window."""
-    before = state['windows'] if is_other_data(state, data) else state['windows_before']
+def place_of(state: State, data: dict[str, Any], block_size: int) -> Place:
+    """Where a run goes on in a corpus with this fingerprint: if it has read another one, or windows of another size,
+    with the first window."""
+    is_other = is_other_data(state, data) or state['model_args']['block_size'] != block_size
+    before = state['windows'] if is_other else state['windows_before']
     return Place(state['iter_num'], state['windows'], before, state['tokens'])
 
 
