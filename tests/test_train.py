@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -854,6 +855,14 @@ def test_weights_are_fine_tuned_under_a_new_wandb_run_and_resumed_under_the_old(
     run(tmp_path / 'second', wandb_log=True, max_iters=2, init_from=tmp_path / 'first')
     assert started[0] == started[1] == last(tmp_path / 'first')['wandb_run_id'] != ''
     assert started[2] == last(tmp_path / 'second')['wandb_run_id'] != started[0]
+
+
+def test_a_run_may_be_in_any_thread(run: Run, tmp_path: Path) -> None:
+    """As in a notebook or a server: without signals, and with the same result."""
+    expected = run(tmp_path / 'main', max_iters=3)
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(run, tmp_path / 'thread', max_iters=3).result()
+    assert losses(found) == losses(expected)
 
 
 # ------------------------------------------------------------------------------------------------

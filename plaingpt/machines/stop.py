@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Self
+from typing import Any, Self
 
 from plaingpt import console, errors
 
@@ -32,8 +32,11 @@ class Stop:
         self.end = time.monotonic() + 3600 * max_hours if max_hours else math.inf
         self.reason, self.since = '', 0.0
         self.has_begun = False  # there is something to save
+        self.before: dict[int, Any] = {}  # the handlers of signals
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():  # in a notebook's or a server's thread
+            return self  # only the main thread may say what a signal does
         reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         self.pipe_before = signal.set_wakeup_fd(self.writer)
@@ -44,6 +47,8 @@ class Stop:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if not self.before:
+            return
         for number, handler in self.before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.pipe_before)
