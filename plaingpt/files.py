@@ -85,5 +85,5 @@ def read_json(path: Path) -> Any:
     """Return what the file holds: None if there is no such file, or it is no JSON."""
     try:
         return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last: of brackets without end
         return None

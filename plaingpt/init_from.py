@@ -162,7 +162,8 @@ def corpus_of(state: State, dataset: str = '') -> Path:
 
 def learned_tokenizer(state: State, vocab_size: int, folder: Path, is_of_corpus: bool = False) -> Tokenizer:
     """Return the tokenizer that `learned_reference` says. Raises UserError if it has more ids than the model."""
-    vocabulary = tokenizer.from_state(learned_reference(state, vocab_size, folder, is_of_corpus))
+    code = CHECKPOINT if state.get('tokenizer') else DATA
+    vocabulary = tokenizer.from_state(learned_reference(state, vocab_size, folder, is_of_corpus), code)
     if vocabulary.n_vocab > vocab_size:
         remedy = '' if state.get('tokenizer') else (
             f'\nit brings none: prepare its corpus here, {how_to_prepare(folder)}; evaluate.py and export.py take any '
@@ -190,8 +191,8 @@ def shared_tokenizer(learned: dict[str, Any], folder: Path) -> Tokenizer | None:
     Raises UserError if it is another one."""
     of_corpus = read_meta(folder)['tokenizer']
     try:
-        vocabulary = tokenizer.from_state(learned)
-    except UserError:
+        vocabulary = tokenizer.from_state(learned, DATA if learned == of_corpus else CHECKPOINT)
+    except tokenizer.Unavailable:
         vocabulary = None
     if learned['name'] != of_corpus['name'] or (vocabulary and vocabulary.reference() != of_corpus):
         raise UserError(f'the corpus was prepared with the tokenizer {of_corpus["name"]}, and the model has learned '

@@ -232,7 +232,7 @@ def test_a_tokenizer_that_cannot_be_said_in_their_form_is_refused(small_encoding
 
 def test_the_model_card_has_the_numbers_of_the_run(tmp_path: Path) -> None:
     model = random_model(replace(SHAPE, vocab_size=257))
-    marks = {'train': {'tokens': 12345, 'sha256': ''}}
+    marks = {split: {'tokens': 12345, 'sha256': ''} for split in ('train', 'val')}
     folder = run(write_run(tmp_path / 'my-run', model, build('byte'), data=marks))
     text = (folder / 'README.md').read_text(encoding='utf-8')
     n_parameters = sum(p.numel() for p in GPT(replace(model.config, bias=True)).parameters())
@@ -599,7 +599,8 @@ def test_an_export_becomes_a_run_again(tmp_path: Path, run_script: Callable[...,
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize('damage', ['{', '[]', '{"tokenizer": 3}', b'\xff'])
+@pytest.mark.parametrize('damage', [
+    '{', '[]', '{"tokenizer": 3}', b'\xff', '[' * 200_000, '{"tokenizer": {"name": "byte", "eot": true}}'])
 def test_a_damaged_origin_is_one_line(damage: str | bytes, tmp_path: Path) -> None:
     folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte')), to='llmc')
     (folder / 'plaingpt.json').write_bytes(damage if isinstance(damage, bytes) else damage.encode())

@@ -12,16 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from plaingpt import console, files
+from plaingpt import console, files, schema
 from plaingpt.corpus import checksums
 from plaingpt.corpus.order import Order
 from plaingpt.corpus.token_files import VOCABULARIES, TokenFile, ends_of, open_files, sample_of
-from plaingpt.corpus.tokenizer import Tokenizer
+from plaingpt.corpus.tokenizer import STATE, Tokenizer
 from plaingpt.errors import DATA, UserError, python
 
 DATA_ROOT = Path(__file__).parents[2] / 'data'
+META = {  # what is read of a meta.json
+    'tokenizer': STATE,
+    'vocab_size': range(1, 2**32),
+    'dtype': {'uint16', 'uint32'},
+    'splits': {str: {'tokens': schema.COUNT, 'largest_id': schema.COUNT, 'head': str, 'tail': str, 'sha256?': str}}}
 SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
 OPTION = re.compile(r'--\w+=[\w ./:,+=*?\[\]~@%-]*')  # of a command that is shown although a file brought it
 
@@ -86,9 +91,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not paths:
         raise UserError(f'{folder} holds no prepared corpus\nfirst run: {how_to_prepare(folder)}', DATA)
     if path.exists():
-        if not is_meta(meta):
-            raise UserError(f'{path} is damaged\nrebuild the corpus: {how_to_prepare(folder)}', DATA)
-        return meta
+        return schema.read_json(path, META, DATA, f'rebuild the corpus: {how_to_prepare(folder)}')
     if path.with_suffix('.pkl').exists():
         raise UserError(f'{path.with_suffix(".pkl")} is a pickle, which could run any code: it is not read\n'
                         f'rebuild the corpus: {how_to_prepare(folder)}', DATA)
@@ -99,17 +102,6 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def is_prepared(folder: Path) -> bool:
     """Return whether there is a corpus, of any project."""
     return bool(files_of(folder, 'train')) or any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
-
-
-def is_meta(meta: object) -> TypeGuard[dict[str, Any]]:
-    """Return whether it has all that is read of a meta.json, in the right types. `splits` has an entry for each file,
-    by its name without suffix."""
-    match meta:
-        case {'tokenizer': {'name': str()}, 'vocab_size': int(), 'dtype': 'uint16' | 'uint32', 'splits': dict(splits)}:
-            return all(isinstance(made, dict) and isinstance(made.get('tokens'), int)
-                       and isinstance(made.get('largest_id'), int) and {'head', 'tail'} <= made.keys()
-                       for made in splits.values())
-    return False
 
 
 def how_to_prepare(folder: Path) -> str:

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from plaingpt import console, files
+from plaingpt import console, files, schema
 from plaingpt.corpus import checksums, documents, tokenise
-from plaingpt.corpus.folder import check_file, is_meta
+from plaingpt.corpus.folder import META, check_file
 from plaingpt.corpus.token_files import HEADER, Ids, TokenFile, ends_of, make_header
 from plaingpt.errors import COMMAND, DATA, UserError
 
@@ -43,6 +43,11 @@ class Place(NamedTuple):
 
 
 START = Place(0, 0, 0, 0)
+NOTE = META | {  # what is read of the meta.json of shards that an interrupted run has left
+    'made_with': {str: schema.PLAIN},
+    'documents': schema.COUNT,
+    'bytes': schema.COUNT,
+    'next?': dict.fromkeys(Place._fields, schema.COUNT)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -117,7 +122,7 @@ def write_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_si
         except UserError:
             if not overwrite:
                 raise
-        if 'unfinished' in meta:
+        if 'next' in meta:
             fill_shards(folder, packer, source, shard_size, meta, num_proc)
     for split in tokenise.SPLITS:
         shards = [made['tokens'] for name, made in meta['splits'].items() if name.startswith(split)]
@@ -140,11 +145,11 @@ def find_note(folder: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
     there = [path.name for path in folder.iterdir() if NAME.fullmatch(path.name)]
     if not (note or there):
         return None
-    if not is_meta(note) or 'made_with' not in note:
+    if not schema.fits(note, NOTE):
         raise UserError(f'{folder} holds files that this command has not made, such as '
                         f'{min(there, default="meta.json")}\nmove them away, or {remedy}', DATA)
-    other = [f'{name} {value} (now {made_with[name]})' for name, value in note['made_with'].items()
-             if made_with[name] != value]
+    other = [f'{name} {value} (now {made_with.get(name)})' for name, value in note['made_with'].items()
+             if made_with.get(name) != value]
     if other:
         raise UserError(f'{folder} was begun with other settings or files: {", ".join(other)}\n'
                         f'go on with those, or {remedy}', COMMAND)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plaingpt.errors import COMMAND, DATA, UserError
+from plaingpt.schema import COUNT
 
 if TYPE_CHECKING:
     import tiktoken
@@ -32,6 +33,18 @@ LONGEST = 1_000_000  # characters: tiktoken panics over a longer run of spaces, 
 LEARNED = 1000  # characters of a word that a vocabulary learns from: the time that it takes grows with their square
 PLACE = re.compile(r'(?<=\S) ')
 LONG_WORD = re.compile(rf'\S{{{LEARNED}}}|\s{{{LEARNED}}}')
+STATE = (  # what a tokenizer's `reference()` and `state()` may be
+    {'name': str},
+    {'name': {'char'}, 'characters': str, 'eot': bool},
+    {'name': {'byte'}, 'eot': bool},
+    {'name': str, 'json': str},
+    {'name': str, 'pattern': str, 'ranks': str, 'special_tokens': {str: COUNT}})
+BYTES = set(map(bytes, zip(range(256), strict=True)))
+MOST_IDS = 1 << 22  # that a vocabulary may have
+
+
+class Unavailable(UserError):
+    """A vocabulary of tiktoken's whose files cannot be had here."""
 
 
 class Tokenizer(ABC):
@@ -148,6 +161,8 @@ class TrainedBPE(Tokenizer):
         byte_of = bytes_of_printable_alphabet()
         added = {token.content for token in library.get_added_tokens_decoder().values()}  # such as <|endoftext|>
         vocabulary = sorted(library.get_vocab().items(), key=lambda item: item[1])
+        if [i for _, i in vocabulary] != list(range(len(vocabulary))):
+            raise ValueError('its ids have gaps')
         pieces = [token.encode() if token in added else bytes(byte_of[symbol] for symbol in token)
                   for token, _ in vocabulary]
         super().__init__(name, pieces, library.token_to_id(END_OF_TEXT))
@@ -309,12 +324,12 @@ def load_tiktoken(name: str) -> Tiktoken:
 
     known = tiktoken.list_encoding_names()
     if name not in known:
-        raise UserError(f"tokenizer '{name}' is unknown; it may be 'char', 'byte', 'bpe:N' with a number N,\n"
+        raise Unavailable(f"tokenizer '{name}' is unknown; it may be 'char', 'byte', 'bpe:N' with a number N,\n"
                         f"or one of tiktoken's: {', '.join(known)}", COMMAND)
     try:
         return Tiktoken(tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
-        raise UserError(f"tiktoken cannot get the files of '{name}': {type(error).__name__}\n"
+        raise Unavailable(f"tiktoken cannot get the files of '{name}': {type(error).__name__}\n"
                         'connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds them', DATA) from error
 
 
@@ -334,8 +349,27 @@ def build(spec: str, texts: Callable[[], Iterable[str]], eot: bool) -> Tokenizer
     return load_tiktoken(spec)
 
 
-def from_state(state: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer whose `state()`, or `reference()`, this is."""
+def from_state(state: dict[str, Any], code: int = DATA) -> Tokenizer:
+    """Return the tokenizer whose `state()`, or `reference()`, this is. Raises UserError, with this code, if it is
+    damaged, and Unavailable if the files that it refers to cannot be had."""
+    try:
+        vocabulary = rebuild(state)
+        if isinstance(vocabulary, Characters):
+            is_whole = 0 < len(vocabulary.id_of) == len(vocabulary.characters)
+        else:
+            is_whole = set(vocabulary.pieces) >= BYTES
+        if not is_whole:
+            raise ValueError('characters or bytes are missing, or there twice')
+    except (UserError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # of two libraries
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the tokenizer '{state['name']}' is damaged: {reason[:200]}", code) from None
+    return vocabulary
+
+
+def rebuild(state: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a state that is one of STATE. Raises whatever its library does if it is damaged."""
     match state:
         case {'name': 'char', 'characters': characters, 'eot': eot}:
             return Characters(characters, eot)
@@ -350,5 +384,8 @@ def from_state(state: dict[str, Any]) -> Tokenizer:
 
             lines = (line.split() for line in ranks.splitlines())
             rank_of = {base64.b64decode(token): int(rank) for token, rank in lines}
+            ids = [*rank_of.values(), *special.values()]
+            if len(set(ids)) < len(ids) or max(ids) >= MOST_IDS:  # which its library would answer with a panic
+                raise ValueError('an id is there twice, or too large')
             return Tiktoken(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=rank_of, special_tokens=special))
     return load_tiktoken(state['name'])

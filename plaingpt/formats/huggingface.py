@@ -11,25 +11,40 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPTConfig
+from plaingpt import schema
+from plaingpt.corpus import tokenizer
 from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_level
 from plaingpt.errors import CHECKPOINT, DISK_FULL, UserError
+from plaingpt.formats import others
 from plaingpt.formats.exported import Exported
+from plaingpt.formats.weights import SIDE, fitting, is_tensor
 
 if TYPE_CHECKING:
     import tokenizers
 
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) there
 TABLE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
-DEFAULTS = {  # what transformers' GPT2Config has where a config.json is silent
+DEFAULTS: dict[str, Any] = {  # what transformers' GPT2Config has where a config.json is silent
     'vocab_size': 50257, 'n_positions': 1024, 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'n_inner': None,
     'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
     'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False, 'tie_word_embeddings': True,
     'quantization_config': None}
+CONFIG = {  # what is read of a config.json
+    **dict.fromkeys(('vocab_size', 'n_positions', 'n_layer', 'n_head', 'n_embd'), SIDE),
+    'activation_function': str,
+    'tie_word_embeddings': bool}
 ALIASES = {'max_position_embeddings': 'n_positions', 'num_hidden_layers': 'n_layer', 'num_attention_heads': 'n_head',
            'hidden_size': 'n_embd'}
 GELU: dict[str, Literal['tanh', 'exact']] = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
 ORIGIN = 'plaingpt.json'  # beside what export.py writes: what no other format has room for, such as the tokenizer
+ORIGINS = {
+    'tokenizer': tokenizer.STATE,
+    'iter_num': schema.COUNT,
+    'best': others.BEST,
+    'config': {'dataset?': str},
+    'to': str,
+    'files': ({str: str}, [str, ...])}
 TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'merges.txt')  # the first, or the others in older folders
 BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
 GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'  # sha256 of its tokens, one on a line
@@ -67,31 +82,25 @@ def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str
         refuse_damage(Path(name_or_folder), 'config.json', 'model.safetensors')
         config = read_config(name_or_folder, dropout)
         theirs = read_weights(name_or_folder)
-        shapes = {name: p.shape for name, p in GPT.on_meta(config).named_parameters()}
         if config.tie_weights and HEAD in theirs:  # one table, which a file holds under either name, or both
             theirs.setdefault(TABLE, theirs[HEAD])
-        if missing := shapes.keys() - theirs.keys():
-            raise UserError(f'{name_or_folder!r} lacks {len(missing)} of the weights: {min(missing)} ...', CHECKPOINT)
-        if odd := [name for name, shape in shapes.items() if theirs[name].shape != shape]:
-            raise ValueError(f'{odd[0]} is {tuple(theirs[odd[0]].shape)}, and by its config.json '
-                             f'{tuple(shapes[odd[0]])}')
+        theirs = fitting(config, theirs, name_or_folder)
         # copies, since this memory may be that of a file, which may change or go
         weights = {name: theirs.pop(name).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-                   for name in shapes}
+                   for name in list(theirs)}
         return config, weights | ({HEAD: weights[TABLE]} if config.tie_weights else {})
 
 
 def read_config(name_or_folder: str, dropout: float) -> GPTConfig:
     """The shape in their config.json, which must be GPT-2's in every respect that changes what the model computes."""
     path = folder_of(name_or_folder, 'config.json') / 'config.json'
-    try:
-        settings = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f'its config.json is not JSON: {error}') from None
+    settings = schema.read_json(path, {}, CHECKPOINT)
     if settings.get('model_type') != 'gpt2':
         raise UserError(f'{name_or_folder!r} is no GPT-2: the model_type of its config.json is '
-                        f'{settings.get("model_type", "missing")}', CHECKPOINT)
-    theirs = DEFAULTS | {ALIASES.get(name, name): value for name, value in settings.items()}
+                        f'{schema.shown(settings.get("model_type", schema.MISSING))}', CHECKPOINT)
+    known = {ALIASES.get(name, name): value for name, value in settings.items()}
+    theirs = {name: known.get(name, default) for name, default in DEFAULTS.items()}  # and none of what else it says
+    schema.refuse(theirs, CONFIG, path, CHECKPOINT)
     right: dict[str, Any] = {
         'activation_function': GELU,
         'n_inner': (None, 4 * theirs['n_embd']),
@@ -115,13 +124,21 @@ def read_weights(name_or_folder: str) -> dict[str, Tensor]:
         folder = folder_of(name_or_folder, whole, index, f'{stem}-*{suffix}')
         files = [whole] if (folder / whole).is_file() else []
         if not files and (folder / index).is_file():
-            files = sorted(set(json.loads((folder / index).read_text(encoding='utf-8'))['weight_map'].values()))
+            shape = {'weight_map': {str: is_file_name}}
+            files = sorted(set(schema.read_json(folder / index, shape, CHECKPOINT)['weight_map'].values()))
         if files:
-            parts = [torch.load(folder / file, map_location='cpu', weights_only=True) if suffix == '.bin'
-                     else load_file(folder / file) for file in files]
+            parts = [others.read(folder / file, may_be_old=True) if suffix == '.bin' else load_file(folder / file)
+                     for file in files]
+            for file, part in zip(files, parts, strict=True):
+                schema.refuse(part, {str: is_tensor}, folder / file, CHECKPOINT)
             return {name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}':
                     p.t() if name.endswith(TRANSPOSED) else p for part in parts for name, p in part.items()}
     raise FileNotFoundError('it has neither model.safetensors nor pytorch_model.bin')
+
+
+def is_file_name(name: object) -> bool:
+    """Return whether it names a file of the same folder, and none elsewhere."""
+    return isinstance(name, str) and re.fullmatch(r'\w[\w.-]*', name) is not None
 
 
 def folder_of(name_or_folder: str, *patterns: str) -> Path:
@@ -153,12 +170,7 @@ def read_origin(folder: Path) -> dict[str, Any]:
     path = folder / ORIGIN
     if not path.is_file():
         return {}
-    try:
-        origin = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise UserError(f'{path} is damaged: {error}', CHECKPOINT) from None
-    if not isinstance(origin, dict) or not isinstance(origin.get('tokenizer'), dict):
-        raise UserError(f'{path} is damaged: it has no tokenizer', CHECKPOINT)
+    origin = dict(schema.read_json(path, ORIGINS, CHECKPOINT))
     if origin.pop('sha256', hash_of(origin)) != hash_of(origin):
         raise UserError(f'{path} is damaged: its sha256 is another\nexport the model again', CHECKPOINT)
     return origin

@@ -11,6 +11,7 @@ from plaingpt import console
 from plaingpt.errors import CHECKPOINT, UserError
 from plaingpt.formats import huggingface
 from plaingpt.formats.exported import Exported
+from plaingpt.formats.weights import SIDE, fitting
 
 MODEL, TOKENS = 20240326, 20240328  # the first number of a header
 HEADER = 256  # numbers
@@ -47,17 +48,21 @@ def load(path: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]
         raise UserError(f'{path} is of version {version} of its format: llm.c has GPT-2 in 3 (float32) and 5 '
                         '(bfloat16)', CHECKPOINT)
     T, V, n_layer, n_head, C, rows = first[2:8]
-    shapes = dict(tensors(T, rows, n_layer, C)) if min(first[2:8]) > 0 else {}
-    sizes = [shape.numel() for shape in shapes.values()]
-    need = sum(sizes) * DTYPES[version].itemsize
+    if not all(number in SIDE for number in first[2:8]) or C % n_head or rows < V:
+        raise UserError(f'{path} is damaged: the sizes in its header are {first[2:8]}', CHECKPOINT)
+    one, two = (sum(shape.numel() for _, shape in tensors(T, rows, n, C)) for n in (1, 2))  # numbers of so many layers
+    need = (one + (n_layer - 1) * (two - one)) * DTYPES[version].itemsize
     data = np.fromfile(path, np.uint8, offset=4 * HEADER)
-    if need != len(data) or not shapes:
+    if need != len(data):
         raise UserError(f'{path} has {len(data):,} bytes of weights, and its header speaks of {need:,}: it is cut off '
                         'or damaged', CHECKPOINT)
+    shapes = dict(tensors(T, rows, n_layer, C))
+    sizes = [shape.numel() for shape in shapes.values()]
     parts = torch.from_numpy(data).view(DTYPES[version]).float().split(sizes)
     weights = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
     table = weights[TABLE][:V].contiguous()
-    return GPTConfig(T, V, n_layer, n_head, C, dropout), weights | {TABLE: table, 'lm_head.weight': table}
+    config = GPTConfig(T, V, n_layer, n_head, C, dropout)
+    return config, fitting(config, weights | {TABLE: table}, path) | {'lm_head.weight': table}
 
 
 def header(*numbers: int) -> bytes:

@@ -7,13 +7,19 @@ Some of them hold a pickled dataclass. It is never imported: an inert class take
 import math
 import re
 import shlex
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model import GPTConfig
+from plaingpt import schema
+from plaingpt.corpus import tokenizer
 from plaingpt.errors import CHECKPOINT, UserError, python
+from plaingpt.formats.weights import SIDE, is_tensor
+from plaingpt.schema import COUNT, EMPTY, PLAIN
 
 State = dict[str, Any]
 OTHER_MODELS = [  # the keys of a checkpoint, whose it is, and why its weights are of no use to a GPT-2
@@ -28,23 +34,67 @@ GPT_FROM_SCRATCH = [  # its names for the weights, and GPT-2's
     ('gpt.transformers.', 'transformer.h.'), ('.norm1.', '.ln_1.'), ('.mha.qkv.', '.attn.c_attn.'),
     ('.mha.proj.', '.attn.c_proj.'), ('.norm2.', '.ln_2.'), ('.ff.layers.0.', '.mlp.c_fc.'),
     ('.ff.final_l.', '.mlp.c_proj.'), ('gpt.final_ln.', 'transformer.ln_f.'), ('gpt.ln_out.', 'lm_head.')]
+BEST = ({'loss': [float, COUNT], str: [float, COUNT]}, EMPTY)
+
+
+def is_number(value: object) -> bool:
+    return is_tensor(value) and value.numel() == 1 and value.is_floating_point()
+
+
+SPLIT = {'tokens': COUNT, 'sha256': str}
+SHAPE: dict[str, Any] = {  # what is read of one; others than ours lack some of it
+    'model': {str: is_tensor},
+    'model_args': {
+        **dict.fromkeys(('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'), SIDE),
+        'bias?': bool,
+        'dropout?': float},
+    'config': {
+        str: PLAIN,
+        'gelu': {'tanh', 'exact'},
+        'tie_weights': bool,
+        'dataset?': str,
+        **dict.fromkeys(('total_batch_size?', 'gradient_accumulation_steps?', 'batch_size?', 'block_size?'), COUNT)},
+    'iter_num?': COUNT,
+    'best_val_loss?': (float, is_number),  # the latter in nanoGPT's
+    'best?': BEST,
+    'tokenizer?': (None, *tokenizer.STATE),
+    'skipped?': COUNT,
+    'scaler?': ({'scale': float, 'growth_factor': float, 'backoff_factor': float, 'growth_interval': COUNT,
+                 '_growth_tracker': COUNT}, EMPTY),
+    'wandb_run_id?': str,
+    'data?': ({'train': SPLIT, 'val': SPLIT}, EMPTY),
+    'optimizer?': {'state': {int: {str: (is_tensor, float)}}, 'param_groups': [{'params': [COUNT, ...]}, ...]}}
 
 
 class Inert:
     """Takes the place of one class that a file names, whatever that is: it has fields, and does nothing."""
 
 
-def read(path: Path) -> Any:
+def read(path: Path, may_be_old: bool = False) -> Any:
     """What torch.save has written. Nothing in it runs: all but tensors, plain values and the fields of one config is
-    refused."""
+    refused, and so is a file whose checksums do not fit; or that has none, unless it `may_be_old`."""
+    is_old = may_be_old and not zipfile.is_zipfile(path)
+    if not is_old:
+        refuse_damage(path)
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        names = [] if is_old else torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         configs = [name for name in names if len(names) == 1 and name.endswith('Config')]
         with torch.serialization.safe_globals([(Inert, name) for name in configs]):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception:  # torch's own reader raises several kinds
         raise UserError(f'{path} holds more than tensors and plain values, which could run any code: it is not loaded',
                         CHECKPOINT) from None
+
+
+def refuse_damage(path: Path) -> None:
+    """Compare the checksums of a zip."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(f'{path} is damaged, or not a checkpoint: {error}', CHECKPOINT) from None
+    if damaged:
+        raise UserError(f'{path} is damaged: the checksum of its part {damaged} does not fit', CHECKPOINT)
 
 
 def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
@@ -56,10 +106,16 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
         if keys <= tree.keys():
             raise UserError(f"{path} looks like {project}'s, which is another model than GPT-2: {reason}", CHECKPOINT)
     is_bare = 'model' not in tree and any(isinstance(value, Tensor) for value in tree.values())
-    weights = clean(tree if is_bare else tree.get('model'))
+    found = tree if is_bare else tree.get('model')
+    if isinstance(found, dict):
+        schema.refuse({'model': found}, {'model': SHAPE['model']}, path, CHECKPOINT)
+    weights = clean(found)
     if weights and isinstance(tree.get('model_args'), dict):  # nanoGPT's, whose GELU is the exact one; or our own
-        return complete(tree | {'model': weights, 'config': {
-            'gelu': answers.get('gelu', 'exact'), 'tie_weights': True, **tree.get('config', {})}})
+        config = tree.get('config', {})
+        known = {'gelu': answers.get('gelu', 'exact'), 'tie_weights': True}
+        state = tree | {'model': weights, 'config': known | config if isinstance(config, dict) else config}
+        schema.refuse(state, SHAPE, path, CHECKPOINT)
+        return complete(state)
     config = vars(tree['config']) if isinstance(tree.get('config'), Inert) else {}
     if 'gpt.t_embedding.weight' in weights:
         weights = from_gpt_from_scratch(weights)
@@ -69,8 +125,10 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
                        if name == 'gelu' or (type(value) is int and value > 0)}
     if 'transformer.wte.weight' not in weights:
         raise UserError(f"{path} has no 'model' and 'model_args': neither plainGPT nor nanoGPT wrote it", CHECKPOINT)
-    return complete(describe(weights, known, path) | {
-        'iter_num': tree.get('step', tree.get('iter', 0)), 'best_val_loss': tree.get('val_loss', math.inf)})
+    state = describe(weights, known, path) | {
+        'iter_num': tree.get('step', tree.get('iter', 0)), 'best_val_loss': tree.get('val_loss', math.inf)}
+    schema.refuse(state, SHAPE, path, CHECKPOINT)
+    return complete(state)
 
 
 def clean(weights: Any) -> dict[str, Tensor]:
@@ -113,7 +171,7 @@ def from_gpt_from_scratch(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """GPT-2's names in place of theirs. Where q, k and v have no biases, they are zero."""
     for theirs, ours in GPT_FROM_SCRATCH:
         weights = {name.replace(theirs, ours): tensor for name, tensor in weights.items()}
-    biases = {name.removesuffix('weight') + 'bias': torch.zeros(tensor.size(0))
+    biases = {name.removesuffix('weight') + 'bias': torch.zeros(tensor.shape[:1])
               for name, tensor in weights.items() if name.endswith('.attn.c_attn.weight')}
     return biases | weights
 
@@ -122,7 +180,7 @@ def describe(weights: dict[str, Tensor], known: dict[str, Any], path: Path) -> S
     """The checkpoint that weights under GPT-2's names make: they decide the shape, but for what must be `known`, n_head
     and gelu."""
     wte, wpe = weights['transformer.wte.weight'], weights.get('transformer.wpe.weight')
-    if wpe is None or wte.dim() != 2:
+    if wpe is None or not wte.dim() == wpe.dim() == 2:
         raise UserError(f'{path} is another model than GPT-2: it has no table of positions', CHECKPOINT)
     options = {'n_head': f'--n_head={max(1, wte.size(1) // 64)}', 'gelu': '--gelu=tanh'}
     if asked := [name for name in options if name not in known]:
@@ -138,4 +196,5 @@ def describe(weights: dict[str, Tensor], known: dict[str, Any], path: Path) -> S
         'bias': 'transformer.ln_f.bias' in weights,
         'vocab_size': wte.size(0),
         'dropout': 0.0}
+    GPTConfig(**args)  # which refuses an n_head that is given and does not fit
     return {'model': weights, 'model_args': args, 'config': {'gelu': known['gelu'], 'tie_weights': is_tied}}

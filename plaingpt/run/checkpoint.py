@@ -7,7 +7,6 @@ are compared on loading, so that no damage is ever taken for weights.
 """
 import platform
 import shutil
-import zipfile
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
@@ -21,6 +20,7 @@ from model import GPT, GPTConfig
 from plaingpt import console, files
 from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, UserError
 from plaingpt.formats import others
+from plaingpt.formats.weights import fitting
 from plaingpt.machines import strategies
 from plaingpt.run import upload
 
@@ -154,14 +154,13 @@ def load(path: Path, answers: dict[str, Any] | None = None) -> State:
     gelu that it may not say. Raises UserError for a file that is missing, damaged, or of another model."""
     if not path.is_file():
         raise UserError(f'no checkpoint at {path}', CHECKPOINT)
+    state = others.adopt(others.read(path), path, answers or {})
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f'{path} is damaged, or not a checkpoint: {error}', CHECKPOINT) from None
-    if damaged:
-        raise UserError(f'{path} is damaged: the checksum of its part {damaged} does not fit', CHECKPOINT)
-    return others.adopt(others.read(path), path, answers or {})
+        config = config_of(state)
+    except UserError as error:  # the sizes contradict each other
+        raise UserError(f'{path} is damaged: {error}', CHECKPOINT) from None
+    fitting(config, state['model'], path)
+    return state
 
 
 def load_newest(out_dir: Path) -> State:
@@ -241,7 +240,11 @@ def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) ->
     """Give the optimizer the moments of a checkpoint. Learning rate, betas and weight decay stay as this run sets
     them."""
     ours, theirs = optimizer.param_groups, state.get('optimizer', {}).get('param_groups', [])
-    if [len(group['params']) for group in ours] != [len(group['params']) for group in theirs]:
+    shapes = [p.shape for group in ours for p in group['params']]
+    moments = state['optimizer']['state'].items() if theirs else ()
+    if ([len(group['params']) for group in ours] != [len(group['params']) for group in theirs]
+            or any(number not in range(len(shapes)) or getattr(tensor, 'shape', ()) not in ((), shapes[number])
+                   for number, tensors in moments for tensor in tensors.values())):
         raise UserError('the checkpoint has no optimizer state, or that of another model: it cannot be resumed\n'
                         'start a new run from its weights: give its path as --init_from', CHECKPOINT)
     strategies.load_optimizer(optimizer, state['optimizer']['state'])

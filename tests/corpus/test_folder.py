@@ -392,7 +392,10 @@ def damaged(meta: dict[str, Any]) -> Iterator[str]:
     for name, value in [('dtype', 'text'), ('dtype', 'float32'), ('dtype', 3), ('vocab_size', '65'),
                         ('vocab_size', None), ('tokenizer', 'gpt2'), ('splits', []), ('splits', {'train': []})]:
         yield json.dumps(meta | {name: value})
-    yield json.dumps(meta | {'splits': {'train': meta['splits']['train'] | {'tokens': 'many'}}})
+    for name, value in [('tokens', 'many'), ('tokens', True), ('largest_id', -1), ('head', None), ('sha256', 7)]:
+        yield json.dumps(meta | {'splits': {'train': meta['splits']['train'] | {name: value}}})
+    yield '{"a": ' + '[' * 200_000
+    yield json.dumps(meta | {'vocab_size': 128}).replace('128', '1' * 5000)
 
 
 def test_a_damaged_meta_json_is_refused_by_name(copy: Path) -> None:
@@ -400,7 +403,7 @@ def test_a_damaged_meta_json_is_refused_by_name(copy: Path) -> None:
     meta = json.loads(path.read_text(encoding='utf-8'))
     for text in damaged(meta):
         path.write_text(text, encoding='utf-8')
-        assert 'meta.json' in refused(open_split, copy, 'train', 16, 128), text[:200]
+        assert 'meta.json is damaged' in refused(open_split, copy, 'train', 16, 128), text[:200]
     path.write_bytes(b'\xff\xfe' * 20)
     assert str(path) in refused(open_split, copy, 'train', 16, 128)
 

@@ -229,8 +229,8 @@ def test_prefixes_are_stripped_in_any_order_and_only_in_front(ours: Path, tmp_pa
         torch.save(state | {'model': weights}, tmp_path / 'a')
         assert not differences(checkpoint.load(tmp_path / 'a')['model'], clean)
     odd = {'transformer.module.x': torch.ones(1), 'transformer._orig_mod.y': torch.ones(1)}
-    torch.save(state | {'model': odd}, tmp_path / 'a')
-    assert checkpoint.load(tmp_path / 'a')['model'].keys() == odd.keys()
+    torch.save(state | {'model': clean | odd}, tmp_path / 'a')
+    assert checkpoint.load(tmp_path / 'a')['model'].keys() == clean.keys() | odd.keys()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -392,6 +392,61 @@ def test_a_file_whose_entries_are_of_the_wrong_kind_is_refused(ours: Path, tmp_p
     for change in changes:
         torch.save(state | change, path)
         refused(open_model, str(path), code=errors.CHECKPOINT)
+
+
+def changed(tree: Any, path: str, value: Any) -> Any:
+    """A copy in which the entry at 'a.b' is another; '' is the tree itself."""
+    name, _, rest = path.partition('.')
+    return {**tree, name: changed(tree[name], rest, value)} if name else value
+
+
+NAN = torch.tensor(float('nan'))
+WRONG: list[tuple[str, Any, str]] = [
+    ('iter_num', '7', "iter_num is '7'"), ('iter_num', -1, 'iter_num is -1'),
+    ('model_args.n_head', None, 'model_args.n_head is None'), ('model_args.n_head', 3, 'multiple of n_head=3'),
+    ('model_args.n_layer', 10**8, 'too few for n_layer=100000000'), ('model_args.n_embd', 2**40, 'n_embd is'),
+    ('model_args.vocab_size', True, 'vocab_size is True'), ('model_args.dropout', 'x', "dropout is 'x'"),
+    ('config', [1], 'config is of the type list'), ('config.keep', torch.ones(9), "config['keep'] is of the type"),
+    ('config.dataset', 3, 'dataset'), ('config.dataset', '\udfff', 'dataset'), ('config.gelu', 'relu', 'config.gelu'),
+    ('best', {'accuracy': [1.0, 4]}, 'best.loss is missing'), ('best', {'loss': 2.0}, 'best.loss is 2.0'),
+    ('best', {'loss': [2.0]}, 'best.loss[1] is missing'), ('best', None, 'best is None'),
+    ('best_val_loss', torch.ones(2), 'best_val_loss'), ('best_val_loss', None, 'best_val_loss is None'),
+    ('tokenizer', 'gpt2', "tokenizer is 'gpt2'"), ('tokenizer', {'eot': True}, 'tokenizer.name is missing'),
+    ('skipped', 0.5, 'skipped is 0.5'), ('scaler', {'scale': 1.0}, 'scaler.growth_factor is missing'),
+    ('wandb_run_id', 7, 'wandb_run_id is 7'), ('data', {'train': {'tokens': 9}}, 'data.train.sha256 is missing'),
+    ('optimizer', [1], 'optimizer is of the type list'), ('optimizer.param_groups', [{}], 'param_groups[0].params'),
+    ('model', {3: torch.ones(1)}, 'the key 3 of model'), ('model', {'x': [1.0]}, "model['x'] is of the type list"),
+    ('model', {'wte': torch.eye(3).to_sparse()}, "model['wte'] is of the type Tensor"),
+]
+
+
+def test_an_entry_that_is_not_what_it_should_be_is_named(ours: Path, tmp_path: Path) -> None:
+    for path, value, message in WRONG:
+        torch.save(changed(torch.load(ours), path, value), tmp_path / 'ckpt.pt')
+        said = refused(open_model, str(tmp_path / 'ckpt.pt'), code=errors.CHECKPOINT)
+        assert f'{tmp_path}/ckpt.pt' in said and message in said and '\n' not in said, said
+
+
+def test_weights_that_are_no_numbers_are_refused_before_anything_is_computed(
+        ours: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
+    """An older checkpoint takes the place of such a one, as for any other damage."""
+    state = torch.load(ours)
+    for name, bad in (('transformer.h.1.mlp.c_fc.weight', NAN), ('transformer.wpe.weight', -1 / torch.zeros(()))):
+        weights = state['model'] | {name: state['model'][name].clone()}
+        weights[name].view(-1)[-1] = bad
+        torch.save(state | {'model': weights}, tmp_path / 'ckpt.pt')
+        said = refused(run, tmp_path, init_from='resume', max_iters=6, code=errors.CHECKPOINT)
+        assert f'ckpt.pt do not fit a GPT-2: {name} has numbers that are infinite or NaN' in said
+    shutil.copy(ours, tmp_path / 'ckpt.1.pt')
+    assert open_model(str(tmp_path))[1]['iter_num'] == 4
+
+
+def test_moments_of_other_shapes_are_refused(ours: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
+    state = torch.load(ours)
+    for number, moments in ((0, {'exp_avg': torch.ones(2, 3)}), (99, {'step': torch.ones(())})):
+        moved = state['optimizer']['state'] | {number: state['optimizer']['state'][0] | moments}
+        torch.save(changed(state, 'optimizer.state', moved), tmp_path / 'ckpt.pt')
+        assert 'another model' in refused(run, tmp_path, init_from='resume', max_iters=6, code=errors.CHECKPOINT)
 
 
 def test_weights_without_an_optimizer_can_be_fine_tuned_and_not_resumed(ours: Path, tmp_path: Path,

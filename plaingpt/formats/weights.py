@@ -1,0 +1,35 @@
+"""Weights that a file holds, before a model takes them."""
+from pathlib import Path
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from model import GPT, GPTConfig
+from plaingpt.errors import CHECKPOINT, UserError
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SIDE = range(1, 2**28)  # of a matrix whose bytes PyTorch can count
+
+
+def is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Return whether it is a tensor of ordinary numbers in main memory, whatever else torch.load may make."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == 'cpu'
+
+
+def fitting(config: GPTConfig, weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Return the weights of such a model among those of a file. Raises UserError where one of them is missing, has
+    another shape, or is no finite number."""
+    if config.n_layer > len(weights):  # before all of them are built
+        raise UserError(f'{path} has {len(weights)} weights, too few for n_layer={config.n_layer}', CHECKPOINT)
+    shapes = {name: p.shape for name, p in GPT.on_meta(config).named_parameters()}
+    for name, shape in shapes.items():
+        p = weights.get(name)
+        fault = ('is missing' if p is None else
+                 f'is {tuple(p.shape)}, and by its settings {tuple(shape)}' if p.shape != shape else
+                 f'has numbers of the type {p.dtype}' if p.dtype not in DTYPES else
+                 '' if p.sum(dtype=torch.promote_types(p.dtype, torch.float32)).isfinite() else
+                 'has numbers that are infinite or NaN')
+        if fault:
+            raise UserError(f'the weights in {path} do not fit a GPT-2: {name} {fault}', CHECKPOINT)
+    return {name: weights[name] for name in shapes}

@@ -1,0 +1,100 @@
+"""
+Shapes that the content of a file must have before any of it is used. A shape looks like what it describes:
+
+    {'a': int, 'b?': str}     a dict with an int under 'a' and, if it has a 'b', a str there; other keys do not matter
+    {str: int}                a dict in which each key is a str, and each value an int
+    [int, str]  [int, ...]    a list of these two; a list of any number of ints
+    (int, None)               either of these
+    {'a', 'b'}  range(9)      one of these values; one of these whole numbers
+    int                       a value of this type: an int is a float, too, but True is no int, and half a surrogate
+                              pair, which JSON may have and UTF-8 has not, no str
+    a function                whatever it says True to
+"""
+import json
+import re
+import reprlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from plaingpt.errors import UserError
+
+COUNT = range(2**63)
+EMPTY: dict[Any, Any] = {str: ()}  # a dict without entries
+PLAIN = (str, bool, int, float, None)
+MISSING = object()
+SURROGATE = re.compile('[\ud800-\udfff]')
+
+
+def refuse(content: object, shape: Any, path: Path, code: int, remedy: str = '') -> None:
+    """Raise UserError, which names the key, if what the file holds is not of that shape."""
+    if fault := next(faults(content, shape, ''), None):
+        raise UserError('\n'.join(filter(None, (f'{path} is damaged: {fault}', remedy))), code)
+
+
+def read_json(path: Path, shape: Any, code: int, remedy: str = '') -> Any:
+    """Return what a file of JSON holds. Raises UserError if it is no JSON, or not of that shape."""
+    try:
+        content = parse(path.read_bytes())
+    except ValueError as error:
+        content, shape = f'not JSON: {error}', ()
+    refuse(content, shape, path, code, remedy)
+    return content
+
+
+def parse(text: str | bytes) -> Any:
+    """Return what is written in JSON. Raises ValueError for all that can be wrong with it."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError('its brackets are nested too deeply') from None
+
+
+def fits(content: object, shape: Any) -> bool:
+    return not any(faults(content, shape, ''))
+
+
+def faults(value: Any, shape: Any, name: str) -> Iterator[str]:
+    """Yield what is not of that shape, such as "best.loss is 'x'"; `name` is that of the value."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for part in entries(value, shape, name):
+            yield from faults(*part)
+    elif isinstance(shape, list) and isinstance(value, list | tuple):
+        shapes = shape[:1] * len(value) if shape[-1] is ... else shape
+        for number, of in enumerate(shapes):
+            yield from faults(value[number] if number < len(value) else MISSING, of, f'{name}[{number}]')
+        if len(value) > len(shapes):
+            yield f'{name or "its content"} has {len(value)} parts'
+    elif isinstance(shape, tuple):
+        if not any(fits(value, one) for one in shape):
+            alike = (one for one in shape if isinstance(one, dict) and isinstance(value, dict))
+            yield from faults(value, next(alike, set()), name)
+    elif not is_one(value, shape):
+        yield f'{name or "its content"} is {shown(value)}'
+
+
+def entries(value: dict[Any, Any], shape: dict[Any, Any], name: str) -> Iterator[tuple[Any, Any, str]]:
+    """Yield the entries of a dict that its shape speaks of: value, shape and name of each."""
+    for key, of in shape.items():
+        if isinstance(key, type):
+            for one, part in value.items():
+                yield one, key, f'the key {shown(one)} of {name}'
+                yield part, of, f'{name}[{shown(one)}]'
+        elif (bare := key.removesuffix('?')) == key or bare in value:
+            yield value.get(bare, MISSING), of, f'{name}.{bare}'.removeprefix('.')
+
+
+def is_one(value: Any, shape: Any) -> bool:
+    """Return whether the value is of a shape that has no parts."""
+    if isinstance(shape, set | range):
+        return type(value) in ((int,) if isinstance(shape, range) else (int, str)) and value in shape
+    if isinstance(shape, type):
+        is_type = type(value) is shape or (shape, type(value)) == (float, int)
+        return is_type and not (shape is str and SURROGATE.search(value))
+    return bool(shape(value)) if callable(shape) else value is shape
+
+
+def shown(value: object) -> str:
+    """Return a value in a few words, and in one line."""
+    is_short = value is None or isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() < 99)
+    return 'missing' if value is MISSING else reprlib.repr(value) if is_short else f'of the type {type(value).__name__}'
