@@ -129,7 +129,8 @@ def open_tokens(paths: Sequence[Path], name: Path, meta: dict[str, Any]) -> Toke
     """Open the files of one folder as `open_files` does. What is read of them is compared with their checksums, if
     their maker has left some."""
     tokens, folder = open_files(paths, name, meta['dtype']), paths[0].parent
-    remedy = f'rebuild the corpus: {how_to_prepare(folder)}{" --overwrite=True" * ("made_with" in meta)}'
+    command = how_to_go_on(folder, meta.get('created_by'))
+    remedy = f'rebuild the corpus: {command}{" --overwrite=True" * ("made_with" in meta)}'
     sums = checksums.read(folder, remedy)
     for file in tokens.files:
         sha256 = meta['splits'].get(file.path.stem, {}).get('sha256', '')

@@ -1,4 +1,5 @@
 """Damage in the middle of a corpus: seen where it is read, never taken for tokens, and looked for once."""
+import json
 import random
 import shutil
 from functools import partial
@@ -68,8 +69,13 @@ def test_a_damaged_block_is_refused_with_its_bytes_and_the_others_are_read(corpu
     assert 'bytes 327,680 to 393,215' in refused(Windows(path, 16).__getitem__, (edge + 40) // 16)
     flip(path, 5 * BLOCK + 17)
     flip(path, size - 5000)
+    meta = json.loads((corpus / 'meta.json').read_text(encoding='utf-8'))
+    command = 'data/text/prepare.py --input=mine.txt --name=mine'
+    (corpus / 'meta.json').write_text(json.dumps(meta | {'created_by': f'python {command}'}), encoding='utf-8')
     tokens = open_split(corpus, 'train', 16, 257)
-    assert f'bytes 720,896 to {size - 1:,} are' in refused(tokens.read, len(tokens) - 1, 1), 'the last one is short'
+    message = refused(tokens.read, len(tokens) - 1, 1)
+    assert f'bytes 720,896 to {size - 1:,} are' in message, 'the last one is short'
+    assert message.endswith(command), 'as it was made'
 
 
 def test_most_of_a_file_reversed_is_seen_at_the_first_window(corpus: Path) -> None:
