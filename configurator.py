@@ -74,8 +74,13 @@ def configure(script: types.ModuleType, args: list[str], clock: float = STARTED)
             given[name] = given[name].replace('{time}', stamp)
     settings |= given
     vars(script).update(settings)
-    record = {name: console.shown(value) if isinstance(value, str) else value for name, value in settings.items()}
-    return record, set(given)
+    return record(script), set(given)
+
+
+def record(script: types.ModuleType) -> dict[str, Any]:
+    """Return the settings of `script` by name, for records, which keep no secret of a URL."""
+    values = {name: getattr(script, name) for name in find_settings(script)}
+    return {name: console.shown(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def pick(make: Callable[..., T], script: types.ModuleType, **others: Any) -> T:

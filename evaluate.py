@@ -19,7 +19,7 @@ import torch
 
 import configurator
 from plaingpt import console, errors, files, metrics
-from plaingpt.corpus.folder import open_split
+from plaingpt.corpus.folder import fingerprint, open_split, read_meta
 from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_reference, learned_tokenizer, open_model, shared_tokenizer
 from plaingpt.machines import processes
@@ -48,6 +48,8 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matr
 backend: str = 'auto'
 # ------------------------------------------------------------------------------------------------
 
+# Of these each process may have its own, as they say where things are: what is there is compared.
+PLACE = ('init_from', 'out_dir', 'dataset', 'hellaswag', 'lambada', 'json', 'device')
 MEASURES = {'hellaswag': measure_hellaswag, 'lambada': measure_lambada}  # the tasks beside 'val'
 TITLES = {
     'hellaswag_completion': 'HellaSwag in completion style, as build-nanogpt and llm.c score it',
@@ -93,6 +95,8 @@ def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], p
     figures: dict[str, dict[str, float]] = {}
     if 'val' in names:
         corpus = open_split(folder, split, model.config.block_size, n_vocab)
+        processes.refuse_difference(process, {split: fingerprint(corpus, read_meta(folder))},
+                                    f'{folder} must be the same on all machines')
         learned = shared_tokenizer(learned_reference(state, n_vocab, folder, bool(dataset)), folder)
         figures[split] = metrics.evaluate(predict, corpus, eval_iters * batch_size,
                                           learned.token_sizes() if learned else None)
@@ -155,14 +159,16 @@ def write_json(path: str, content: bytes) -> None:
 
 
 def main(args: list[str]) -> None:
-    settings, _ = configurator.configure(sys.modules[__name__], args)
+    configurator.configure(sys.modules[__name__], args)
     configurator.check_range(sys.modules[__name__], 'batch_size', 1)
     configurator.check_range(sys.modules[__name__], 'eval_iters limit', 0)
     names, where = find_tasks(tasks), init_from or out_dir
     found = find_checkpoints(where)
     with processes.joined(device, backend) as process:
-        processes.refuse_difference(process, 'checkpoints', found, 'all machines must see the same files')
+        settings = processes.agree_on_settings(process, sys.modules[__name__], args, PLACE)
+        processes.refuse_difference(process, {'checkpoints': found}, 'all machines must see the same files')
         compute = choose(process.device, dtype, compile=False)
+        console.say(f'{processes.describe(process)}; {compute.line}')
         paths = {'hellaswag': hellaswag, 'lambada': lambada}
         questions = {name: load(name, path, limit, process) for name, path in paths.items() if name in names}
         all_measured = [measure(one, names, questions, process, compute) for one in found]

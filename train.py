@@ -115,6 +115,9 @@ seed: int = 1337
 deterministic: bool = False  # on cuda: bit for bit the same each time, and slower
 # ------------------------------------------------------------------------------------------------
 
+# Of these each process of a run may have its own: they say where things are, or what only process 0 does. A corpus is
+# compared by what it holds, as questions are.
+PLACE = ('out_dir', 'dataset', 'upload_to', 'hellaswag', 'wandb_log', 'wandb_project', 'wandb_run_name', 'device')
 LEARNED_BY_HEART = 0.1  # of the first loss: overfit_single_batch passes below it
 PATIENCE = 10  # steps in a row that are skipped because something is not finite; then the run ends
 SLOW = 5  # seconds: a longer step shows its micro-batches on a terminal
@@ -132,7 +135,7 @@ def open_data(origin: Origin, process: Process) -> Data:
     prints = {split: fingerprint(corpus, meta) for split, corpus in splits.items()}
     if origin.is_resumed and not ignore_data_change:
         checkpoint.refuse_other_data(origin.state, prints, folder)
-    processes.refuse_difference(process, 'corpus', prints, f'{folder} must be the same on all machines')
+    processes.refuse_difference(process, prints, f'{folder} must be the same on all machines')
     order = Order(len(splits['train']), config.block_size, seed)
     return Data(folder, splits, order, shared_tokenizer(origin.tokenizer_reference(folder), folder), prints)
 
@@ -471,7 +474,7 @@ def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any]
 
 
 def main(args: list[str]) -> None:
-    record, given = configurator.configure(sys.modules[__name__], args)
+    _, given = configurator.configure(sys.modules[__name__], args)
     refuse_mistakes(given)
     if plan:
         wanted = configurator.pick(RunSettings, sys.modules[__name__], given=frozenset(given))
@@ -479,6 +482,7 @@ def main(args: list[str]) -> None:
     with (Stop(max_hours) as stop,
           processes.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
           Watch(process, start_timeout, timeout) as watch, explained(watch, less_memory())):
+        record = processes.agree_on_settings(process, sys.modules[__name__], args, PLACE)
         carry_out(process, watch, stop, record, given)
 
 

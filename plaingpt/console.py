@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 T = TypeVar('T')
 
+RANKS = ('RANK', 'OMPI_COMM_WORLD_RANK', 'SLURM_PROCID')  # what torchrun, mpirun and srun call the number of a process
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 # What may steer a terminal, or show a line in another order than it has
 CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
@@ -72,8 +73,8 @@ def duration(seconds: float) -> str:
 
 
 def is_main() -> bool:
-    """Return whether this is the first of the processes that torchrun or srun started, which speaks for all."""
-    return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
+    """Return whether this is the first of the processes that a launcher started, which speaks for all."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), '0') == '0'
 
 
 def say(text: str) -> None:

@@ -145,7 +145,7 @@ def find_run(run: Path, settings: ModelSettings, process: Process) -> State:
             state = checkpoint.load_newest(run)
         except UserError as caught:
             error = caught
-    processes.refuse_difference(process, 'checkpoint of step', state.get('iter_num'), NOT_SHARED)
+    processes.refuse_difference(process, {'checkpoint of step': state.get('iter_num')}, NOT_SHARED)
     if error:
         raise error
     return state

@@ -25,7 +25,7 @@ from plaingpt.corpus.folder import data_folder, files_of, fingerprint, read_meta
 from plaingpt.corpus.order import Order
 from plaingpt.errors import DATA, UserError
 from plaingpt.init_from import ModelSettings, open_model
-from plaingpt.machines import processes, strategies
+from plaingpt.machines import meeting, strategies
 from plaingpt.machines.device import peak_flops
 from plaingpt.run import checkpoint
 from plaingpt.run.run import Work
@@ -308,8 +308,7 @@ def describe(settings: RunSettings, grouped: Grouping, world_size: int) -> Itera
 
 
 def show_plan(settings: RunSettings, grouped: Grouping) -> None:
-    """Print the plan of this run, in the first of the processes that torchrun or srun started."""
-    environment = os.environ | processes.slurm_as_torchrun(os.environ)
-    if environment.get('RANK', '0') == '0':
-        for line in describe(settings, grouped, int(environment.get('WORLD_SIZE', '1'))):
-            say(line)
+    """Print the plan of this run, in the first of the processes that a launcher started."""
+    launch = meeting.launch_of(os.environ)
+    for line in describe(settings, grouped, int(launch.variables['WORLD_SIZE']) if launch else 1):
+        say(line)

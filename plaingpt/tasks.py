@@ -8,6 +8,7 @@ HellaSwag is quoted in two scorings, whose figures differ by percents and must n
 build-nanogpt and llm.c, reads the raw context, and divides by tokens. 'lm_eval', that of EleutherAI's harness, cleans
 the text, puts the activity before it, and divides by characters.
 """
+import hashlib
 import json
 import math
 import re
@@ -26,7 +27,7 @@ from plaingpt.corpus.folder import DATA_ROOT
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError
 from plaingpt.machines.device import to_device
-from plaingpt.machines.processes import Process, Progress, compute_together, wait_for_all
+from plaingpt.machines.processes import Process, Progress, compute_together, refuse_difference, wait_for_all
 from plaingpt.metrics import Predictor, exp
 
 Row = dict[str, Any]  # a line of a test's file
@@ -51,6 +52,8 @@ def load(task: str, path: str, limit: int, process: Process) -> list[Row]:
     rows = list(read(task, documents.find_files(path, folder, option)[0], limit))
     if not rows:
         raise UserError(f'{path} is empty: {option}= takes a file with an example of {task} in each line', DATA)
+    refuse_difference(process, {task: hashlib.sha256(json.dumps(rows).encode()).hexdigest()},
+                      f'{path} must be the same on all machines')
     return rows
 
 

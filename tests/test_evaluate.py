@@ -1,7 +1,10 @@
 """Evaluation: what the table says is what a plain computation gives, whatever the batches."""
 import json
 import math
+import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -298,6 +301,30 @@ def test_any_number_of_processes_writes_the_same_file(trained: Path, questions: 
         files.append((tmp_path / 'all.json').read_bytes())
     assert files[0] == files[1] == files[2]
     assert len(json.loads(files[0])['measured'][0]) == 7
+
+
+@pytest.mark.slow
+def test_processes_that_would_measure_different_things_are_refused(trained: Path, tiny_dataset: Path,
+                                                                   tmp_path: Path) -> None:
+    """A setting differs; or the questions in files under the same name, as machines may have them."""
+    shutil.copy(tiny_dataset / 'hellaswag.jsonl', tmp_path)
+    other = (tiny_dataset / 'hellaswag.jsonl').read_text(encoding='utf-8').replace('return', 'yield')
+    (tmp_path / 'other.jsonl').write_text(other, encoding='utf-8')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    launched = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    for changes, words in ((['--limit=2'], 'limit: 0 on process 0, 2 on process 1'),
+                           ([f'--hellaswag={tmp_path}/other.jsonl'], 'hellaswag: "')):
+        both = [subprocess.Popen(
+            [sys.executable, 'evaluate.py', f'--init_from={trained}', '--tasks=hellaswag', '--device=cpu',
+             f'--hellaswag={tmp_path}/hellaswag.jsonl', f'--json={tmp_path}/x.json', *(changes if rank else [])],
+            cwd=Path(evaluate.__file__).parent, env=launched | {'RANK': str(rank), 'LOCAL_RANK': str(rank)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding='utf-8') for rank in range(2)]
+        for text, process in [(process.communicate(timeout=PATIENT)[1], process) for process in both]:
+            assert process.returncode == errors.COMMAND, text
+            assert text.startswith(words), text
+    assert not (tmp_path / 'x.json').exists()
 
 
 def test_the_file_of_figures_stands_beside_the_checkpoints_or_under_their_name(

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ assert options.keys() <= known, options
 here = os.environ['STAND_IN']
 tasks = []
 for rank in range(2):
-    more = {'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank), 'SLURM_NTASKS': '2',
-            'SLURM_STEP_NODELIST': 'localhost'}
+    more = {'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank), 'SLURM_NTASKS': '2', 'SLURM_STEP_ID': '0',
+            'SLURM_STEP_NUM_TASKS': '2', 'SLURM_STEP_NODELIST': 'localhost'}
     tasks.append(subprocess.Popen(command, env=os.environ | more, start_new_session=True))
 with open(here + '/step.new', 'w') as file:
     file.write(' '.join(str(task.pid) for task in tasks))
@@ -68,7 +67,7 @@ class Slurm:
     """A cluster of this machine alone, which runs batch scripts and signals them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.job = folder, free_port() - 20000  # processes.py takes the port from the job's number
+        self.folder, self.job = folder, os.getpid()
         programs = folder / 'bin'
         programs.mkdir()
         for name, source in {'srun': SRUN, 'scontrol': SCONTROL}.items():
@@ -99,12 +98,9 @@ class Slurm:
 
 
 def free_port() -> int:
-    """One of those that processes.py takes with Slurm."""
-    for port in count(20000 + os.getpid() % 10000):
-        with socket.socket() as test:
-            if test.connect_ex(('localhost', port)):
-                return port
-    raise AssertionError('count ends never')
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        return int(free.getsockname()[1])
 
 
 def only(pattern: str, text: str) -> str:

@@ -352,8 +352,9 @@ def test_a_plan_reads_no_token_writes_nothing_and_is_printed_once(
     assert alone.returncode == 0 and not alone.stderr, alone.stderr
     assert f'{meta["splits"]["train"]["tokens"]:,} tokens to train on' in alone.stdout
     assert alone.stdout.endswith('\n0 warnings\n')
-    second = run_script(*arguments, cwd=tmp_path, environment={'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2'})
+    launched = {'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}
+    second = run_script(*arguments, cwd=tmp_path, environment=launched | {'RANK': '1', 'LOCAL_RANK': '1'})
     assert (second.returncode, second.stdout, second.stderr) == (0, '', '')
-    first = run_script(*arguments, cwd=tmp_path, environment={'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'})
+    first = run_script(*arguments, cwd=tmp_path, environment=launched | {'RANK': '0', 'LOCAL_RANK': '0'})
     assert '1 for each of 2 processes' in first.stdout
     assert list(tmp_path.iterdir()) == []

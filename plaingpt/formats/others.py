@@ -54,11 +54,10 @@ SHAPE: dict[str, Any] = {  # what is read of one; others than ours lack some of 
         'tie_weights': bool,
         'dataset?': str,
         **dict.fromkeys(('total_batch_size?', 'gradient_accumulation_steps?', 'batch_size?', 'block_size?'), COUNT)},
-    'iter_num?': COUNT,
+    **dict.fromkeys(('iter_num?', 'windows?', 'windows_before?', 'tokens?', 'skipped?'), COUNT),
     'best_val_loss?': (float, is_number),  # the latter in nanoGPT's
     'best?': BEST,
     'tokenizer?': (None, *tokenizer.STATE),
-    'skipped?': COUNT,
     'scaler?': ({'scale': float, 'growth_factor': float, 'backoff_factor': float, 'growth_interval': COUNT,
                  '_growth_tracker': COUNT}, EMPTY),
     'wandb_run_id?': str,

@@ -120,7 +120,7 @@ class Watch:
         """The loss of a process that has died; or, if it `is_late` and no process has moved in the meantime, of those
         that are behind. None if there is none. It takes LISTEN beats to hear."""
         before = answer(self.records)
-        for _ in range(LISTEN):
+        for _ in range(LISTEN if before else 0):
             time.sleep(BEAT)
             answer(self.tell)
         after = answer(self.records)

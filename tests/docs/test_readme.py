@@ -309,6 +309,10 @@ FAULTS = {  # what holds each row of the table of faults, in tests/
         'test_train.test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damaged_ends_the_run',
     'the corpus shrinks while it is read': 'test_folder.test_a_file_that_shrinks_while_it_is_read_ends_in_a_message',
     'two machines do not share `out_dir`': 'test_watch.test_processes_that_do_not_share_a_folder_are_told_so',
+    'processes with different settings, sources or versions of torch':
+        'test_meeting.test_processes_with_different_settings_or_sources_are_all_refused',
+    'processes that do not meet within `--start_timeout`; another run at their address':
+        'test_meeting.test_a_process_that_does_not_meet_the_others_ends_with_code_8_in_every_phase',
     'an upload fails': 'test_watch.test_an_upload_that_fails_is_seen_and_does_not_end_the_run',
     'a checkpoint, config or corpus that would run code': 'test_watch.test_a_corpus_that_is_a_pickle_runs_nothing',
 }

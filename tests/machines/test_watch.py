@@ -54,12 +54,12 @@ RUN = 'errors.run(train.main)'
 ALONE = 'import train; from plaingpt import errors; ' + RUN
 JOINING = """import train
 from plaingpt import errors
-from plaingpt.machines import processes
-join = processes.join
+from plaingpt.machines import meeting
+join = meeting.join
 def joining(*arguments):
     print('joining', flush=True)
     return join(*arguments)
-processes.join = joining
+meeting.join = joining
 """
 
 
@@ -773,7 +773,7 @@ def test_processes_that_do_not_share_a_folder_are_told_so(start: Start, tmp_path
     for process in both:
         printed = end_of(process)
         assert process.returncode == errors.COMMAND, printed
-        assert 'process 0 has found the checkpoint of step 4, and process 1 none\nout_dir must be one folder' in printed
+        assert 'checkpoint of step: 4 on process 0, none on process 1\nout_dir must be one folder' in printed
 
 
 @pytest.mark.usefixtures('no_pictures')
