@@ -71,7 +71,7 @@ def read_prompt(start: str) -> str:
     try:
         return path.read_text(encoding='utf-8-sig')
     except OSError as error:
-        raise UserError(f'--start={start}: the file {path} cannot be read: {error.strerror}', errors.DATA) from None
+        raise errors.refusal(error, f'--start={start}', errors.DATA) from None
     except UnicodeDecodeError as error:
         raise UserError(f'--start={start}: byte {error.start} of {path} is not text in UTF-8', errors.DATA) from None
 

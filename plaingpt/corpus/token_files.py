@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from plaingpt.errors import DATA, UserError
+from plaingpt.errors import DATA, UserError, refusal
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -111,7 +111,7 @@ class TokenFile:
                 self.dtype, self.offset, self.n_tokens, self.tokenizer = find_layout(file, self.path, dtype)
             size = self.path.stat().st_size
         except OSError as error:
-            raise UserError(f'{self.path}: {error.strerror}', DATA) from None
+            raise refusal(error, self.path, DATA) from None
         expected = self.offset + self.n_tokens * self.dtype.itemsize
         if size != expected or self.n_tokens == 0:
             what = (f'and its header says {self.n_tokens} {self.dtype.name} tokens, which are {expected}'
@@ -131,7 +131,7 @@ class TokenFile:
         try:
             ids = np.fromfile(self.path, self.dtype, count, offset=self.offset + start * self.dtype.itemsize)
         except OSError as error:
-            raise UserError(f'{self.path} can no longer be read: {error.strerror}', DATA) from None
+            raise refusal(error, f'{self.path} can no longer be read', DATA) from None
         if len(ids) < count:
             left = max(0, self.path.stat().st_size - self.offset) // self.dtype.itemsize
             raise UserError(f'{self.path} has shrunk: it had {self.n_tokens} tokens, and {left} are left', DATA)

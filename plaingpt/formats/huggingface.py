@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_level
-from plaingpt.errors import CHECKPOINT, DISK_FULL, UserError
+from plaingpt.errors import CHECKPOINT, UserError
 from plaingpt.formats.exported import Exported
 
 if TYPE_CHECKING:
@@ -216,11 +216,7 @@ def write(folder: Path, exported: Exported) -> None:
 
     theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(exported.dtype).contiguous()
               for name, p in exported.weights.items()}
-    try:
-        safetensors.torch.save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
-    except safetensors.SafetensorError as error:
-        raise UserError(f'{folder} cannot be written: {error}\nmake room, and run the same command again',
-                        DISK_FULL) from None
+    safetensors.torch.save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
     tokenizer_of(exported.vocabulary).save(str(folder / 'tokenizer.json'))
     for name, content in settings_of(exported).items():
         (folder / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
