@@ -150,11 +150,8 @@ def as_json(all_measured: Sequence[Measured], about: dict[str, Any]) -> bytes:
 
 
 def write_json(path: str, content: bytes) -> None:
-    try:
-        with files.written_whole(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise UserError(f'{path} cannot be written: {error.strerror}\ngive another file with --json=') from None
+    with files.written_whole(path) as file:
+        file.write(content)
     console.say(f'\nall figures are in {path}')
 
 

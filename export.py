@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import configurator
-from plaingpt import console, errors
+from plaingpt import console, errors, files
 from plaingpt.errors import UserError
 from plaingpt.formats import gguf, huggingface, llmc, others
 from plaingpt.formats.exported import Exported
@@ -147,12 +147,10 @@ def write_folder(target: Path, exported: Exported) -> None:
     temporary = target / UNFINISHED if target.is_dir() else target.with_name(f'.{target.name}{UNFINISHED}')
     shutil.rmtree(temporary, ignore_errors=True)  # what a kill has left
     try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f'{target} cannot be written: {error.strerror}') from None
-    try:
-        FORMATS[to].write(temporary, exported)
-        huggingface.write_origin(temporary, exported, to)
+        with files.about(target):
+            temporary.mkdir(parents=True)
+            FORMATS[to].write(temporary, exported)
+            huggingface.write_origin(temporary, exported, to)
         if not target.exists():
             temporary.rename(target)
         else:  # config.json comes last: without it nobody takes the folder for whole

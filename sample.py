@@ -72,7 +72,7 @@ def read_prompt(start: str) -> str:
     try:
         return documents.decode(f'--start={start}: {path}', path.read_bytes(), 0)
     except OSError as error:
-        raise UserError(f'--start={start}: the file {path} cannot be read: {error.strerror}', errors.DATA) from None
+        raise errors.refusal(error, f'--start={start}', errors.DATA) from None
 
 
 def find_run(out_dir: str, is_given: bool) -> str:

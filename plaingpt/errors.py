@@ -2,6 +2,7 @@
 read."""
 import errno
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -27,6 +28,24 @@ BROKEN_PIPE = 141  # the output has no reader any more, as shells count it
 REQUIREMENTS = Path(__file__).resolve().parents[1] / 'requirements.txt'  # where this is a checkout
 PACKAGES = ('PIL', 'datasets', 'fsspec', 'gguf', 'huggingface_hub', 'matplotlib', 'pyarrow', 's3fs', 'safetensors',
             'tiktoken', 'tokenizers', 'wandb')  # in there, and imported only where they are used
+MAKE_ROOM = 'make room, and run the same command again'
+OTHER_FOLDER = 'give a folder that may be written to, or change whose it is: ls -ld shows that'
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SYSTEM = {  # what the system refuses: what that means, and what to do
+    errno.ENOSPC: ('the disk is full', MAKE_ROOM),
+    errno.EDQUOT: ('the disk is full: the quota is used up', MAKE_ROOM),
+    errno.EFBIG: ('the disk is full: no file may become larger', 'see `ulimit -f`, or write to another disk'),
+    errno.ENOENT: ('there is no such file or folder', 'check the name; what was there may have been moved or deleted'),
+    errno.EROFS: ('this file system can only be read', 'give a folder on another one'),
+    errno.EACCES: ('permission is denied', OTHER_FOLDER),
+    errno.EPERM: ('permission is denied', OTHER_FOLDER),
+    errno.EMFILE: ('too many files are open in this process', 'raise the limit: ulimit -n 4096'),
+    errno.ENFILE: ('too many files are open on this machine', 'end other programs, and run the same command again'),
+    errno.ENAMETOOLONG: ('the name is too long', 'give a shorter one'),
+    errno.EEXIST: ('there is another file of that name', 'give another name'),
+    errno.EISDIR: ('this is a folder', 'give the name of a file'),
+    errno.ENOTDIR: ('a part of this path is a file, and no folder', 'give another path'),
+}
 
 
 class UserError(ValueError):
@@ -68,8 +87,26 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
-def is_disk_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def of_system(error: BaseException) -> OSError | None:
+    """Return what the system has refused, if that is behind this error: PyTorch raises another one in its place,
+    libraries in Rust tell its number, and numpy only that some bytes were not written."""
+    if number := re.search(r'\(os error (\d+)\)|^\d+ requested and \d+ written$', str(error)):
+        code = int(number[1] or errno.ENOSPC)
+        return OSError(code, os.strerror(code))
+    cause = error.__context__ if isinstance(error, RuntimeError) else error
+    return cause if isinstance(cause, OSError) else None
+
+
+def refusal(error: BaseException, what: str | Path = '', code: int | None = None, remedy: str = '') -> UserError:
+    """Say what the system has refused, for `what` or else the file that the error names, and what to do about it; the
+    `remedy` is for errors that are in no table. The code is that of the caller's matter, unless the disk is full."""
+    number, name, words = 0, '', next(iter(str(error).splitlines()), type(error).__name__)
+    if isinstance(error, OSError):
+        number, name, words = error.errno or 0, error.filename or '', error.strerror or words
+    meaning, remedy = SYSTEM.get(number, (words, remedy))
+    code = (COMMAND if number in SYSTEM else CHECK_FAILED) if code is None else code
+    message = ': '.join(filter(None, (str(what or name), meaning)))
+    return UserError('\n'.join(filter(None, (message, remedy))), DISK_FULL if number in FULL else code)
 
 
 def code_of(error: BaseException) -> int:
@@ -80,8 +117,8 @@ def code_of(error: BaseException) -> int:
         return COMMAND
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
-    if is_disk_full(error):
-        return DISK_FULL
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return refusal(error).code
     return {KeyboardInterrupt: INTERRUPTED, BrokenPipeError: BROKEN_PIPE}.get(type(error), 1)
 
 
@@ -102,13 +139,13 @@ def run(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError as error:  # `python train.py | head`: the reader has left
         drop(sys.stdout)
         sys.exit(code_of(error))
-    except (OSError, RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or ['main memory'])[0]
-        if is_out_of_memory(error):
-            leave(f'out of memory: {reason}', OUT_OF_MEMORY)
-        if is_disk_full(error):
-            leave(f'the disk is full: {reason}\nmake room, and run the same command again', DISK_FULL)
-        raise
+    except OSError as error:
+        refused = refusal(error)
+        leave(str(refused), refused.code)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        leave(f'out of memory: {(str(error).splitlines() or ["main memory"])[0]}', OUT_OF_MEMORY)
 
 
 def leave(message: str, code: int) -> NoReturn:

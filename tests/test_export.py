@@ -2,6 +2,7 @@
 import inspect
 import json
 import os
+import resource
 import shlex
 import signal
 import struct
@@ -10,6 +11,7 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -585,6 +587,21 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ['ckpt.pt', 'hf']
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('to', ['hf', 'gguf', 'llmc'])
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_export_before_as_it_was(to: str, tmp_path: Path) -> None:
+    """As `ulimit -f` says it, whichever library writes the file."""
+    source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
+    for limit in (500, 12_000):
+        result = subprocess.run(
+            [sys.executable, 'export.py', f'--out_dir={source}', f'--to={to}'], cwd=Path(export.__file__).parent,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)), capture_output=True,
+            text=True, check=False)
+        assert result.returncode == errors.DISK_FULL, result.stderr
+        assert f'{tmp_path}/{to}: the disk is full' in result.stderr and len(result.stderr.splitlines()) <= 3
+        assert sorted(path.name for path in tmp_path.iterdir()) == ['ckpt.pt']
+
+
 def test_an_export_becomes_a_run_again(tmp_path: Path, run_script: Callable[..., Any]) -> None:
     vocabulary = build('char', False, (ODD,))
     before = random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab))
@@ -611,8 +628,6 @@ def test_a_damaged_origin_is_one_line(damage: str | bytes, tmp_path: Path) -> No
 def test_wrong_commands_are_answered_in_a_line_or_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     assert 'has 2: leave it out' in refused(run, folder, n_head=4, code=errors.COMMAND)
-    (tmp_path / 'file').write_text('', encoding='utf-8')
-    assert 'cannot be written' in refused(run, folder, to_dir=tmp_path / 'file/hf', code=errors.COMMAND)
     assert 'float32 or float16' in refused(run, folder, to='gguf', dtype='bfloat16', code=errors.COMMAND)
     assert 'float32 or bfloat16' in refused(run, folder, to='llmc', dtype='float16', code=errors.COMMAND)
     assert 'to must be' in refused(run, folder, to='onnx', code=errors.COMMAND)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from plaingpt import console
 from plaingpt.corpus.download import BLOCK, download
-from plaingpt.errors import DATA, UserError, missing_package
+from plaingpt.errors import DATA, UserError, missing_package, refusal
 
 KINDS = ('.txt', '.jsonl', '.ndjson', '.parquet')
 TABLES = ('.json', '.csv', '.tsv')  # read as text, they would teach a model their braces and commas
@@ -62,7 +62,7 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
     except ImportError as error:
         raise missing_package(error) from None
     except (OSError, ValueError) as error:  # a protocol that is unknown; no permission
-        raise UserError(f'{option}={path} cannot be opened: {error}', DATA) from error
+        raise refusal(error, f'{option}={path} cannot be opened', DATA) from error
     if not found:
         what = 'is a folder without .txt, .jsonl or .parquet files' if is_folder else 'matches no file and no folder'
         raise UserError(f'{option}={path} {what}', DATA)
@@ -96,7 +96,7 @@ def opened(name: str) -> Iterator[BinaryIO]:
         with fsspec.open(name, 'rb', compression='infer') as file:
             yield file
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f'{name} cannot be read: {error}', DATA) from error
+        raise refusal(error, f'{name} cannot be read', DATA) from error
 
 
 def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:

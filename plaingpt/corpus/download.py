@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plaingpt import files
-from plaingpt.errors import DATA, UserError
+from plaingpt.errors import DATA, UserError, refusal
 
 BLOCK = 1 << 20  # bytes of a file that are read at a time
 TIMEOUT = 30  # seconds that a download may stand still
@@ -35,8 +35,8 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
             if found != sha256:
                 raise OSError(f'its sha256 is {found}, and {sha256} is expected')
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f'{url} cannot be used: {error}\n'
-                        f'get the file in another way, and name it with {option}=PATH', DATA) from error
+        raise refusal(error, f'{url} cannot be used', DATA,
+                      f'get the file in another way, and name it with {option}=PATH') from error
     return path
 
 
@@ -65,6 +65,5 @@ def explained_hub(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'{what} cannot be downloaded: {reason}\n'
-                        'get its parquet files in another way, and name them with --input=PATH', DATA) from error
+        raise refusal(error, f'{what} cannot be downloaded', DATA,
+                      'get its parquet files in another way, and name them with --input=PATH') from error

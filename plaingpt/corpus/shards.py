@@ -116,7 +116,7 @@ def write_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_si
     made_with = {'tokenizer': packer.tokenizer.name, 'column': source.column, 'shard_size': shard_size, 'files': marks}
     meta = tokenise.describe(packer, name) | {
         'unfinished': True, 'next': START._asdict(), 'made_with': made_with, 'documents': 0, 'bytes': 0, 'splits': {}}
-    with tokenise.alone_in(folder, '\nthe same command goes on after the last complete shard'):
+    with tokenise.alone_in(folder, 'the same command goes on after the last complete shard'):
         try:
             meta = find_note(folder, made_with) or meta
         except UserError:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plaingpt.corpus.checksums import Comparison
-from plaingpt.errors import DATA, UserError
+from plaingpt.errors import DATA, UserError, refusal
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -124,7 +124,7 @@ class TokenFile:
                 self.dtype, self.offset, self.n_tokens, self.tokenizer = find_layout(file, self.path, dtype)
             size = self.path.stat().st_size
         except OSError as error:
-            raise UserError(f'{self.path}: {error.strerror}', DATA) from None
+            raise refusal(error, self.path, DATA) from None
         expected = self.offset + self.n_tokens * self.dtype.itemsize
         if size != expected or self.n_tokens == 0:
             what = (f'and its header says {self.n_tokens} {self.dtype.name} tokens, which are {expected}'
@@ -146,7 +146,7 @@ class TokenFile:
         try:
             data = np.fromfile(self.path, np.uint8, end - begin, offset=begin)
         except OSError as error:
-            raise UserError(f'{self.path} can no longer be read: {error.strerror}', DATA) from None
+            raise refusal(error, f'{self.path} can no longer be read', DATA) from None
         if len(data) < last - begin:
             left = max(0, self.path.stat().st_size - self.offset) // self.dtype.itemsize
             raise UserError(f'{self.path} has shrunk: it had {self.n_tokens} tokens, and {left} are left', DATA)

@@ -37,7 +37,7 @@ from plaingpt.corpus import checksums
 from plaingpt.corpus.documents import PIECE, Piece, read_documents
 from plaingpt.corpus.token_files import ends_of
 from plaingpt.corpus.tokenizer import Tokenizer, build, from_state
-from plaingpt.errors import COMMAND, DATA, DISK_FULL, OUT_OF_MEMORY, UserError, is_disk_full
+from plaingpt.errors import COMMAND, DATA, OUT_OF_MEMORY, UserError, refusal
 
 Part = Piece | list[str]  # of a corpus: where some documents stand, or what they say
 Numbers = npt.NDArray[np.int64]  # of documents
@@ -367,8 +367,7 @@ def alone_in(folder: Path, remedy: str = '') -> Iterator[None]:
         with locked(folder):
             yield
     except OSError as error:
-        code = DISK_FULL if is_disk_full(error) else DATA
-        raise UserError(f'{folder} cannot be written: {error.strerror}{remedy}', code) from error
+        raise refusal(error, f'{folder} cannot be written', DATA, remedy) from error
 
 
 @contextmanager

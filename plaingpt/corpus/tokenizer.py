@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from plaingpt.errors import COMMAND, DATA, UserError
+from plaingpt.errors import COMMAND, DATA, UserError, refusal
 from plaingpt.schema import COUNT
 
 if TYPE_CHECKING:
@@ -329,8 +329,9 @@ def load_tiktoken(name: str) -> Tiktoken:
     try:
         return Tiktoken(tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
-        raise Unavailable(f"tiktoken cannot get the files of '{name}': {type(error).__name__}\n"
-                        'connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds them', DATA) from error
+        refused = refusal(error, f"tiktoken cannot get the files of '{name}'", DATA,
+                          'connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds them')
+        raise Unavailable(str(refused), refused.code) from error
 
 
 def build(spec: str, texts: Callable[[], Iterable[str]], eot: bool) -> Tokenizer:

@@ -15,7 +15,7 @@ from model import GPTConfig
 from plaingpt import schema
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_level
-from plaingpt.errors import CHECKPOINT, DISK_FULL, UserError
+from plaingpt.errors import CHECKPOINT, UserError
 from plaingpt.formats import others
 from plaingpt.formats.exported import Exported
 from plaingpt.formats.weights import SIDE, fitting, is_tensor
@@ -250,11 +250,7 @@ def write(folder: Path, exported: Exported) -> None:
 
     theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(exported.dtype).contiguous()
               for name, p in exported.weights.items()}
-    try:
-        safetensors.torch.save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
-    except safetensors.SafetensorError as error:
-        raise UserError(f'{folder} cannot be written: {error}\nmake room, and run the same command again',
-                        DISK_FULL) from None
+    safetensors.torch.save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
     tokenizer_of(exported.vocabulary).save(str(folder / 'tokenizer.json'))
     for name, content in settings_of(exported).items():
         (folder / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')

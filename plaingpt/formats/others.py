@@ -87,11 +87,12 @@ def read(path: Path, may_be_old: bool = False) -> Any:
 
 def refuse_damage(path: Path) -> None:
     """Compare the checksums of a zip."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f'{path} is damaged, or not a checkpoint: {error}', CHECKPOINT) from None
+    with open(path, 'rb') as file:  # what the system refuses is no damage
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except Exception as error:  # a damaged file may raise anything
+            raise UserError(f'{path} is damaged, or not a checkpoint: {error}', CHECKPOINT) from None
     if damaged:
         raise UserError(f'{path} is damaged: the checksum of its part {damaged} does not fit', CHECKPOINT)
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
+from plaingpt import console
 from plaingpt.errors import PEER_LOST, UserError
 
 T = TypeVar('T')
@@ -102,7 +103,7 @@ def why_alone(environment: Mapping[str, str]) -> str:
 def end_now(last_words: UserError) -> None:
     """End the process from a thread, while the main one waits in C++ for another process."""
     with suppress(OSError):
-        os.write(sys.stderr.fileno(), f'{last_words}\n'.encode())
+        console.write(f'{last_words}\n', sys.stderr)
     os._exit(last_words.code)
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from model import GPT, GPTConfig
 from plaingpt import console, files
-from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, UserError
+from plaingpt.errors import CHECKPOINT, COMMAND, DATA, DISK_FULL, FULL, SYSTEM, UserError, refusal
 from plaingpt.formats import others
 from plaingpt.formats.weights import fitting
 from plaingpt.machines import strategies
@@ -88,14 +88,17 @@ def write(out_dir: Path, state: State, keep: int, is_best: bool) -> None:
     newest = out_dir / 'ckpt.pt'
     state['versions'] = {'python': platform.python_version(), 'torch': str(torch.__version__)}
     try:
+        out_dir.mkdir(parents=True, exist_ok=True)  # it may have been deleted
         with files.written_whole(newest) as file:
             torch.save(state, file)
             files.put_on_disk(file)  # there is room for it: now the others move
             rotate(out_dir, keep)
         if is_best:
             files.link(newest, out_dir / 'best.pt')
-    except (OSError, RuntimeError) as error:  # a full disk is either, by the moment at which torch meets it
-        raise UserError(f'the next {newest} cannot be written: {str(error).splitlines()[0]}\n'
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f'the next {newest} cannot be written: {SYSTEM[error.errno][0]}\n'
                         f'it needs {n_bytes(state):,} bytes, and {shutil.disk_usage(out_dir).free:,} are free\n'
                         f'{newest}, if it is there, is whole: make room, and resume', DISK_FULL) from None
 
@@ -123,7 +126,7 @@ def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'--out_dir={out_dir} cannot be made a folder: {error.strerror}') from None
+        raise refusal(error, f'--out_dir={out_dir}', COMMAND) from None
     of_another = [path for path in out_dir.iterdir() if is_new and upload.CHECKPOINTS.fullmatch(path.name)]
     of_older_versions = out_dir / 'ckpt.new.pt'
     for path in (*files.left_by_kills(out_dir, WRITTEN), *upload.snapshots(out_dir), *of_another, of_older_versions):

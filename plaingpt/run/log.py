@@ -215,7 +215,7 @@ class Log:
         if self.folder and self.values and self.step > self.last_kept:
             # JSON has no NaN and no infinity: null.
             finite = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
-            with open(self.folder / 'metrics.jsonl', 'ab') as file:
+            with files.appended(self.folder / 'metrics.jsonl') as file:
                 self.row_start = min(self.row_start, file.tell())
                 file.truncate(self.row_start)
                 file.write(json.dumps({'step': self.step, **finite}, allow_nan=False).encode() + b'\n')
@@ -233,8 +233,8 @@ class Log:
             header = f'=== step {step} ===\n'
             self.line(header + text)
             body = re.sub('^(?==== step )', ' ', text, flags=re.MULTILINE)  # no sample can look like a header
-            with open(self.folder / 'samples.txt', 'a', encoding='utf-8', errors='replace', newline='') as file:
-                file.write(f'{header}{body}\n\n')
+            with files.appended(self.folder / 'samples.txt') as file:
+                file.write(f'{header}{body}\n\n'.encode(errors='replace'))
             self.tell(lambda sink: sink.sample(step, text))
 
     def plot(self) -> None:

@@ -13,7 +13,7 @@ from threading import Condition, Thread
 from typing import Any
 
 from plaingpt import console, files
-from plaingpt.errors import CHECKPOINT, COMMAND, UserError, missing_package
+from plaingpt.errors import CHECKPOINT, COMMAND, UserError, missing_package, refusal
 
 PAUSES = (1.0, 5.0, 25.0)  # seconds between one attempt to upload a file and the next
 OBJECT_STORES = ('s3://', 's3a://', 'gs://', 'gcs://', 'abfs://', 'abfss://', 'az://')
@@ -84,7 +84,7 @@ def fetch(url: str, folder: Path) -> list[Path]:
             with files.written_whole(target, is_shared=True) as file:
                 elsewhere.get_file(source, file.name)
         except Exception as error:  # each file system raises errors of its own
-            raise UserError(f'{url} cannot be fetched to {target}: {reason(error)}', CHECKPOINT) from None
+            raise refusal(error, f'{url} cannot be fetched to {target}', CHECKPOINT) from None
     return targets
 
 

@@ -270,7 +270,7 @@ def test_a_full_disk_is_one_message_and_the_same_command_goes_on(
         real(file)
 
     monkeypatch.setattr('plaingpt.files.put_on_disk', fail)
-    with pytest.raises(UserError, match=r'No space left on device\nthe same command goes on') as caught:
+    with pytest.raises(UserError, match=r'the disk is full\nmake room, and run the same command again') as caught:
         write(tmp_path / 'out', files)
     assert caught.value.code == DISK_FULL
     assert next(calls) > 10 and not list((tmp_path / 'out').glob('*.tmp'))

@@ -411,7 +411,7 @@ def test_a_disk_that_is_full_ends_the_processes_too(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     monkeypatch.setattr(tokenise.Writer, 'write', fail)
-    with pytest.raises(UserError, match='cannot be written: No space left') as caught:
+    with pytest.raises(UserError, match='cannot be written: the disk is full') as caught:
         write(tmp_path, [numbered(2000)], num_proc=2)
     assert caught.value.code == DISK_FULL
     assert not multiprocessing.active_children()

@@ -300,6 +300,9 @@ FAULTS = {  # what holds each row of the table of faults, in tests/
     'every checkpoint is damaged': 'test_watch.test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over',
     'the disk is full': 'test_watch.test_a_full_disk_ends_the_run_and_leaves_what_was_saved',
     'the disk would become full': 'test_watch.test_a_run_that_would_fill_the_disk_does_not_begin',
+    '`out_dir` is deleted': 'test_watch.test_a_folder_that_is_deleted_under_a_run_is_made_again',
+    '`out_dir` may not be written to, a name is too long, too many files are open':
+        'test_errors.test_what_else_the_system_refuses_is_no_damage_and_no_full_disk',
     'a loss or gradient that is not finite':
         'test_watch.test_an_infinite_loss_on_one_of_two_processes_skips_the_step_on_both',
     'ten of them in a row': 'test_watch.test_ten_steps_in_a_row_that_are_not_finite_end_the_run',

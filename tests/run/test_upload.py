@@ -219,7 +219,7 @@ def test_what_is_secret_in_upload_to_is_neither_printed_nor_kept_by_a_run(
 def test_a_folder_under_file_gets_whole_files_and_nothing_else(tmp_path: Path, lines: list[str]) -> None:
     run, there = tmp_path / 'run', tmp_path / 'not/yet there'
     run.mkdir()
-    (run / '.ckpt.pt.0123abcd.uploading').write_bytes(b'what a kill left')
+    (run / '.ckpt.pt.0a1b2c3d.uploading').write_bytes(b'what a kill left')
     uploader = upload.Uploader(f'file://{there}', lines.append)
     for content in (b'one', b'two', b'three'):
         uploader.put(write(run / 'ckpt.pt', content))
