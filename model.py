@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from plaingpt.errors import CHECKPOINT, UserError
+from plaingpt.errors import CHECKPOINT, NOT_FINITE, UserError
 
 
 # more: the plain file imports this
@@ -222,6 +222,7 @@ class GPT(nn.Module):
         stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)  # (B,)
         for _ in range(max_new_tokens):
             scores = self.score_next(unread, caches)  # (B, V)
+            refuse_not_finite(scores)
             token = choose(scores[:, :n_vocab].float(), temperature, top_k, top_p, generator)  # (B,)
             if stop is not None:
                 token = torch.where(stopped, stop, token)
@@ -297,6 +298,13 @@ class GPT(nn.Module):
 
 
 # more: generation
+def refuse_not_finite(numbers: Tensor) -> None:
+    """Raise UserError if a model has predicted anything infinite or NaN: weights can be finite, and damaged."""
+    if not numbers.isfinite().all():
+        raise UserError('what the model predicts is infinite or NaN: its weights are damaged, or too large for --dtype',
+                        NOT_FINITE)
+
+
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
            generator: torch.Generator | None) -> Tensor:
     """One token (B,) for each row of logits (B, V), drawn from the top_k likeliest, or from the fewest that hold top_p
