@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import configurator
+from model import refuse_not_finite
 from plaingpt import console, errors, files, metrics
 from plaingpt.corpus.folder import fingerprint, open_split, read_meta
 from plaingpt.errors import UserError
@@ -100,6 +101,7 @@ def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], p
         learned = shared_tokenizer(learned_reference(state, n_vocab, folder, bool(dataset)), folder)
         figures[split] = metrics.evaluate(predict, corpus, eval_iters * batch_size,
                                           learned.token_sizes() if learned else None)
+        refuse_not_finite(torch.tensor(figures[split]['loss']))
     for name, rows in questions.items():
         figures |= MEASURES[name](rows, learned_tokenizer(state, n_vocab, folder, bool(dataset)), predict)
     return Measured(console.shown(where), state.get('iter_num'), folder.name if 'val' in names else '', figures)

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from plaingpt.chance import draw
-from plaingpt.errors import CHECKPOINT, UserError
+from plaingpt.errors import CHECKPOINT, NOT_FINITE, UserError
 
 
 # more: the plain file imports this
@@ -226,6 +226,7 @@ class GPT(nn.Module):
             if seed is None:
                 seed = int(torch.randint(2**62, ()))
             scores = self.score_next(unread, caches)  # (B, V)
+            refuse_not_finite(scores)
             draws = [draw(seed, first + row, number) for row in range(len(scores))]
             token = choose(scores[:, :n_vocab].float(), temperature, top_k, top_p, draws)  # (B,)
             if stop is not None:
@@ -302,6 +303,13 @@ class GPT(nn.Module):
 
 
 # more: generation
+def refuse_not_finite(numbers: Tensor) -> None:
+    """Raise UserError if a model has predicted anything infinite or NaN: weights can be finite, and damaged."""
+    if not numbers.isfinite().all():
+        raise UserError('what the model predicts is infinite or NaN: its weights are damaged, or too large for --dtype',
+                        NOT_FINITE)
+
+
 ALL = 2**40  # what a probability of 1 is as a whole number: fine enough, and sums of such numbers stay far below 2**63
 GREEDY = 1e-6  # a lower temperature tells apart only logits whose difference is a matter of rounding
 

@@ -12,7 +12,6 @@ Shapes that the content of a file must have before any of it is used. A shape lo
 """
 import json
 import re
-import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,4 +96,4 @@ def is_one(value: Any, shape: Any) -> bool:
 def shown(value: object) -> str:
     """Return a value in a few words, and in one line."""
     is_short = value is None or isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() < 99)
-    return 'missing' if value is MISSING else reprlib.repr(value) if is_short else f'of the type {type(value).__name__}'
+    return 'missing' if value is MISSING else repr(value)[:80] if is_short else f'of the type {type(value).__name__}'

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import refuse_not_finite
 from plaingpt import console
 from plaingpt.corpus import documents
 from plaingpt.corpus.download import download
@@ -239,6 +240,7 @@ def score(predict: Predictor, pairs: list[Pair], label: str,
 
     of_pieces = compute_together(math.ceil(len(todo) / batch_size), score_batch, predict.process, progress, label,
                                  'batches').flatten(0, 1)[:len(todo)]  # (pieces, 2)
+    refuse_not_finite(of_pieces)
     of_pairs = torch.zeros(len(pairs), 2, dtype=torch.float64)
     of_pairs.index_add_(0, torch.tensor([piece.pair for piece in todo]), of_pieces)
     return of_pairs[:, 0], of_pairs[:, 1]

@@ -68,6 +68,29 @@ def test_a_model_is_opened_with_the_numbers_that_were_saved(tmp_path: Path) -> N
     assert 'is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2' in message
 
 
+def test_damaged_weights_end_every_stage_in_a_line(tiny_dataset: Path, tmp_path: Path) -> None:
+    """NaN is found when they are read; numbers that are only far too large, when something is predicted with them."""
+    model, meta = GPT(GPTConfig(T, V, 1, 1, 8)), json.loads((tiny_dataset / 'meta.json').read_text(encoding='utf-8'))
+    model.get_parameter('transformer.wte.weight').data.mul_(1e4)
+    (tmp_path / 'lambada.jsonl').write_text('{"text": "return self"}', encoding='utf-8')
+    for bad, code in ((1e37, errors.NOT_FINITE), (float('nan'), errors.CHECKPOINT)):
+        model.get_parameter('transformer.ln_f.weight').data.fill_(bad)
+        checkpoint.write(tmp_path, others.complete({
+            'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config),
+            'config': checkpoint.shape_of(model.config), 'tokenizer': meta['tokenizer']}), 2, False)
+        (tmp_path / 'ckpt.1.pt').unlink(missing_ok=True)
+        common = [f'--init_from={tmp_path}/ckpt.pt', '--device=cpu']
+        for temperature in (0, 1):
+            message = refused(sample.main, [*common, f'--temperature={temperature}'], code=code)
+            assert 'infinite or NaN' in message
+        for task in ('val', 'hellaswag', 'lambada'):
+            message = refused(evaluate.main, [
+                *common, f'--dataset={tiny_dataset}', f'--tasks={task}', f'--hellaswag={tiny_dataset}/hellaswag.jsonl',
+                f'--lambada={tmp_path}/lambada.jsonl'], code=code)
+            assert 'infinite or NaN' in message
+    assert 'infinite or NaN' in refused(export.main, [common[0]], code=errors.CHECKPOINT)
+
+
 def test_a_run_whose_tokenizer_cannot_be_had_goes_on_and_is_evaluated(tmp_path: Path) -> None:
     """llm.c's shards for Llama 3, which tiktoken does not know: the corpus says whose tokens they are."""
     for name, n_tokens in (('train_000001', 400), ('val_000000', 200)):

@@ -1,0 +1,102 @@
+"""Folders of Hugging Face that others have made, or damaged. What export.py writes is in test_export.py."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import export
+from model import GPT, GPTConfig
+from plaingpt import errors
+from plaingpt.corpus import tokenizer
+from plaingpt.formats import huggingface
+from plaingpt.formats.exported import Exported
+from plaingpt.init_from import open_model
+from tests.comparing import differences, refused
+
+safetensors = pytest.importorskip('safetensors.torch')
+WEIGHT = 'transformer.h.1.mlp.c_fc.weight'
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    vocabulary = tokenizer.build('bpe:300', lambda: [__doc__ or ''], eot=True)
+    model = GPT(GPTConfig(16, vocabulary.n_vocab, 2, 2, 8))
+    folder = tmp_path / 'theirs'
+    folder.mkdir()
+    exported = Exported('theirs', model.config, model.state_dict(), vocabulary, torch.float32, {})
+    huggingface.write(folder, exported.complete())
+    return folder
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text(encoding='utf-8')) | changes), encoding='utf-8')
+
+
+def test_of_a_config_only_gpt2s_own_keys_are_read_and_none_of_the_others_goes_on(theirs: Path, tmp_path: Path) -> None:
+    """transformers would fetch a kernel, or run the code of a class, that these keys name: it is not even imported."""
+    right = open_model(str(theirs))[0].state_dict()
+    evil = {'_attn_implementation': 'kernels-community/flash-attn', 'auto_map': {'AutoModelForCausalLM': 'evil.Model'},
+            'trust_remote_code': True, 'architectures': ['Evil'], 'torch_dtype': 'int8', '_name_or_path': 'evil/evil'}
+    rewrite(theirs / 'config.json', **evil)
+    rewrite(theirs / 'tokenizer_config.json', auto_map={'AutoTokenizer': ['evil.Tokenizer', None]})
+    (theirs / 'evil.py').write_text(f'open({str(tmp_path / "witness")!r}, "w")', encoding='utf-8')
+    assert not differences(open_model(str(theirs))[0].state_dict(), right)
+    code = (f'import sys; sys.modules["transformers"] = None; import export; '
+            f'export.main(["--init_from={theirs}", "--to_dir={tmp_path}/again"])')
+    subprocess.run([sys.executable, '-c', code], cwd=Path(export.__file__).parent, check=True, stdout=subprocess.PIPE)
+    assert not (tmp_path / 'witness').exists()
+    again = '\n'.join(path.read_text(encoding='utf-8') for path in (tmp_path / 'again').glob('*.json'))
+    assert 'vil' not in again and 'kernels' not in again and 'auto_map' not in again
+
+
+@pytest.mark.parametrize(('name', 'value', 'message'), [
+    ('quantization_config', {'load_in_4bit': True}, 'another model than GPT-2: it has quantization_config'),
+    ('n_layer', 10**8, 'too few for n_layer=100000000'), ('n_layer', 10**9, 'n_layer is 1000000000'),
+    ('n_embd', 2**40, 'n_embd is'), ('n_embd', 10**6, 'by its settings'), ('vocab_size', 10**8, 'by its settings'),
+    ('n_positions', 2**27, 'by its settings'), ('n_head', 0, 'n_head is 0'), ('n_head', 3, 'n_head=3'),
+    ('n_head', None, 'n_head is None'), ('n_embd', [8], 'of the type list'), ('n_embd', True, 'n_embd is True'),
+    ('activation_function', [], 'activation_function'), ('tie_word_embeddings', 'no', "tie_word_embeddings is 'no'"),
+    ('model_type', '\x1b[31mgpt2', r"'\x1b[31mgpt2'"), ('model_type', ['gpt2'], 'of the type list'),
+])
+def test_a_config_that_promises_what_the_weights_do_not_hold_is_refused_before_it_is_built(
+        name: str, value: Any, message: str, theirs: Path) -> None:
+    rewrite(theirs / 'config.json', **{name: value})
+    said = refused(open_model, str(theirs), code=errors.CHECKPOINT)
+    assert message in said and str(theirs) in said
+
+
+@pytest.mark.parametrize('text', ['[' * 200_000, '[]', '3', '{"n_layer": ' + '1' * 5000 + '}', '{"model_type": "gpt2'])
+def test_a_config_that_is_no_json_or_no_dict_is_refused(text: str, theirs: Path) -> None:
+    (theirs / 'config.json').write_text(text, encoding='utf-8')
+    assert 'config.json is damaged' in refused(open_model, str(theirs), code=errors.CHECKPOINT)
+
+
+@pytest.mark.parametrize('name', ['../secret.safetensors', '/etc/passwd', 'a/b.safetensors', '..', '', r'..\secret', 3,
+                                  'C:secret', None])
+def test_an_index_does_not_lead_out_of_its_folder(name: Any, theirs: Path) -> None:
+    (theirs / 'model.safetensors').rename(theirs.parent / 'secret.safetensors')
+    index = {'weight_map': {WEIGHT: name}}
+    (theirs / 'model.safetensors.index.json').write_text(json.dumps(index), encoding='utf-8')
+    said = refused(open_model, str(theirs), code=errors.CHECKPOINT)
+    assert f'model.safetensors.index.json is damaged: weight_map[{WEIGHT!r}] is' in said
+
+
+def test_weights_that_are_no_numbers_or_of_another_type_are_refused(theirs: Path) -> None:
+    path = theirs / 'model.safetensors'
+    right = safetensors.load_file(path)
+    for bad in (float('nan'), float('inf')):
+        weights = {name: p.clone() for name, p in right.items()}
+        weights[WEIGHT][1, 1] = bad
+        safetensors.save_file(weights, path)
+        assert f'{WEIGHT} has numbers that are infinite or NaN' in refused(
+            open_model, str(theirs), code=errors.CHECKPOINT)
+    safetensors.save_file(right | {WEIGHT: right[WEIGHT].to(torch.int8)}, path)
+    assert 'torch.int8' in refused(open_model, str(theirs), code=errors.CHECKPOINT)
+    path.unlink()
+    for tree in (right | {WEIGHT: 3}, [1], {3: torch.ones(1)}):
+        torch.save(tree, theirs / 'pytorch_model.bin')
+        assert 'pytorch_model.bin is damaged' in refused(open_model, str(theirs), code=errors.CHECKPOINT)
