@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plaingpt import files
-from plaingpt.errors import DATA, UserError
+from plaingpt.errors import DATA, UserError, first_line
 
 BLOCK = 1 << 20  # bytes of a file that are read at a time
 TIMEOUT = 30  # seconds that a download may stand still
@@ -61,6 +61,5 @@ def explained_hub(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'{what} cannot be downloaded: {reason}\n'
+        raise UserError(f'{what} cannot be downloaded: {first_line(error)}\n'
                         'get its parquet files in another way, and name them with --input=PATH', DATA) from error
