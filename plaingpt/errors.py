@@ -57,6 +57,11 @@ class UserError(ValueError):
         self.code = code
 
 
+def first_line(error: BaseException) -> str:
+    """Return what another project's error says, as part of a message of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def python() -> str:
     """What to type for the Python that runs this: the one of this folder's virtual environment, or else `python`."""
     here, found = Path(sys.executable), shutil.which('python')

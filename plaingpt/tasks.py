@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import refuse_not_finite
-from plaingpt import console
+from plaingpt import console, schema
 from plaingpt.corpus import documents
 from plaingpt.corpus.download import download
 from plaingpt.corpus.folder import DATA_ROOT
@@ -63,10 +63,10 @@ def read(task: str, path: str, limit: int = 0) -> Iterator[Row]:
     with documents.opened(path) as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
+                row = schema.parse(line)
             except ValueError:
                 row = None
-            if not TASKS[task].is_row(row):
+            if not schema.fits(row, TASKS[task].row):
                 start = str(line[:60], 'utf-8', 'replace')
                 raise UserError(f'{path}, line {number} is not an example of {task}: {start}', DATA)
             yield row
@@ -74,13 +74,8 @@ def read(task: str, path: str, limit: int = 0) -> Iterator[Row]:
                 return
 
 
-def is_hellaswag(row: object) -> bool:
-    match row:
-        case {'activity_label': str(), 'ctx': str(context), 'endings': [*endings], 'label': label, **more}:
-            texts = [*endings, more.get('ctx_a', ''), more.get('ctx_b', '')]
-            is_complete = context.strip() != '' and len(endings) == len(LABELS) and str(label) in LABELS
-            return is_complete and all(isinstance(text, str) for text in texts)
-    return False
+def is_text(value: object) -> bool:
+    return schema.fits(value, str) and str(value).strip() != ''
 
 
 def parted(row: object) -> tuple[str, str]:
@@ -96,7 +91,16 @@ def parted(row: object) -> tuple[str, str]:
 
 
 def is_lambada(row: object) -> bool:
-    return all(parted(row))
+    return all(part and schema.fits(part, str) for part in parted(row))
+
+
+HELLASWAG = {
+    'activity_label': str,
+    'ctx': is_text,
+    'endings': [str] * len(LABELS),
+    'label': (set(LABELS), range(len(LABELS))),
+    'ctx_a?': str,
+    'ctx_b?': str}
 
 
 class Task(NamedTuple):
@@ -104,12 +108,12 @@ class Task(NamedTuple):
 
     url: str
     sha256: str
-    is_row: Callable[[object], bool]
+    row: Any  # the shape of a line
 
 
 TASKS = {
     'hellaswag': Task('https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
-                      '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588', is_hellaswag),
+                      '0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588', HELLASWAG),
     'lambada': Task('https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl',
                     '4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226', is_lambada),
 }

@@ -23,6 +23,7 @@ from plaingpt import console, errors
 from plaingpt.corpus import tokenizer
 from plaingpt.errors import UserError
 from plaingpt.tasks import (
+    HELLASWAG,
     TASKS,
     Pair,
     Questions,
@@ -31,7 +32,6 @@ from plaingpt.tasks import (
     completion,
     encode_together,
     for_training,
-    is_hellaswag,
     is_lambada,
     is_raw,
     last_words,
@@ -299,6 +299,9 @@ def test_only_the_first_examples_are_read_when_so_many_are_asked_for(tmp_path: P
     ('hellaswag', {**RAW[0], 'endings': ['a', 'b', 'c']}), ('hellaswag', {**RAW[0], 'endings': ['a', 'b', 'c', 4]}),
     ('hellaswag', {**RAW[0], 'ctx_b': None}), ('hellaswag', WORDS[0]), ('hellaswag', [1]),
     ('lambada', {'text': 'one'}), ('lambada', {'text': ' one'}),
+    ('hellaswag', {**RAW[0], 'label': True}), ('hellaswag', {**RAW[0], 'label': [1]}),
+    ('hellaswag', {**RAW[0], 'ctx': '\ud83d'}), ('hellaswag', {**RAW[0], 'endings': ['a', 'b', 'c', '\udfff']}),
+    ('lambada', {'text': 'one \ud83d'}), ('lambada', {'context': '\udfff', 'continuation': 'word'}),
     ('lambada', {'text': 'one '}), ('lambada', {'context': '', 'continuation': 'word'}), ('lambada', RAW[0]),
 ])
 def test_what_is_no_example_is_refused_with_its_line(task: str, row: Any, tmp_path: Path) -> None:
@@ -311,7 +314,10 @@ def test_what_is_no_example_is_refused_with_its_line(task: str, row: Any, tmp_pa
 def test_files_that_are_damaged_or_empty_are_refused(tmp_path: Path) -> None:
     (tmp_path / 'bad.jsonl').write_bytes(b'{"text": "a \xff b"}\n')
     (tmp_path / 'empty.jsonl').write_bytes(b'')
-    for name, message in (('bad', 'line 1'), ('empty', 'is empty'), ('nowhere', 'matches no file')):
+    (tmp_path / 'deep.jsonl').write_bytes(b'[' * 200_000)
+    (tmp_path / 'long.jsonl').write_bytes(b'{"text": "a b", "id": ' + b'1' * 5000 + b'}')
+    for name, message in (('bad', 'line 1'), ('deep', 'line 1'), ('long', 'line 1'),
+                          ('empty', 'is empty'), ('nowhere', 'matches no file')):
         with pytest.raises(UserError, match=message) as caught:
             load('lambada', str(tmp_path / f'{name}.jsonl'), 0, ALONE)
         assert caught.value.code == errors.DATA
@@ -365,7 +371,7 @@ def test_without_a_path_the_original_is_downloaded_and_anything_else_refused(
     monkeypatch.setattr('plaingpt.tasks.DATA_ROOT', tmp_path / 'data')
     file = write(tmp_path / 'web/hellaswag_val.jsonl', RAW)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setitem(TASKS, 'hellaswag', Task(f'{served}/hellaswag_val.jsonl', digest, is_hellaswag))
+    monkeypatch.setitem(TASKS, 'hellaswag', Task(f'{served}/hellaswag_val.jsonl', digest, HELLASWAG))
     assert load('hellaswag', '', 0, ALONE) == RAW
     assert (tmp_path / 'data/hellaswag/hellaswag_val.jsonl').read_bytes() == file.read_bytes()
     file.unlink()

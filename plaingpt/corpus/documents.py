@@ -8,8 +8,6 @@ read by any process without the others, so that no text has to be sent to it.
 """
 import codecs
 import itertools
-import json
-import lzma
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 from plaingpt import console
 from plaingpt.corpus.download import BLOCK, download
 from plaingpt.errors import DATA, UserError, missing_package, refusal
+from plaingpt.schema import parse
 
 KINDS = ('.txt', '.jsonl', '.ndjson', '.parquet')
 TABLES = ('.json', '.csv', '.tsv')  # read as text, they would teach a model their braces and commas
@@ -95,7 +94,9 @@ def opened(name: str) -> Iterator[BinaryIO]:
     try:
         with fsspec.open(name, 'rb', compression='infer') as file:
             yield file
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except Exception as error:  # of one of four libraries, which unpack what may be damaged
+        if isinstance(error, UserError | ModuleNotFoundError):
+            raise
         raise refusal(error, f'{name} cannot be read', DATA) from error
 
 
@@ -172,9 +173,10 @@ def read_lines(piece: Piece, file: BinaryIO) -> Iterator[str]:
         if offset >= stop:
             break
         if not line.isspace():
+            text = decode(name, line, offset)
             try:
-                row = json.loads(decode(name, line, offset))
-            except json.JSONDecodeError as error:
+                row = parse(text)
+            except ValueError as error:
                 raise UserError(f'{name}, line {line_number(file, offset)} is not JSON: {error}', DATA) from None
             fields = list(row) if isinstance(row, dict) else []
             if column not in fields or not isinstance(row[column], str | None):
@@ -204,8 +206,9 @@ def open_parquet(name: str, column: str, file: BinaryIO) -> Any:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False)  # by pages, not by row groups
-    except ValueError as error:
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False,  # by pages, not by row groups
+                                            page_checksum_verification=True)
+    except (ValueError, OSError) as error:
         raise UserError(f'{name} is not a parquet file: {error}', DATA) from None
     types = {field.name: str(field.type) for field in table.schema_arrow}
     if not STRINGS.fullmatch(types.get(column, '')):
@@ -221,5 +224,6 @@ def read_row_groups(piece: Piece, file: BinaryIO) -> Iterator[str]:
 
 
 def missing_column(where: str, column: str, there_are: list[str]) -> UserError:
-    return UserError(f"{where} has no text in a column '{column}'; its columns: {', '.join(there_are) or 'none'}\n"
+    columns = ', '.join(there_are)[:200] or 'none'
+    return UserError(f"{where} has no text in a column '{column}'; its columns: {columns}\n"
                      'name the one to read with --column=', DATA)

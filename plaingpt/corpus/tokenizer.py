@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from plaingpt.errors import COMMAND, DATA, UserError, refusal
+from plaingpt.errors import COMMAND, DATA, UserError, first_line, refusal
 from plaingpt.schema import COUNT
 
 if TYPE_CHECKING:
@@ -364,8 +364,7 @@ def from_state(state: dict[str, Any], code: int = DATA) -> Tokenizer:
     except (UserError, ModuleNotFoundError):
         raise
     except Exception as error:  # of two libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the tokenizer '{state['name']}' is damaged: {reason[:200]}", code) from None
+        raise UserError(f"the tokenizer '{state['name']}' is damaged: {first_line(error)}", code) from None
     return vocabulary
 
 

@@ -15,7 +15,7 @@ from model import GPTConfig
 from plaingpt import schema
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_level
-from plaingpt.errors import CHECKPOINT, UserError
+from plaingpt.errors import CHECKPOINT, UserError, first_line
 from plaingpt.formats import others
 from plaingpt.formats.exported import Exported
 from plaingpt.formats.weights import SIDE, fitting, is_tensor
@@ -161,7 +161,7 @@ def readable_errors(name_or_folder: str) -> Iterator[None]:
     except Exception as error:  # of three libraries
         if isinstance(error, ModuleNotFoundError) or getattr(error, 'code', None) == CHECKPOINT:
             raise
-        raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {(str(error).splitlines() or [repr(error)])[0]}\n'
+        raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {first_line(error)}\n'
                         'without network, give a local folder that save_pretrained wrote', CHECKPOINT) from None
 
 

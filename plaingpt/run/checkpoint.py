@@ -239,6 +239,13 @@ def describe(state: State, settings: dict[str, Any]) -> str:
     return f'resuming at step {state["iter_num"]}' + (f', with {", ".join(changed)}' if changed else '')
 
 
+def fits(moment: Tensor | float, shape: torch.Size) -> bool:
+    """Return whether this is a moment of a weight of that shape, or a number of steps; the block_size may be shorter
+    than it was."""
+    found = getattr(moment, 'shape', torch.Size())
+    return not found or (found[1:] == shape[1:] and found[0] >= shape[0])
+
+
 def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) -> None:
     """Give the optimizer the moments of a checkpoint. Learning rate, betas and weight decay stay as this run sets
     them."""
@@ -246,7 +253,7 @@ def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) ->
     shapes = [p.shape for group in ours for p in group['params']]
     moments = state['optimizer']['state'].items() if theirs else ()
     if ([len(group['params']) for group in ours] != [len(group['params']) for group in theirs]
-            or any(number not in range(len(shapes)) or getattr(tensor, 'shape', ()) not in ((), shapes[number])
+            or any(number not in range(len(shapes)) or not fits(tensor, shapes[number])
                    for number, tensors in moments for tensor in tensors.values())):
         raise UserError('the checkpoint has no optimizer state, or that of another model: it cannot be resumed\n'
                         'start a new run from its weights: give its path as --init_from', CHECKPOINT)

@@ -29,9 +29,14 @@ def is_url(where: str) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of an error, without what is secret in URLs, and without what the environment holds in
-    variables that are named like secrets."""
-    text = console.shown(next(iter(str(error).splitlines()), '') or type(error).__name__)
+    """Return the first line of an error, without secrets."""
+    return without_secrets(next(iter(str(error).splitlines()), '') or type(error).__name__)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without what is secret in its URLs, and without what the environment holds in variables that are
+    named like secrets."""
+    text = console.shown(text)
     hidden = {value for name, value in os.environ.items() if SECRETS.search(name) and len(value) >= SHORTEST_SECRET}
     for value in sorted(hidden, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, '***')
@@ -84,7 +89,8 @@ def fetch(url: str, folder: Path) -> list[Path]:
             with files.written_whole(target, is_shared=True) as file:
                 elsewhere.get_file(source, file.name)
         except Exception as error:  # each file system raises errors of its own
-            raise refusal(error, f'{url} cannot be fetched to {target}', CHECKPOINT) from None
+            refused = refusal(error, f'{url} cannot be fetched to {target}', CHECKPOINT)
+            raise UserError(without_secrets(str(refused)), refused.code) from None
     return targets
 
 

@@ -1,5 +1,7 @@
 """Reading texts of any kind, splitting, tokenising in several processes, and writing token files."""
+import bz2
 import errno
+import gzip
 import hashlib
 import http.server
 import itertools
@@ -171,6 +173,25 @@ def write_bytes(name: str, content: bytes) -> Callable[[Path], Path]:
     return write
 
 
+def damage(suffix: str, cut: bool) -> Callable[[Path], Path]:
+    """A packed file, or a parquet file with checksums, that is cut off in its middle, or has other bytes there."""
+    def write(folder: Path) -> Path:
+        path, texts = folder / f'a{suffix}', [hashlib.sha256(bytes([i])).hexdigest() for i in range(200)]
+        if suffix == '.parquet':
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.table({'text': texts}), path, write_page_checksum=True)
+        else:
+            pack = {'.gz': gzip, '.bz2': bz2, '.xz': lzma}[Path(suffix).suffix]
+            path.write_bytes(pack.compress('\n'.join(texts).encode()))
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] if cut else whole[:middle] + b'\xff' * 20 + whole[middle + 20:])
+        return path
+
+    return write
+
+
 @pytest.mark.parametrize(('make', 'message'), [
     (lambda folder: folder / 'nowhere.txt', r'--input=.*nowhere\.txt matches no file'),
     (lambda folder: folder / '*.md', r'matches no file'),
@@ -183,6 +204,13 @@ def write_bytes(name: str, content: bytes) -> Callable[[Path], Path]:
     (lambda folder: write_jsonl(folder / 'a.jsonl', TEXTS, 'body'), "'text'; its columns: id, body\n.*--column="),
     (lambda folder: write_parquet(folder / 'a.parquet', TEXTS, 'body'),
      r"'text'; its columns: id \(\w+\), body \(string\)\n.*--column="),
+    (write_bytes('a.jsonl', b'{"text": "a"}\n' + b'[' * 200_000), r'a\.jsonl, line 2 is not JSON: its brackets'),
+    (write_bytes('a.jsonl', b'{"text": "a", "id": ' + b'1' * 5000 + b'}'), r'a\.jsonl, line 1 is not JSON: .*digits'),
+    (write_bytes('a.jsonl', json.dumps(dict.fromkeys(map(str, range(10**5)), 0)).encode()), r'its columns: 0, 1, 2,'),
+    *((damage(f'.txt{suffix}', cut), fr'a\.txt\{suffix} cannot be read')
+      for suffix in ('.gz', '.bz2', '.xz') for cut in (True, False)),
+    (damage('.parquet', False), r'a\.parquet cannot be read'),
+    (damage('.parquet', True), r'a\.parquet is not a parquet file'),
     (write_bytes('a.parquet', b'no such thing'), r'a\.parquet is not a parquet file'),
     (write_bytes('a.txt.xz', b'no such thing'), r'a\.txt\.xz cannot be read'),
 ])
@@ -191,7 +219,7 @@ def test_a_text_that_cannot_be_read_is_one_clear_message(
     with pytest.raises(UserError, match=message) as caught:
         read(make(tmp_path), tmp_path)
     assert caught.value.code == DATA
-    assert len(str(caught.value).splitlines()) <= 3
+    assert len(str(caught.value).splitlines()) <= 3 and len(str(caught.value)) < 600
 
 
 def test_a_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
