@@ -23,17 +23,16 @@ T = TypeVar('T')
 
 
 class Launcher(NamedTuple):
-    """What a program that starts processes calls the rank, the rank on its machine and the number of processes, and
-    which variables, together, no other run of its has."""
+    """The variables of a program that starts processes."""
 
-    names: tuple[str, str, str]
-    run: tuple[str, ...]
+    names: tuple[str, str, str]  # of the rank, the rank on this machine, and the number of processes
+    run: tuple[str, ...]  # which together differ from those of any other run
 
 
 RANKS = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
 ALL = (*RANKS, 'MASTER_ADDR', 'MASTER_PORT')  # what torchrun gives each process
-# mpirun may run in a step of Slurm, and torchrun in either: the first that fits has started this process. torchrun's
-# machines may count their restarts differently.
+# mpirun may run in a step of Slurm, and torchrun in either: the first that fits has started this process. Restarts are
+# not among torchrun's variables here, as its machines may have counted them differently.
 LAUNCHERS = {
     'torchrun': Launcher(RANKS, ('TORCHELASTIC_RUN_ID',)),
     'mpirun': Launcher(('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_SIZE'),
@@ -61,8 +60,8 @@ def launch_of(environment: Mapping[str, str]) -> Launch | None:
     if not name:
         return None
     launcher, found = LAUNCHERS[name], {key: environment[key] for key in ALL if key in environment}
-    found |= {ours: environment[theirs] for ours, theirs in zip(RANKS, launcher.names, strict=True)
-              if theirs in environment}
+    found |= {key: environment[variable] for key, variable in zip(RANKS, launcher.names, strict=True)
+              if variable in environment}
     run = f'{name} {".".join(environment.get(part, "0") for part in launcher.run)}'
     if name == 'srun':
         found = {'MASTER_ADDR': first_host(environment.get('SLURM_STEP_NODELIST', 'localhost')),
@@ -142,7 +141,7 @@ def deadline(seconds: float, complaint: str) -> Iterator[Deadline]:
 
 
 def join(launch: Launch, backend: str, timeout: float) -> dist.Store:
-    """Form the group of all processes within `timeout` seconds, and return a connection of our own to their store.
+    """Form the group of all processes within `timeout` seconds, and return one more connection to their store.
     watch.Watch notices sooner than the group's own time-out that a process is lost, and names it."""
     rank, _, world_size, host, number = (launch.variables[name] for name in ALL)
     limit, port = timedelta(seconds=2 * timeout), int(number)
@@ -155,8 +154,8 @@ def join(launch: Launch, backend: str, timeout: float) -> dist.Store:
             kept = connect(is_master=True) if keeps_store else None
             with end.insist(lambda: socket.create_connection((host, port), timeout)) as connection:
                 address = str(connection.getpeername()[0])
-            store, ours = kept or connect(is_master=False), connect(is_master=False)
-            met, end.reason = dist.PrefixStore('meeting', ours), 'not all of them have come'
+            store, second = kept or connect(is_master=False), connect(is_master=False)
+            met, end.reason = dist.PrefixStore('meeting', second), 'not all of them have come'
             refuse_another_run(met, launch)
             name_interface(met, launch, address)
             dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=int(rank),
@@ -170,7 +169,7 @@ def join(launch: Launch, backend: str, timeout: float) -> dist.Store:
                                 'MASTER_PORT unset; else export a free one for all processes', PEER_LOST) from None
             end.reason = str(error).splitlines()[0]
             raise end.failure() from None
-    return dist.PrefixStore(f'watch/{os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}', ours)
+    return dist.PrefixStore(f'watch/{os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}', second)
 
 
 def refuse_another_run(store: dist.Store, launch: Launch) -> None:
@@ -194,8 +193,8 @@ def refuse_unknown_interface(names: str) -> None:
 
 def name_interface(store: dist.Store, launch: Launch, address: str) -> None:
     """Tell gloo through which network interface the others are reached, unless the user did. It would take that of the
-    machine's own name, which many systems resolve to 127.0.1.1, where no other machine comes. `address` is that of the
-    store, as this process sees it; to process 0 it may be 127.0.0.1, too, and then the others know better."""
+    machine's own name, which many systems resolve to 127.0.1.1, out of reach for other machines. `address` is that of
+    the store, as this process sees it; process 0 itself may see 127.0.0.1, and then the others know better."""
     store.set(f'address/{launch.variables["RANK"]}', address)
     keys = [f'address/{rank}' for rank in range(int(launch.variables['WORLD_SIZE']))]
     seen = [ipaddress.ip_address(answer.decode()) for answer in store.multi_get(keys)]  # which waits for all

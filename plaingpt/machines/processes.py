@@ -148,7 +148,7 @@ def refuse_difference(process: Process, values: dict[str, Any], remedy: str) -> 
     process.store.set(f'equal/{process.rank}', json.dumps(values))
     wait_for_all(process)
     found = list(map(json.loads, process.store.multi_get([f'equal/{rank}' for rank in range(process.world_size)])))
-    wait_for_all(process)  # to read, too, before one of them goes on, or ends and takes the store with it
+    wait_for_all(process)  # before one of them writes again, or ends and takes the store with it
     faults = []
     for name in dict.fromkeys(key for one in found for key in one):
         ranks: dict[str, list[int]] = {}  # that have each value

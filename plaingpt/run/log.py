@@ -133,6 +133,7 @@ class Log:
         self.sinks: dict[str, Sink] = {}
         self.bar: tqdm[Any] | None = None
         self.step, self.values, self.last_kept, self.row_start = -1, dict[str, float](), -1, NO_ROW
+        self.reached = first_step  # of the last update, which need not have a row
         self.uploader = uploader or Uploader('', self.line)
         self.on_closed: Callable[[str], None] | None = None  # called once the console has no reader any more
         if self.folder:
@@ -271,7 +272,7 @@ class Log:
 
     def end(self, code: int, message: str) -> None:
         state = {DONE: 'done', STOPPED: 'stopped'}.get(code, 'failed')
-        self.status(state, max(self.step, self.first_step), code, message)
+        self.status(state, max(self.step, self.reached), code, message)
 
     def close(self, exit_code: int = DONE) -> None:
         """The last row, the bar's last state, the sinks' end. A second call does nothing."""

@@ -113,7 +113,7 @@ class Run:
 
     def report(self, learner: Learner, loss: float, lr: float, grad_norm: float) -> None:
         """Report the last update, every log_interval steps, and the first and the last one of the run."""
-        step = learner.step - 1
+        step = self.log.reached = learner.step - 1
         if step % self.log_interval and step not in (self.first_step, self.work.last_step - 1):
             return
         self.first_loss = loss if step == self.first_step else self.first_loss

@@ -1,4 +1,4 @@
-"""How processes of one run find each other, whoever started them, and who is turned away: real processes, with the
+"""How processes of one run find each other under any launcher, and which are turned away: real processes, with the
 environment that launchers give them."""
 import os
 import re
@@ -163,7 +163,7 @@ def test_processes_of_mpirun_meet_and_one_of_them_speaks(processes: Processes) -
 
 
 # ------------------------------------------------------------------------------------------------
-# Who is turned away
+# Processes that are turned away
 
 
 @pytest.mark.slow
@@ -251,7 +251,7 @@ def test_hosts_meet_whose_own_name_is_of_the_loopback(processes: Processes, two_
 
 
 # ------------------------------------------------------------------------------------------------
-# What they must agree on
+# Agreement
 
 
 @pytest.mark.slow
