@@ -21,7 +21,7 @@ from plaingpt.errors import UserError
 from plaingpt.formats import gguf, huggingface, llmc, others
 from plaingpt.formats.exported import Exported
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
-from plaingpt.run import checkpoint, upload
+from plaingpt.run import checkpoint, lock, upload
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -182,7 +182,8 @@ def main(args: list[str]) -> None:
     exported = open_source()
     check(exported)
     if FORMATS[to].is_run:
-        write_run(target, exported)
+        with lock.owned(target):
+            write_run(target, exported)
     else:
         write_folder(target, exported.complete())
     for path in sorted(filter(Path.is_file, target.iterdir())):

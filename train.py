@@ -8,7 +8,7 @@ Train a GPT: on a laptop, on one card, or on many.
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -34,7 +34,7 @@ from plaingpt.machines.processes import Process
 from plaingpt.machines.stop import Stop, StopAsked
 from plaingpt.machines.watch import Watch, explained
 from plaingpt.plan import RunSettings, amount, show_plan
-from plaingpt.run import checkpoint, wandb
+from plaingpt.run import checkpoint, lock, wandb
 from plaingpt.run.log import Log, Pace
 from plaingpt.run.run import Learner, Run, Work
 from plaingpt.run.upload import Uploader
@@ -203,11 +203,24 @@ def lr_at(step: int, total: int) -> float:
 # Where the results go
 
 
+def run_folder() -> Path:
+    return Path(out_dir, 'overfit' if overfit_single_batch else '')
+
+
+@contextmanager
+def alone(process: Process, watch: Watch) -> Iterator[None]:
+    """Until the block ends, no other run writes to the folder of this one. Every process must call it."""
+    writes = process.is_main and not (eval_only or check)
+    with lock.owned(run_folder(), start_timeout, watch.beat) if writes else nullcontext():
+        processes.wait_for_all(process)
+        yield
+
+
 @contextmanager
 def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: Stop,
              record: dict[str, Any]) -> Iterator[Run]:
     """out_dir, its log and its checkpoints, until the block ends. With eval_only nothing is written."""
-    process, folder = learner.process, Path(out_dir, 'overfit' if overfit_single_batch else '')
+    process, folder = learner.process, run_folder()
     if process.is_main and not eval_only:
         is_best = bool(learner.best) and learner.best['loss'][1] == learner.step > 0
         checkpoint.make_ready(folder, overwrite and not overfit_single_batch, is_best, learner.raw_model, keep)
@@ -403,7 +416,7 @@ def finish(run: Run) -> None:
         run.log.line(f'PASS: {verdict}')
     elif run.process.is_main and not eval_only:
         run.log.line(f'peak memory: {console.short(peak_memory(run.process.device.type))} bytes')
-        run.log.line(f'{run.folder} holds {", ".join(sorted(path.name for path in run.folder.iterdir()))}')
+        run.log.line(f'{run.folder} holds {", ".join(sorted(path.name for path in run.folder.glob("[!.]*")))}')
         run.log.line(f'try next: {errors.python()} sample.py --out_dir={run.folder}')
 
 
@@ -483,7 +496,8 @@ def main(args: list[str]) -> None:
           processes.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
           Watch(process, start_timeout, timeout) as watch, explained(watch, less_memory())):
         record = processes.agree_on_settings(process, sys.modules[__name__], args, PLACE)
-        carry_out(process, watch, stop, record, given)
+        with alone(process, watch):
+            carry_out(process, watch, stop, record, given)
 
 
 if __name__ == '__main__':

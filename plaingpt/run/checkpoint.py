@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from model import GPT, GPTConfig
 from plaingpt import console, files
-from plaingpt.errors import CHECKPOINT, COMMAND, DATA, DISK_FULL, FULL, SYSTEM, UserError, refusal
+from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, FULL, SYSTEM, UserError
 from plaingpt.formats import others
 from plaingpt.formats.weights import fitting
 from plaingpt.machines import strategies
@@ -123,10 +123,7 @@ def n_bytes(tree: Any) -> int:
 def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int) -> None:
     """Before a run begins: its folder, without what a kill left half written or, for a new run, the checkpoints of
     another, and with best.pt where the newest is the best. `keep` of them, the best and a new one must find room."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise refusal(error, f'--out_dir={out_dir}', COMMAND) from None
+    out_dir.mkdir(parents=True, exist_ok=True)
     of_another = [path for path in out_dir.iterdir() if is_new and upload.CHECKPOINTS.fullmatch(path.name)]
     of_older_versions = out_dir / 'ckpt.new.pt'
     for path in (*files.left_by_kills(out_dir, WRITTEN), *upload.snapshots(out_dir), *of_another, of_older_versions):

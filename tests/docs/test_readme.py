@@ -311,6 +311,8 @@ FAULTS = {  # what holds each row of the table of faults, in tests/
     'the corpus is damaged':
         'test_train.test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damaged_ends_the_run',
     'the corpus shrinks while it is read': 'test_folder.test_a_file_that_shrinks_while_it_is_read_ends_in_a_message',
+    'a second run in the same `out_dir`, such as a requeued job whose predecessor lives':
+        'test_watch.test_of_two_runs_in_one_folder_the_second_waits_for_the_first',
     'two machines do not share `out_dir`': 'test_watch.test_processes_that_do_not_share_a_folder_are_told_so',
     'processes with different settings, sources or versions of torch':
         'test_meeting.test_processes_with_different_settings_or_sources_are_all_refused',

@@ -451,6 +451,28 @@ Log.plot = lambda log: time.sleep(9 if log.folder else 0)
     assert status_of(tmp_path)['state'] == 'done'
 
 
+@pytest.mark.slow
+def test_of_two_runs_in_one_folder_the_second_waits_for_the_first(start: Start, tmp_path: Path,
+                                                                  tiny_dataset: Path) -> None:
+    """A requeued job whose predecessor still lives, of two processes and of one; then the predecessor is killed."""
+    shared, long = tmp_path / 'shared', {'max_iters': 60, 'lr_decay_iters': 60, 'eval_interval': 20}
+    first = start('-c', SLOWLY.replace('0.1', '2 if os.path.exists(sys.argv[1].partition("=")[2] + "/ckpt.pt") else 0')
+                  + RUN, f'--out_dir={shared}', *arguments(shared, tiny_dataset, **long))
+    wait_for(first, 'iter 21')
+    both = start_two(start, ALONE, shared, tiny_dataset, start_timeout=3, **long)
+    printed = [end_of(process) for process in both]
+    assert [process.returncode for process in both] == [errors.PEER_LOST] * 2, printed
+    assert f'{shared} belongs to process {first.pid} on ' in printed[0]
+    assert first.poll() is None, 'it goes on'
+    third = start('-c', ALONE, *arguments(shared, tiny_dataset, **long))
+    wait_for(third, f'belongs to process {first.pid}')
+    first.kill()
+    assert 'resuming at step 20' in end_of(third)
+    assert third.returncode == errors.DONE
+    train.main(arguments(tmp_path / 'whole', tiny_dataset, **long))
+    assert_same_run(shared, tmp_path / 'whole')
+
+
 # ------------------------------------------------------------------------------------------------
 # What is not finite
 
