@@ -54,8 +54,9 @@ RULE = '-' * 15  # nanoGPT's line after each sample
 def refuse_mistakes() -> None:
     """Refuse what can be refused before anything is loaded."""
     script = sys.modules[__name__]
-    configurator.check_range(script, 'num_samples batch_size', 1)
-    configurator.check_range(script, 'max_new_tokens temperature top_k', 0)
+    configurator.check_range(script, 'num_samples batch_size', 1, below=configurator.MANY)
+    configurator.check_range(script, 'max_new_tokens top_k', 0, below=configurator.MANY)
+    configurator.check_range(script, 'temperature', 0)
     if not 0 <= top_p <= 1:
         raise UserError(f'--top_p={top_p}: must be a probability, from 0 to 1')
 
@@ -63,10 +64,6 @@ def refuse_mistakes() -> None:
 def read_prompt(start: str) -> str:
     """The text that `start` is or, as 'FILE:path', names."""
     if not start.startswith('FILE:'):
-        try:
-            start.encode('utf-8')
-        except UnicodeEncodeError:
-            raise UserError('--start is not text in UTF-8') from None
         return start
     path = Path(start.removeprefix('FILE:'))
     try:

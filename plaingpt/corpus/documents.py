@@ -10,7 +10,7 @@ import codecs
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -60,7 +60,7 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
         found = [name for name in of_kind if not is_hidden(name, root)]
     except ImportError as error:
         raise missing_package(error) from None
-    except (OSError, ValueError) as error:  # a protocol that is unknown; no permission
+    except Exception as error:  # each file system raises errors of its own
         raise refusal(error, f'{option}={path} cannot be opened', DATA) from error
     if not found:
         what = 'is a folder without .txt, .jsonl or .parquet files' if is_folder else 'matches no file and no folder'
@@ -91,13 +91,17 @@ def opened(name: str) -> Iterator[BinaryIO]:
     """Open the bytes of a file anywhere, unpacked."""
     import fsspec
 
-    try:
-        with fsspec.open(name, 'rb', compression='infer') as file:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(fsspec.open(name, 'rb', compression='infer'))
+        except Exception as error:  # each file system raises errors of its own
+            raise refusal(error, f'{name} cannot be opened', DATA) from error
+        try:
             yield file
-    except Exception as error:  # of one of four libraries, which unpack what may be damaged
-        if isinstance(error, UserError | ModuleNotFoundError):
-            raise
-        raise refusal(error, f'{name} cannot be read', DATA) from error
+        except Exception as error:  # of one of four libraries, which unpack what may be damaged
+            if isinstance(error, UserError | ModuleNotFoundError):
+                raise
+            raise refusal(error, f'{name} cannot be read', DATA) from error
 
 
 def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:

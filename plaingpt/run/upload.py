@@ -13,7 +13,7 @@ from threading import Condition, Thread
 from typing import Any
 
 from plaingpt import console, files
-from plaingpt.errors import CHECKPOINT, COMMAND, UserError, missing_package, refusal
+from plaingpt.errors import CHECKPOINT, COMMAND, UserError, first_line, missing_package, refusal
 
 PAUSES = (1.0, 5.0, 25.0)  # seconds between one attempt to upload a file and the next
 OBJECT_STORES = ('s3://', 's3a://', 'gs://', 'gcs://', 'abfs://', 'abfss://', 'az://')
@@ -30,7 +30,7 @@ def is_url(where: str) -> bool:
 
 def reason(error: BaseException) -> str:
     """Return the first line of an error, without secrets."""
-    return without_secrets(next(iter(str(error).splitlines()), '') or type(error).__name__)
+    return without_secrets(first_line(error))
 
 
 def without_secrets(text: str) -> str:
