@@ -303,6 +303,8 @@ FAULTS = {  # what holds each row of the table of faults, in tests/
     'the corpus shrinks while it is read': 'test_folder.test_a_file_that_shrinks_while_it_is_read_ends_in_a_message',
     'two machines do not share `out_dir`': 'test_watch.test_processes_that_do_not_share_a_folder_are_told_so',
     'an upload fails': 'test_watch.test_an_upload_that_fails_is_seen_and_does_not_end_the_run',
+    'any file that is read is damaged, or holds what it should not':
+        'test_damage.test_a_damaged_file_of_any_kind_is_refused_or_read_as_it_was',
     'a checkpoint, config or corpus that would run code': 'test_watch.test_a_corpus_that_is_a_pickle_runs_nothing',
 }
 
