@@ -73,7 +73,7 @@ def npy_layout(file: BinaryIO, path: Path) -> tuple[np.dtype[Any], int, int, str
     file.seek(0)
     try:
         shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
-    except (ValueError, KeyError):
+    except Exception:  # numpy tokenises the header
         raise UserError(f'{path} begins as an .npy file, and its header cannot be read\n'
                         'it is damaged: prepare the corpus again', DATA) from None
     if dtype.kind not in 'iu' or len(shape) != 1:

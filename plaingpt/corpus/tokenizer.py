@@ -363,7 +363,9 @@ def from_state(state: dict[str, Any], code: int = DATA) -> Tokenizer:
             is_whole = set(vocabulary.pieces) >= BYTES
         if not is_whole:
             raise ValueError('characters or bytes are missing, or there twice')
-    except (UserError, ModuleNotFoundError):
+    except Unavailable as error:
+        raise Unavailable(str(error), code) from None
+    except ModuleNotFoundError:
         raise
     except Exception as error:  # of two libraries
         raise UserError(f"the tokenizer '{state['name']}' is damaged: {first_line(error)}", code) from None

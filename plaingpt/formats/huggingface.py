@@ -158,9 +158,11 @@ def readable_errors(name_or_folder: str) -> Iterator[None]:
                         'give one that save_pretrained wrote, or a name such as gpt2', CHECKPOINT)
     try:
         yield
+    except ModuleNotFoundError:
+        raise
+    except UserError as error:
+        raise error if error.code == CHECKPOINT else UserError(f'{name_or_folder}: {error}', CHECKPOINT) from None
     except Exception as error:  # of three libraries
-        if isinstance(error, ModuleNotFoundError) or getattr(error, 'code', None) == CHECKPOINT:
-            raise
         raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {first_line(error)}\n'
                         'without network, give a local folder that save_pretrained wrote', CHECKPOINT) from None
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from plaingpt import console, files
+from plaingpt import console, files, schema
 from plaingpt.errors import DONE, STOPPED, code_of, drop, is_missing_package, missing_package
 from plaingpt.run.upload import Uploader, reason
 
@@ -24,7 +24,7 @@ NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
 UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
 STATUS_ROOM = 4096  # bytes of status.json, which are taken at the start
 STATUS_MESSAGE = 600  # characters, of which JSON may make six bytes each
-SAMPLE_HEADER = re.compile(r'^=== step (\d+) ===\n', re.MULTILINE)
+SAMPLE_HEADER = re.compile(r'^=== step (\d{1,18}) ===\n', re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -34,10 +34,10 @@ SAMPLE_HEADER = re.compile(r'^=== step (\d+) ===\n', re.MULTILINE)
 def row_of(line: bytes) -> dict[str, Any] | None:
     """The row that a line of metrics.jsonl holds; None for one that was torn by a kill or a full disk."""
     try:
-        row = json.loads(line)
+        row = schema.parse(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get('step'), int) else None
+    return row if schema.fits(row, {'step': schema.COUNT}) else None
 
 
 def drop_rows(path: Path, first_step: int) -> int:
@@ -62,10 +62,15 @@ def drop_samples(path: Path, first_step: int) -> None:
             new.write(text[:next(later, len(text))].encode())
 
 
+def number(value: object) -> float | None:
+    """Return what numpy takes for a float, or None for anything else."""
+    return value if isinstance(value, float | int) and abs(value) <= sys.float_info.max else None
+
+
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """The columns of metrics.jsonl as arrays of the same length, NaN where a row has no such value."""
     with open(path, 'rb') as file:
-        rows = ([row.get(name) for name in names] for row in filter(None, map(row_of, file)))
+        rows = ([number(row.get(name)) for name in names] for row in filter(None, map(row_of, file)))
         table = np.fromiter(rows, np.dtype((np.float64, len(names))))  # None is NaN
     return dict(zip(names, table.T, strict=True))
 

@@ -319,6 +319,8 @@ FAULTS = {  # what holds each row of the table of faults, in tests/
     'processes that do not meet within `--start_timeout`; another run at their address':
         'test_meeting.test_a_process_that_does_not_meet_the_others_ends_with_code_8_in_every_phase',
     'an upload fails': 'test_watch.test_an_upload_that_fails_is_seen_and_does_not_end_the_run',
+    'any file that is read is damaged, or holds what it should not':
+        'test_damage.test_a_damaged_file_of_any_kind_is_refused_or_read_as_it_was',
     'a checkpoint, config or corpus that would run code': 'test_watch.test_a_corpus_that_is_a_pickle_runs_nothing',
 }
 

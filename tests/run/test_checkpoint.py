@@ -404,7 +404,7 @@ NAN = torch.tensor(float('nan'))
 WRONG: list[tuple[str, Any, str]] = [
     ('iter_num', '7', "iter_num is '7'"), ('iter_num', -1, 'iter_num is -1'),
     ('model_args.n_head', None, 'model_args.n_head is None'), ('model_args.n_head', 3, 'multiple of n_head=3'),
-    ('model_args.n_layer', 10**8, 'too few for n_layer=100000000'), ('model_args.n_embd', 2**40, 'n_embd is'),
+    ('model_args.n_layer', 10**4, 'too few for n_layer=10000'), ('model_args.n_embd', 2**40, 'n_embd is'),
     ('model_args.vocab_size', True, 'vocab_size is True'), ('model_args.dropout', 'x', "dropout is 'x'"),
     ('config', [1], 'config is of the type list'), ('config.keep', torch.ones(9), "config['keep'] is of the type"),
     ('config.dataset', 3, 'dataset'), ('config.dataset', '\udfff', 'dataset'), ('config.gelu', 'relu', 'config.gelu'),
