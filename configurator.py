@@ -9,6 +9,7 @@ value so far. Another name may hold what later lines of its file read.
 """
 import ast
 import difflib
+import errno
 import inspect
 import math
 import operator
@@ -29,8 +30,10 @@ Kinds = dict[str, list[Any]]  # what each setting may be: bool, int, float, str,
 
 STARTED = time.time()  # what time.time() is in a config file, and '{time}' in the name of a run or of a folder
 CLOCK = 'time.time()'
+MANY = 2**31  # windows, layers, seconds ...: a number from here on is a mistake, and no memory is asked for it
 LARGEST = 2**63  # no number that a config file computes needs more; 9**9**9 would take all memory
 LONGEST = 100_000  # characters in a text, and in a config file
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, of a file
 MOST_DIGITS = 64  # the largest exponent, and the most digits that a number is rounded or written to
 NEAR = 0.75  # how much of two names must agree, by difflib's measure, for one to have been meant by the other
 ARITHMETIC: dict[type[ast.AST], Callable[..., Any]] = {
@@ -89,7 +92,8 @@ def check_range(script: types.ModuleType, names: str, least: float, below: float
     for name in names.split():
         value = getattr(script, name)
         if not least <= value < below:
-            bounds = f'{least} or more' if below == math.inf else f'at least {least} and less than {below}'
+            least_or_most = f'{least} or more' if value < least else f'less than {below}'
+            bounds = least_or_most if below >= MANY else f'at least {least} and less than {below}'
             raise UserError(f'--{name}={value}: must be {bounds}')
 
 
@@ -144,10 +148,20 @@ def fit(name: str, value: Any, kinds: Kinds, where: str) -> Any:
         if kind is float and is_number:
             return float(value)
         if type(value) is str and (kind is str or kind == value):
+            refuse_odd_text(name, value, where)
             return value
     words = {bool: 'True or False', int: 'a whole number', float: 'a number', str: "text in quotes, 'like this'"}
     wanted = ' or '.join(words[kind] if kind in words else repr(kind) for kind in kinds[name])
     raise UserError(f'{where}: {name} must be {wanted}, not {brief(repr(value))}')
+
+
+def refuse_odd_text(name: str, text: str, where: str) -> None:
+    """Refuse what is no text, and what can name no file, unless it is a prompt or a URL."""
+    if '\0' in text or text.encode('utf-8', 'replace').decode() != text:
+        raise UserError(f'{where}: {name} must be text in UTF-8, without the character NUL')
+    path = '' if name.endswith('start') or '://' in text else text
+    if len(path.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in path.split('/')):
+        raise UserError(f'{where}: {name}={brief(text)}: {os.strerror(errno.ENAMETOOLONG)}')
 
 
 def read_option(arg: str, rest: list[str], kinds: Kinds, script: types.ModuleType) -> dict[str, Any]:

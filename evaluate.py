@@ -156,8 +156,8 @@ def write_json(path: str, content: bytes) -> None:
 
 def main(args: list[str]) -> None:
     settings, _ = configurator.configure(sys.modules[__name__], args)
-    configurator.check_range(sys.modules[__name__], 'batch_size', 1)
-    configurator.check_range(sys.modules[__name__], 'eval_iters limit', 0)
+    configurator.check_range(sys.modules[__name__], 'batch_size', 1, below=configurator.MANY)
+    configurator.check_range(sys.modules[__name__], 'eval_iters limit', 0, below=configurator.MANY)
     names, where = find_tasks(tasks), init_from or out_dir
     found = find_checkpoints(where)
     with processes.joined(device, backend) as process:

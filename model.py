@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from plaingpt.errors import CHECKPOINT, UserError
 
+MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**13  # more: what is above was not meant, and would take all memory
+
 
 # more: the plain file imports this
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class GPTConfig:
     def __post_init__(self) -> None:
         if self.n_head < 1 or self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: heads are equally wide')
+        parameters = self.n_embd * (self.vocab_size + self.block_size + 12 * self.n_layer * self.n_embd)
+        if self.n_layer > MOST_LAYERS or parameters > MOST_PARAMETERS:
+            raise UserError(f'n_layer={self.n_layer}, n_embd={self.n_embd}, vocab_size={self.vocab_size}, block_size='
+                            f'{self.block_size}: a model of {parameters:.2g} parameters, more than any machine holds')
 
 
 # more: generation

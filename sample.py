@@ -47,14 +47,18 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weig
 compile: bool | Literal['auto'] = 'auto'  # 'auto' is off: compiling takes longer than it saves
 # ------------------------------------------------------------------------------------------------
 
+COLDEST = 0.001  # temperature; below it differences of logits are too large for their numbers
 RULE = '-' * 15  # nanoGPT's line after each sample
 
 
 def refuse_mistakes() -> None:
     """Refuse what can be refused before anything is loaded."""
     script = sys.modules[__name__]
-    configurator.check_range(script, 'num_samples batch_size', 1)
-    configurator.check_range(script, 'max_new_tokens temperature top_k', 0)
+    configurator.check_range(script, 'num_samples batch_size', 1, below=configurator.MANY)
+    configurator.check_range(script, 'max_new_tokens top_k', 0, below=configurator.MANY)
+    configurator.check_range(script, 'temperature', 0)
+    if 0 < temperature < COLDEST:
+        raise UserError(f'--temperature={temperature}: must be 0, or {COLDEST} or more')
     if not 0 <= top_p <= 1:
         raise UserError(f'--top_p={top_p}: must be a probability, from 0 to 1')
 
@@ -62,10 +66,6 @@ def refuse_mistakes() -> None:
 def read_prompt(start: str) -> str:
     """The text that `start` is or, as 'FILE:path', names."""
     if not start.startswith('FILE:'):
-        try:
-            start.encode('utf-8')
-        except UnicodeEncodeError:
-            raise UserError('--start is not text in UTF-8') from None
         return start
     path = Path(start.removeprefix('FILE:'))
     try:

@@ -407,12 +407,14 @@ def finish(run: Run) -> None:
 def refuse_mistakes(given: set[str]) -> None:
     """Refuse what can be refused before anything is loaded, and say what has no effect."""
     script = sys.modules[__name__]
-    configurator.check_range(script, 'keep', 2)  # the newest may be damaged
-    configurator.check_range(script, 'eval_interval eval_iters log_interval gradient_accumulation_steps batch_size '
-                             'block_size n_layer n_head n_embd start_timeout timeout', 1)
-    configurator.check_range(script, 'total_batch_size max_iters max_epochs warmup_iters lr_decay_iters max_hours '
-                             'sample_interval sample_tokens hellaswag_interval hellaswag_limit vocab_size grad_clip '
-                             'learning_rate min_lr weight_decay', 0)
+    many = configurator.MANY
+    configurator.check_range(script, 'keep', 2, below=many)  # the newest may be damaged
+    configurator.check_range(script, 'eval_iters gradient_accumulation_steps batch_size block_size n_layer n_head '
+                             'n_embd start_timeout timeout', 1, below=many)
+    configurator.check_range(script, 'eval_interval log_interval', 1)
+    configurator.check_range(script, 'vocab_size sample_tokens hellaswag_limit max_hours', 0, below=many)
+    configurator.check_range(script, 'total_batch_size max_iters max_epochs warmup_iters lr_decay_iters '
+                             'sample_interval hellaswag_interval grad_clip learning_rate min_lr weight_decay', 0)
     configurator.check_range(script, 'dropout beta1 beta2 decay_fraction', 0, below=1)
     if decay_lr and schedule != 'constant' and min_lr > learning_rate:
         raise UserError(f'--min_lr={min_lr} is above --learning_rate={learning_rate}:\n'

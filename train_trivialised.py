@@ -88,10 +88,12 @@ def train(model: GPT, corpus: token_files.TokenFile) -> list[float]:
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
+    configurator.check_range(sys.modules[__name__], 'max_iters total_batch_size block_size n_embd', 1)
+    configurator.check_range(sys.modules[__name__], 'n_layer seed', 0)
     folder = data_folder(dataset)
     meta = read_meta(folder)
     V = tokenizer.model_vocab_size(meta['vocab_size'])
-    if total_batch_size < 1 or total_batch_size % block_size:
+    if total_batch_size % block_size:
         raise errors.UserError(f'total_batch_size={total_batch_size} must be a multiple of block_size={block_size}')
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size, V, n_layer, n_head, n_embd, bias=bias))

@@ -116,6 +116,11 @@ def shown(text: str) -> str:
     return re.sub(r'(://[^\s?]*)\?[^\s\'"]*', r'\1?***', text)
 
 
+def reason(error: BaseException) -> str:
+    """Return the first line of what an error of some library says; its type if it says nothing."""
+    return next(iter(str(error).splitlines()), '') or type(error).__name__
+
+
 def message(text: str) -> str:
     """Return `text` in the form of a message, whatever a file or a name brought into it: at most three lines, none of
     them long, and nothing secret."""

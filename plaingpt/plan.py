@@ -36,6 +36,7 @@ PROCESSES = (2, 4, 8)
 REPEATS = 4.0  # epochs: up to here a repeated text teaches nearly as much as a new one (Muennighoff et al. 2023)
 GPT2_STEP = 500_000  # tokens: what GPT-2's and GPT-3's smallest models learn from in one step (Brown et al. 2020)
 GPT2_SIZED = 100e6  # parameters
+MOST_WINDOWS = 2**24  # in a step: each process keeps their numbers
 Grouping = Callable[[GPT], list[dict[str, Any]]]  # the parameter groups of an optimizer
 ANY_STEP = sys.maxsize  # where no epoch ends the run
 
@@ -66,13 +67,16 @@ class RunSettings(ModelSettings):
 
 def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, block_size: int) -> int:
     """Windows that all processes together read for one update."""
-    if not total_batch_size:
-        return micro_batches * batch_size
+    n_windows = total_batch_size // block_size if total_batch_size else micro_batches * batch_size
+    if n_windows > MOST_WINDOWS:
+        asked = (f'total_batch_size={total_batch_size}' if total_batch_size else
+                 f'gradient_accumulation_steps={micro_batches} x batch_size={batch_size}')
+        raise UserError(f'{asked}: a step of {n_windows} windows; at most {MOST_WINDOWS} are possible')
     if total_batch_size % block_size:
         below = total_batch_size // block_size * block_size
         raise UserError(f'total_batch_size={total_batch_size} must be a multiple of block_size={block_size}: '
                         f'the nearest are {f"{below} and " if below else ""}{below + block_size}')
-    return total_batch_size // block_size
+    return n_windows
 
 
 def amount(settings: RunSettings, block_size: int, epoch: int, world_size: int, first_step: int = 0) -> Work:

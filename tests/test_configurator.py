@@ -253,6 +253,8 @@ def test_what_is_overridden_is_printed_as_nanogpt_prints_it(
     ('--decay_lr=2', '--decay_lr: decay_lr must be True or False, not 2'),
     ('--schedule=cosin', "--schedule: schedule must be 'cosine' or 'linear', not 'cosin'"),
     ('--compile=maybe', "--compile: compile must be True or False or 'auto', not 'maybe'"),
+    ('--start=\udcff', '--start: start must be text in UTF-8, without the character NUL'),
+    ('--out_dir=\udcff', '--out_dir: out_dir must be text in UTF-8, without the character NUL'),
     ('batch_size=3', 'batch_size=3: a setting is given with two dashes, --name=value'),
     ('-batch_size 3', '-batch_size: a setting is given with two dashes, --name=value'),
     ('.', "'.' cannot be read as a config file: Is a directory; a setting is given as --name=value"),
@@ -320,6 +322,7 @@ DIGITS = ': an exponent, or a number of digits, is above 64'
     ('batch_size = ' + '-' * 3000 + '1', 'a.py is not a config file: ...'),
     ('batch_size = 1' + ' + 1' * 3000, 'a.py is not a config file: ...'),
     ('batch_size = \0', 'a.py...'),
+    (r"out_dir = 'a\0b'", 'a.py, line 1: out_dir must be text in UTF-8, without the character NUL'),
     ('#' * 200_000, 'a.py is not a config file: it is longer than 100,000 characters'),
 ])
 def test_a_config_file_that_is_more_than_settings_is_refused(script: ModuleType, text: str, answer: str) -> None:

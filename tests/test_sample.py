@@ -289,7 +289,7 @@ def test_the_checkpoint_alone_is_enough_and_stdout_holds_the_samples_alone(
 @pytest.mark.parametrize(('argument', 'code', 'message'), [
     ('--start=naïve', errors.DATA, r"character 'ï' \(position 2 of the text\) is not among the"),
     ('--start=', errors.COMMAND, r'--start is empty(.|\n)*--start=A'),
-    ('--start=\udcff', errors.COMMAND, r'--start is not text in UTF-8'),
+    ('--start=\udcff', errors.COMMAND, r'--start: start must be text in UTF-8'),
     ('--start=FILE:gone.txt', errors.DATA, r'gone.txt cannot be read: No such file'),
     ('--start=FILE:.', errors.DATA, r'cannot be read: Is a directory'),
     ('--start=FILE:latin1.txt', errors.DATA, r'byte 3 of latin1.txt is not text in UTF-8'),

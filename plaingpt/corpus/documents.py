@@ -10,10 +10,11 @@ import itertools
 import json
 import lzma
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
+from plaingpt import console
 from plaingpt.corpus.download import BLOCK, download
 from plaingpt.errors import DATA, UserError, missing_package
 
@@ -54,8 +55,8 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
         found = [name for name in names if kind_of(name) in KINDS or not is_folder]
     except ImportError as error:
         raise missing_package(error) from None
-    except (OSError, ValueError) as error:  # a protocol that is unknown; no permission
-        raise UserError(f'{option}={path} cannot be opened: {error}', DATA) from error
+    except Exception as error:  # each file system raises errors of its own
+        raise UserError(f'{option}={path} cannot be opened: {console.reason(error)}', DATA) from error
     if not found:
         what = 'is a folder without .txt, .jsonl or .parquet files' if is_folder else 'matches no file and no folder'
         raise UserError(f'{option}={path} {what}', DATA)
@@ -77,11 +78,15 @@ def opened(name: str) -> Iterator[BinaryIO]:
     """Open the bytes of a file anywhere, unpacked."""
     import fsspec
 
-    try:
-        with fsspec.open(name, 'rb', compression='infer') as file:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(fsspec.open(name, 'rb', compression='infer'))
+        except Exception as error:  # each file system raises errors of its own
+            raise UserError(f'{name} cannot be opened: {console.reason(error)}', DATA) from error
+        try:
             yield file
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f'{name} cannot be read: {error}', DATA) from error
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise UserError(f'{name} cannot be read: {error}', DATA) from error
 
 
 def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:

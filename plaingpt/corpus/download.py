@@ -1,14 +1,15 @@
 """Files of others -> this machine, whole or not at all."""
 import hashlib
 import http.client
+import logging
+import re
 import shutil
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from plaingpt import files
+from plaingpt import console, files
 from plaingpt.errors import DATA, UserError
 
 BLOCK = 1 << 20  # bytes of a file that are read at a time
@@ -20,13 +21,13 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
     bytes. The `option` takes a file that was got in another way."""
     if sha256 and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
-    if '@' in urllib.parse.urlsplit(url).netloc:
+    if re.match(r'https?://[^/?#]*@', url):
         raise UserError(f'{url} was given with a password, which cannot be used here\n'
                         f'get the file in another way, and name it with {option}=PATH', DATA)
     try:
+        answer = urllib.request.urlopen(url, timeout=TIMEOUT)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
-              files.written_whole(path, is_shared=True) as file):
+        with answer, files.written_whole(path, is_shared=True) as file:
             shutil.copyfileobj(answer, file, BLOCK)
             if answer.length:  # still to come; urlopen itself raises where the server's status is an error
                 raise OSError(f'it broke off {answer.length} bytes early')
@@ -62,9 +63,11 @@ def fetch_hub_files(files: list[str]) -> list[str]:
 
 @contextmanager
 def explained_hub(what: str) -> Iterator[None]:
+    """Have one message say what cannot be had, and silence what the libraries say of each try."""
+    for library in ('datasets', 'huggingface_hub'):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'{what} cannot be downloaded: {reason}\n'
+        raise UserError(f'{what} cannot be downloaded: {console.reason(error)}\n'
                         'get its parquet files in another way, and name them with --input=PATH', DATA) from error

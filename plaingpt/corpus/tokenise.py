@@ -44,6 +44,7 @@ Numbers = npt.NDArray[np.int64]  # of documents
 SPLITS = ('train', 'val')
 CHUNK = 1 << 18  # characters that a tokenizer is given at once
 RESERVED = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)  # names of devices on Windows
+MOST_PROCESSES = 1024
 SMALL = 4  # batches that one process has done before others would have started
 
 
@@ -55,6 +56,8 @@ def choose_validation(n_documents: int, fraction: float, seed: int) -> Numbers:
     """Draw the numbers of the validation documents, as Hugging Face's train_test_split(test_size=fraction, seed=seed)
     lists them. While it draws, it needs 8 bytes for each document of the corpus."""
     check_fraction(fraction)
+    if seed < 0:
+        raise UserError(f'--seed={seed}: must be 0 or more', COMMAND)
     return np.random.default_rng(seed).permutation(n_documents)[:math.ceil(fraction * n_documents)].copy()
 
 
@@ -180,6 +183,8 @@ class Packer:
 
 def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[Done, None, None]:
     """Yield what came of each batch, in order. `num_proc` processes do it; 0 is one for each core."""
+    if num_proc > MOST_PROCESSES:
+        raise UserError(f'--num_proc={num_proc}: must be {MOST_PROCESSES} or less', COMMAND)
     num_proc = num_proc if num_proc > 0 else os.cpu_count() or 1
     batches = iter(batches)
     first = list(itertools.islice(batches, SMALL))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = '<|endoftext|>'
 SMALLEST_BPE = 257  # every byte, and the end of a text
+LARGEST_BPE = 10**6  # trainers set memory aside for as many
 GPT2_PATTERNS = (  # two ways to write it: the published one, and tiktoken's, which is faster
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
@@ -298,8 +299,9 @@ def build(spec: str, texts: Callable[[], Iterable[str]], eot: bool) -> Tokenizer
         return Bytes(eot)
     if spec.startswith('bpe:'):
         size = spec.removeprefix('bpe:')
-        if not size.isdecimal() or int(size) < SMALLEST_BPE:
-            raise UserError(f"tokenizer '{spec}': N of 'bpe:N' is a number of ids, {SMALLEST_BPE} or more", COMMAND)
+        if not re.fullmatch(r'\d{1,9}', size) or not SMALLEST_BPE <= int(size) <= LARGEST_BPE:
+            raise UserError(f"tokenizer '{spec}': N of 'bpe:N' is a number of ids, {SMALLEST_BPE} or more, and "
+                            f'{LARGEST_BPE} at most', COMMAND)
         return TrainedBPE.train(spec, texts(), int(size))
     return load_tiktoken(spec)
 

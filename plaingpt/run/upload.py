@@ -30,7 +30,7 @@ def is_url(where: str) -> bool:
 def reason(error: BaseException) -> str:
     """Return the first line of an error, without what is secret in URLs, and without what the environment holds in
     variables that are named like secrets."""
-    text = console.shown(next(iter(str(error).splitlines()), '') or type(error).__name__)
+    text = console.shown(console.reason(error))
     hidden = {value for name, value in os.environ.items() if SECRETS.search(name) and len(value) >= SHORTEST_SECRET}
     for value in sorted(hidden, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, '***')

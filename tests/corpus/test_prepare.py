@@ -191,7 +191,7 @@ def test_without_network_shakespeare_says_how_to_go_on(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=r'tinyshakespeare/input\.txt cannot be used.*\n.*--input=PATH') as caught:
         load('shakespeare_char', tmp_path, monkeypatch).main([])
     assert caught.value.code == DATA
-    assert not list((tmp_path / 'shakespeare_char').iterdir())
+    assert not (tmp_path / 'shakespeare_char').exists()
 
 
 # ------------------------------------------------------------------------------------------------
