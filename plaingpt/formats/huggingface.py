@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,13 +19,11 @@ from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_l
 from plaingpt.errors import CHECKPOINT, UserError, first_line
 from plaingpt.formats import others
 from plaingpt.formats.exported import Exported
-from plaingpt.formats.weights import SIDE, fitting, is_tensor
+from plaingpt.formats.weights import HEAD, SIDE, TABLE, TRANSPOSED, fitting, is_tensor, is_tied
 
 if TYPE_CHECKING:
     import tokenizers
 
-TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) there
-TABLE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
 DEFAULTS: dict[str, Any] = {  # what transformers' GPT2Config has where a config.json is silent
     'vocab_size': 50257, 'n_positions': 1024, 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'n_inner': None,
     'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
@@ -76,23 +75,24 @@ It continues a text; it was not trained to follow instructions. It reads and wri
 
 
 def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The shape and the weights, in float32, of a GPT-2 of the hub, or of a local folder. Raises UserError where there
-    is none, where some of it is missing, and where it is another model."""
+    """The shape and the weights of a GPT-2 of the hub, or of a local folder. Raises UserError if there is none, if some
+    of it is missing, and if it is another model."""
     with readable_errors(name_or_folder):
         refuse_damage(Path(name_or_folder), 'config.json', 'model.safetensors')
-        config = read_config(name_or_folder, dropout)
+        config, says = read_config(name_or_folder, dropout)
         theirs = read_weights(name_or_folder)
         if config.tie_weights and HEAD in theirs:  # one table, which a file holds under either name, or both
             theirs.setdefault(TABLE, theirs[HEAD])
-        theirs = fitting(config, theirs, name_or_folder)
+        if TABLE in theirs:
+            config = replace(config, tie_weights=is_tied(theirs, says, name_or_folder))
         # copies, since this memory may be that of a file, which may change or go
-        weights = {name: theirs.pop(name).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-                   for name in list(theirs)}
-        return config, weights | ({HEAD: weights[TABLE]} if config.tie_weights else {})
+        theirs = {name: p.clone(memory_format=torch.contiguous_format) for name, p in theirs.items()}
+        return config, fitting(config, theirs, name_or_folder)
 
 
-def read_config(name_or_folder: str, dropout: float) -> GPTConfig:
-    """The shape in their config.json, which must be GPT-2's in every respect that changes what the model computes."""
+def read_config(name_or_folder: str, dropout: float) -> tuple[GPTConfig, bool | None]:
+    """The shape in their config.json, which must be GPT-2's in every respect that changes what the model computes; and
+    whether the head is tied, as far as that says it."""
     path = folder_of(name_or_folder, 'config.json') / 'config.json'
     settings = schema.read_json(path, {}, CHECKPOINT)
     if settings.get('model_type') != 'gpt2':
@@ -112,7 +112,8 @@ def read_config(name_or_folder: str, dropout: float) -> GPTConfig:
     return GPTConfig(
         block_size=theirs['n_positions'], vocab_size=theirs['vocab_size'], n_layer=theirs['n_layer'],
         n_head=theirs['n_head'], n_embd=theirs['n_embd'], dropout=dropout, bias=True,
-        gelu=GELU[theirs['activation_function']], tie_weights=theirs['tie_word_embeddings'])
+        gelu=GELU[theirs['activation_function']], tie_weights=theirs['tie_word_embeddings']
+    ), known.get('tie_word_embeddings')
 
 
 def read_weights(name_or_folder: str) -> dict[str, Tensor]:

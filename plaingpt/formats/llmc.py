@@ -62,7 +62,7 @@ def load(path: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]
     weights = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
     table = weights[TABLE][:V].contiguous()
     config = GPTConfig(T, V, n_layer, n_head, C, dropout)
-    return config, fitting(config, weights | {TABLE: table}, path) | {'lm_head.weight': table}
+    return config, fitting(config, weights | {TABLE: table}, path)
 
 
 def header(*numbers: int) -> bytes:

@@ -159,8 +159,10 @@ def load(path: Path, answers: dict[str, Any] | None = None) -> State:
         config = config_of(state)
     except UserError as error:  # the sizes contradict each other
         raise UserError(f'{path} is damaged: {error}', CHECKPOINT) from None
-    fitting(config, state['model'], path)
-    return state
+    weights = fitting(config, state['model'], path)
+    if odd := state['model'].keys() - weights.keys():
+        raise UserError(f'the weights in {path} do not fit a GPT-2, which has no {min(odd)}', CHECKPOINT)
+    return state | {'model': weights}
 
 
 def load_newest(out_dir: Path) -> State:
