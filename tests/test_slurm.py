@@ -149,14 +149,14 @@ def test_a_job_on_two_nodes_outlives_its_time_limit_and_a_lost_process(cluster: 
     assert cluster.log.count(f'stopped before step {stopped} of 3000 by ') == 2, cluster.log[-2000:]
     assert (status_of(out)['exit_code'], status_of(out)['step']) == (errors.STOPPED, stopped - 1)
 
-    cluster.ask('scontrol', 'update', f'JobId={number}', 'StartTime=now')  # and not in two minutes
+    cluster.ask('scontrol', 'update', f'JobId={number}', 'StartTime=now+5')  # and not in two minutes
     wait_until(lambda: re.search(rf'(?s)resuming at step {stopped}.*\niter \d+0: ', cluster.log), 'the second start')
     os.kill(pids_of(out)[-1], signal.SIGKILL)
     cluster.wait_for(number, 'PENDING', 2)
     assert 'is silent: it has died, or was halted' in cluster.log
     assert 'exit code 137 at step' in cluster.log
     assert 'frame #' not in cluster.log
-    cluster.ask('scontrol', 'update', f'JobId={number}', 'StartTime=now')
+    cluster.ask('scontrol', 'update', f'JobId={number}', 'StartTime=now+5')
     cluster.wait_for(number, 'COMPLETED', 2)
     assert checkpoint.load(out / 'ckpt.pt')['iter_num'] == 3000
 
