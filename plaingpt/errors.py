@@ -105,9 +105,9 @@ def of_system(error: BaseException) -> OSError | None:
 def refusal(error: BaseException, what: str | Path = '', code: int | None = None, remedy: str = '') -> UserError:
     """Say what the system has refused, for `what` or else the file that the error names, and what to do about it; the
     `remedy` is for errors that are in no table. The code is that of the caller's matter, unless the disk is full."""
-    number, name, words = 0, '', next(iter(str(error).splitlines()), type(error).__name__)
-    if isinstance(error, OSError):
-        number, name, words = error.errno or 0, error.filename or '', error.strerror or words
+    number, name, words = 0, '', first_line(error)
+    if refused := of_system(error):
+        number, name, words = refused.errno or 0, refused.filename or '', refused.strerror or words
     meaning, remedy = SYSTEM.get(number, (words, remedy))
     code = (COMMAND if number in SYSTEM else CHECK_FAILED) if code is None else code
     message = ': '.join(filter(None, (str(what or name), meaning)))

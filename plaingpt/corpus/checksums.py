@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plaingpt import files
-from plaingpt.errors import DATA, UserError
+from plaingpt.errors import DATA, UserError, refusal
 
 BLOCK = 1 << 16  # bytes; the last one of a file may be shorter
 NAME = 'checksums.npz'
@@ -45,7 +45,7 @@ def read(folder: Path, remedy: str) -> dict[str, Sums]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise UserError(f'{folder / NAME} cannot be read: {error.strerror or error}', DATA) from None
+        raise refusal(error, f'{folder / NAME} cannot be read', DATA) from None
     except Exception as error:  # a damaged file may raise anything
         raise UserError(f'{folder / NAME} is damaged: {error}\n{remedy}', DATA) from None
 

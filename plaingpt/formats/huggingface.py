@@ -16,7 +16,7 @@ from model import GPTConfig
 from plaingpt import schema
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_level
-from plaingpt.errors import CHECKPOINT, UserError, first_line
+from plaingpt.errors import CHECKPOINT, UserError, refusal
 from plaingpt.formats import others
 from plaingpt.formats.exported import Exported
 from plaingpt.formats.weights import HEAD, SIDE, TABLE, TRANSPOSED, fitting, is_tensor, is_tied
@@ -164,8 +164,8 @@ def readable_errors(name_or_folder: str) -> Iterator[None]:
     except UserError as error:
         raise error if error.code == CHECKPOINT else UserError(f'{name_or_folder}: {error}', CHECKPOINT) from None
     except Exception as error:  # of three libraries
-        raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {first_line(error)}\n'
-                        'without network, give a local folder that save_pretrained wrote', CHECKPOINT) from None
+        raise refusal(error, f'no GPT-2 weights at {name_or_folder!r}', CHECKPOINT,
+                      'without network, give a local folder that save_pretrained wrote') from None
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
