@@ -116,7 +116,7 @@ def open_source() -> Exported:
             raise
         console.say(f'the tokenizer stays behind: {error}')
     return Exported(
-        name=re.sub(r'[^\w.-]', '-', Path(out_dir).resolve().name),
+        name=re.sub(r'[^\w.-]', '-', Path(console.shown(out_dir)).resolve().name),
         config=config,
         weights=model.state_dict(),
         learned=learned,

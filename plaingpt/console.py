@@ -117,8 +117,16 @@ def escaped(match: re.Match[str]) -> str:
 
 def shown(text: str) -> str:
     """Return `text` with *** for what is secret in its URLs: user:password@, and signatures in a query."""
-    text = re.sub(r'://[^/\s]*@', '://***@', text)
-    return re.sub(r'(://[^\s?]*)\?[^\s\'"]*', r'\1?***', text)
+    return re.sub(r'\S+', shown_word, text)
+
+
+def shown_word(match: re.Match[str]) -> str:
+    """Return what `shown` makes of one word; it is done word by word, so that no text takes long."""
+    scheme, colon, rest = match[0].partition('://')
+    rest, mark, query = rest.partition('?')
+    urls = [re.sub(r'^[^/]*@', '***@', url) for url in rest.split('://')]  # of several that are chained with ::
+    end = query[len(query.rstrip('\'").,:;')):]
+    return scheme + colon + '://'.join(urls) + (f'?***{end}' if mark else '')
 
 
 def message(text: str) -> str:

@@ -223,7 +223,10 @@ def test_a_message_has_three_short_lines_whatever_is_quoted_in_it() -> None:
     ('ftp://me:p@ss@host/run', 'ftp://***@host/run'),
     ("'https://h/a.pt?Signature=abc' is not there", "'https://h/a.pt?***' is not there"),
     ('simplecache::https://me@h/a?b=c', 'simplecache::https://***@h/a?***'),
+    ('zip://a.txt::https://me:p@h/a.zip and "s3://b/c?d".', 'zip://a.txt::https://***@h/a.zip and "s3://b/c?***".'),
+    ("https://it's:me@h/a?b='c'&d", 'https://***@h/a?***'),
     ('s3://bucket/run', 's3://bucket/run'),
+    ('://' * 100_000, '://' * 100_000),
     ('me@host is no URL? no', 'me@host is no URL? no'),
 ])
 def test_urls_are_shown_without_credentials(text: str, shown: str) -> None:

@@ -46,6 +46,7 @@ def find_hub_files(dataset: str, config: str, revision: str, split: str = 'train
     dataset is executed."""
     from datasets import load_dataset_builder
 
+    console.say(f'looking for the files of {dataset}')  # without network it tries for half a minute
     with explained_hub(dataset):
         builder = load_dataset_builder(dataset, config or None, revision=revision or None)
         return [str(file) for file in builder.config.data_files[split]]
