@@ -15,7 +15,7 @@ FLOORS: list[set[str]] = [  # from the ground up
     {'plaingpt.formats'},
     {'plaingpt.run', 'plaingpt.metrics', 'plaingpt.tasks'},
     {'plaingpt.init_from'},
-    {'plaingpt.sizes', 'plaingpt.plan', 'plaingpt.check'},
+    {'plaingpt.sizes', 'plaingpt.plan', 'plaingpt.check', 'plaingpt.encoder'},
     STAGES,
 ]
 OF_OTHER_STAGES = {('train', 'sample'), ('train', 'evaluate')}  # the only stage that may use functions of others
