@@ -324,12 +324,8 @@ def from_state(state: dict[str, Any], code: int = DATA) -> Tokenizer:
     damaged, and Unavailable if the files that it refers to cannot be had."""
     try:
         vocabulary = rebuild(state)
-        if isinstance(vocabulary, Characters):
-            is_whole = 0 < len(vocabulary.id_of) == len(vocabulary.characters)
-        else:
-            is_whole = set(vocabulary.pieces) >= BYTES
-        if not is_whole:
-            raise ValueError('characters or bytes are missing, or there twice')
+        if not (vocabulary.pieces if isinstance(vocabulary, Characters) else set(vocabulary.pieces) >= BYTES):
+            raise ValueError('it lacks characters or bytes')
     except Unavailable as error:
         raise Unavailable(str(error), code) from None
     except ModuleNotFoundError:

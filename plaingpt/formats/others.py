@@ -34,6 +34,7 @@ GPT_FROM_SCRATCH = [  # its names for the weights, and GPT-2's
     ('gpt.transformers.', 'transformer.h.'), ('.norm1.', '.ln_1.'), ('.mha.qkv.', '.attn.c_attn.'),
     ('.mha.proj.', '.attn.c_proj.'), ('.norm2.', '.ln_2.'), ('.ff.layers.0.', '.mlp.c_fc.'),
     ('.ff.final_l.', '.mlp.c_proj.'), ('gpt.final_ln.', 'transformer.ln_f.'), ('gpt.ln_out.', 'lm_head.')]
+SPLIT = {'tokens': COUNT, 'sha256': str}
 BEST = ({'loss': [float, COUNT], str: [float, COUNT]}, EMPTY)
 
 
@@ -41,7 +42,6 @@ def is_number(value: object) -> bool:
     return is_tensor(value) and value.numel() == 1 and value.is_floating_point()
 
 
-SPLIT = {'tokens': COUNT, 'sha256': str}
 SHAPE: dict[str, Any] = {  # what is read of one; others than ours lack some of it
     'model': {str: is_tensor},
     'model_args': {
@@ -114,8 +114,14 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
         config = tree.get('config', {})
         known = {'gelu': answers.get('gelu', 'exact'), 'tie_weights': True}
         state = tree | {'model': weights, 'config': known | config if isinstance(config, dict) else config}
-        schema.refuse(state, SHAPE, path, CHECKPOINT)
-        return complete(state)
+    else:
+        state = name_all(tree, weights, path, answers)
+    schema.refuse(state, SHAPE, path, CHECKPOINT)
+    return complete(state)
+
+
+def name_all(tree: State, weights: dict[str, Tensor], path: Path, answers: dict[str, Any]) -> State:
+    """What a file without nanoGPT's names says, under these; `adopt` says the rest."""
     config = vars(tree['config']) if isinstance(tree.get('config'), Inert) else {}
     if 'gpt.t_embedding.weight' in weights:
         weights = from_gpt_from_scratch(weights)
@@ -125,10 +131,8 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
                        if name == 'gelu' or (type(value) is int and value > 0)}
     if 'transformer.wte.weight' not in weights:
         raise UserError(f"{path} has no 'model' and 'model_args': neither plainGPT nor nanoGPT wrote it", CHECKPOINT)
-    state = describe(weights, known, path) | {
+    return describe(weights, known, path) | {
         'iter_num': tree.get('step', tree.get('iter', 0)), 'best_val_loss': tree.get('val_loss', math.inf)}
-    schema.refuse(state, SHAPE, path, CHECKPOINT)
-    return complete(state)
 
 
 def clean(weights: Any) -> dict[str, Tensor]:
