@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plaingpt.errors import COMMAND, DATA, UserError, first_line
-from plaingpt.schema import COUNT
+from plaingpt.schema import COUNT, faults, parse
 
 if TYPE_CHECKING:
     import tiktoken
@@ -33,6 +33,9 @@ STATE = (  # what a tokenizer's `reference()` and `state()` may be
     {'name': {'byte'}, 'eot': bool},
     {'name': str, 'json': str},
     {'name': str, 'pattern': str, 'ranks': str, 'special_tokens': {str: COUNT}})
+LIBRARY = {'model': {  # a byte-pair encoding of bytes, as the library `tokenizers` keeps it
+    'type': {'BPE'}, 'vocab': {str: COUNT}, 'continuing_subword_prefix?': ({''}, None),
+    'end_of_word_suffix?': ({''}, None)}}
 BYTES = set(map(bytes, zip(range(256), strict=True)))
 LARGEST = 1 << 22  # ids that a vocabulary may have
 
@@ -335,6 +338,16 @@ def from_state(state: dict[str, Any], code: int = DATA) -> Tokenizer:
     return vocabulary
 
 
+def open_library(text: str) -> 'tokenizers.Tokenizer':
+    """Return a byte-pair encoding in the form in which the library `tokenizers` keeps it. Raises whatever that does if
+    it is damaged, and ValueError for what that would answer with a panic."""
+    import tokenizers
+
+    if fault := next(faults(parse(text), LIBRARY, ''), None):
+        raise ValueError(fault)
+    return tokenizers.Tokenizer.from_str(text)
+
+
 def rebuild(state: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer of a state that is one of STATE. Raises whatever its library does if it is damaged."""
     match state:
@@ -343,9 +356,7 @@ def rebuild(state: dict[str, Any]) -> Tokenizer:
         case {'name': 'byte', 'eot': eot}:
             return Bytes(eot)
         case {'name': name, 'json': text}:
-            import tokenizers
-
-            return TrainedBPE(name, tokenizers.Tokenizer.from_str(text))
+            return TrainedBPE(name, open_library(text))
         case {'name': name, 'ranks': ranks, 'pattern': pattern, 'special_tokens': special}:
             import tiktoken
 

@@ -107,7 +107,7 @@ def read_config(name_or_folder: str, dropout: float) -> GPTConfig:
         **{name: (DEFAULTS[name],) for name in (
             'layer_norm_epsilon', 'scale_attn_weights', 'scale_attn_by_inverse_layer_idx', 'add_cross_attention',
             'quantization_config')}}
-    if odd := [f'{name}={theirs[name]}' for name, values in right.items() if theirs[name] not in values]:
+    if odd := [f'{name}={schema.shown(theirs[name])}' for name, values in right.items() if theirs[name] not in values]:
         raise UserError(f'{name_or_folder!r} is another model than GPT-2: it has {", ".join(odd)}', CHECKPOINT)
     return GPTConfig(
         block_size=theirs['n_positions'], vocab_size=theirs['vocab_size'], n_layer=theirs['n_layer'],
@@ -197,7 +197,7 @@ def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
 
     try:
         if path.is_file():
-            library = tokenizers.Tokenizer.from_file(str(path))
+            library = tokenizer.open_library(path.read_text(encoding='utf-8'))
         else:
             library = byte_level(*tokenizers.models.BPE.read_file(str(vocab), str(merges)), '')
             library.add_special_tokens([END_OF_TEXT] if library.token_to_id(END_OF_TEXT) is not None else [])
