@@ -39,7 +39,7 @@ import configurator
 import sample
 from model import GPT, GPTConfig
 from plaingpt import tasks
-from plaingpt.corpus import documents, tokenise, tokenizer
+from plaingpt.corpus import documents, shards, tokenise, tokenizer
 from plaingpt.corpus.batches import read_batch
 from plaingpt.corpus.folder import open_split, read_meta
 from plaingpt.corpus.token_files import make_header
@@ -169,6 +169,12 @@ def of_corpus(path: Path, folder: Path | None = None) -> Any:
     return found
 
 
+def of_note(path: Path) -> Any:
+    note = shards.find_note(path.parent, {})
+    return note and [note['splits'], note['bytes'], note['documents'], *(shards.Place(**note['next'])
+                                                                         if 'unfinished' in note else ())]
+
+
 def of_texts(path: Path) -> list[str]:
     return list(documents.read_documents(list(documents.find_pieces(str(path)))))
 
@@ -282,6 +288,10 @@ def write_corpora(folder: Path, vocabulary: tokenizer.Tokenizer, texts: list[str
     own = Kind('meta.json', folder / 'corpus/meta.json', of_corpus, {DATA})
     yield from (own, own._replace(name='meta.json {}', load=json.loads, dump=as_json))
     yield Kind('train.bin', folder / 'corpus/train.bin', of_corpus, {DATA})
+    note = Path(shutil.copytree(folder / 'corpus', folder / 'shards')) / 'meta.json'
+    note.write_bytes(as_json(json.loads(note.read_bytes()) | {
+        'unfinished': True, 'made_with': {}, 'next': shards.START._asdict(), 'documents': 9, 'bytes': 99}))
+    yield Kind('meta.json of shards {}', note, of_note, {DATA, COMMAND}, load=json.loads, dump=as_json)
     ids = np.fromfile(folder / 'corpus/train.bin', np.uint16)
     for name, suffix in (('bare', 'bin'), ("llm.c's", 'bin'), ('numpy', 'npy')):
         (folder / name).mkdir()
@@ -407,8 +417,8 @@ def main(args: list[str]) -> None:
             fine = ['refused', 'same', *([] if kind.has_checksum else ['other'])]
             wrong += [f'{kind.name}, {number} times: {what}' for what, number in found.items() if what not in fine]
             print(f'{kind.name:36}{found["refused"]:9}{found["same"]:9}{found["other"]:9}', flush=True)
-    print(*wrong, sep='\n')
     if wrong:
+        print(*wrong, sep='\n')
         raise UserError(f'{len(wrong)} were neither refused as they should be nor read as before', CHECK_FAILED)
 
 

@@ -202,7 +202,8 @@ def tokenizer_of(where: str) -> Tokenizer:
 def shared_tokenizer(learned: dict[str, Any], folder: Path) -> Tokenizer | None:
     """The tokenizer of a corpus, which must be the one that the model has learned; None if its files cannot be had.
     Raises UserError if it is another one."""
-    of_corpus = read_meta(folder)['tokenizer']
+    meta = read_meta(folder)
+    of_corpus = meta['tokenizer']
     try:
         vocabulary = tokenizer.from_state(learned, DATA if learned == of_corpus else CHECKPOINT)
     except tokenizer.Unavailable:
@@ -211,4 +212,7 @@ def shared_tokenizer(learned: dict[str, Any], folder: Path) -> Tokenizer | None:
         raise UserError(f'the corpus was prepared with the tokenizer {of_corpus["name"]}, and the model has learned '
                         f'another: {learned["name"]}\nprepare the text again with the path of the model, or of its '
                         'run, as --tokenizer=', DATA)
+    if vocabulary and vocabulary.n_vocab != meta['vocab_size']:
+        raise UserError(f'{folder}/meta.json is damaged: its tokenizer has {vocabulary.n_vocab} ids, and vocab_size is '
+                        f'{meta["vocab_size"]}\nrebuild the corpus: {how_to_prepare(folder)}', DATA)
     return vocabulary

@@ -13,22 +13,27 @@ Shapes that the content of a file must have before any of it is used. A shape lo
 import json
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from plaingpt.errors import UserError
 
-COUNT = range(2**63)
+COUNT = range(2**63)  # what is counted
 EMPTY: dict[Any, Any] = {str: ()}  # a dict without entries
 PLAIN = (str, bool, int, float, None)
-MISSING = object()
+MISSING = object()  # in place of a part that is not there, or that has no shape
 SURROGATE = re.compile('[\ud800-\udfff]')
+
+
+def damaged(path: Path, fault: object, code: int, remedy: str = '') -> UserError:
+    return UserError('\n'.join(filter(None, (f'{path} is damaged: {fault}', remedy))), code)
 
 
 def refuse(content: object, shape: Any, path: Path, code: int, remedy: str = '') -> None:
     """Raise UserError, which names the key, if what the file holds is not of that shape."""
     if fault := next(faults(content, shape, ''), None):
-        raise UserError('\n'.join(filter(None, (f'{path} is damaged: {fault}', remedy))), code)
+        raise damaged(path, fault, code, remedy)
 
 
 def read_json(path: Path, shape: Any, code: int, remedy: str = '') -> Any:
@@ -36,7 +41,7 @@ def read_json(path: Path, shape: Any, code: int, remedy: str = '') -> Any:
     try:
         content = parse(path.read_bytes())
     except ValueError as error:
-        content, shape = f'not JSON: {error}', ()
+        raise damaged(path, f'it is not JSON: {error}', code, remedy) from None
     refuse(content, shape, path, code, remedy)
     return content
 
@@ -56,14 +61,12 @@ def fits(content: object, shape: Any) -> bool:
 def faults(value: Any, shape: Any, name: str) -> Iterator[str]:
     """Yield what is not of that shape, such as "best.loss is 'x'"; `name` is that of the value."""
     if isinstance(shape, dict) and isinstance(value, dict):
-        for part in entries(value, shape, name):
-            yield from faults(*part)
+        for entry in entries(value, shape, name):
+            yield from faults(*entry)
     elif isinstance(shape, list) and isinstance(value, list | tuple):
         shapes = shape[:1] * len(value) if shape[-1] is ... else shape
-        for number, of in enumerate(shapes):
-            yield from faults(value[number] if number < len(value) else MISSING, of, f'{name}[{number}]')
-        if len(value) > len(shapes):
-            yield f'{name or "its content"} has {len(value)} parts'
+        for number, (part, of) in enumerate(zip_longest(value, shapes, fillvalue=MISSING)):
+            yield from faults(part, of, f'{name}[{number}]')
     elif isinstance(shape, tuple):
         if not any(fits(value, one) for one in shape):
             alike = (one for one in shape if isinstance(one, dict) and isinstance(value, dict))

@@ -164,7 +164,7 @@ def assert_refused(path: Path | str, *parts: str) -> None:
                                  {'activation_function': 'relu'}, {'layer_norm_epsilon': 1e-6}])
 def test_a_gpt2_of_another_build_is_refused(odd: dict[str, Any], their_gpt2: Any, tmp_path: Path) -> None:
     their_gpt2(**odd)
-    assert_refused(tmp_path, *(f'{name}={value}' for name, value in odd.items()))
+    assert_refused(tmp_path, *(f'{name}={value!r}' for name, value in odd.items()))
 
 
 @pytest.mark.parametrize(('changed', 'part'), [

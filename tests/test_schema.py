@@ -21,7 +21,7 @@ ODD: list[tuple[Any, Any, str]] = [
     ({'a': 'x'}, {'a?': int}, "a is 'x'"), ({'a': None}, {'a?': int}, 'a is None'),
     ({'a': {3: 1}}, {'a': {str: int}}, 'the key 3 of a'), ({'a': {'b\n': ''}}, {'a': {str: int}}, "a['b\\n'] is ''"),
     ({'a': [1, 'x']}, {'a': [int, ...]}, "a[1] is 'x'"), ([1], [int, int], '[1] is missing'),
-    ([1, 2, 3], [int, int], 'its content has 3 parts'), ({'a': 1}, EMPTY, 'is 1'), ([], {'a', 'b'}, 'the type list'),
+    ([1, 2, 3], [int, int], '[2] is 3'), ({'a': 1}, EMPTY, 'is 1'), ([], {'a', 'b'}, 'the type list'),
     ({'a': 'x'}, {'a': (int, None)}, "a is 'x'"), ({'a': {'b': 1}}, {'a': (None, {'b': str})}, 'a.b is 1'),
 ]
 

@@ -18,13 +18,13 @@ from plaingpt import console, files, schema
 from plaingpt.corpus import checksums
 from plaingpt.corpus.order import Order
 from plaingpt.corpus.token_files import VOCABULARIES, TokenFile, ends_of, open_files, sample_of
-from plaingpt.corpus.tokenizer import STATE, Tokenizer
+from plaingpt.corpus.tokenizer import MOST_IDS, STATE, Tokenizer
 from plaingpt.errors import DATA, UserError, python
 
 DATA_ROOT = Path(__file__).parents[2] / 'data'
 META = {  # what is read of a meta.json
     'tokenizer': STATE,
-    'vocab_size': range(1, 2**32),
+    'vocab_size': range(1, MOST_IDS),
     'dtype': {'uint16', 'uint32'},
     'splits': {str: {'tokens': schema.COUNT, 'largest_id': schema.COUNT, 'head': str, 'tail': str, 'sha256?': str}}}
 SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold

@@ -28,6 +28,7 @@ from plaingpt.corpus import checksums, documents, tokenise
 from plaingpt.corpus.folder import META, check_file
 from plaingpt.corpus.token_files import HEADER, Ids, TokenFile, ends_of, make_header
 from plaingpt.errors import COMMAND, DATA, UserError
+from plaingpt.schema import COUNT
 
 NAME = re.compile(rf'(val_000000|train_\d{{6}})\.bin({re.escape(files.UNFINISHED)})?')  # of what is written here
 NONE = np.array([], dtype=np.int64)  # documents are for validation: the first shard is
@@ -43,11 +44,8 @@ class Place(NamedTuple):
 
 
 START = Place(0, 0, 0, 0)
-NOTE = META | {  # what is read of the meta.json of shards that an interrupted run has left
-    'made_with': {str: schema.PLAIN},
-    'documents': schema.COUNT,
-    'bytes': schema.COUNT,
-    'next?': dict.fromkeys(Place._fields, schema.COUNT)}
+FINISHED = META | {'made_with': {str: schema.PLAIN}, 'documents': COUNT, 'bytes': COUNT, 'unfinished?': ()}
+NOTE = (FINISHED, FINISHED | {'unfinished?': bool, 'next': dict.fromkeys(Place._fields, COUNT)})  # what is read of it
 
 
 # ------------------------------------------------------------------------------------------------
@@ -122,7 +120,7 @@ def write_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_si
         except UserError:
             if not overwrite:
                 raise
-        if 'next' in meta:
+        if 'unfinished' in meta:
             fill_shards(folder, packer, source, shard_size, meta, num_proc)
     for split in tokenise.SPLITS:
         shards = [made['tokens'] for name, made in meta['splits'].items() if name.startswith(split)]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plaingpt.errors import COMMAND, DATA, UserError, first_line, refusal
-from plaingpt.schema import COUNT
+from plaingpt.schema import COUNT, faults, parse
 
 if TYPE_CHECKING:
     import tiktoken
@@ -40,6 +40,9 @@ STATE = (  # what a tokenizer's `reference()` and `state()` may be
     {'name': {'byte'}, 'eot': bool},
     {'name': str, 'json': str},
     {'name': str, 'pattern': str, 'ranks': str, 'special_tokens': {str: COUNT}})
+LIBRARY = {'model': {  # a byte-pair encoding of bytes, as the library `tokenizers` keeps it
+    'type': {'BPE'}, 'vocab': {str: COUNT}, 'continuing_subword_prefix?': ({''}, None),
+    'end_of_word_suffix?': ({''}, None)}}
 BYTES = set(map(bytes, zip(range(256), strict=True)))
 MOST_IDS = 1 << 22  # that a vocabulary may have
 
@@ -357,12 +360,8 @@ def from_state(state: dict[str, Any], code: int = DATA) -> Tokenizer:
     damaged, and Unavailable if the files that it refers to cannot be had."""
     try:
         vocabulary = rebuild(state)
-        if isinstance(vocabulary, Characters):
-            is_whole = 0 < len(vocabulary.id_of) == len(vocabulary.characters)
-        else:
-            is_whole = set(vocabulary.pieces) >= BYTES
-        if not is_whole:
-            raise ValueError('characters or bytes are missing, or there twice')
+        if not (vocabulary.pieces if isinstance(vocabulary, Characters) else set(vocabulary.pieces) >= BYTES):
+            raise ValueError('it lacks characters or bytes')
     except Unavailable as error:
         raise Unavailable(str(error), code) from None
     except ModuleNotFoundError:
@@ -370,6 +369,16 @@ def from_state(state: dict[str, Any], code: int = DATA) -> Tokenizer:
     except Exception as error:  # of two libraries
         raise UserError(f"the tokenizer '{state['name']}' is damaged: {first_line(error)}", code) from None
     return vocabulary
+
+
+def open_library(text: str) -> 'tokenizers.Tokenizer':
+    """Return a byte-pair encoding in the form in which the library `tokenizers` keeps it. Raises whatever that does if
+    it is damaged, and ValueError for what that would answer with a panic."""
+    import tokenizers
+
+    if fault := next(faults(parse(text), LIBRARY, ''), None):
+        raise ValueError(fault)
+    return tokenizers.Tokenizer.from_str(text)
 
 
 def rebuild(state: dict[str, Any]) -> Tokenizer:
@@ -380,9 +389,7 @@ def rebuild(state: dict[str, Any]) -> Tokenizer:
         case {'name': 'byte', 'eot': eot}:
             return Bytes(eot)
         case {'name': name, 'json': text}:
-            import tokenizers
-
-            return TrainedBPE(name, tokenizers.Tokenizer.from_str(text))
+            return TrainedBPE(name, open_library(text))
         case {'name': name, 'ranks': ranks, 'pattern': pattern, 'special_tokens': special}:
             import tiktoken
 

@@ -37,7 +37,7 @@ ALIASES = {'max_position_embeddings': 'n_positions', 'num_hidden_layers': 'n_lay
            'hidden_size': 'n_embd'}
 GELU: dict[str, Literal['tanh', 'exact']] = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
 ORIGIN = 'plaingpt.json'  # beside what export.py writes: what no other format has room for, such as the tokenizer
-ORIGINS = {
+ORIGINS = {  # what is read of that
     'tokenizer': tokenizer.STATE,
     'iter_num': schema.COUNT,
     'best': others.BEST,
@@ -107,7 +107,7 @@ def read_config(name_or_folder: str, dropout: float) -> tuple[GPTConfig, bool | 
         **{name: (DEFAULTS[name],) for name in (
             'layer_norm_epsilon', 'scale_attn_weights', 'scale_attn_by_inverse_layer_idx', 'add_cross_attention',
             'quantization_config')}}
-    if odd := [f'{name}={theirs[name]}' for name, values in right.items() if theirs[name] not in values]:
+    if odd := [f'{name}={schema.shown(theirs[name])}' for name, values in right.items() if theirs[name] not in values]:
         raise UserError(f'{name_or_folder!r} is another model than GPT-2: it has {", ".join(odd)}', CHECKPOINT)
     return GPTConfig(
         block_size=theirs['n_positions'], vocab_size=theirs['vocab_size'], n_layer=theirs['n_layer'],
@@ -228,7 +228,7 @@ def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
 
     try:
         if path.is_file():
-            library = tokenizers.Tokenizer.from_file(str(path))
+            library = tokenizer.open_library(path.read_text(encoding='utf-8'))
         else:
             library = byte_level(*tokenizers.models.BPE.read_file(str(vocab), str(merges)), '')
             library.add_special_tokens([END_OF_TEXT] if library.token_to_id(END_OF_TEXT) is not None else [])
@@ -238,8 +238,7 @@ def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
         says = json.loads(library.to_str())
         if not (says['model']['type'] == 'BPE' and not says['model']['dropout'] and says['normalizer'] is None
                 and says['pre_tokenizer'] | {'trim_offsets': True} == BYTE_LEVEL and library.encode('').ids == []
-                and all(library.id_to_token(i) for i in range(learned.n_vocab))
-                and set(map(bytes, zip(range(256), strict=True))) <= set(learned.pieces)):
+                and set(learned.pieces) >= tokenizer.BYTES):
             raise ValueError('it is of another kind')
     except Exception:  # of a library that reads what others have written; or it holds no bytes
         raise UserError(f"the tokenizer of {name_or_folder} is damaged, or of another kind than GPT-2's: it is not read"

@@ -37,6 +37,7 @@ GPT_FROM_SCRATCH = [  # its names for the weights, and GPT-2's
     ('.ff.final_l.', '.mlp.c_proj.'), ('gpt.final_ln.', 'transformer.ln_f.'), ('gpt.ln_out.', 'lm_head.')]
 # What torch.compile, DDP, activation checkpointing and FSDP put into the names of weights
 WRAPPERS = re.compile(r'(?<![^.])(_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
+SPLIT = {'tokens': COUNT, 'sha256': str}
 BEST = ({'loss': [float, COUNT], str: [float, COUNT]}, EMPTY)
 
 
@@ -44,7 +45,6 @@ def is_number(value: object) -> bool:
     return is_tensor(value) and value.numel() == 1 and value.is_floating_point()
 
 
-SPLIT = {'tokens': COUNT, 'sha256': str}
 SHAPE: dict[str, Any] = {  # what is read of one; others than ours lack some of it
     'model': {str: is_tensor},
     'model_args': {
@@ -150,8 +150,14 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
             known = {'gelu': answers.get('gelu', 'exact')}
             config = known | config | {'tie_weights': is_tied(weights, config.get('tie_weights'), path)}
         state = tree | {'model': weights, 'config': config}
-        schema.refuse(state, SHAPE, path, CHECKPOINT)
-        return complete(state)
+    else:
+        state = name_all(tree, weights, path, answers)
+    schema.refuse(state, SHAPE, path, CHECKPOINT)
+    return complete(state)
+
+
+def name_all(tree: State, weights: dict[str, Tensor], path: Path, answers: dict[str, Any]) -> State:
+    """What a file without nanoGPT's names says, under these; `adopt` says the rest."""
     config = vars(tree['config']) if isinstance(tree.get('config'), Inert) else {}
     if 'gpt.t_embedding.weight' in weights:
         weights = from_gpt_from_scratch(weights)
@@ -162,10 +168,8 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
     weights = from_transformers(weights)
     if TABLE not in weights:
         raise UserError(f"{path} has no 'model' and 'model_args': neither plainGPT nor nanoGPT wrote it", CHECKPOINT)
-    state = describe(weights, known, path) | {
+    return describe(weights, known, path) | {
         'iter_num': tree.get('step', tree.get('iter', 0)), 'best_val_loss': tree.get('val_loss', math.inf)}
-    schema.refuse(state, SHAPE, path, CHECKPOINT)
-    return complete(state)
 
 
 def clean(weights: Any) -> dict[str, Tensor]:

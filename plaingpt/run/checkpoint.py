@@ -248,12 +248,12 @@ def fits(moment: Tensor | float, shape: torch.Size) -> bool:
 def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) -> None:
     """Give the optimizer the moments of a checkpoint. Learning rate, betas and weight decay stay as this run sets
     them."""
-    ours, theirs = optimizer.param_groups, state.get('optimizer', {}).get('param_groups', [])
-    shapes = [p.shape for group in ours for p in group['params']]
-    moments = state['optimizer']['state'].items() if theirs else ()
-    if ([len(group['params']) for group in ours] != [len(group['params']) for group in theirs]
-            or any(number not in range(len(shapes)) or not fits(tensor, shapes[number])
-                   for number, tensors in moments for tensor in tensors.values())):
+    theirs = state.get('optimizer', {'param_groups': [], 'state': {}})
+    sizes, saved = ([len(group['params']) for group in groups]
+                    for groups in (optimizer.param_groups, theirs['param_groups']))
+    shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group['params']))
+    if sizes != saved or any(number not in shapes or not fits(moment, shapes[number])
+                             for number, moments in theirs['state'].items() for moment in moments.values()):
         raise UserError('the checkpoint has no optimizer state, or that of another model: it cannot be resumed\n'
                         'start a new run from its weights: give its path as --init_from', CHECKPOINT)
     strategies.load_optimizer(optimizer, state['optimizer']['state'])

@@ -102,3 +102,16 @@ def test_weights_that_are_no_numbers_or_of_another_type_are_refused(theirs: Path
     for tree in (right | {WEIGHT: 3}, [1], {3: torch.ones(1)}):
         torch.save(tree, theirs / 'pytorch_model.bin')
         assert 'pytorch_model.bin is damaged' in refused(open_model, str(theirs), code=errors.CHECKPOINT)
+
+
+def test_a_tokenizer_that_its_library_would_answer_with_a_panic_is_refused(
+        theirs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A panic is no Exception, and writes pages to stderr before any handler sees it."""
+    (theirs / 'plaingpt.json').unlink(missing_ok=True)
+    says = json.loads((theirs / 'tokenizer.json').read_text(encoding='utf-8'))
+    for name in ('continuing_subword_prefix', 'end_of_word_suffix'):
+        rewrite(theirs / 'tokenizer.json', model=says['model'] | {name: '##########'})
+        refused(open_model, str(theirs), code=errors.CHECKPOINT)
+        state = {'name': 'bpe:300', 'json': (theirs / 'tokenizer.json').read_text(encoding='utf-8')}
+        assert f'model.{name} is' in refused(tokenizer.from_state, state, code=errors.DATA)
+    assert capfd.readouterr().err == ''
