@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from plaingpt import files
+from plaingpt import console, files
 from plaingpt.errors import DATA, UserError, refusal
 
 BLOCK = 1 << 20  # bytes of a file that are read at a time
