@@ -136,7 +136,8 @@ def call(main: Any, args: list[str]) -> tuple[Any, str, str]:
         return error.code, '', complaint_about(error.code, '')
     except BaseException as error:
         code, text = code_of(error), traceback.format_exc()
-        return code, text, text if code == CHECK_FAILED else ''
+        is_answered = isinstance(error, OSError) or code != CHECK_FAILED  # by errors.run
+        return code, text, '' if is_answered else text
 
 
 def run_command(name: str, args: list[str]) -> tuple[Any, str, str]:

@@ -35,6 +35,7 @@ def test_a_thousand_command_lines_end_without_a_traceback(run_script: RunScript)
     ('train_trivialised', '--n_layer=1e18', 'n_layer=1000000000000000000, n_embd=128'),
     ('sample', '--num_samples=1e18', '--num_samples=1000000000000000000: must be less than 2147483648'),
     ('evaluate', '--batch_size=1e18', '--batch_size=1000000000000000000: must be less than 2147483648'),
+    ('evaluate', '--json=.', '--json=. is a folder: give the name of a file'),
     ('data.text.prepare', '--seed=-1', '--seed=-1: must be 0 or more'),
     ('data.text.prepare', '--tokenizer=bpe:99999999999999', "tokenizer 'bpe:99999999999999': N of 'bpe:N' is"),
     *(('data.text.prepare', f'--input={url}', f'--input={url} cannot be opened: ') for url in (
