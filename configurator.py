@@ -130,8 +130,10 @@ def alternatives(annotation: Any) -> list[Any]:
 
 def manual(script: types.ModuleType, lines: dict[str, ast.AnnAssign]) -> str:
     """Return the docstring, and the settings as the source has them: name, type, default, meaning."""
-    source = inspect.getsource(script)
-    first, *_, last = lines.values()
+    source, nodes = inspect.getsource(script), list(lines.values())
+    if not nodes:
+        return f'{inspect.getdoc(script)}\n\nIt has no settings.'
+    first, last = nodes[0], nodes[-1]
     above = [node.end_lineno or 0 for node in ast.parse(source).body if node.lineno < first.lineno]
     block = '\n'.join(source.splitlines()[max(above, default=0) : last.end_lineno]).strip()
     return f'{inspect.getdoc(script)}\n\n{block}\n\nAny of them can be given as --name=value; the last one wins.'

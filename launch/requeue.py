@@ -40,6 +40,9 @@ def count_tries(folder: Path, job: str) -> tuple[int, int]:
 
 
 def main(args: list[str]) -> None:
+    if not (args and args[0].isdecimal()):
+        console.say(f'{__doc__}'.strip())
+        sys.exit(errors.COMMAND)
     code = int(args[0])
     if not is_loss(code):
         sys.exit(1)

@@ -7,9 +7,34 @@ from pathlib import Path
 
 import pytest
 
+import configurator
 from plaingpt.errors import COMMAND, DATA, NOT_FINITE, UserError
 
 RunScript = Callable[..., subprocess.CompletedProcess[str]]
+
+
+ROOT = Path(__file__).parents[1]
+WITH_SETTINGS = [path for path in (*ROOT.glob('*.py'), *ROOT.glob('data/*/prepare.py')) if "if __name__ == '__main__'" in
+                 path.read_text(encoding='utf-8')]
+
+
+@pytest.mark.parametrize('path', WITH_SETTINGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_script_answers_help_with_its_settings(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = importlib.import_module('.'.join(path.relative_to(ROOT).with_suffix('').parts))
+    with pytest.raises(SystemExit) as end:
+        script.main(['--help'])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith((script.__doc__ or '?').strip().splitlines()[0])
+    names = configurator.find_settings(script)
+    assert all(f'\n{name}: ' in said for name in names) and ('It has no settings' in said) == (not names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', [*ROOT.glob('benchmarks/*.py'), *ROOT.glob('launch/*.py')], ids=lambda path: path.name)
+def test_every_other_script_answers_help(path: Path, run_script: RunScript) -> None:
+    result = run_script(str(path.relative_to(ROOT)), '--help')
+    assert result.stdout.strip() and 'Traceback' not in result.stderr
 
 
 @pytest.mark.slow
