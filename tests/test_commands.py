@@ -14,8 +14,8 @@ RunScript = Callable[..., subprocess.CompletedProcess[str]]
 
 
 ROOT = Path(__file__).parents[1]
-WITH_SETTINGS = [path for path in (*ROOT.glob('*.py'), *ROOT.glob('data/*/prepare.py')) if "if __name__ == '__main__'" in
-                 path.read_text(encoding='utf-8')]
+WITH_SETTINGS = [path for path in (*ROOT.glob('*.py'), *ROOT.glob('data/*/prepare.py'))
+                 if "if __name__ == '__main__'" in path.read_text(encoding='utf-8')]
 
 
 @pytest.mark.parametrize('path', WITH_SETTINGS, ids=lambda path: str(path.relative_to(ROOT)))
