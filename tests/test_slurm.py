@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--eval_iters=1',
         '--gradient_accumulation_steps=2', '--sample_interval=0', '--log_interval=10', '--warmup_iters=2',
-        '--device=cpu', '--timeout=20', '--start_timeout=120']
+        '--device=cpu', '--timeout=60']
 CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)

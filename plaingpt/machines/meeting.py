@@ -154,6 +154,7 @@ def join(launch: Launch, backend: str, timeout: float) -> dist.Store:
             kept = connect(is_master=True) if keeps_store else None
             with end.insist(lambda: socket.create_connection((host, port), timeout)) as connection:
                 address = str(connection.getpeername()[0])
+            end.reason = 'what answers there is not process 0'
             store, second = kept or connect(is_master=False), connect(is_master=False)
             met, end.reason = dist.PrefixStore('meeting', second), 'not all of them have come'
             refuse_another_run(met, launch)

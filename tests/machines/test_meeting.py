@@ -200,6 +200,7 @@ def test_a_process_that_does_not_meet_the_others_ends_with_code_8_in_every_phase
         ends = processes.ends()
     assert [code for code, _ in ends] == [errors.PEER_LOST] * 4, ends
     assert 'Connection refused' in ends[0][1]
+    assert 'what answers there is not process 0' in ends[2][1]
     assert re.search('no-such-host.invalid.*(Name|name)', ends[1][1]), ends[1][1]
     assert all('has not met all others at' in text and len(text.splitlines()) <= 3 for _, text in ends), ends
 
@@ -246,7 +247,7 @@ def two_hosts(tmp_path: Path) -> Iterator[list[str]]:
 @pytest.mark.slow
 def test_hosts_meet_whose_own_name_is_of_the_loopback(processes: Processes, two_hosts: list[str]) -> None:
     for rank, host in enumerate(two_hosts):
-        processes.start(by_hand(rank, '29500', '10.77.0.1'), '--start_timeout=60', prefix=('ip', 'netns', 'exec', host))
+        processes.start(by_hand(rank, '29500', '10.77.0.1'), prefix=('ip', 'netns', 'exec', host))
     assert [code for code, _ in processes.ends()] == [errors.DONE, errors.DONE], processes.ends()
 
 
