@@ -4,14 +4,17 @@ Settings are the annotated names at the top of a script: defaults < config file 
     python train.py config/train_gpt2.py --batch_size=32
 
 Arguments are taken from left to right, and the last word wins. A config file is parsed and never run: it holds lines
-`name = value`, with literals, arithmetic, and the names of settings, which stand for their value so far.
+`name = value`, with literals, f-strings, arithmetic, a few functions, and the names of settings, which stand for their
+value so far. Another name may hold what later lines of its file read.
 """
 import ast
 import difflib
+import errno
 import inspect
 import math
 import operator
 import os
+import re
 import textwrap
 import time
 import types
@@ -25,24 +28,33 @@ from plaingpt.errors import UserError
 T = TypeVar('T')
 Kinds = dict[str, list[Any]]  # what each setting may be: bool, int, float, str, and the texts that a Literal names
 
-STARTED = time.strftime('%Y%m%d-%H%M%S')  # what '{time}' stands for in the name of a run or of a folder
+STARTED = time.time()  # what time.time() is in a config file, and '{time}' in the name of a run or of a folder
+CLOCK = 'time.time()'
+MANY = 2**31  # windows, layers, seconds ...: a number from here on is a mistake, and no memory is asked for it
 LARGEST = 2**63  # no number that a config file computes needs more; 9**9**9 would take all memory
-LONGEST = 100_000  # characters in a text
+LONGEST = 100_000  # characters in a text, and in a config file
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, of a file
+MOST_DIGITS = 64  # the largest exponent, and the most digits that a number is rounded or written to
+NEAR = 0.75  # how much of two names must agree, by difflib's measure, for one to have been meant by the other
 ARITHMETIC: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
     ast.USub: operator.neg, ast.UAdd: operator.pos,
 }
-REMEDY = 'A config file is read, never run. Write name = value, with numbers, text, arithmetic and names of settings.'
+FUNCTIONS: dict[str, Callable[..., Any]] = {'int': int, 'float': float, 'round': round, 'min': min, 'max': max}
+EMPTY = ast.Constant('')
+REMEDY = ('A config file is read, never run. Write name = value, with numbers, text, arithmetic, names of settings, '
+          f'{", ".join(FUNCTIONS)}, str.')
 TIME_REMEDY = "A config file is read, never run. For the time in a name, write '{time}': wandb_run_name = 'ft-{time}'"
 
 
-def configure(script: types.ModuleType, args: list[str]) -> tuple[dict[str, Any], set[str]]:
-    """Set the settings of `script` from `args` (as in sys.argv[1:]). Return all of them by name, and the names that a
-    config file or the command line gave. UserError where an argument cannot be taken; --help prints and exits."""
+def configure(script: types.ModuleType, args: list[str], clock: float = STARTED) -> tuple[dict[str, Any], set[str]]:
+    """Set the settings of `script` from `args` (as in sys.argv[1:]). Return all of them by name, for records, which
+    keep no secret of a URL, and the names that a config file or the command line gave. `clock` is the time that they
+    may name, in seconds since 1970. UserError if an argument cannot be taken; --help prints and exits."""
     lines = find_settings(script)
     if '--help' in args or '-h' in args:
-        print(manual(script, lines))
+        console.say(manual(script, lines))
         raise SystemExit(0)
     annotations = inspect.get_annotations(script)
     kinds = {name: alternatives(annotations[name]) for name in lines}
@@ -58,10 +70,20 @@ def configure(script: types.ModuleType, args: list[str]) -> tuple[dict[str, Any]
         if arg.startswith('--'):
             given |= read_option(arg, rest, kinds, script)
         else:
-            given |= read_file(arg, settings | given, kinds)
+            given |= read_file(arg, settings | given | {CLOCK: clock}, kinds)
+    stamp = time.strftime('%Y%m%d-%H%M%S', time.localtime(clock))
+    for name in given:
+        if isinstance(given[name], str) and name.endswith(('name', 'dir')):
+            given[name] = given[name].replace('{time}', stamp)
     settings |= given
     vars(script).update(settings)
-    return settings, set(given)
+    return record(script), set(given)
+
+
+def record(script: types.ModuleType) -> dict[str, Any]:
+    """Return the settings of `script` by name, for records, which keep no secret of a URL."""
+    values = {name: getattr(script, name) for name in find_settings(script)}
+    return {name: console.shown(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def pick(make: Callable[..., T], script: types.ModuleType, **others: Any) -> T:
@@ -75,7 +97,8 @@ def check_range(script: types.ModuleType, names: str, least: float, below: float
     for name in names.split():
         value = getattr(script, name)
         if not least <= value < below:
-            bounds = f'{least} or more' if below == math.inf else f'at least {least} and less than {below}'
+            least_or_most = f'{least} or more' if value < least else f'less than {below}'
+            bounds = least_or_most if below >= MANY else f'at least {least} and less than {below}'
             raise UserError(f'--{name}={value}: must be {bounds}')
 
 
@@ -130,10 +153,20 @@ def fit(name: str, value: Any, kinds: Kinds, where: str) -> Any:
         if kind is float and is_number:
             return float(value)
         if type(value) is str and (kind is str or kind == value):
-            return value.replace('{time}', STARTED) if name.endswith(('name', 'dir')) else value
+            refuse_odd_text(name, value, where)
+            return value
     words = {bool: 'True or False', int: 'a whole number', float: 'a number', str: "text in quotes, 'like this'"}
     wanted = ' or '.join(words[kind] if kind in words else repr(kind) for kind in kinds[name])
     raise UserError(f'{where}: {name} must be {wanted}, not {brief(repr(value))}')
+
+
+def refuse_odd_text(name: str, text: str, where: str) -> None:
+    """Refuse what is no text, and what can name no file, unless it is a prompt or a URL."""
+    if '\0' in text or text.encode('utf-8', 'replace').decode() != text:
+        raise UserError(f'{where}: {name} must be text in UTF-8, without the character NUL')
+    path = '' if name.endswith('start') or '://' in text else text
+    if len(path.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in path.split('/')):
+        raise UserError(f'{where}: {name}={brief(text)}: {os.strerror(errno.ENAMETOOLONG)}')
 
 
 def read_option(arg: str, rest: list[str], kinds: Kinds, script: types.ModuleType) -> dict[str, Any]:
@@ -176,13 +209,14 @@ def parse_text(text: str, kinds: list[Any]) -> Any:
 # Config files
 
 
-def read_file(path: str, settings: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
-    """Return what the file at `path` assigns. Nothing in it is ever executed."""
+def read_file(path: str, names: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
+    """Return the settings that the file at `path` assigns, if `names` have these values. Nothing in it is executed."""
     try:
-        source = Path(path).read_text(encoding='utf-8-sig')
-        new: dict[str, Any] = {}
-        for statement in ast.parse(source).body:
-            new |= read_statement(statement, settings | new, kinds, path)
+        with open(path, encoding='utf-8-sig') as file:
+            source = file.read(LONGEST + 1)
+        if len(source) > LONGEST:
+            raise ValueError(f'it is longer than {LONGEST:,} characters')
+        new = read_statements(ast.parse(source).body, names, kinds, path)
     except UserError:
         raise
     except OSError as error:
@@ -194,54 +228,88 @@ def read_file(path: str, settings: dict[str, Any], kinds: Kinds) -> dict[str, An
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(f'{path} is not a config file: {error or "too deeply nested"}') from None
     console.say(f'Overriding config with {path}:\n{source}')
+    if helpers := new.keys() - kinds:
+        console.say(f'{path}: for its own lines only, as no setting is called so: {", ".join(sorted(helpers))}')
+    return {name: value for name, value in new.items() if name in kinds}
+
+
+def read_statements(body: list[ast.stmt], names: dict[str, Any], kinds: Kinds, path: str) -> dict[str, Any]:
+    """Return what the statements assign: settings, and helpers, which are other names that a later statement reads."""
+    new: dict[str, Any] = {}
+    read = [{node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+            for statement in body]
+    for number, statement in enumerate(body, start=1):
+        where, value = f'{path}, line {statement.lineno}', None
+        for name, node in assignments(statement, where):
+            if name not in kinds and name not in set().union(*read[number:]):
+                raise unknown(name, kinds, where)
+            value = evaluate(node, names | new, where) if value is None else value
+            new[name] = fit(name, value, kinds, where) if name in kinds else value
     return new
 
 
-def read_statement(statement: ast.stmt, settings: dict[str, Any], kinds: Kinds, path: str) -> dict[str, Any]:
-    """Return what one statement assigns: {name: value}, or nothing for a docstring."""
-    where = f'{path}, line {statement.lineno}'
+def assignments(statement: ast.stmt, where: str) -> list[tuple[str, ast.expr]]:
+    """Return the names that a statement assigns to, and the value; none for a docstring, and for what nanoGPT's own
+    files import."""
     match statement:
-        case ast.Expr(value=ast.Constant(value=str())):
-            return {}
-        case (ast.Assign(targets=[ast.Name(id=name)], value=ast.expr() as node)
-              | ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as node)):
-            if name not in kinds:
-                raise unknown(name, kinds, where)
-            return {name: fit(name, evaluate(node, settings, where), kinds, where)}
+        case ast.Expr(value=ast.Constant(value=str())) | ast.Import(names=[ast.alias(name='time', asname=None)]):
+            return []
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as node):
+            return [(name, node)]
+        case ast.Assign(targets=targets, value=node) if all(isinstance(target, ast.Name) for target in targets):
+            return [(ast.unparse(target), node) for target in targets]
     raise refused(statement, where)
 
 
-def evaluate(node: ast.expr, settings: dict[str, Any], where: str) -> Any:
-    """Return the value of a literal, of a setting's name, or of arithmetic on these."""
+def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
+    """Return the value of a literal, of a name, or of what is calculated or written from these."""
+    function: Callable[..., Any]
     match node:
         case ast.Constant(value=value):
             return value
-        case ast.Name(id=name) if name in settings:
-            return settings[name]
+        case ast.Name(id=name) if name in names:
+            return names[name]
         case ast.Name(id=name):
-            raise unknown(name, [*settings, 'True', 'False'], where)
+            raise unknown(name, [*names, 'True', 'False'], where)
+        case ast.JoinedStr(values=parts):
+            function, operands = join, parts
+        case ast.FormattedValue(value=operand, conversion=-1, format_spec=form):
+            function, operands = format, [operand, form or EMPTY]
+        case ast.Call() if ast.unparse(node) == CLOCK and CLOCK in names:
+            return names[CLOCK]
+        case ast.Call(func=ast.Name(id='str'), args=[operand], keywords=[]):
+            function, operands = format, [operand, EMPTY]
+        case ast.Call(func=ast.Name(id=name), args=[_, *_] as operands, keywords=[]) if name in FUNCTIONS:
+            function = FUNCTIONS[name]
         case ast.BinOp(left=left, op=sign, right=right) if type(sign) in ARITHMETIC:
-            operands = [evaluate(left, settings, where), evaluate(right, settings, where)]
+            function, operands = ARITHMETIC[type(sign)], [left, right]
         case ast.UnaryOp(op=sign, operand=operand) if type(sign) in ARITHMETIC:
-            operands = [evaluate(operand, settings, where)]
+            function, operands = ARITHMETIC[type(sign)], [operand]
         case _:
             raise refused(node, where)
-    return calculate(sign, operands, f'{where}: {brief(ast.unparse(node))}')
+    values = [evaluate(operand, names, where) for operand in operands]
+    return calculate(function, values, f'{where}: {brief(ast.unparse(node))}')
 
 
-def calculate(sign: ast.AST, operands: list[Any], where: str) -> Any:
-    """Return the result of one operation on numbers, or of text + text, where it is of a sensible size."""
-    numbers = all(isinstance(operand, int | float) for operand in operands)
-    texts = all(isinstance(operand, str) for operand in operands) and isinstance(sign, ast.Add)
-    if not numbers and not texts:
+def join(*texts: str) -> str:
+    return ''.join(texts)
+
+
+def calculate(function: Callable[..., Any], values: list[Any], where: str) -> Any:
+    """Return the result of one operation on numbers or texts, if both it and what it takes are of a sensible size."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    texts = [value for value in values if isinstance(value, str)]
+    takes_text = function in (join, operator.add)
+    if function is not format and len(texts if takes_text and texts else numbers) < len(values):
         raise UserError(f'{where}: arithmetic takes numbers, and text + text')
-    if isinstance(sign, ast.Pow) and abs(operands[1]) > 64:
-        raise UserError(f'{where}: the exponent is too large')
+    digits = map(int, re.findall(r'\d+', values[1])) if function is format else values[1:]
+    if function in (operator.pow, round, format) and any(abs(number) > MOST_DIGITS for number in digits):
+        raise UserError(f'{where}: an exponent, or a number of digits, is above {MOST_DIGITS}')
     try:
-        result = ARITHMETIC[type(sign)](*operands)
-    except ArithmeticError as error:
+        result = function(*values)
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise UserError(f'{where}: {error}') from None
-    if isinstance(result, complex) or (len(result) > LONGEST if texts else abs(result) >= LARGEST):
+    if isinstance(result, complex) or (len(result) > LONGEST if isinstance(result, str) else abs(result) >= LARGEST):
         raise UserError(f'{where}: the result is too large, or no number')
     return result
 
@@ -257,7 +325,7 @@ def brief(text: str) -> str:
 
 
 def unknown(name: str, names: Iterable[str], where: str, dashes: str = '', otherwise: str = '') -> UserError:
-    near = difflib.get_close_matches(name.lower(), names, n=1)
+    near = difflib.get_close_matches(name.lower(), names, 1, NEAR)
     hint = f'did you mean {dashes}{near[0]}?' if near else otherwise or 'every script lists its settings with --help.'
     return UserError(f"{where}: no setting is called '{brief(name)}'; {hint}")
 

@@ -20,7 +20,7 @@ import torch
 import configurator
 from model import refuse_not_finite
 from plaingpt import console, errors, files, metrics
-from plaingpt.corpus.folder import open_split
+from plaingpt.corpus.folder import fingerprint, open_split, read_meta
 from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_reference, learned_tokenizer, open_model, shared_tokenizer
 from plaingpt.machines import processes
@@ -49,6 +49,8 @@ dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matr
 backend: str = 'auto'
 # ------------------------------------------------------------------------------------------------
 
+# Of these each process may have its own, as they say where things are: what is there is compared.
+PLACE = ('init_from', 'out_dir', 'dataset', 'hellaswag', 'lambada', 'json', 'device')
 MEASURES = {'hellaswag': measure_hellaswag, 'lambada': measure_lambada}  # the tasks beside 'val'
 TITLES = {
     'hellaswag_completion': 'HellaSwag in completion style, as build-nanogpt and llm.c score it',
@@ -94,13 +96,15 @@ def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], p
     figures: dict[str, dict[str, float]] = {}
     if 'val' in names:
         corpus = open_split(folder, split, model.config.block_size, n_vocab)
+        processes.refuse_difference(process, {split: fingerprint(corpus, read_meta(folder))},
+                                    f'{folder} must be the same on all machines')
         learned = shared_tokenizer(learned_reference(state, n_vocab, folder, bool(dataset)), folder)
-        n_windows = eval_iters * batch_size or len(corpus)
-        figures[split] = metrics.evaluate(predict, corpus, n_windows, learned.token_sizes() if learned else None)
+        figures[split] = metrics.evaluate(predict, corpus, eval_iters * batch_size,
+                                          learned.token_sizes() if learned else None)
         refuse_not_finite(torch.tensor(figures[split]['loss']))
     for name, rows in questions.items():
         figures |= MEASURES[name](rows, learned_tokenizer(state, n_vocab, folder, bool(dataset)), predict)
-    return Measured(where, state.get('iter_num'), folder.name if 'val' in names else '', figures)
+    return Measured(console.shown(where), state.get('iter_num'), folder.name if 'val' in names else '', figures)
 
 
 def report(all_measured: Sequence[Measured], notes: dict[str, str]) -> str:
@@ -132,7 +136,7 @@ def json_file(where: str, found: Sequence[str]) -> str:
     """evaluation.json in the folder that holds what was found; for the weights of the hub, or of a URL, in this one,
     under their name."""
     if not os.path.exists(found[0]):
-        return f'evaluation-{Path(where).stem}.json'
+        return f'evaluation-{Path(where.partition("?")[0]).stem}.json'
     common = os.path.commonpath(found)
     return os.path.join(common if os.path.isdir(common) else os.path.dirname(common), 'evaluation.json')
 
@@ -148,23 +152,22 @@ def as_json(all_measured: Sequence[Measured], about: dict[str, Any]) -> bytes:
 
 
 def write_json(path: str, content: bytes) -> None:
-    try:
-        with files.written_whole(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise UserError(f'{path} cannot be written: {error.strerror}\ngive another file with --json=') from None
-    print(f'\nall figures are in {path}')
+    with files.written_whole(path) as file:
+        file.write(content)
+    console.say(f'\nall figures are in {path}')
 
 
 def main(args: list[str]) -> None:
-    settings, _ = configurator.configure(sys.modules[__name__], args)
-    configurator.check_range(sys.modules[__name__], 'batch_size', 1)
-    configurator.check_range(sys.modules[__name__], 'eval_iters limit', 0)
+    configurator.configure(sys.modules[__name__], args)
+    configurator.check_range(sys.modules[__name__], 'batch_size', 1, below=configurator.MANY)
+    configurator.check_range(sys.modules[__name__], 'eval_iters limit', 0, below=configurator.MANY)
     names, where = find_tasks(tasks), init_from or out_dir
     found = find_checkpoints(where)
     with processes.joined(device, backend) as process:
-        processes.refuse_difference(process, 'checkpoints', found, 'all machines must see the same files')
+        settings = processes.agree_on_settings(process, sys.modules[__name__], args, PLACE)
+        processes.refuse_difference(process, {'checkpoints': found}, 'all machines must see the same files')
         compute = choose(process.device, dtype, compile=False)
+        console.say(f'{processes.describe(process)}; {compute.line}')
         paths = {'hellaswag': hellaswag, 'lambada': lambada}
         questions = {name: load(name, path, limit, process) for name, path in paths.items() if name in names}
         all_measured = [measure(one, names, questions, process, compute) for one in found]

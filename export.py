@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import configurator
-from plaingpt import errors
+from plaingpt import console, errors, files
 from plaingpt.errors import UserError
 from plaingpt.formats import gguf, huggingface, llmc, others
 from plaingpt.formats.exported import Exported
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
-from plaingpt.run import checkpoint, upload
+from plaingpt.run import checkpoint, lock, upload
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -49,6 +49,7 @@ class Format(NamedTuple):
     dtypes: tuple[str, ...]
     needs: dict[str, tuple[Any, str]]  # by the names of GPTConfig: the only value, and why there is no other
     next_step: str  # what to type where the export is wanted; the function of this name lists what may be in {}
+    optional: tuple[str, ...] = ()  # files that one export writes and another does not
     is_run: bool = False  # a checkpoint of our own: it may lack biases and a tokenizer
 
 
@@ -84,7 +85,8 @@ FORMATS = {
             'tie_weights': (True, (
                 "llm.c predicts tokens with the table that embeds them, and this model's head is another matrix\n"
                 'it can be exported with --to=hf or --to=gguf'))},
-        next_step='./train_gpt2cu -e {absolute}/model.bin    # in llm.c'),
+        next_step='./train_gpt2cu -e {absolute}/model.bin    # in llm.c',
+        optional=('tokenizer.bin',)),
     'ckpt': Format(
         write_run,
         dtypes=('float32',),
@@ -112,9 +114,9 @@ def open_source() -> Exported:
     except UserError as error:
         if not FORMATS[to].is_run:
             raise
-        print(f'the tokenizer stays behind: {error}')
+        console.say(f'the tokenizer stays behind: {error}')
     return Exported(
-        name=re.sub(r'[^\w.-]', '-', Path(out_dir).resolve().name),
+        name=re.sub(r'[^\w.-]', '-', Path(console.shown(out_dir)).resolve().name),
         config=config,
         weights=model.state_dict(),
         learned=learned,
@@ -138,25 +140,22 @@ def write_folder(target: Path, exported: Exported) -> None:
     earlier export to the same form is replaced; anything else is not, unless told so."""
     if target.exists() and not target.is_dir():
         raise UserError(f'{target} is a file: give another --to_dir')
-    earlier = huggingface.read_origin(target)
-    old = earlier['files'] if earlier.get('to') == to else []
-    if not (old or overwrite) and any(path.name != UNFINISHED for path in target.glob('*')):
+    is_again = huggingface.read_origin(target).get('to') == to
+    if not (is_again or overwrite) and any(path.name != UNFINISHED for path in target.glob('*')):
         raise UserError(f'{target} holds other files than an export with --to={to}: give another --to_dir, or '
                         '--overwrite=True to write among them')
     temporary = target / UNFINISHED if target.is_dir() else target.with_name(f'.{target.name}{UNFINISHED}')
     shutil.rmtree(temporary, ignore_errors=True)  # what a kill has left
     try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f'{target} cannot be written: {error.strerror}') from None
-    try:
-        FORMATS[to].write(temporary, exported)
-        huggingface.write_origin(temporary, exported, to)
+        with files.about(target):
+            temporary.mkdir(parents=True)
+            FORMATS[to].write(temporary, exported)
+            huggingface.write_origin(temporary, exported, to)
         if not target.exists():
             temporary.rename(target)
         else:  # config.json comes last: without it nobody takes the folder for whole
             new = sorted(temporary.iterdir(), key=lambda path: path.name == 'config.json')
-            for name in {*old, *(path.name for path in new)}:
+            for name in (*(FORMATS[to].optional if is_again else ()), *(path.name for path in new)):
                 (target / name).unlink(missing_ok=True)
             for path in new:
                 path.replace(target / path.name)
@@ -178,18 +177,19 @@ def next_step(target: Path, exported: Exported) -> str:
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if upload.is_url(to_dir or out_dir):
-        raise UserError(f'{upload.shown(to_dir or out_dir)} is no folder of this machine: give one as --to_dir')
+        raise UserError(f'{to_dir or out_dir} is no folder of this machine: give one as --to_dir')
     target = Path(to_dir).resolve() if to_dir else Path(out_dir, '' if FORMATS[to].is_run else to)
     exported = open_source()
     check(exported)
     if FORMATS[to].is_run:
-        write_run(target, exported)
+        with lock.owned(target):
+            write_run(target, exported)
     else:
         write_folder(target, exported.complete())
     for path in sorted(filter(Path.is_file, target.iterdir())):
-        print(f'{path.stat().st_size:15,} bytes  {path}')
+        console.say(f'{path.stat().st_size:15,} bytes  {path}')
     if exported.learned:
-        print(f'next:\n    {next_step(target, exported)}')
+        console.say(f'next:\n    {next_step(target, exported)}')
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ The model is that of Radford et al. 2019, "Language Models are Unsupervised Mult
 the weights.
 """
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from plaingpt.chance import draw
 from plaingpt.errors import CHECKPOINT, NOT_FINITE, UserError
+
+MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**13  # more: what is above was not meant, and would take all memory
 
 
 # more: the plain file imports this
@@ -43,6 +46,10 @@ class GPTConfig:
     def __post_init__(self) -> None:
         if self.n_head < 1 or self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: heads are equally wide')
+        parameters = self.n_embd * (self.vocab_size + self.block_size + 12 * self.n_layer * self.n_embd)
+        if self.n_layer > MOST_LAYERS or parameters > MOST_PARAMETERS:
+            raise UserError(f'n_layer={self.n_layer}, n_embd={self.n_embd}, vocab_size={self.vocab_size}, block_size='
+                            f'{self.block_size}: a model of {parameters:.2g} parameters, more than any machine holds')
 
 
 # more: generation
@@ -209,21 +216,25 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                top_p: float | None = None, stop: int | None = None, seed: int | None = None,
-               n_vocab: int | None = None, use_cache: bool = True) -> Generator[Tensor]:
+               n_vocab: int | None = None, use_cache: bool = True, first: int = 0) -> Generator[Tensor]:
         """Continue each row of idx (B, T), T > 0; yield one token for each row, (B,), at a time, until all rows have
         said `stop` (a row that has goes on repeating it). Temperature 0 takes the likeliest token. Ids from n_vocab on
-        are never drawn: they pad the vocabulary to a round size. The same seed gives the same text, cached or not."""
-        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        are never drawn: they pad the vocabulary to a round size. The rows are samples number `first`, first + 1, ...:
+        the same seed gives the same text to a sample of the same number, cached or not, whatever else is in the batch.
+        """
         block_size = self.config.block_size
         # fast: each token is read once, and its keys and values kept; the plain file reads all of them every time
         idx = unread = idx[:, -block_size:]
         room = min(block_size, idx.size(1) + max_new_tokens)
         caches = [Cache(room) for _ in self.transformer.h] if use_cache else None
         stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)  # (B,)
-        for _ in range(max_new_tokens):
+        for number in range(max_new_tokens):
+            if seed is None:
+                seed = int(torch.randint(2**62, ()))
             scores = self.score_next(unread, caches)  # (B, V)
             refuse_not_finite(scores)
-            token = choose(scores[:, :n_vocab].float(), temperature, top_k, top_p, generator)  # (B,)
+            draws = [draw(seed, first + row, number) for row in range(len(scores))]
+            token = choose(scores[:, :n_vocab].float(), temperature, top_k, top_p, draws)  # (B,)
             if stop is not None:
                 token = torch.where(stopped, stop, token)
                 stopped |= token == stop
@@ -248,9 +259,9 @@ class GPT(nn.Module):
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, stop: int | None = None, seed: int | None = None,
-                 n_vocab: int | None = None, use_cache: bool = True) -> Tensor:
+                 n_vocab: int | None = None, use_cache: bool = True, first: int = 0) -> Tensor:
         """idx (B, T) and what `stream` makes of it, in one tensor (B, <= T + max_new_tokens)."""
-        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed, n_vocab, use_cache)
+        new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed, n_vocab, use_cache, first)
         return torch.cat([idx, *(token[:, None] for token in new)], dim=1)
 
     @classmethod
@@ -305,19 +316,26 @@ def refuse_not_finite(numbers: Tensor) -> None:
                         NOT_FINITE)
 
 
-def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
-           generator: torch.Generator | None) -> Tensor:
-    """One token (B,) for each row of logits (B, V), drawn from the top_k likeliest, or from the fewest that hold top_p
-    of the probability (Holtzman et al. 2019); with both, from the fewest that hold top_p of what the top_k have."""
-    if temperature == 0:
+ALL = 2**40  # what a probability of 1 is as a whole number: fine enough, and sums of such numbers stay far below 2**63
+GREEDY = 1e-6  # a lower temperature tells apart only logits whose difference is a matter of rounding
+
+
+def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, draws: Sequence[int]) -> Tensor:
+    """One token (B,) for each row of logits (B, V), from the top_k likeliest, or from the fewest that hold top_p of the
+    probability (Holtzman et al. 2019); with both, from the fewest that hold top_p of what the top_k have. A number of
+    63 bits for each row draws it: its part of 2**63 is the part of the probability that stands before its token."""
+    if temperature < GREEDY:
         return logits.argmax(dim=-1)
     ids, V = None, logits.size(-1)
     if top_k is not None or top_p is not None:
         logits, ids = logits.topk(min(top_k or V, V))  # (B, K) each, the likeliest first
-    p = (logits / temperature).softmax(dim=-1)  # (B, K)
+    # Whole numbers, since their sums do not depend on the order of adding, which differs between devices.
+    p = ((logits / temperature).softmax(dim=-1) * ALL).long()  # (B, K)
+    sums = p.cumsum(dim=-1)
     if top_p is not None:
-        beyond = p.cumsum(dim=-1) - p >= top_p  # (B, K), those before it suffice already
+        beyond = sums - p >= int(top_p * ALL)  # (B, K), those before it suffice already
         beyond[:, 0] = False  # the likeliest stays, even for a top_p of 0
-        p = p.masked_fill(beyond, 0.0)
-    drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+        sums = p.masked_fill(beyond, 0).cumsum(dim=-1)
+    before = [number * total >> 63 for number, total in zip(draws, sums[:, -1].tolist(), strict=True)]
+    drawn = (sums <= torch.tensor(before, device=sums.device)[:, None]).sum(dim=-1, keepdim=True)  # (B, 1)
     return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]

@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import GPTConfig
+from plaingpt.chance import draw
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -141,10 +142,12 @@ class GPT(nn.Module):
         return logits, (log_sum - chosen).mean()  # -log softmax(logits)[target]
 
     @torch.no_grad()
-    def generate(self, idx: Tensor, max_new_tokens: int) -> Tensor:
+    def generate(self, idx: Tensor, max_new_tokens: int, seed: int = 1337) -> Tensor:
         """Continue idx (B, T), one token at a time -> (B, T + max_new_tokens)."""
-        for _ in range(max_new_tokens):
+        for number in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size:])  # (B, T, V)
-            token = torch.multinomial(softmax(logits[:, -1]), 1)  # (B, 1), drawn by its probability
+            sums = softmax(logits[:, -1]).cumsum(dim=-1)  # (B, V), the last of them 1
+            drawn = torch.tensor([[draw(seed, row, number) / 2**63] for row in range(len(idx))])  # (B, 1), 0 to 1
+            token = (sums < drawn * sums[:, -1:]).sum(dim=-1, keepdim=True)  # (B, 1), the first whose sum reaches that
             idx = torch.cat([idx, token], dim=1)  # (B, T + 1)
         return idx

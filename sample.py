@@ -4,6 +4,7 @@ Let a model write: one trained here, or GPT-2.
     python sample.py                                           the run in out/, or else the newest one in this folder
     python sample.py --out_dir=out-stdlib --start='def '       a run of your choice, and what it continues
     python sample.py --init_from=gpt2-xl --start=FILE:a.txt    GPT-2's weights, and a prompt from a file
+    python sample.py --out_dir=out-stdlib --interactive=True   one prompt after the other, a line each
 
 The samples go to stdout, and nothing else does.
 """
@@ -21,12 +22,11 @@ from torch import Tensor
 import configurator
 from model import GPT
 from plaingpt import console, errors
-from plaingpt.corpus import token_files, tokenizer
-from plaingpt.corpus.order import draw
+from plaingpt.corpus import documents, token_files, tokenizer
 from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.machines import processes
-from plaingpt.machines.device import name_of, pick_dtype
+from plaingpt.machines.device import name_of, pick_compile, pick_dtype
 from plaingpt.run import checkpoint, upload
 
 # ------------------------------------------------------------------------------------------------
@@ -34,6 +34,7 @@ from plaingpt.run import checkpoint, upload
 init_from: str = 'resume'  # 'resume' is out_dir; or a checkpoint file, a run's folder, a Hugging Face folder, 'gpt2*'
 out_dir: str = 'out'  # of the run
 start: str = '\n'  # what each sample continues: text, '<|endoftext|>', 'FILE:path'; '' begins a document
+interactive: bool = False  # continue each line of stdin, after all that was read and written before; Ctrl-D ends it
 num_samples: int = 10
 batch_size: int = 16  # samples that are drawn at once; lower it when memory runs out
 max_new_tokens: int = 500  # in each sample
@@ -53,8 +54,9 @@ RULE = '-' * 15  # nanoGPT's line after each sample
 def refuse_mistakes() -> None:
     """Refuse what can be refused before anything is loaded."""
     script = sys.modules[__name__]
-    configurator.check_range(script, 'num_samples batch_size', 1)
-    configurator.check_range(script, 'max_new_tokens temperature top_k', 0)
+    configurator.check_range(script, 'num_samples batch_size', 1, below=configurator.MANY)
+    configurator.check_range(script, 'max_new_tokens top_k', 0, below=configurator.MANY)
+    configurator.check_range(script, 'temperature', 0)
     if not 0 <= top_p <= 1:
         raise UserError(f'--top_p={top_p}: must be a probability, from 0 to 1')
 
@@ -62,18 +64,12 @@ def refuse_mistakes() -> None:
 def read_prompt(start: str) -> str:
     """The text that `start` is or, as 'FILE:path', names."""
     if not start.startswith('FILE:'):
-        try:
-            start.encode('utf-8')
-        except UnicodeEncodeError:
-            raise UserError('--start is not text in UTF-8') from None
         return start
     path = Path(start.removeprefix('FILE:'))
     try:
-        return path.read_text(encoding='utf-8-sig')
+        return documents.decode(f'--start={start}: {path}', path.read_bytes(), 0)
     except OSError as error:
-        raise UserError(f'--start={start}: the file {path} cannot be read: {error.strerror}', errors.DATA) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f'--start={start}: byte {error.start} of {path} is not text in UTF-8', errors.DATA) from None
+        raise errors.refusal(error, f'--start={start}', errors.DATA) from None
 
 
 def find_run(out_dir: str, is_given: bool) -> str:
@@ -83,7 +79,7 @@ def find_run(out_dir: str, is_given: bool) -> str:
     runs = sorted((path.stat().st_mtime, path.parent.name) for path in Path().glob('out*/ckpt.pt'))
     if runs and not is_given:
         newest = runs[-1][1]
-        say(f'{out_dir} holds no checkpoint: this is the newest run here, --out_dir={newest}')
+        console.note(f'{out_dir} holds no checkpoint: this is the newest run here, --out_dir={newest}')
         return newest
     names = ', '.join(name for _, name in reversed(runs[-5:]))
     remedy = f'the newest runs here: {names}' if runs else (
@@ -100,7 +96,7 @@ def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> lis
                         'document\ngive a text to continue, such as --start=A')
     ids = vocabulary.encode_prompt(prompt) if prompt else [vocabulary.eot or 0]
     if len(ids) > block_size:
-        say(f'the prompt has {len(ids)} tokens: the model reads the last {block_size} of them')
+        console.note(f'the prompt has {len(ids)} tokens: the model reads the last {block_size} of them')
     return ids
 
 
@@ -156,36 +152,90 @@ def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokeniz
 def show(pieces: Iterable[str]) -> None:
     """Print each piece the moment it is there, without what would steer the terminal."""
     for piece in pieces:
-        sys.stdout.write(console.printable(piece))
-        sys.stdout.flush()
+        console.write(piece, sys.stdout)
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def continued(model: GPT, idx: Tensor, vocabulary: tokenizer.Tokenizer, first: int) -> Iterator[Tensor]:
+    """Yield a token (B,) at a time of the samples number `first`, first + 1, ... which continue idx (B, T)."""
+    return model.stream(idx, max_new_tokens, temperature, top_k or None, top_p if top_p < 1 else None,
+                        end_of(vocabulary), seed, vocabulary.n_vocab, first=first)
+
+
+def end_of(vocabulary: tokenizer.Tokenizer) -> int | None:
+    """The id that ends a sample, if there is one."""
+    return vocabulary.eot if stop else None
+
+
+def write_samples(model: GPT, prompt: str, ids: list[int], vocabulary: tokenizer.Tokenizer,
+                  device: torch.device) -> None:
+    """Print num_samples texts that continue the prompt, whose ids these are."""
+    for first in range(0, num_samples, batch_size):
+        count = min(batch_size, num_samples - first)
+        idx = torch.tensor([ids] * count, device=device)  # (B, T)
+        show(texts(continued(model, idx, vocabulary, first), count, prompt, vocabulary,
+                   end_of(vocabulary)))
+
+
+def converse(model: GPT, context: list[int], vocabulary: tokenizer.Tokenizer, device: torch.device) -> None:
+    """Print a continuation of each line of stdin, which follows the context and all lines and continuations before it.
+    Ctrl-C ends a continuation."""
+    block_size = model.config.block_size
+    for number, line in enumerate(lines()):
+        try:
+            context += vocabulary.encode_prompt(line)
+            context = context or encode('', vocabulary, block_size)
+            if len(context) > block_size:
+                console.note(f'the context is longer than {block_size} tokens: the model reads the last of them')
+                context = context[-block_size:]
+            stream = continued(model, torch.tensor([context], device=device), vocabulary, number)
+            show(texts(noted(stream, context), 1, '', vocabulary, end_of(vocabulary)))
+        except KeyboardInterrupt:
+            show([f'\n{RULE}\n'])
+        except UserError as error:
+            console.note(str(error))
+            show([f'\n{RULE}\n'])
+
+
+def lines() -> Iterator[str]:
+    """Yield the lines of stdin without their ends. A terminal shows where to type."""
+    while True:
+        if sys.stdin.isatty():
+            console.write('> ', sys.stderr)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        yield line.decode('utf-8', errors='replace').rstrip('\r\n')
+
+
+def noted(stream: Iterable[Tensor], ids: list[int]) -> Iterator[Tensor]:
+    """Yield the tokens (1,) of the stream, each after it has been appended to `ids`."""
+    for token in stream:
+        ids.append(int(token))
+        yield token
 
 
 def sample(source: str, prompt: str) -> None:
-    """Open the model that `source` names, and print num_samples texts of it."""
+    """Open the model that `source` names, and let it continue the prompt."""
     process = processes.start(device)
     precision, why_precision = pick_dtype(dtype, process.device.type)
     model, state = open_model(source)
     vocabulary = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
-    ids = encode(prompt, vocabulary, model.config.block_size)
+    ids = encode(prompt, vocabulary, model.config.block_size) if prompt or not interactive else []
     if stop and vocabulary.eot is None:
-        say(f"--stop=True changes nothing: this model's tokenizer '{vocabulary.name}' does not mark a document's end")
-    say(f'{source}; {processes.describe(process)}; {name_of(precision)}, {why_precision}')
+        console.note(f"--stop=True changes nothing: this model's tokenizer '{vocabulary.name}' does not mark where a "
+                     'document ends')
+    console.note(f'{source}; {processes.describe(process)}; {name_of(precision)}, {why_precision}')
 
     model.to(process.device, precision).eval()  # fast: every token reads all weights, and smaller ones are read sooner
-    if compile is True:
-        for block in model.transformer.h:
-            block.compile()
-    end = vocabulary.eot if stop else None
-    for first in range(0, num_samples, batch_size):
-        count = min(batch_size, num_samples - first)
-        idx = torch.tensor([ids] * count, device=process.device)  # (B, T)
-        stream = model.stream(idx, max_new_tokens, temperature, top_k or None, top_p if top_p < 1 else None, end,
-                              draw(seed, first), vocabulary.n_vocab)
-        show(texts(stream, count, prompt, vocabulary, end))
+    compiles, why = pick_compile(compile is True, process.device.type)
+    if compile is True and not compiles:
+        console.note(f'not compiled, {why}')
+    for block in model.transformer.h if compiles else ():
+        block.compile()
+    if interactive:
+        converse(model, ids, vocabulary, process.device)
+    else:
+        write_samples(model, prompt, ids, vocabulary, process.device)
 
 
 def main(args: list[str]) -> None:
@@ -193,7 +243,7 @@ def main(args: list[str]) -> None:
     with redirect_stdout(sys.stdout if wants_help else io.StringIO()):  # the samples have it for themselves
         _, given = configurator.configure(sys.modules[__name__], args)
     refuse_mistakes()
-    prompt = read_prompt(start)
+    prompt = read_prompt(start) if 'start' in given or not interactive else ''
     sample(find_run(out_dir, 'out_dir' in given) if init_from == 'resume' else init_from, prompt)
 
 

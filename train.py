@@ -8,7 +8,7 @@ Train a GPT: on a laptop, on one card, or on many.
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -21,10 +21,11 @@ from torch import Tensor
 import configurator
 import sample
 from plaingpt import console, errors, metrics, tasks
+from plaingpt.chance import draw
 from plaingpt.check import run_checks
 from plaingpt.corpus.batches import Part, parts_of
 from plaingpt.corpus.folder import Data, data_folder, fingerprint, open_split, read_meta
-from plaingpt.corpus.order import Order, draw
+from plaingpt.corpus.order import Order
 from plaingpt.errors import UserError
 from plaingpt.init_from import Origin, begin, shared_tokenizer
 from plaingpt.machines import processes, strategies
@@ -33,7 +34,7 @@ from plaingpt.machines.processes import Process
 from plaingpt.machines.stop import Stop, StopAsked
 from plaingpt.machines.watch import Watch, explained
 from plaingpt.plan import RunSettings, amount, show_plan
-from plaingpt.run import checkpoint, wandb
+from plaingpt.run import checkpoint, lock, wandb
 from plaingpt.run.log import Log, Pace
 from plaingpt.run.run import Learner, Run, Work
 from plaingpt.run.upload import Uploader
@@ -114,6 +115,9 @@ seed: int = 1337
 deterministic: bool = False  # on cuda: bit for bit the same each time, and slower
 # ------------------------------------------------------------------------------------------------
 
+# Of these each process of a run may have its own: they say where things are, or what only process 0 does. A corpus is
+# compared by what it holds, as questions are.
+PLACE = ('out_dir', 'dataset', 'upload_to', 'hellaswag', 'wandb_log', 'wandb_project', 'wandb_run_name', 'device')
 LEARNED_BY_HEART = 0.1  # of the first loss: overfit_single_batch passes below it
 PATIENCE = 10  # steps in a row that are skipped because something is not finite; then the run ends
 SLOW = 5  # seconds: a longer step shows its micro-batches on a terminal
@@ -131,14 +135,14 @@ def open_data(origin: Origin, process: Process) -> Data:
     prints = {split: fingerprint(corpus, meta) for split, corpus in splits.items()}
     if origin.is_resumed and not ignore_data_change:
         checkpoint.refuse_other_data(origin.state, prints, folder)
-    processes.refuse_difference(process, 'corpus', prints, f'{folder} must be the same on all machines')
+    processes.refuse_difference(process, prints, f'{folder} must be the same on all machines')
     order = Order(len(splits['train']), config.block_size, seed)
     return Data(folder, splits, order, shared_tokenizer(origin.tokenizer_reference(folder), folder), prints)
 
 
-def build_learner(origin: Origin, watch: Watch, process: Process) -> Learner:
+def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) -> Learner:
     """The model on its device, divided among the processes, and its optimizer; as a checkpoint left them, if the run is
-    resumed."""
+    resumed, and at its place in the data, unless these are others."""
     raw_model, compute = origin.model, choose(process.device, dtype, compile)
     blocks = raw_model.transformer.h
     raw_model.transformer.recomputes = activation_checkpointing
@@ -152,8 +156,9 @@ def build_learner(origin: Origin, watch: Watch, process: Process) -> Learner:
     learner = Learner(raw_model, model, optimizer, scaler, process, compute)
     if origin.is_resumed:
         checkpoint.restore(optimizer, scaler, origin.state)
-        learner.step, learner.best = origin.state['iter_num'], origin.state['best']
-        learner.skipped = origin.state['skipped']
+        learner.step, learner.windows, learner.windows_before, learner.tokens = checkpoint.place_of(
+            origin.state, data.fingerprint, data.order.block_size)
+        learner.best, learner.skipped = origin.state['best'], origin.state['skipped']
     for name in ('model', 'optimizer'):  # their memory is free again
         origin.state.pop(name, None)
     return learner
@@ -198,11 +203,24 @@ def lr_at(step: int, total: int) -> float:
 # Where the results go
 
 
+def run_folder() -> Path:
+    return Path(out_dir, 'overfit' if overfit_single_batch else '')
+
+
+@contextmanager
+def alone(process: Process, watch: Watch) -> Iterator[None]:
+    """Until the block ends, no other run writes to the folder of this one. Every process must call it."""
+    writes = process.is_main and not (eval_only or check)
+    with lock.owned(run_folder(), start_timeout, watch.beat) if writes else nullcontext():
+        processes.wait_for_all(process)
+        yield
+
+
 @contextmanager
 def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: Stop,
              record: dict[str, Any]) -> Iterator[Run]:
     """out_dir, its log and its checkpoints, until the block ends. With eval_only nothing is written."""
-    process, folder = learner.process, Path(out_dir, 'overfit' if overfit_single_batch else '')
+    process, folder = learner.process, run_folder()
     if process.is_main and not eval_only:
         is_best = bool(learner.best) and learner.best['loss'][1] == learner.step > 0
         checkpoint.make_ready(folder, overwrite and not overfit_single_batch, is_best, learner.raw_model, keep)
@@ -231,12 +249,14 @@ def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
     if not eval_only:
         run.log.line(f'tokens per iteration will be: {work.n_windows * T:,} = {work.n_windows} windows of {T}, in '
                      f'micro-batches of {batch_size}, {work.n_parts} for each process\n'
-                     f'{work.last_step:,} iterations are {work.last_step * work.n_windows / epoch:.2f} epochs')
+                     f'{work.last_step:,} iterations are {work.end / epoch:.2f} epochs')
     _, complaint = sample.encode_start(sample_start, data.tokenizer, data.splits['val'])
     if complaint and (sample_interval or not data.tokenizer):
         run.log.line(complaint)
     if origin.is_resumed:
         run.log.line(checkpoint.describe(origin.state, run.record))
+    if learner.windows_before == learner.windows > 0:
+        run.log.line('corpus or block_size are others than before: the corpus is read from its first window on')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -285,7 +305,7 @@ def draw_sample(data: Data, learner: Learner, run: Run) -> None:
 
 def micro_batches(data: Data, learner: Learner, run: Run) -> Iterator[Part]:
     """What this process reads in the next step."""
-    first = 0 if overfit_single_batch else learner.step * run.work.n_windows
+    first = 0 if overfit_single_batch else learner.windows - learner.windows_before
     return parts_of(data.splits['train'], data.order.starts(first, run.work.n_windows), batch_size,
                     learner.raw_model.config, learner.process)
 
@@ -348,7 +368,7 @@ def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | 
         if learner.skipped_in_a_row == PATIENCE:
             give_up(f'{PATIENCE} steps in a row were skipped, up to step {learner.step}', data, learner,
                     micro_batches(data, learner, run))
-        learner.step += 1
+        learner.count_step(run.work.n_windows)
         run.watch.tighten()  # from here on, a process that is silent for long is lost
         run.pace.end()
 
@@ -396,7 +416,7 @@ def finish(run: Run) -> None:
         run.log.line(f'PASS: {verdict}')
     elif run.process.is_main and not eval_only:
         run.log.line(f'peak memory: {console.short(peak_memory(run.process.device.type))} bytes')
-        run.log.line(f'{run.folder} holds {", ".join(sorted(path.name for path in run.folder.iterdir()))}')
+        run.log.line(f'{run.folder} holds {", ".join(sorted(path.name for path in run.folder.glob("[!.]*")))}')
         run.log.line(f'try next: {errors.python()} sample.py --out_dir={run.folder}')
 
 
@@ -407,12 +427,14 @@ def finish(run: Run) -> None:
 def refuse_mistakes(given: set[str]) -> None:
     """Refuse what can be refused before anything is loaded, and say what has no effect."""
     script = sys.modules[__name__]
-    configurator.check_range(script, 'keep', 2)  # the newest may be damaged
-    configurator.check_range(script, 'eval_interval eval_iters log_interval gradient_accumulation_steps batch_size '
-                             'block_size n_layer n_head n_embd start_timeout timeout', 1)
-    configurator.check_range(script, 'total_batch_size max_iters max_epochs warmup_iters lr_decay_iters max_hours '
-                             'sample_interval sample_tokens hellaswag_interval hellaswag_limit vocab_size grad_clip '
-                             'learning_rate min_lr weight_decay', 0)
+    many = configurator.MANY
+    configurator.check_range(script, 'keep', 2, below=many)  # the newest may be damaged
+    configurator.check_range(script, 'eval_iters gradient_accumulation_steps batch_size block_size n_layer n_head '
+                             'n_embd start_timeout timeout', 1, below=many)
+    configurator.check_range(script, 'eval_interval log_interval', 1)
+    configurator.check_range(script, 'vocab_size sample_tokens hellaswag_limit max_hours', 0, below=many)
+    configurator.check_range(script, 'total_batch_size max_iters max_epochs warmup_iters lr_decay_iters '
+                             'sample_interval hellaswag_interval grad_clip learning_rate min_lr weight_decay', 0)
     configurator.check_range(script, 'dropout beta1 beta2 decay_fraction', 0, below=1)
     if decay_lr and schedule != 'constant' and min_lr > learning_rate:
         raise UserError(f'--min_lr={min_lr} is above --learning_rate={learning_rate}:\n'
@@ -449,12 +471,12 @@ def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any]
     may_share_folder = overwrite or eval_only or check or overfit_single_batch
     origin = begin(wanted, read_meta(data_folder(dataset))['vocab_size'], may_share_folder, process)
     data = open_data(origin, process)
-    learner = build_learner(origin, watch, process)
+    learner = build_learner(origin, data, watch, process)
     if check:
         return run_checks(data, learner, origin.is_new, accumulate_gradient, seed, grad_clip)
     is_asked = hellaswag_interval > 0 and not overfit_single_batch
     questions = tasks.for_training(hellaswag, hellaswag_limit, data.tokenizer, process) if is_asked else None
-    work = amount(wanted, data.order.block_size, data.order.epoch, process.world_size, learner.step)
+    work = amount(wanted, data.order.block_size, data.order.epoch, process.world_size, learner.place)
     if eval_only:
         work = work._replace(last_step=learner.step)
     with open_run(origin, learner, work, watch, stop, record) as run:
@@ -467,7 +489,7 @@ def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any]
 
 
 def main(args: list[str]) -> None:
-    record, given = configurator.configure(sys.modules[__name__], args)
+    _, given = configurator.configure(sys.modules[__name__], args)
     refuse_mistakes(given)
     if plan:
         wanted = configurator.pick(RunSettings, sys.modules[__name__], given=frozenset(given))
@@ -475,7 +497,9 @@ def main(args: list[str]) -> None:
     with (Stop(max_hours) as stop,
           processes.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
           Watch(process, start_timeout, timeout) as watch, explained(watch, less_memory())):
-        carry_out(process, watch, stop, record, given)
+        record = processes.agree_on_settings(process, sys.modules[__name__], args, PLACE)
+        with alone(process, watch):
+            carry_out(process, watch, stop, record, given)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from torch import Tensor
 import configurator
 from model import GPTConfig
 from model_trivialised import GPT
-from plaingpt import errors
+from plaingpt import console, errors
 from plaingpt.corpus import token_files, tokenizer
 from plaingpt.corpus.batches import read_batch
 from plaingpt.corpus.folder import data_folder, open_split, read_meta
@@ -82,16 +82,18 @@ def train(model: GPT, corpus: token_files.TokenFile) -> list[float]:
 
         losses.append(loss.item())
         if step % 20 == 0 or step == max_iters - 1:
-            print(f'step {step}, loss {loss.item():.4f}, norm {length:.4f}, lr {lr:.2e}')
+            console.say(f'step {step}, loss {loss.item():.4f}, norm {length:.4f}, lr {lr:.2e}')
     return losses
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
+    configurator.check_range(sys.modules[__name__], 'max_iters total_batch_size block_size n_embd', 1)
+    configurator.check_range(sys.modules[__name__], 'n_layer seed', 0)
     folder = data_folder(dataset)
     meta = read_meta(folder)
     V = tokenizer.model_vocab_size(meta['vocab_size'])
-    if total_batch_size < 1 or total_batch_size % block_size:
+    if total_batch_size % block_size:
         raise errors.UserError(f'total_batch_size={total_batch_size} must be a multiple of block_size={block_size}')
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size, V, n_layer, n_head, n_embd, bias=bias))
@@ -101,11 +103,11 @@ def main(args: list[str]) -> None:
     starts = fixed_starts(len(unseen), block_size, 400)
     with torch.no_grad():
         _, loss = model(*read_batch(unseen, starts, block_size, len(starts), V))
-    print(f'val loss {loss.item():.4f}')
+    console.say(f'val loss {loss.item():.4f}')
 
     vocabulary = tokenizer.from_state(meta['tokenizer'])
     prompt = torch.tensor([vocabulary.encode('\n')])  # (1, T)
-    print(vocabulary.decode(model.generate(prompt, 200)[0].tolist()))
+    console.say(vocabulary.decode(model.generate(prompt, 200, seed)[0].tolist()))
 
 
 if __name__ == '__main__':

@@ -128,7 +128,7 @@ def ids(trial: Trial) -> Result:
     shift = bool((trial.part.x[:, 1:] == trial.part.y[:, :-1]).all())  # y is what comes next
     text = trial.data.tokenizer.decode(trial.part.x[0].tolist())[:40] if trial.data.tokenizer else ''
     where = f' in the first {SCANNED:,} tokens' * any(len(corpus) > SCANNED for corpus in trial.data.splits.values())
-    shown = f'; they say {console.printable(repr(text))}' if text else '; no tokenizer shows them as text'
+    shown = f'; they say {text!r}' if text else '; no tokenizer shows them as text'
     return Result('ids', largest < trial.config.vocab_size and shift,
                   f'up to {largest}{where}, and the model knows {trial.config.vocab_size}{shown}',
                   'another tokenizer made this corpus, or targets are not the next tokens')

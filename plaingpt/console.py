@@ -1,18 +1,23 @@
-"""What a run says on the console: numbers as lines that people, and their scripts, read."""
+"""The console: the only place that prints. Lines for people and their scripts, and nothing that steers a terminal."""
+import errno
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar('T')
 
+RANKS = ('RANK', 'OMPI_COMM_WORLD_RANK', 'SLURM_PROCID')  # what torchrun, mpirun and srun call the number of a process
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
-CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')  # what may steer a terminal
+# What may steer a terminal, or show a line in another order than it has
+CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
+LONGEST = 500  # characters in a line of a message
 
 
 def iter_line(
@@ -68,21 +73,69 @@ def duration(seconds: float) -> str:
 
 
 def is_main() -> bool:
-    """Return whether this is the first of the processes that torchrun or srun started, which speaks for all."""
-    return os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0')) == '0'
+    """Return whether this is the first of the processes that a launcher started, which speaks for all."""
+    return next((os.environ[name] for name in RANKS if name in os.environ), '0') == '0'
 
 
 def say(text: str) -> None:
     """Print a line above the bars, in the main process only."""
     if is_main():
-        tqdm.write(printable(text), file=sys.stdout)
-        sys.stdout.flush()
+        with tqdm.external_write_mode(sys.stdout):
+            write(f'{shown(text)}\n', sys.stdout)
 
 
-def printable(text: str) -> str:
-    """Return `text` as this console can show it: nothing that steers a terminal, nothing that its encoding lacks."""
-    encoding = sys.stdout.encoding or 'utf-8'
-    return CONTROL.sub('\ufffd', text).encode(encoding, 'replace').decode(encoding)
+def note(text: str) -> None:
+    """Print a line to stderr, in every process."""
+    with tqdm.external_write_mode(sys.stderr):
+        write(f'{shown(text)}\n', sys.stderr)
+
+
+def note_traceback(*error: Any) -> None:
+    """Print an error that no code expected, as sys.excepthook: it may quote what a file holds."""
+    note(''.join(traceback.format_exception(*error)).rstrip())
+
+
+def write(text: str, to: TextIO | None) -> None:
+    """Write what this console can show; nothing if it is closed. Raise BrokenPipeError if it has no reader any more."""
+    if to is not None:
+        try:
+            to.write(printable(text, to.encoding or 'utf-8'))
+            to.flush()
+        except OSError as error:
+            raise BrokenPipeError(*error.args) if error.errno == errno.EIO else error from None  # a closed terminal
+
+
+def printable(text: str, encoding: str = 'utf-8') -> str:
+    """Return `text` with escapes, such as \\x1b, for what may steer a terminal, and for what the encoding lacks."""
+    text = CONTROL.sub(escaped, text)
+    return text.encode(encoding, 'backslashreplace').decode(encoding)
+
+
+def escaped(match: re.Match[str]) -> str:
+    return match[0].encode('unicode_escape').decode()
+
+
+def shown(text: str) -> str:
+    """Return `text` with *** for what is secret in its URLs: user:password@, and signatures in a query."""
+    return re.sub(r'\S+', shown_word, text)
+
+
+def shown_word(match: re.Match[str]) -> str:
+    """Return what `shown` makes of one word; it is done word by word, so that no text takes long."""
+    scheme, colon, rest = match[0].partition('://')
+    rest, mark, query = rest.partition('?')
+    urls = [re.sub(r'^[^/]*@', '***@', url) for url in rest.split('://')]  # of several that are chained with ::
+    end = query[len(query.rstrip('\'").,:;')):]
+    return scheme + colon + '://'.join(urls) + (f'?***{end}' if mark else '')
+
+
+def message(text: str) -> str:
+    """Return `text` in the form of a message, whatever a file or a name brought into it: at most three lines, none of
+    them long, and nothing secret."""
+    lines = shown(text).split('\n')
+    kept = lines if len(lines) <= 3 else [*lines[:2], lines[-1]]
+    return '\n'.join(line if len(line) <= LONGEST else f'{line[:LONGEST // 2]} ... {line[-LONGEST // 2:]}'
+                     for line in kept)
 
 
 class Progress(AbstractContextManager['Progress']):
@@ -109,7 +162,7 @@ class Progress(AbstractContextManager['Progress']):
         parts = [f'{self.label}: {round(done, 2):,}/{self.total:,} {self.unit}', note, time_spent]
         text = ', '.join(part for part in parts if part)
         if not self.bar.disable:
-            self.bar.set_description_str(text, refresh=False)
+            self.bar.set_description_str(printable(text), refresh=False)
             self.bar.update(done - self.bar.n)
         elif now >= self.due:
             self.due = now + PLAIN_SECONDS

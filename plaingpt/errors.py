@@ -2,12 +2,15 @@
 read."""
 import errno
 import os
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
+
+from plaingpt import console
 
 DONE = 0
 CHECK_FAILED = 1  # for example, overfit_single_batch did not overfit
@@ -17,7 +20,7 @@ CHECKPOINT = 4  # a checkpoint that is missing, damaged or does not fit
 NOT_FINITE = 5  # the loss is NaN or infinite
 OUT_OF_MEMORY = 6
 DISK_FULL = 7
-PEER_LOST = 8  # another process of this run died, or hangs: run the same command again
+PEER_LOST = 8  # another process is lost, cannot be met, or owns the folder: run the same command again
 STOPPED = 75  # stopped after saving: run the same command again
 INTERRUPTED = 130  # Ctrl-C, as shells count it
 BROKEN_PIPE = 141  # the output has no reader any more, as shells count it
@@ -25,6 +28,24 @@ BROKEN_PIPE = 141  # the output has no reader any more, as shells count it
 REQUIREMENTS = Path(__file__).resolve().parents[1] / 'requirements.txt'  # where this is a checkout
 PACKAGES = ('PIL', 'datasets', 'fsspec', 'gguf', 'huggingface_hub', 'matplotlib', 'pyarrow', 's3fs', 'safetensors',
             'tiktoken', 'tokenizers', 'wandb')  # in there, and imported only where they are used
+MAKE_ROOM = 'make room, and run the same command again'
+OTHER_FOLDER = 'give a folder that may be written to, or change whose it is: ls -ld shows that'
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SYSTEM = {  # what the system refuses: what that means, and what to do
+    errno.ENOSPC: ('the disk is full', MAKE_ROOM),
+    errno.EDQUOT: ('the disk is full: the quota is used up', MAKE_ROOM),
+    errno.EFBIG: ('the disk is full: no file may become larger', 'see `ulimit -f`, or write to another disk'),
+    errno.ENOENT: ('there is no such file or folder', 'check the name; what was there may have been moved or deleted'),
+    errno.EROFS: ('this file system can only be read', 'give a folder on another one'),
+    errno.EACCES: ('permission is denied', OTHER_FOLDER),
+    errno.EPERM: ('permission is denied', OTHER_FOLDER),
+    errno.EMFILE: ('too many files are open in this process', 'raise the limit: ulimit -n 4096'),
+    errno.ENFILE: ('too many files are open on this machine', 'end other programs, and run the same command again'),
+    errno.ENAMETOOLONG: ('the name is too long', 'give a shorter one'),
+    errno.EEXIST: ('there is another file of that name', 'give another name'),
+    errno.EISDIR: ('this is a folder', 'give the name of a file'),
+    errno.ENOTDIR: ('a part of this path is a file, and no folder', 'give another path'),
+}
 
 
 class UserError(ValueError):
@@ -32,7 +53,7 @@ class UserError(ValueError):
     lines."""
 
     def __init__(self, message: str, code: int = COMMAND) -> None:
-        super().__init__(message)
+        super().__init__(console.message(message))
         self.code = code
 
 
@@ -71,8 +92,26 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
-def is_disk_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def of_system(error: BaseException) -> OSError | None:
+    """Return what the system has refused, if that is behind this error: PyTorch raises another one in its place,
+    libraries in Rust tell its number, and numpy only that some bytes were not written."""
+    if number := re.search(r'\(os error (\d+)\)|^\d+ requested and \d+ written$', str(error)):
+        code = int(number[1] or errno.ENOSPC)
+        return OSError(code, os.strerror(code))
+    cause = error.__context__ if isinstance(error, RuntimeError) else error
+    return cause if isinstance(cause, OSError) else None
+
+
+def refusal(error: BaseException, what: str | Path = '', code: int | None = None, remedy: str = '') -> UserError:
+    """Say what the system has refused, for `what` or else the file that the error names, and what to do about it; the
+    `remedy` is for errors that are in no table. The code is that of the caller's matter, unless the disk is full."""
+    number, name, words = 0, '', first_line(error)
+    if refused := of_system(error):
+        number, name, words = refused.errno or 0, refused.filename or '', refused.strerror or words
+    meaning, remedy = SYSTEM.get(number, (words, remedy))
+    code = (COMMAND if number in SYSTEM else CHECK_FAILED) if code is None else code
+    message = ': '.join(filter(None, (str(what or name), meaning)))
+    return UserError('\n'.join(filter(None, (message, remedy))), DISK_FULL if number in FULL else code)
 
 
 def code_of(error: BaseException) -> int:
@@ -83,14 +122,15 @@ def code_of(error: BaseException) -> int:
         return COMMAND
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
-    if is_disk_full(error):
-        return DISK_FULL
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return refusal(error).code
     return {KeyboardInterrupt: INTERRUPTED, BrokenPipeError: BROKEN_PIPE}.get(type(error), 1)
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Call main with the command line's arguments. A UserError ends the process with its message and code, no
     traceback; and so does a package that is not installed."""
+    sys.excepthook = console.note_traceback
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -102,27 +142,27 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         leave('interrupted', INTERRUPTED)
     except BrokenPipeError as error:  # `python train.py | head`: the reader has left
-        drop_output()
+        drop(sys.stdout)
         sys.exit(code_of(error))
-    except (OSError, RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or ['main memory'])[0]
-        if is_out_of_memory(error):
-            leave(f'out of memory: {reason}', OUT_OF_MEMORY)
-        if is_disk_full(error):
-            leave(f'the disk is full: {reason}\nmake room, and run the same command again', DISK_FULL)
-        raise
+    except OSError as error:
+        refused = refusal(error)
+        leave(str(refused), refused.code)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        leave(f'out of memory: {(str(error).splitlines() or ["main memory"])[0]}', OUT_OF_MEMORY)
 
 
 def leave(message: str, code: int) -> NoReturn:
-    """The last words of a process; whoever read them may be gone."""
-    try:
-        sys.stdout.flush()
-        print(message, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        drop_output()
+    """The last words of a process, whose readers may be gone."""
+    for stream, words in ((sys.stdout, ''), (sys.stderr, f'{console.shown(message)}\n')):
+        try:
+            console.write(words, stream)
+        except OSError:
+            drop(stream)
     sys.exit(code)
 
 
-def drop_output() -> None:
-    """Nobody reads it, and nobody shall complain of what is left in the buffer."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def drop(stream: TextIO) -> None:
+    """Send the output that has no reader any more nowhere, with what is left in its buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

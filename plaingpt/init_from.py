@@ -88,10 +88,10 @@ class ModelSettings:
         return GPTConfig(self.block_size, self.vocab_size or tokenizer.model_vocab_size(n_vocab), self.n_layer,
                          self.n_head, self.n_embd, self.dropout, self.bias, self.gelu, self.tie_weights)
 
-    def refuse_other_shape(self, config: GPTConfig, may_crop: bool = False) -> None:
+    def refuse_other_shape(self, config: GPTConfig) -> None:
         """Weights decide the shape of their model: raise UserError where a setting that the user gave says otherwise.
-        """
-        for name in self.given.intersection(SHAPE) - ({'block_size'} if may_crop else set()):
+        Only the block_size may be another: a shorter one."""
+        for name in self.given.intersection(SHAPE) - {'block_size'}:
             ours, theirs = getattr(self, name), getattr(config, name)
             if ours != theirs and (name, ours) != ('vocab_size', 0):
                 raise UserError(f'{name}={ours} was given, and the model in {self.init_from!r} has {theirs}\n'
@@ -115,22 +115,21 @@ def begin(settings: ModelSettings, n_vocab: int, may_share_folder: bool, process
     """The model of a run on a corpus of n_vocab ids. If it `may_share_folder` with another run, none there is refused.
     Every process must call it."""
     run = Path(settings.out_dir)
-    if settings.init_from in ('resume', 'auto'):
-        state = find_run(run, settings, process)
-        if state:
-            model = checkpoint.model_of(state, settings.dropout)
-            settings.refuse_other_shape(model.config)
-            return Origin(model, state, is_resumed=True)
-    if checkpoint.holds_run(run) and not may_share_folder:
+    state = find_run(run, settings, process) if settings.init_from in ('resume', 'auto') else State()
+    is_resumed = bool(state)
+    if not is_resumed and checkpoint.holds_run(run) and not may_share_folder:
         raise UserError(f'{run} holds a run already: --init_from=resume continues it, --overwrite=True starts over,\n'
                         'another --out_dir leaves it alone')
-    if settings.is_new:
+    if not is_resumed and settings.is_new:
         return Origin(GPT(settings.new_config(n_vocab)), {}, is_new=True)
-    model, state = open_model(settings.init_from, settings.dropout, settings.answers)
-    settings.refuse_other_shape(model.config, may_crop=True)
-    if 'block_size' in settings.given:
+    if is_resumed:
+        model = checkpoint.model_of(state, settings.dropout)
+    else:
+        model, state = open_model(settings.init_from, settings.dropout, settings.answers)
+    settings.refuse_other_shape(model.config)
+    if 'block_size' in settings.given and settings.block_size != model.config.block_size:
         model = model.crop_block_size(settings.block_size)
-    return Origin(model, state)
+    return Origin(model, state, is_resumed)
 
 
 def find_run(run: Path, settings: ModelSettings, process: Process) -> State:
@@ -146,7 +145,7 @@ def find_run(run: Path, settings: ModelSettings, process: Process) -> State:
             state = checkpoint.load_newest(run)
         except UserError as caught:
             error = caught
-    processes.refuse_difference(process, 'checkpoint of step', state.get('iter_num'), NOT_SHARED)
+    processes.refuse_difference(process, {'checkpoint of step': state.get('iter_num')}, NOT_SHARED)
     if error:
         raise error
     return state

@@ -2,6 +2,7 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -44,10 +45,14 @@ class Predictor:
 def evaluate(predict: Predictor, corpus: TokenFile, n_windows: int, token_sizes: list[int] | None,
              progress: Progress = console.progress) -> dict[str, float]:
     """Every metric over the same n_windows windows (or all, if there are fewer), and the standard error of the loss,
-    with the windows as its independent samples. Every process must call it, and reads its part. Without token_sizes,
-    the UTF-8 bytes of each id, there are no bits per byte."""
+    with the windows as its independent samples. With n_windows = 0, over each token of the corpus but its first: one
+    more window ends with it, and what the others have in common with that counts once. Every process must call it, and
+    reads its part. Without token_sizes, the UTF-8 bytes of each id, there are no bits per byte."""
     T, batch_size = predict.config.block_size, predict.batch_size
-    starts = fixed_starts(len(corpus), T, n_windows)
+    starts = fixed_starts(len(corpus), T, n_windows or len(corpus))
+    n_whole, n_left = len(starts), 0 if n_windows else (len(corpus) - 1) % T  # tokens after the last whole window
+    if n_left:
+        starts = np.append(starts, len(corpus) - 1 - T)
     sizes = torch.tensor(token_sizes or [0], dtype=torch.float32, device=predict.process.device)
 
     names = list[str]()  # of the sums
@@ -55,13 +60,14 @@ def evaluate(predict: Predictor, corpus: TokenFile, n_windows: int, token_sizes:
     def measure_batch(number: int) -> Tensor:
         mine = starts[number * batch_size:(number + 1) * batch_size]
         x, y = read_batch(corpus, mine, T, batch_size, predict.config.vocab_size)
+        y[n_whole - number * batch_size:, :T - n_left] = -1
         sums = sums_of(predict(x), to_device(y, predict.process.device), sizes)
         names[:] = sums
         return torch.stack(list(sums.values()))
 
     of_batches = compute_together(math.ceil(len(starts) / batch_size), measure_batch, predict.process, progress,
                                   f'evaluating on {corpus.path.stem}', 'batches')
-    results = figures(dict(zip(names, of_batches.sum(dim=0).tolist(), strict=True)), len(starts))
+    results = figures(dict(zip(names, of_batches.sum(dim=0).tolist(), strict=True)), n_whole)
     if token_sizes is None:
         del results['bits_per_byte']
     return results
@@ -81,7 +87,8 @@ def sums_of(logits: Tensor, y: Tensor, sizes: Tensor) -> dict[str, Tensor]:
     }
     table = torch.stack([numbers.to(nats.dtype) for numbers in of_tokens.values()])  # (sums, N)
     totals = torch.where(targets >= 0, table, 0.0).cpu().double().sum(dim=1)
-    windows = nats.view(y.shape).mean(dim=1).cpu().double()  # (B,), 0 for windows that are missing
+    is_whole = (y >= 0).all(dim=1)  # (B,)
+    windows = (nats.view(y.shape).mean(dim=1) * is_whole).cpu().double()  # (B,)
     return dict(zip(of_tokens, totals, strict=True)) | {'windows': windows.sum(), 'squares': (windows**2).sum()}
 
 
@@ -90,12 +97,13 @@ def figures(sums: dict[str, float], n_windows: int) -> dict[str, float]:
     `sums_of`. An accuracy, which is better when it is higher, has a name that ends with this word."""
     loss, mean = sums['nats'] / sums['tokens'], sums['windows'] / n_windows
     variance = max(0.0, sums['squares'] / n_windows - mean**2)
+    doubt = {'loss_stderr': math.sqrt(variance / (n_windows - 1))} if n_windows > 1 else {}
     return {
         'loss': loss,  # nats per token
         'perplexity': exp(loss),
         'accuracy': sums['right'] / sums['tokens'],  # how often the likeliest token is the right one
         'bits_per_byte': sums['bits'] / sums['bytes'] if sums['bytes'] else math.nan,  # comparable between tokenizers
-        'loss_stderr': math.sqrt(variance / max(1, n_windows - 1)),
+        **doubt,
     }
 
 

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 from model import GPT, GPTConfig
 from plaingpt import sizes
-from plaingpt.console import duration, size
+from plaingpt.console import duration, say, size
 from plaingpt.corpus import token_files
-from plaingpt.corpus.folder import data_folder, files_of, read_meta
+from plaingpt.corpus.folder import data_folder, files_of, fingerprint, read_meta
 from plaingpt.corpus.order import Order
 from plaingpt.errors import DATA, UserError
 from plaingpt.init_from import ModelSettings, open_model
-from plaingpt.machines import processes, strategies
+from plaingpt.machines import meeting, strategies
 from plaingpt.machines.device import peak_flops
 from plaingpt.run import checkpoint
 from plaingpt.run.run import Work
@@ -36,6 +36,7 @@ PROCESSES = (2, 4, 8)
 REPEATS = 4.0  # epochs: up to here a repeated text teaches nearly as much as a new one (Muennighoff et al. 2023)
 GPT2_STEP = 500_000  # tokens: what GPT-2's and GPT-3's smallest models learn from in one step (Brown et al. 2020)
 GPT2_SIZED = 100e6  # parameters
+MOST_WINDOWS = 2**24  # in a step: each process keeps their numbers
 Grouping = Callable[[GPT], list[dict[str, Any]]]  # the parameter groups of an optimizer
 ANY_STEP = sys.maxsize  # where no epoch ends the run
 
@@ -66,30 +67,35 @@ class RunSettings(ModelSettings):
 
 def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, block_size: int) -> int:
     """Windows that all processes together read for one update."""
-    if not total_batch_size:
-        return micro_batches * batch_size
+    n_windows = total_batch_size // block_size if total_batch_size else micro_batches * batch_size
+    if n_windows > MOST_WINDOWS:
+        asked = (f'total_batch_size={total_batch_size}' if total_batch_size else
+                 f'gradient_accumulation_steps={micro_batches} x batch_size={batch_size}')
+        raise UserError(f'{asked}: a step of {n_windows} windows; at most {MOST_WINDOWS} are possible')
     if total_batch_size % block_size:
         below = total_batch_size // block_size * block_size
         raise UserError(f'total_batch_size={total_batch_size} must be a multiple of block_size={block_size}: '
                         f'the nearest are {f"{below} and " if below else ""}{below + block_size}')
-    return total_batch_size // block_size
+    return n_windows
 
 
-def amount(settings: RunSettings, block_size: int, epoch: int, world_size: int, first_step: int = 0) -> Work:
-    """The work of a run that begins at first_step. An `epoch` has so many windows; 0 where that is not known."""
+def amount(settings: RunSettings, block_size: int, epoch: int, world_size: int, place: checkpoint.Place) -> Work:
+    """The work of a run that goes on from a place. An `epoch` has so many windows; 0 where that is not known."""
     n_windows = windows_in_step(settings.total_batch_size, settings.gradient_accumulation_steps, settings.batch_size,
                                 block_size)
     n_parts = math.ceil(n_windows / (settings.batch_size * world_size))
-    max_epochs = settings.max_epochs if epoch else 0
-    end_of_epochs = math.ceil(max_epochs * epoch / n_windows) if max_epochs else ANY_STEP
-    last_step = max(first_step, min(settings.max_iters, end_of_epochs))
-    return Work(n_windows, n_parts, last_step, min(settings.lr_decay_iters, end_of_epochs))
+    max_windows = math.ceil(settings.max_epochs * epoch)  # 0 sets no such end
+    first = place.windows - place.windows_before  # the number of its first window in the order of the corpus
+    end_of_epochs = place.step + math.ceil((max_windows - first) / n_windows) if max_windows else ANY_STEP
+    last_step = max(place.step, min(settings.max_iters, end_of_epochs))
+    end = first + (last_step - place.step) * n_windows
+    return Work(n_windows, n_parts, last_step, min(settings.lr_decay_iters, end_of_epochs), end)
 
 
 class Corpus(NamedTuple):
     """What is known of a corpus without reading it."""
 
-    tokens: dict[str, int]  # of each split; empty where there is no corpus
+    prints: dict[str, Any]  # of each split; empty where there is no corpus
     n_vocab: int
     tokenizer_bytes: int  # in a checkpoint
     line: str  # for people
@@ -100,8 +106,8 @@ def look_at(dataset: str) -> Corpus:
     folder = data_folder(dataset)
     try:
         meta = read_meta(folder)
-        counts = {split: len(token_files.open_files(files_of(folder, split) or [folder / f'{split}.bin'], folder,
-                                                    meta['dtype'])) for split in ('train', 'val')}
+        prints = {split: fingerprint(token_files.open_files(files_of(folder, split) or [folder / f'{split}.bin'],
+                                                            folder, meta['dtype']), meta) for split in ('train', 'val')}
     except UserError as error:
         if error.code != DATA:
             raise
@@ -109,25 +115,26 @@ def look_at(dataset: str) -> Corpus:
                                              "vocabulary is taken for GPT-2's")
     reference = json.dumps(meta['tokenizer'], ensure_ascii=False).encode()
     is_named = meta['tokenizer'].keys() == {'name'} and meta['tokenizer']['name'] != 'byte'  # the file has all of it
-    line = f'{folder}: {counts["train"]:,} tokens to train on, {counts["val"]:,} to validate, {meta["vocab_size"]} ids'
-    return Corpus(counts, meta['vocab_size'], 36 * meta['vocab_size'] if is_named else len(reference), line)
+    train, val = (f'{prints[split]["tokens"]:,}' for split in ('train', 'val'))
+    line = f'{folder}: {train} tokens to train on, {val} to validate, {meta["vocab_size"]} ids'
+    return Corpus(prints, meta['vocab_size'], 36 * meta['vocab_size'] if is_named else len(reference), line)
 
 
-def shape_of(settings: RunSettings, n_vocab: int) -> tuple[GPTConfig, int]:
-    """The model of a run, and its first step."""
-    first_step = 0
+def shape_of(settings: RunSettings, n_vocab: int) -> tuple[GPTConfig, checkpoint.State]:
+    """The model of a run, and the checkpoint that it resumes; {} if there is none."""
+    state: checkpoint.State = {}
     if settings.is_new:
-        return settings.new_config(n_vocab), first_step
+        return settings.new_config(n_vocab), state
     if settings.init_from in ('resume', 'auto'):
         state = checkpoint.load_newest(Path(settings.out_dir))
-        config, first_step = checkpoint.config_of(state, settings.dropout), state['iter_num']
+        config = checkpoint.config_of(state, settings.dropout)
     elif settings.init_from in sizes.GPT2:
         config = replace(sizes.GPT2[settings.init_from], dropout=settings.dropout)
     else:
         config = open_model(settings.init_from, settings.dropout, settings.answers)[0].config
-    settings.refuse_other_shape(config, may_crop=True)
+    settings.refuse_other_shape(config)
     is_cropped = 'block_size' in settings.given and settings.block_size < config.block_size
-    return replace(config, block_size=settings.block_size) if is_cropped else config, first_step
+    return replace(config, block_size=settings.block_size) if is_cropped else config, state
 
 
 @dataclass(frozen=True)
@@ -139,16 +146,22 @@ class Plan:
     groups: list[list[int]]  # the sizes of the parameters that the optimizer treats alike
     corpus: Corpus
     epoch: int  # windows; 0 if that is not known
-    first_step: int
+    place: checkpoint.Place  # from which it goes on
     world_size: int
 
     @property
     def work(self) -> Work:
-        return amount(self.settings, self.model.config.block_size, self.epoch, self.world_size, self.first_step)
+        return amount(self.settings, self.model.config.block_size, self.epoch, self.world_size, self.place)
 
     @property
     def epochs(self) -> float:
-        return self.work.last_step * self.work.n_windows / self.epoch if self.epoch else 0.0
+        return self.work.end / self.epoch if self.epoch else 0.0
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole run."""
+        new_steps = self.work.last_step - self.place.step
+        return self.place.tokens + new_steps * self.work.n_windows * self.model.config.block_size
 
     @property
     def disk_bytes(self) -> int:
@@ -184,16 +197,16 @@ def about_the_work(plan: Plan) -> Iterator[str]:
     """Steps, tokens, epochs, operations, and what of it ends up on the disk."""
     settings, work, T = plan.settings, plan.work, plan.model.config.block_size
     step, flops = work.n_windows * T, plan.model.flops_per_token()
-    total = work.last_step * step
     each = f'each of {plan.world_size} processes' if plan.world_size > 1 else 'one process'
     yield (f'a step: {step:,} tokens = {work.n_windows} windows of {T}, in micro-batches of {settings.batch_size}, '
            f'{work.n_parts} for {each}')
     if plan.epoch:
         yield f'an epoch: {math.ceil(plan.epoch / work.n_windows):,} steps'
     epochs = f', {plan.epochs:.1f} epochs' if plan.epoch else ''
-    yield f'the run: {work.last_step:,} steps, {total:,} tokens{epochs}; {total * flops:.2e} FLOP, {flops:,} a token'
-    if plan.first_step:
-        yield f'it goes on at step {plan.first_step}'
+    yield (f'the run: {work.last_step:,} steps, {plan.total:,} tokens{epochs}; {plan.total * flops:.2e} FLOP, '
+           f'{flops:,} a token')
+    if plan.place.step:
+        yield f'it goes on at step {plan.place.step}'
     file = sizes.checkpoint_bytes(plan.model, plan.corpus.tokenizer_bytes)
     yield (f'a checkpoint: {size(file)}; {settings.out_dir} needs {size(plan.disk_bytes)}, for '
            f'keep={settings.keep} of them, the best and a new one; {size(free_bytes(settings.out_dir))} are free')
@@ -228,9 +241,9 @@ def about_memory(plan: Plan) -> Iterator[str]:
 
 def about_time(plan: Plan) -> Iterator[str]:
     """Hours on cards that have the memory for it."""
-    settings, work = plan.settings, plan.work
+    settings = plan.settings
     dtype, width = ('float32', 4) if settings.dtype == 'float32' else ('bfloat16', 2)
-    flops = work.last_step * work.n_windows * plan.model.config.block_size * plan.model.flops_per_token()
+    flops = plan.total * plan.model.flops_per_token()
     needs = {n: plan.peak(settings.strategy, n, width, settings.activation_checkpointing) for n in (1, 8)}
     yield row(f'time, {settings.strategy}, {dtype}', 'memory', '1 card', '8 cards')
     for card, memory in CARDS.items():
@@ -243,7 +256,8 @@ def about_time(plan: Plan) -> Iterator[str]:
 
 def warnings(plan: Plan) -> list[str]:
     """What the user may not have meant."""
-    settings, config, work, counts = plan.settings, plan.model.config, plan.work, plan.corpus.tokens
+    settings, config, work = plan.settings, plan.model.config, plan.work
+    counts = {split: mark['tokens'] for split, mark in plan.corpus.prints.items()}
     n, step = sizes.n_parameters(plan.model), work.n_windows * config.block_size
     is_new = settings.init_from in ('scratch', 'start', 'auto')
     is_warm = settings.warmup_iters < work.last_step
@@ -279,11 +293,13 @@ def warnings(plan: Plan) -> list[str]:
 def describe(settings: RunSettings, grouped: Grouping, world_size: int) -> Iterator[str]:
     """The lines of a plan for so many processes."""
     corpus = look_at(settings.dataset)
-    config, first_step = shape_of(settings, corpus.n_vocab)
-    order = Order(corpus.tokens.get('train', 0), config.block_size, settings.seed)
+    config, state = shape_of(settings, corpus.n_vocab)
+    n_tokens = corpus.prints['train']['tokens'] if corpus.prints else 0
+    order = Order(n_tokens, config.block_size, settings.seed)
     model = GPT.on_meta(config)
     groups = [[p.numel() for p in group['params']] for group in grouped(model)]
-    plan = Plan(settings, model, groups, corpus, order.epoch if corpus.tokens else 0, first_step, world_size)
+    place = checkpoint.place_of(state, corpus.prints, config.block_size) if state else checkpoint.Place()
+    plan = Plan(settings, model, groups, corpus, order.epoch if corpus.prints else 0, place, world_size)
     yield from about_the_model(plan)
     yield f'\n{corpus.line}'
     if settings.eval_only:
@@ -296,8 +312,7 @@ def describe(settings: RunSettings, grouped: Grouping, world_size: int) -> Itera
 
 
 def show_plan(settings: RunSettings, grouped: Grouping) -> None:
-    """Print the plan of this run, in the first of the processes that torchrun or srun started."""
-    environment = os.environ | processes.slurm_as_torchrun(os.environ)
-    if environment.get('RANK', '0') == '0':
-        for line in describe(settings, grouped, int(environment.get('WORLD_SIZE', '1'))):
-            print(line)
+    """Print the plan of this run, in the first of the processes that a launcher started."""
+    launch = meeting.launch_of(os.environ)
+    for line in describe(settings, grouped, int(launch.variables['WORLD_SIZE']) if launch else 1):
+        say(line)

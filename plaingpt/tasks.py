@@ -8,6 +8,8 @@ HellaSwag is quoted in two scorings, whose figures differ by percents and must n
 build-nanogpt and llm.c, reads the raw context, and divides by tokens. 'lm_eval', that of EleutherAI's harness, cleans
 the text, puts the activity before it, and divides by characters.
 """
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +28,7 @@ from plaingpt.corpus.folder import DATA_ROOT
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError
 from plaingpt.machines.device import to_device
-from plaingpt.machines.processes import Process, Progress, compute_together, wait_for_all
+from plaingpt.machines.processes import Process, Progress, compute_together, refuse_difference, wait_for_all
 from plaingpt.metrics import Predictor, exp
 
 Row = dict[str, Any]  # a line of a test's file
@@ -51,6 +53,8 @@ def load(task: str, path: str, limit: int, process: Process) -> list[Row]:
     rows = list(read(task, documents.find_files(path, folder, option)[0], limit))
     if not rows:
         raise UserError(f'{path} is empty: {option}= takes a file with an example of {task} in each line', DATA)
+    refuse_difference(process, {task: hashlib.sha256(json.dumps(rows).encode()).hexdigest()},
+                      f'{path} must be the same on all machines')
     return rows
 
 
@@ -262,9 +266,9 @@ def choices(questions: Questions, nats: Tensor) -> dict[str, float]:
 
 
 def share(name: str, is_right: Tensor) -> dict[str, float]:
-    """How many of (N,) are, and the standard error of that."""
+    """How many of (N,) are, and the standard error of that, which a single one does not have."""
     n, mean = len(is_right), is_right.double().mean().item()
-    return {name: mean, f'{name}_stderr': math.sqrt(mean * (1 - mean) / max(1, n - 1))}
+    return {name: mean} | ({f'{name}_stderr': math.sqrt(mean * (1 - mean) / (n - 1))} if n > 1 else {})
 
 
 def measure_hellaswag(rows: list[Row], vocabulary: Tokenizer, predict: Predictor) -> dict[str, dict[str, float]]:

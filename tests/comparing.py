@@ -1,4 +1,5 @@
 """How tests, and benchmarks/kills.py, compare what runs leave, and what they refuse."""
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,6 +78,18 @@ def refused(call: Callable[..., Any], *positional: Any, code: int, **named: Any)
     assert caught.value.code == code
     assert str(caught.value).count('\n') < 3
     return str(caught.value)
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    """What bad disks, torn copies and careless programs make of a file."""
+    source = random.Random(seed)
+    i, j = sorted(source.sample(range(len(data)), 2))
+    n = min(source.choice((1, 16, 512, 4096, 70_000)), len(data) - i)
+    new = [bytes([data[i] ^ 1 << source.randrange(8)]) + data[i + 1:i + n],  # a bit
+           bytes(n), source.randbytes(n), data[i:i + n][::-1],
+           data[j - j % n:][:n].ljust(n, b'\0'),  # of another place
+           b'', 2 * data[i:i + n]]
+    return source.choice([*(data[:i] + middle + data[i + n:] for middle in new), data[:i]])
 
 
 def leaves(tree: Any, name: str = '') -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,14 +109,14 @@ def tiktoken_cache(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope='session')
 def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python script arguments...` in a process of its own: run_script('sample.py', '--start=x', cwd=tmp_path,
-    environment={'NAME': 'value'}). A script's path starts at the root of the repository, where it also runs by default.
-    """
+    environment={'NAME': 'value'}, typed='a line'). A script's path starts at the root of the repository, where it also
+    runs by default."""
 
-    def run(script: str, *arguments: str, cwd: Path = ROOT,
-            environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(script: str, *arguments: str, cwd: Path = ROOT, environment: Mapping[str, str] | None = None,
+            typed: str = '') -> subprocess.CompletedProcess[str]:
         warnings = ','.join(f'error::{category}:{module}' for category in ('DeprecationWarning', 'FutureWarning')
                             for module in ('__main__', *OURS))
-        return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, stdin=subprocess.DEVNULL,
+        return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd, input=typed,
                               env={**os.environ, 'PYTHONWARNINGS': warnings, **(environment or {})},
                               capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
 
@@ -137,7 +138,7 @@ def tiny_dataset(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp('tiny')
     tokenizer = importlib.import_module('plaingpt.corpus.tokenizer').build('char', lambda: [tiny_text], eot=False)
     cut = len(tiny_text) * 9 // 10
-    splits = {}
+    numpy, splits, checksums = importlib.import_module('numpy'), {}, {}
     for split, text in [('train', tiny_text[:cut]), ('val', tiny_text[cut:])]:
         ids = tokenizer.encode(text)
         packed = b''.join(i.to_bytes(2, 'little') for i in ids)
@@ -145,6 +146,9 @@ def tiny_dataset(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
         hashes = {'sha256': packed, 'head': packed[:4096], 'tail': packed[-4096:]}
         splits[split] = {'tokens': len(ids), 'documents': 1, 'bytes': len(text.encode()), 'largest_id': max(ids),
                          **{name: hashlib.sha256(part).hexdigest() for name, part in hashes.items()}}
+        blocks = [packed[start:start + 65536] for start in range(0, len(packed), 65536)]
+        checksums[splits[split]['sha256']] = numpy.array([zlib.crc32(block) for block in blocks], dtype='<u4')
+    numpy.savez(folder / 'checksums.npz', **checksums)
     meta = {'format': 1, 'tokenizer': tokenizer.reference(), 'vocab_size': tokenizer.n_vocab, 'dtype': 'uint16',
             'source': "Python's json package", 'created_by': 'tests/conftest.py', 'splits': splits}
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')

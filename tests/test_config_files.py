@@ -142,11 +142,11 @@ def test_nanogpts_config_files_mean_what_they_mean_there(train: ModuleType, name
     assert {key: ours[key] for key in expected} == expected, 'our file of that name agrees'
 
 
-def test_the_config_file_that_imports_time_is_refused_with_the_remedy(train: ModuleType, tmp_path: Path) -> None:
+def test_the_config_file_that_imports_time_names_the_run_by_the_clock(train: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / 'finetune_shakespeare.py'
-    path.write_text(IMPORTS_TIME, encoding='utf-8')
-    with pytest.raises(ValueError, match=re.escape(f'{path}, line 1: ') + '(.|\n)*' + re.escape("'ft-{time}'")):
-        configurator.configure(train, [str(path)])
+    path.write_text(IMPORTS_TIME + THEIRS[path.stem], encoding='utf-8')
+    settings, _ = configurator.configure(train, [str(path)], 1700000000.5)
+    assert (settings['wandb_run_name'], settings['max_iters']) == ('ft-1700000000.5', 20)
     settings, _ = configurator.configure(train, [str(ROOT / 'config/finetune_shakespeare.py')])
     assert re.fullmatch(r'ft-\d{8}-\d{6}', settings['wandb_run_name'])
 

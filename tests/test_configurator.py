@@ -4,12 +4,16 @@ import os
 import re
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import configurator
+import train
 from plaingpt.errors import COMMAND, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -147,11 +151,72 @@ def test_names_of_settings_in_a_file_stand_for_their_value_so_far(script: Module
     assert settings['min_lr'] == 2.0
 
 
+COMPUTING = """
+import time
+width: int = 3 * 2
+name = f'w{width:03d}-{learning_rate}'
+out_dir = wandb_run_name = f'out-{name}-' + str(time.time())
+batch_size = max(int(width / 4), round(2.6), min(width, 1))
+max_epochs = round(1.26, 1)
+min_lr = float(1) * 2 ** -1
+start = str(None) + str(True) + str(1.5)
+"""
+
+
+def test_what_a_file_computes_is_what_python_makes_of_it(
+        script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, 'time', partial(float, 1700000000.25))
+    wanted: dict[str, Any] = {'learning_rate': 6e-4}
+    exec(COMPUTING, wanted)
+    settings, given = configurator.configure(script, [write(COMPUTING)], time.time())
+    assert given == {'out_dir', 'wandb_run_name', 'batch_size', 'max_epochs', 'min_lr', 'start'}
+    assert {name: settings[name] for name in given} == {name: wanted[name] for name in given}
+    assert settings['out_dir'] == 'out-w006-0.0006-1700000000.25'
+
+
+def test_a_helper_is_announced_and_serves_the_lines_of_its_own_file_alone(
+        script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    write('n = 2\nwidth = n\nbatch_size = width', 'b.py')
+    settings, given = configurator.configure(script, ['b.py'])
+    assert (settings['batch_size'], given, 'n' in vars(script)) == (2, {'batch_size'}, False)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        'b.py: for its own lines only, as no setting is called so: n, width')
+    assert complaint(script, 'b.py', write('batch_size = n')).startswith("a.py, line 1: no setting is called 'n';")
+
+
+@pytest.mark.parametrize(('name', 'meant'), [
+    ('max_iter', 'max_iters'), ('n_layers', 'n_layer'), ('warmup_iter', 'warmup_iters'), ('n_embed', 'n_embd'),
+    ('learningrate', 'learning_rate'), ('gradient_accumulation_step', 'gradient_accumulation_steps'),
+    ('weight_deacy', 'weight_decay'), ('num_layer', 'n_layer'), ('Dropout', 'dropout'),
+    ('max_length', ''), ('use_flash', ''), ('hidden_size', ''), ('rope_theta', ''), ('optimizer', ''), ('lr', ''),
+    ('max_tokens', ''), ('num_workers', ''), ('vocab', ''), ('head_dim', ''), ('log_dir', ''), ('ffn_mult', '')])
+def test_a_name_is_suggested_only_if_it_is_near(name: str, meant: str, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for args in ([f'--{name}=1'], [write(f'{name} = 1')]):
+        with pytest.raises(UserError) as caught:
+            configurator.configure(train, args)
+        assert ('did you mean' in str(caught.value)) == bool(meant)
+        assert f'{meant}?' in str(caught.value) or not meant
+
+
 def test_time_in_the_name_of_a_run_or_folder_is_the_time_of_the_start(script: ModuleType) -> None:
     path = write("wandb_run_name = 'ft-{time}'")
     settings, _ = configurator.configure(script, [path, '--out_dir=out-{time}'])
     assert re.fullmatch(r'ft-\d{8}-\d{6}', settings['wandb_run_name'])
     assert settings['out_dir'] == settings['wandb_run_name'].replace('ft-', 'out-')
+    first, second = (configurator.configure(script, [path], clock)[0] for clock in (1.7e9, 1.8e9))
+    assert first['wandb_run_name'] != second['wandb_run_name']
+
+
+def test_secrets_of_a_url_reach_the_script_and_neither_console_nor_records(
+        script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    url = 's3://me:secret-1@host/run?signature=secret-2'
+    settings, _ = configurator.configure(script, [write(f"start = '{url}'  # {url}"), f'--out_dir={url}'])
+    assert (vars(script)['start'], vars(script)['out_dir']) == (url, url)
+    assert (settings['start'], settings['out_dir']) == ('s3://***@host/run?***', 's3://***@host/run?***')
+    out, _ = capsys.readouterr()
+    assert out.count('s3://***@host/run?***') == 3 and 'secret' not in out
 
 
 def test_what_is_overridden_is_printed_as_nanogpt_prints_it(
@@ -188,6 +253,8 @@ def test_what_is_overridden_is_printed_as_nanogpt_prints_it(
     ('--decay_lr=2', '--decay_lr: decay_lr must be True or False, not 2'),
     ('--schedule=cosin', "--schedule: schedule must be 'cosine' or 'linear', not 'cosin'"),
     ('--compile=maybe', "--compile: compile must be True or False or 'auto', not 'maybe'"),
+    ('--start=\udcff', '--start: start must be text in UTF-8, without the character NUL'),
+    ('--out_dir=\udcff', '--out_dir: out_dir must be text in UTF-8, without the character NUL'),
     ('batch_size=3', 'batch_size=3: a setting is given with two dashes, --name=value'),
     ('-batch_size 3', '-batch_size: a setting is given with two dashes, --name=value'),
     ('.', "'.' cannot be read as a config file: Is a directory; a setting is given as --name=value"),
@@ -198,11 +265,13 @@ def test_a_wrong_command_has_a_clear_answer(script: ModuleType, args: str, answe
 
 REMEDY = '\n' + configurator.REMEDY
 TIME = '\n' + configurator.TIME_REMEDY
+HELP = 'every script lists its settings with --help.'
+DIGITS = ': an exponent, or a number of digits, is above 64'
 
 
 @pytest.mark.parametrize(('text', 'answer'), [
     ('\n\nbatch_siz = 3', "a.py, line 3: no setting is called 'batch_siz'; did you mean batch_size?"),
-    ('batch_size = 3\nx = 3', "a.py, line 2: no setting is called 'x'; every script lists its settings with --help."),
+    ('batch_size = 3\nx = 3', f"a.py, line 2: no setting is called 'x'; {HELP}"),
     ('batch_size = min_l', "a.py, line 1: no setting is called 'min_l'; did you mean min_lr?"),
     ('decay_lr = true', "a.py, line 1: no setting is called 'true'; did you mean True?"),
     ("batch_size = '4'", "a.py, line 1: batch_size must be a whole number, not '4'"),
@@ -211,11 +280,28 @@ TIME = '\n' + configurator.TIME_REMEDY
     ('out_dir = 5', "a.py, line 1: out_dir must be text in quotes, 'like this', not 5"),
     ("out_dir = b'x'", "a.py, line 1: out_dir must be text in quotes, 'like this', not b'x'"),
     ('learning_rate = 1j', 'a.py, line 1: learning_rate must be a number, not 1j'),
-    ('import time', 'a.py, line 1: this is refused: import time' + TIME),
-    ("wandb_run_name = 'ft-' + str(time.time())", 'a.py, line 1: this is refused: str(time.time())' + TIME),
+    ('import time as t', 'a.py, line 1: this is refused: import time as t' + TIME),
+    ("wandb_run_name = time.strftime('%d')", "a.py, line 1: this is refused: time.strftime('%d')" + TIME),
+    ('learning_rate = time', f"a.py, line 1: no setting is called 'time'; {HELP}"),
     ('import os', 'a.py, line 1: this is refused: import os' + REMEDY),
-    ('batch_size = int(5)', 'a.py, line 1: this is refused: int(5)' + REMEDY),
-    ("out_dir = f'{min_lr}'", "a.py, line 1: this is refused: f'{min_lr}'" + REMEDY),
+    ('batch_size = abs(-5)', 'a.py, line 1: this is refused: abs(-5)' + REMEDY),
+    ('batch_size = int()', 'a.py, line 1: this is refused: int()' + REMEDY),
+    ("batch_size = int('5')", "a.py, line 1: int('5'): arithmetic takes numbers, and text + text"),
+    ("batch_size = int('5', base=8)", "a.py, line 1: this is refused: int('5', base=8)" + REMEDY),
+    ("out_dir = max('a', 'b')", "a.py, line 1: max('a', 'b'): arithmetic takes numbers, and text + text"),
+    ('batch_size = max(3)', 'a.py, line 1: max(3): ...'),
+    ('batch_size = int(1e999)', 'a.py, line 1: int(1e309): ...'),
+    ('batch_size = round(1, -9**9)', 'a.py, line 1: round(1, -9 ** 9)' + DIGITS),
+    ("out_dir = f'{1:999}'", 'a.py, line 1: {1:999}' + DIGITS),
+    ("out_dir = f'{1:{min_lr}%%}'", 'a.py, line 1: {1:{min_lr}%%}: ...'),
+    ("out_dir = f'{min_lr!r}'", 'a.py, line 1: this is refused: ...'),
+    ('out_dir = str(0x' + 'f' * 9999 + ')', 'a.py is not a config file: ...'),
+    ("start = f'{start}{start}'\n" * 40, "a.py, line 17: f'{start}{start}': the result is too large, or no number"),
+    ('use_flash = False', f"a.py, line 1: no setting is called 'use_flash'; {HELP}"),
+    ('x = y = 4\nbatch_size = x', f"a.py, line 1: no setting is called 'y'; {HELP}"),
+    ('batch_size = x\nx = 4', f"a.py, line 1: no setting is called 'x'; {HELP}"),
+    ('x = 4\nx = x + 1', f"a.py, line 2: no setting is called 'x'; {HELP}"),
+    ('max_length = 4', f"a.py, line 1: no setting is called 'max_length'; {HELP}"),
     ('batch_size = [4][0]', 'a.py, line 1: this is refused: [4][0]' + REMEDY),
     ('batch_size = (lambda: 4)()', 'a.py, line 1: this is refused: (lambda: 4)()' + REMEDY),
     ('batch_size = start.x', 'a.py, line 1: this is refused: start.x' + REMEDY),
@@ -224,7 +310,7 @@ TIME = '\n' + configurator.TIME_REMEDY
     ('batch_size += 1', 'a.py, line 1: this is refused: batch_size += 1' + REMEDY),
     ('batch_size: int', 'a.py, line 1: this is refused: batch_size: int' + REMEDY),
     ('if True:\n    batch_size = 1', 'a.py, line 1: this is refused: if True: batch_size = 1' + REMEDY),
-    ('batch_size = 9**9**9', 'a.py, line 1: 9 ** 9 ** 9: the exponent is too large'),
+    ('batch_size = 9**9**9', 'a.py, line 1: 9 ** 9 ** 9' + DIGITS),
     ('batch_size = 9**64', 'a.py, line 1: 9 ** 64: the result is too large, or no number'),
     ('learning_rate = (-8) ** 0.5', 'a.py, line 1: (-8) ** 0.5: the result is too large, or no number'),
     ('batch_size = 1 // 0', 'a.py, line 1: 1 // 0: ...'),
@@ -236,6 +322,8 @@ TIME = '\n' + configurator.TIME_REMEDY
     ('batch_size = ' + '-' * 3000 + '1', 'a.py is not a config file: ...'),
     ('batch_size = 1' + ' + 1' * 3000, 'a.py is not a config file: ...'),
     ('batch_size = \0', 'a.py...'),
+    (r"out_dir = 'a\0b'", 'a.py, line 1: out_dir must be text in UTF-8, without the character NUL'),
+    ('#' * 200_000, 'a.py is not a config file: it is longer than 100,000 characters'),
 ])
 def test_a_config_file_that_is_more_than_settings_is_refused(script: ModuleType, text: str, answer: str) -> None:
     found = complaint(script, write(text))

@@ -1,10 +1,14 @@
-"""What all long work says about its progress: to a terminal, to a file, and to nobody where another process speaks."""
+"""What reaches the console: the progress of all long work, and nothing that a file or a server could steer it with."""
 import json
+import os
 import re
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -13,8 +17,12 @@ from model import GPT, GPTConfig
 from plaingpt import console, metrics
 from plaingpt.corpus import shards, tokenise, tokenizer
 from plaingpt.corpus.token_files import TokenFile
+from plaingpt.errors import UserError
 from tests.comparing import predictor_of
 
+ROOT = Path(__file__).parents[1]
+PREPARE = 'data/text/prepare.py'
+STEERING = '\x1b]52;c;ZXZpbA==\x07\x9b2J\x7f\u202e\u2028\b'  # sets the clipboard, clears the screen, turns a line round
 LINE = re.compile(r'(evaluating on val|tokenising): ([\d,.]+)/([\d,]+) (batches|documents|files), '
                   r'(?:[\d,]+ tokens, [\d,]+ tokens/s, )?\d\d:\d\d so far, (?:about \d\d:\d\d|unknown time) to go')
 
@@ -92,3 +100,134 @@ def test_what_is_over_before_the_delay_says_nothing(
     assert capsys.readouterr() == ('', '')
     assert list(console.progress('abc', 3, 'step 1', 'micro-batches')) == ['a', 'b', 'c']
     assert any(capsys.readouterr())
+
+
+# ------------------------------------------------------------------------------------------------
+# What may not reach a terminal
+
+
+def on_terminal(command: list[str], folder: Path) -> tuple[int, str]:
+    """The exit code of a command, and all that it writes to a terminal, which is real."""
+    pty = pytest.importorskip('pty', reason='this system has no pseudo-terminals')
+    ours, its = pty.openpty()
+    with subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=folder, stdin=subprocess.DEVNULL,
+                          stdout=its, stderr=its, env={**os.environ, 'PYTHONUTF8': '1'}) as process:
+        os.close(its)
+        written = b''
+        while True:
+            try:
+                written += (more := os.read(ours, 1 << 16))
+            except OSError:  # on Linux, the end
+                more = b''
+            if not more:
+                break
+        os.close(ours)
+    return process.returncode, written.decode()
+
+
+def answer_with(reason: str) -> str:
+    """The URL of a server on this machine that answers one request with a status and this reason."""
+    server = socket.create_server(('127.0.0.1', 0))
+
+    def answer() -> None:
+        with server, server.accept()[0] as caller:
+            caller.recv(1 << 16)
+            caller.sendall(f'HTTP/1.1 404 {reason}\r\nContent-Length: 0\r\n\r\n'.encode('latin-1', 'ignore'))
+
+    Thread(target=answer, daemon=True).start()
+    return f'http://127.0.0.1:{server.getsockname()[1]}/a.txt'
+
+
+def column(folder: Path) -> list[str]:
+    (folder / 'a.jsonl').write_text(json.dumps({STEERING: 'text'}), encoding='utf-8')
+    return [PREPARE, '--input=a.jsonl', '--tokenizer=char', '--name=never']
+
+
+def file_name(folder: Path) -> list[str]:
+    (folder / f'{STEERING}.jsonl').write_text('no JSON', encoding='utf-8')
+    return [PREPARE, '--input=*.jsonl', '--tokenizer=char', '--name=never']
+
+
+def argument(folder: Path) -> list[str]:
+    return [PREPARE, f'--input={STEERING}']
+
+
+def option(folder: Path) -> list[str]:
+    return [PREPARE, f'--{STEERING.replace("=", "")}=1']
+
+
+def comment(folder: Path) -> list[str]:
+    (folder / 'a.py').write_text(f'# {STEERING.replace(chr(0x2028), "")}\nseed = 1', encoding='utf-8')
+    return [PREPARE, 'a.py']
+
+
+def reason(folder: Path) -> list[str]:
+    return [PREPARE, f'--input={answer_with(STEERING)}', '--name=never']
+
+
+def model_type(folder: Path) -> list[str]:
+    (folder / 'config.json').write_text(json.dumps({'model_type': STEERING}), encoding='utf-8')
+    return ['sample.py', '--init_from=.']
+
+
+def hellaswag(folder: Path) -> list[str]:
+    (folder / 'a.jsonl').write_text(f'{STEERING}\n', encoding='utf-8')
+    return ['evaluate.py', '--tasks=hellaswag', '--hellaswag=a.jsonl']
+
+
+def prompt(folder: Path) -> list[str]:
+    return ['sample.py', f'--start=FILE:{STEERING}']
+
+
+@pytest.mark.parametrize('door', [
+    column, file_name, argument, option, comment, reason,
+    *(pytest.param(door, marks=pytest.mark.slow) for door in (model_type, hellaswag, prompt))])
+def test_nothing_that_a_file_a_server_or_an_argument_holds_reaches_a_terminal_raw(
+        door: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    code, written = on_terminal(door(tmp_path), tmp_path)
+    assert code in (2, 3, 4)
+    assert not set('\x1b\x07\x9b\x7f\u202e\u2028\b') & set(written)
+    assert '\\x1b]52;c;ZXZpbA' in written, 'it is shown, for all to see'
+    assert 'Traceback' not in written
+
+
+@pytest.mark.parametrize(('encoding', 'what_is_shown'), [('cp1252', 'é\\u65e5'), ('ascii', '\\xe9\\u65e5')])
+def test_a_console_that_lacks_a_character_shows_its_escape(encoding: str, what_is_shown: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / PREPARE), '--column=é日', '--input=é日'], cwd=tmp_path, text=True,
+                          capture_output=True, encoding=encoding, env={**os.environ, 'PYTHONIOENCODING': encoding})
+    assert (done.returncode, done.stderr) == (3, f'--input={what_is_shown} matches no file and no folder\n')
+    assert done.stdout == f'Overriding: column = {what_is_shown}\nOverriding: input = {what_is_shown}\n'
+
+
+def test_a_command_whose_output_is_closed_does_its_work(tmp_path: Path) -> None:
+    command = f'exec {sys.executable} {ROOT / PREPARE} --input=none >&- 2>&-'
+    assert subprocess.run(['bash', '-c', command], cwd=tmp_path).returncode == 3
+
+
+def test_an_error_that_no_code_expected_is_shown_without_steering_and_secrets(tmp_path: Path) -> None:
+    raising = f'def main(args): raise KeyError({STEERING!r} + "s3://me:secret@host/a?b=secret")'
+    program = f'from plaingpt import errors\n{raising}\nerrors.run(main)'
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
+    assert done.returncode == 1 and 'Traceback' in done.stderr
+    assert 's3://***@host/a?***' in done.stderr
+    assert not {'\x1b', '\u202e'} & set(done.stderr.splitlines()[-1])
+
+
+def test_a_message_has_three_short_lines_whatever_is_quoted_in_it() -> None:
+    message = str(UserError('a\nb\nc\nd\n' + 'x' * 9999 + 'do this'))
+    assert message.split('\n')[:2] == ['a', 'b'] and message.count('\n') == 2
+    assert message.endswith('x ... ' + 'x' * 243 + 'do this')
+
+
+@pytest.mark.parametrize(('text', 'shown'), [
+    ('ftp://me:p@ss@host/run', 'ftp://***@host/run'),
+    ("'https://h/a.pt?Signature=abc' is not there", "'https://h/a.pt?***' is not there"),
+    ('simplecache::https://me@h/a?b=c', 'simplecache::https://***@h/a?***'),
+    ('zip://a.txt::https://me:p@h/a.zip and "s3://b/c?d".', 'zip://a.txt::https://***@h/a.zip and "s3://b/c?***".'),
+    ("https://it's:me@h/a?b='c'&d", 'https://***@h/a?***'),
+    ('s3://bucket/run', 's3://bucket/run'),
+    ('://' * 100_000, '://' * 100_000),
+    ('me@host is no URL? no', 'me@host is no URL? no'),
+])
+def test_urls_are_shown_without_credentials(text: str, shown: str) -> None:
+    assert console.shown(text) == shown

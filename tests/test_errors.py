@@ -1,12 +1,16 @@
 """Wrong commands: each ends in at most three lines that say what is wrong, where, and what to type next, and in the
 exit code that scripts read."""
 import ast
+import errno
 import importlib
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +22,7 @@ import train
 from plaingpt import errors
 from plaingpt.errors import CHECK_FAILED, CHECKPOINT, COMMAND, DATA, NOT_FINITE, UserError
 from plaingpt.run.log import Log
+from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[1]
 SHAPE = '--n_layer=1 --n_head=2 --n_embd=8 --block_size=16'
@@ -75,7 +80,7 @@ WRONG = [
     # checkpoints
     Wrong(trains('--init_from=nonsense'), CHECKPOINT, ['nonsense']),
     Wrong(trains('--init_from=resume'), CHECKPOINT, ['{empty}/ckpt.pt', '--init_from=scratch']),
-    Wrong(trains('--out_dir={typo}'), COMMAND, ['--out_dir={typo}', 'File exists']),
+    Wrong(trains('--out_dir={typo}'), COMMAND, ['--out_dir={typo}', 'another file of that name']),
     Wrong(trains('--init_from='), CHECKPOINT, ["''"]),
     Wrong(trains('--out_dir={run}'), COMMAND, ['{run}', '--init_from=resume', '--overwrite=True']),
     Wrong(trains('--out_dir={run} --init_from=resume --n_layer=2'), COMMAND, ['n_layer=2', 'n_layer out']),
@@ -221,6 +226,76 @@ def test_a_run_that_fails_says_so_in_its_status(run_script: Script, files: dict[
     status = json.loads((tmp_path / 'status.json').read_text(encoding='utf-8'))
     assert (status['state'], status['exit_code']) == ('failed', NOT_FINITE)
     assert status['message'] in result.stderr
+
+
+def under_limit(kind: int, limit: int, command: str) -> tuple[int, str]:
+    """The exit code of a real command, and what it says is wrong, if the system refuses more than the limit."""
+    result = subprocess.run(
+        [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, encoding='utf-8', timeout=PATIENT,
+        preexec_fn=partial(resource.setrlimit, kind, (limit, limit)), stdin=subprocess.DEVNULL, check=False)
+    assert len(result.stderr.splitlines()) <= 3 and 'Traceback' not in result.stderr, result.stderr
+    return result.returncode, result.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_exit_code_whatever_was_to_be_written(files: dict[str, Path], tmp_path: Path) -> None:
+    """No file may become larger than 2,000 bytes, as `ulimit -f` says it."""
+    text = tmp_path / 'text.txt'
+    text.write_text('To be, or not to be: that is the question. ' * 500, encoding='utf-8')
+    source, name = f'--out_dir={files["run"]}', f'full-{os.getpid()}'
+    commands = [f'export.py {source} --to=ckpt --to_dir={tmp_path / "ckpt"}',
+                f'evaluate.py {source} --eval_iters=1 --device=cpu --json={tmp_path}/a.json',
+                f'data/text/prepare.py --input={text} --tokenizer=byte --name={name}']
+    try:
+        for command in commands:
+            code, said = under_limit(resource.RLIMIT_FSIZE, 2000, command)
+            assert (code, 'the disk is full' in said) == (errors.DISK_FULL, True), (command, said)
+            assert str(tmp_path) in said or name in said, 'it names the place'
+    finally:
+        shutil.rmtree(ROOT / 'data' / name, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_what_else_the_system_refuses_is_no_damage_and_no_full_disk(files: dict[str, Path], tmp_path: Path) -> None:
+    """Too few open files, a name that is too long, a file system that can only be read."""
+    command = f'train.py {TINY} --dataset={files["corpus"]} --out_dir='
+    said = {limit: under_limit(resource.RLIMIT_NOFILE, limit, f'{command}{tmp_path}/{limit}') for limit in (5, 6, 100)}
+    assert said[100] == (errors.DONE, '')
+    for limit in (5, 6):
+        assert said[limit][0] == COMMAND and 'too many files are open' in said[limit][1], said
+    code, message = under_limit(resource.RLIMIT_NOFILE, 100, f'{command}{tmp_path}/{"x" * 300}')
+    assert code == COMMAND and 'too long' in message, message
+
+    (tmp_path / 'fixed').mkdir(mode=0o555)  # which root may write to, unless it gives up that capability
+    drop = ['setpriv', '--bounding-set=-dac_override', '--inh-caps=-dac_override'] if os.geteuid() == 0 else []
+    if not drop or shutil.which(drop[0]):
+        result = subprocess.run([*drop, sys.executable, *f'{command}{tmp_path}/fixed'.split()], cwd=ROOT,
+                                capture_output=True, text=True, encoding='utf-8', check=False)
+        assert result.returncode == COMMAND, result.stderr
+        assert f'{tmp_path}/fixed/.lock: permission is denied\n' in result.stderr
+
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'ro', 'tmpfs', str(tmp_path / 'fixed')],
+                             capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f'mounts a file system: {mounted.stderr}')
+    try:
+        for where in ('fixed', 'fixed/new'):
+            code, message = under_limit(resource.RLIMIT_NOFILE, 100, f'{command}{tmp_path}/{where}')
+            assert code == COMMAND and f'{tmp_path}/{where}' in message and 'can only be read' in message, message
+    finally:
+        subprocess.run(['umount', '--lazy', str(tmp_path / 'fixed')], check=True)
+
+
+def test_no_error_of_the_system_but_a_full_disk_has_its_exit_code() -> None:
+    full = {'ENOSPC', 'EDQUOT', 'EFBIG'}
+    for number, name in errno.errorcode.items():
+        error = OSError(number, os.strerror(number), '/a/file')
+        in_rust = Exception(f'I/O (os error {number})')
+        for refused in (errors.refusal(error, code=DATA), errors.refusal(in_rust, '/a/file')):
+            assert (refused.code == errors.DISK_FULL) == (name in full), name
+            assert str(refused).startswith('/a/file: ') and len(str(refused).splitlines()) <= 2
+        if not isinstance(error, BrokenPipeError):
+            assert (errors.code_of(error) == errors.DISK_FULL) == (name in full), name
 
 
 ABSENT_PACKAGES = {  # and a command of each that needs it

@@ -2,6 +2,7 @@
 import inspect
 import json
 import os
+import resource
 import shlex
 import signal
 import struct
@@ -10,6 +11,7 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +30,7 @@ from plaingpt.formats import huggingface, llmc
 from plaingpt.formats.exported import Exported
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.run import checkpoint
-from tests.comparing import ROUNDING, refused
+from tests.comparing import ROUNDING, damaged, differences, refused
 
 SHAPE = GPTConfig(block_size=16, vocab_size=0, n_layer=2, n_head=2, n_embd=8, bias=False)
 ODD = 'naïve café\n\tdef f(x): return "日本語 🙂"\r\n\x00 <|endoftext|> end  of   text\n\n'
@@ -129,6 +131,43 @@ def assert_same_weights(before: GPT, after: GPT, n_vocab: int) -> None:
     with torch.no_grad():
         expected = before.double()(idx)[0][:, :, :n_vocab]
         torch.testing.assert_close(after.double().eval()(idx)[0], expected, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(('to', 'name'), [('llmc', 'model.bin'), ('llmc', 'plaingpt.json'), ('hf', 'model.safetensors'),
+                                          ('hf', 'config.json'), ('hf', 'plaingpt.json')])
+def test_of_200_random_damages_to_an_export_none_gives_another_model(to: str, name: str, tmp_path: Path) -> None:
+    vocabulary = build('bpe:300')
+    folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary), to=to)
+    where = str(folder / 'model.bin' if to == 'llmc' else folder)
+    before, known = open_model(where)
+    data, refusals = (folder / name).read_bytes(), list[UserError]()
+    for number in range(200):
+        (folder / name).write_bytes(damaged(data, number))
+        try:
+            after, state = open_model(where)
+            assert not differences(after.state_dict(), before.state_dict()) and after.config == before.config
+            assert state['tokenizer'] == known['tokenizer'], number
+        except UserError as error:
+            refusals.append(error)
+    for refusal in refusals:
+        assert refusal.code == errors.CHECKPOINT and str(refusal).count('\n') < 3
+    assert len(refusals) > 150
+
+
+def test_an_export_of_version_0_1_0_and_one_that_another_program_has_changed_are_loaded(tmp_path: Path) -> None:
+    vocabulary = build('bpe:300')
+    folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary))
+    origin = json.loads((folder / 'plaingpt.json').read_text(encoding='utf-8'))
+    (folder / 'config.json').write_text((folder / 'config.json').read_text(encoding='utf-8') + '\n', encoding='utf-8')
+    message = refused(open_model, str(folder), code=errors.CHECKPOINT)
+    assert message.startswith(f'{folder}/config.json is not what export.py wrote')
+    del origin['sha256']
+    old = json.dumps(origin | {'files': sorted(origin['files'])})
+    (folder / 'plaingpt.json').write_text(old, encoding='utf-8')
+    assert open_model(str(folder))[1]['tokenizer'] == vocabulary.state()
+    (folder / 'plaingpt.json').unlink()
+    _, state = open_model(str(folder))
+    assert learned_tokenizer(state, vocabulary.n_vocab, tmp_path).pieces == vocabulary.pieces
 
 
 @pytest.mark.parametrize(('spec', 'eot'), VOCABULARIES)
@@ -515,6 +554,22 @@ def test_a_second_export_leaves_no_file_of_the_first(tmp_path: Path) -> None:
     assert {'config.json', 'model.safetensors', 'model.bin', 'mine.txt'} < {path.name for path in folder.iterdir()}
 
 
+def test_an_export_removes_no_file_that_the_one_before_merely_lists(tmp_path: Path) -> None:
+    """plaingpt.json may be wrong, or have come from elsewhere."""
+    source = write_run(tmp_path / 'run', random_model(replace(SHAPE, vocab_size=257)), build('byte'))
+    for to in ('hf', 'gguf', 'llmc'):
+        folder = run(source, to=to)
+        precious = [folder / 'thesis.txt', source / 'thesis.txt', tmp_path / 'thesis.txt']
+        for path in precious:
+            path.write_text('x', encoding='utf-8')
+        origin = json.loads((folder / 'plaingpt.json').read_text(encoding='utf-8'))
+        origin['files'] = dict.fromkeys(['thesis.txt', '../thesis.txt', str(tmp_path / 'thesis.txt')], '')
+        del origin['sha256']
+        (folder / 'plaingpt.json').write_text(json.dumps(origin), encoding='utf-8')
+        run(source, to=to)
+        assert all(path.exists() for path in precious), to
+
+
 def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> None:
     source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     code = ('import export, sys, time\nfrom plaingpt.formats import huggingface\n'
@@ -530,6 +585,21 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> No
     assert (tmp_path / '.hf.exporting/model.safetensors').exists() and not (tmp_path / 'hf').exists()
     run(source)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['ckpt.pt', 'hf']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('to', ['hf', 'gguf', 'llmc'])
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_export_before_as_it_was(to: str, tmp_path: Path) -> None:
+    """As `ulimit -f` says it, whichever library writes the file."""
+    source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
+    for limit in (500, 12_000):
+        result = subprocess.run(
+            [sys.executable, 'export.py', f'--out_dir={source}', f'--to={to}'], cwd=Path(export.__file__).parent,
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)), capture_output=True,
+            text=True, check=False)
+        assert result.returncode == errors.DISK_FULL, result.stderr
+        assert f'{tmp_path}/{to}: the disk is full' in result.stderr and len(result.stderr.splitlines()) <= 3
+        assert sorted(path.name for path in tmp_path.iterdir()) == ['ckpt.pt']
 
 
 def test_an_export_becomes_a_run_again(tmp_path: Path, run_script: Callable[..., Any]) -> None:
@@ -558,8 +628,6 @@ def test_a_damaged_origin_is_one_line(damage: str | bytes, tmp_path: Path) -> No
 def test_wrong_commands_are_answered_in_a_line_or_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     assert 'has 2: leave it out' in refused(run, folder, n_head=4, code=errors.COMMAND)
-    (tmp_path / 'file').write_text('', encoding='utf-8')
-    assert 'cannot be written' in refused(run, folder, to_dir=tmp_path / 'file/hf', code=errors.COMMAND)
     assert 'float32 or float16' in refused(run, folder, to='gguf', dtype='bfloat16', code=errors.COMMAND)
     assert 'float32 or bfloat16' in refused(run, folder, to='llmc', dtype='float16', code=errors.COMMAND)
     assert 'to must be' in refused(run, folder, to='onnx', code=errors.COMMAND)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig, choose
+from plaingpt.chance import draw
 
 BLOCK, V = 16, 61
 
@@ -75,7 +76,7 @@ def drawn(probabilities: Tensor, temperature: float = 1.0, top_k: int | None = N
           top_p: float | None = None) -> Tensor:
     """How often each token is chosen, (V,), in 40,000 draws."""
     rows = probabilities.log().expand(40_000, -1)
-    tokens = choose(rows, temperature, top_k, top_p, torch.Generator().manual_seed(3))
+    tokens = choose(rows, temperature, top_k, top_p, [draw(3, row) for row in range(len(rows))])
     return tokens.bincount(minlength=len(probabilities)) / len(rows)
 
 
@@ -106,14 +107,14 @@ def test_tokens_are_drawn_by_their_probability_among_those_allowed(how: dict[str
 def test_each_row_is_filtered_on_its_own() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [3.0, 0.0, 1.0, 2.9]]).log_softmax(-1)
     for top_k, top_p in [(2, None), (None, 0.85)]:
-        rows = choose(logits.repeat(500, 1), 1.0, top_k, top_p, None).view(500, 2)
+        rows = choose(logits.repeat(500, 1), 1.0, top_k, top_p, [draw(row) for row in range(1000)]).view(500, 2)
         assert set(rows[:, 0].tolist()) == {1, 2}
         assert set(rows[:, 1].tolist()) == {0, 3}
 
 
 def test_temperature_0_takes_the_likeliest_and_draws_nothing() -> None:
     before = torch.get_rng_state()
-    assert choose(torch.tensor([[1.0, 3.0, 2.0], [5.0, 3.0, 2.0]]), 0.0, None, None, None).tolist() == [1, 0]
+    assert choose(torch.tensor([[1.0, 3.0, 2.0], [5.0, 3.0, 2.0]]), 0.0, None, None, []).tolist() == [1, 0]
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -163,6 +164,29 @@ def test_the_same_seed_gives_the_same_text_and_leaves_the_global_generator_alone
     assert not torch.equal(model.generate(prompt(2, 4), 20), unseeded)
     torch.manual_seed(4)
     assert torch.equal(model.generate(prompt(2, 4), 20), unseeded)
+
+
+def test_a_sample_is_the_same_whatever_else_is_in_its_batch() -> None:
+    model = random_gpt().double()
+    together = model.generate(prompt(1, 4).expand(5, -1), 2 * BLOCK, 0.9, top_p=0.95, seed=1)
+    assert len({tuple(row) for row in together.tolist()}) == 5
+    for first, count in ((0, 1), (3, 2), (4, 1)):
+        some = model.generate(prompt(1, 4).expand(count, -1), 2 * BLOCK, 0.9, top_p=0.95, seed=1, first=first)
+        assert torch.equal(some, together[first:first + count])
+
+
+@pytest.mark.parametrize(('part', 'token'), [
+    (0, 0), (0.0999, 0), (0.1001, 1), (0.4999, 1), (0.5001, 3), (1 - 2**-40, 4)])
+def test_a_number_draws_the_token_at_which_the_running_sum_passes_it(part: float, token: int) -> None:
+    logits = torch.tensor([[0.1, 0.4, 0.0, 0.3, 0.2]], dtype=torch.float64).log()
+    assert choose(logits, 1.0, None, None, [int(part * 2**63)]).item() == token
+
+
+def test_the_lowest_temperatures_are_greedy() -> None:
+    model = random_gpt()
+    greedy = model.generate(prompt(2, 4), 20, temperature=0)
+    assert torch.equal(model.generate(prompt(2, 4), 20, temperature=1e-38, seed=1), greedy)
+    assert torch.equal(model.generate(prompt(2, 4), 20, temperature=1e-5, seed=1), greedy)
 
 
 def test_two_streams_of_one_model_do_not_disturb_each_other_nor_its_training() -> None:

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -12,7 +13,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ assert options.keys() <= known, options
 here = os.environ['STAND_IN']
 tasks = []
 for rank in range(2):
-    more = {'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank), 'SLURM_NTASKS': '2',
-            'SLURM_STEP_NODELIST': 'localhost'}
+    more = {'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank), 'SLURM_NTASKS': '2', 'SLURM_STEP_ID': '0',
+            'SLURM_STEP_NUM_TASKS': '2', 'SLURM_STEP_NODELIST': 'localhost'}
     tasks.append(subprocess.Popen(command, env=os.environ | more, start_new_session=True))
 with open(here + '/step.new', 'w') as file:
     file.write(' '.join(str(task.pid) for task in tasks))
@@ -68,7 +68,7 @@ class Slurm:
     """A cluster of this machine alone, which runs batch scripts and signals them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.job = folder, free_port() - 20000  # processes.py takes the port from the job's number
+        self.folder, self.job = folder, os.getpid()
         programs = folder / 'bin'
         programs.mkdir()
         for name, source in {'srun': SRUN, 'scontrol': SCONTROL}.items():
@@ -99,12 +99,9 @@ class Slurm:
 
 
 def free_port() -> int:
-    """One of those that processes.py takes with Slurm."""
-    for port in count(20000 + os.getpid() % 10000):
-        with socket.socket() as test:
-            if test.connect_ex(('localhost', port)):
-                return port
-    raise AssertionError('count ends never')
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        return int(free.getsockname()[1])
 
 
 def only(pattern: str, text: str) -> str:
@@ -141,6 +138,7 @@ def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_goes_on_to_its_end
     status = json.loads((out / 'status.json').read_text(encoding='utf-8'))
     stopped = checkpoint.load(out / 'ckpt.pt')['iter_num']
     assert (status['state'], status['exit_code']) == ('stopped', errors.STOPPED)
+    assert status['step'] == stopped - 1, 'that of the last update, which --log_interval gives no row'
     assert 20 < stopped < 800
     assert f'stopped before step {stopped} of 800' in '\n'.join(slurm.read('slurm.out'))
     assert slurm.read('scontrol') == [f'requeue {slurm.job}']
@@ -161,6 +159,50 @@ def test_a_slurm_job_with_a_wrong_setting_is_not_requeued(tmp_path: Path) -> Non
     assert slurm.start('config/train_gpt2.py', '--learning_rte=1').wait(PATIENT) == errors.COMMAND
     assert slurm.read('codes') == ['2 2']
     assert slurm.read('scontrol') == []
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_loses_a_process_is_requeued_and_goes_on(tiny_dataset: Path, tmp_path: Path) -> None:
+    slurm, out = Slurm(tmp_path), tmp_path / 'out'
+    command = [f'--dataset={tiny_dataset}', f'--out_dir={out}', *TINY, '--eval_interval=20', '--max_iters=400',
+               '--lr_decay_iters=400']
+    shell = slurm.start(*command)
+    wait_until((out / 'ckpt.pt').exists, 'a checkpoint')
+    os.kill(int(slurm.read('step')[0].split()[1]), signal.SIGKILL)
+    assert shell.wait(PATIENT) == 137, slurm.read('slurm.out')[-20:]
+    assert slurm.read('codes') == ['8 137']
+    assert slurm.read('scontrol') == [f'requeue {slurm.job}']
+    log = '\n'.join(slurm.read('slurm.out'))
+    step = json.loads((out / 'status.json').read_text(encoding='utf-8'))['step']
+    assert f'exit code 137 at step {step}: the job starts again, after 1 end without progress' in log
+    assert 'frame #' not in log
+    assert slurm.start(*command).wait(PATIENT) == errors.DONE, slurm.read('slurm.out')[-20:]
+    assert 'resuming at step' in '\n'.join(slurm.read('slurm.out'))
+
+
+@pytest.mark.parametrize(('code', 'steps', 'expected'), [
+    (errors.PEER_LOST, [-1, -1, -1, -1], [0, 0, 0, 1]),  # it cannot even begin
+    (137, [10, 10, 10, 20, 20, 20, 20, 20], [0, 0, 0, 0, 0, 0, 0, 1]),
+    (137, [5, 4, 3, 2], [0, 0, 0, 1]),
+    (errors.DATA, [10], [1]), (errors.INTERRUPTED, [10], [1]), (errors.DONE, [10], [1]),
+])
+def test_a_job_that_loses_processes_without_progress_starts_again_three_times(
+        code: int, steps: list[int], expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main = runpy.run_path(str(LAUNCH / 'requeue.py'))['main']
+    monkeypatch.setenv('SLURM_JOB_ID', '12')
+    ends = []
+    for step in steps:
+        if step >= 0:
+            (tmp_path / 'status.json').write_text(json.dumps({'step': step}), encoding='utf-8')
+        with pytest.raises(SystemExit) as left:
+            main([str(code), f'--out_dir={tmp_path}'])
+        ends.append(int(left.value.code or 0))
+    assert ends == expected
+    monkeypatch.setenv('SLURM_JOB_ID', '13')
+    if is_loss := code in (errors.PEER_LOST, 137):
+        with pytest.raises(SystemExit, match=r'^(0|False)$'):
+            main([str(code), f'--out_dir={tmp_path}'])  # another job counts anew
+    assert (tmp_path / 'requeued.json').exists() == is_loss
 
 
 def test_the_slurm_script_asks_for_what_requeueing_needs() -> None:
@@ -286,16 +328,42 @@ def test_a_pod_is_not_root_and_holds_no_secret(manifest: dict[str, Any]) -> None
     assert pod['securityContext']['fsGroup'] == pod['securityContext']['runAsGroup']
     assert container['securityContext']['allowPrivilegeEscalation'] is False
     assert container['securityContext']['capabilities'] == {'drop': ['ALL']}
+    assert container['securityContext']['readOnlyRootFilesystem'] is True
+    assert pod['automountServiceAccountToken'] is False
     assert 'env' not in container, 'what a container is given by name is there to be read'
     assert [source.keys() for source in container['envFrom']] == [{'secretRef'}]
     assert 'Secret' not in manifest
-    assert not re.search(SECRET, (LAUNCH / 'kubernetes.yaml').read_text(encoding='utf-8'))
+    text = (LAUNCH / 'kubernetes.yaml').read_text(encoding='utf-8')
+    assert not re.search(SECRET, text.replace('automountServiceAccountToken: false', ''))
     memory = {volume['name']: volume.get('emptyDir', {}).get('medium') for volume in pod['volumes']}
     at = {mount['mountPath']: mount['name'] for mount in container['volumeMounts']}
     assert memory[at['/dev/shm']] == 'Memory'
     claims = [volume['persistentVolumeClaim']['claimName'] for volume in pod['volumes'] if 'emptyDir' not in volume]
     assert claims == [manifest['PersistentVolumeClaim']['metadata']['name']]
     assert manifest['PersistentVolumeClaim']['spec']['accessModes'] == ['ReadWriteMany'], 'all pods mount it'
+
+
+@pytest.mark.slow
+def test_a_run_writes_nowhere_but_to_what_a_pod_mounts(manifest: dict[str, Any], tiny_dataset: Path,
+                                                       tmp_path: Path) -> None:
+    """In a namespace of mounts of its own, where the root is read-only; the volume is at /mnt."""
+    container = manifest['Job']['spec']['template']['spec']['containers'][0]
+    mounts = {mount['mountPath'] for mount in container['volumeMounts']}
+    home = only(r'^ENV HOME=(\S+)', dockerfile())
+    assert home in mounts
+    tempfs = ' && '.join(f'mount -t tmpfs tmpfs {path}' for path in sorted(mounts - {'/volume'}))
+    prepare = f'mount --bind {tmp_path} /mnt && mount -o remount,bind,ro / && {tempfs}'
+    if ROOT.is_relative_to('/tmp') or shutil.which('unshare') is None or subprocess.run(
+            ['unshare', '-m', 'sh', '-c', prepare], capture_output=True).returncode:
+        pytest.skip('needs the right to mount, and a checkout outside of /tmp')
+    shutil.copytree(tiny_dataset, tmp_path / 'corpus')
+    command = [sys.executable, 'launch/torchrun.py', '--standalone', '--nproc_per_node=2', 'train.py', *TINY,
+               '--dataset=/mnt/corpus', '--out_dir=/mnt/out', '--max_iters=2', '--lr_decay_iters=2']
+    result = subprocess.run(['unshare', '-m', 'sh', '-c', f'{prepare} && ! touch {ROOT}/x && {shlex.join(command)}'],
+                            cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'HOME': home}, timeout=PATIENT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert checkpoint.load(tmp_path / 'out/ckpt.pt')['iter_num'] == 2
+    assert (tmp_path / 'out/loss.png').exists()
 
 
 @pytest.mark.slow
@@ -437,7 +505,8 @@ def test_the_builder_never_sees(path: str) -> None:
 
 def test_the_image_has_a_fixed_base_and_its_process_is_python_and_not_root() -> None:
     text = dockerfile()
-    assert re.search(r'^FROM python:3\.1[1-4]\.\d+-[\w-]+$', text, re.MULTILINE), 'a version, not a moving name'
+    assert re.search(r'^ARG BASE=python:3\.1[1-4]\.\d+-[\w-]+$', text, re.MULTILINE), 'a version, not a moving name'
+    assert re.findall(r'^FROM (.*)$', text, re.MULTILINE) == ['${BASE}'], 'a digest can be given'
     users = re.findall(r'^USER (.*)$', text, re.MULTILINE)
     assert users and users[-1] not in ('root', '0')
     assert re.search(rf'useradd .*{users[-1]}', text)

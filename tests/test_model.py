@@ -15,6 +15,7 @@ from torch import Tensor
 from model import GPT, Attention, GPTConfig
 from plaingpt import errors
 from plaingpt.formats import huggingface
+from plaingpt.init_from import open_model
 from tests.comparing import ROUNDING
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,28 @@ def test_logits_loss_and_greedy_text_are_those_of_transformers(name: str, their_
     ours = GPT.from_pretrained(str(tmp_path))
     assert ours.config == GPTConfig(BLOCK, V, n_layer, n_head, n_embd // 16)
     assert_equal_models(ours, theirs, 3, BLOCK)
+
+
+@pytest.mark.parametrize('says', [None, True, False])
+def test_a_head_that_is_not_the_table_is_kept_whatever_the_config_says(
+        says: bool | None, their_gpt2: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = their_gpt2(n_layer=2, tie_word_embeddings=False)
+    assert not torch.equal(theirs.lm_head.weight, theirs.transformer.wte.weight)
+    config = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
+    del config['tie_word_embeddings']
+    more = {} if says is None else {'tie_word_embeddings': says}
+    (tmp_path / 'config.json').write_text(json.dumps(config | more), encoding='utf-8')
+    assert_equal_models(GPT.from_pretrained(str(tmp_path)), theirs, 2, BLOCK)
+    assert ('its head differs' in capsys.readouterr().err) == (says is not False)
+
+
+def test_a_state_dict_of_transformers_is_recognised_by_its_transposed_matrices(their_gpt2: Any, tmp_path: Path) -> None:
+    theirs = their_gpt2(n_layer=2)
+    answers = {'n_head': theirs.config.n_head, 'gelu': 'tanh'}
+    for part in (theirs, theirs.transformer):
+        torch.save(part.float().state_dict(), tmp_path / 'pytorch_model.bin')
+        ours, _ = open_model(str(tmp_path / 'pytorch_model.bin'), answers=answers)
+        assert_equal_models(ours, theirs.float(), 2, BLOCK)
 
 
 @pytest.mark.slow
@@ -257,9 +280,9 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> N
     assert theirs.attribute_map == huggingface.ALIASES
     config = tmp_path / 'config.json'
     config.write_text('{"model_type": "gpt2"}', encoding='utf-8')
-    assert huggingface.read_config(str(tmp_path), 0.0) == GPTConfig(vocab_size=50257)
+    assert huggingface.read_config(str(tmp_path), 0.0) == (GPTConfig(vocab_size=50257), None)
     config.write_text('{"model_type": "gpt2", "num_hidden_layers": 3, "hidden_size": 24}', encoding='utf-8')
-    assert huggingface.read_config(str(tmp_path), 0.0) == GPTConfig(vocab_size=50257, n_layer=3, n_embd=24)
+    assert huggingface.read_config(str(tmp_path), 0.0) == (GPTConfig(vocab_size=50257, n_layer=3, n_embd=24), None)
 
 
 def test_a_file_of_weights_executes_nothing(their_gpt2: Any, tmp_path: Path) -> None:

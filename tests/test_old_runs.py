@@ -66,6 +66,7 @@ def test_an_old_checkpoint_holds_what_it_held(run: Path) -> None:
     assert (state['iter_num'], state['best']['loss']) == (980, [row['val_loss'], 980])
     assert (state['config']['learning_rate'], state['config']['dropout'], state['tokenizer']['name']) == (
         0.02, 0.1, 'char')
+    assert (state['windows'], state['windows_before'], state['tokens']) == (980 * 8, 0, 980 * 128), 'as it would count'
     assert all(moments['step'] == 980 for moments in state['optimizer']['state'].values())
     evaluate.main([f'--out_dir={run}', f'--dataset={OLD}/corpus', '--eval_iters=4', '--batch_size=3', '--device=cpu'])
     measured, = json.loads((run / 'evaluation.json').read_text(encoding='utf-8'))['measured']

@@ -201,7 +201,7 @@ def test_the_disk_that_is_planned_is_what_a_run_asks_for(tiny_dataset: Path, tmp
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(*TINY, f'--dataset={tiny_dataset}', '--keep=3')
     config, _ = shape_of(settings, 65)
-    planned = Plan(settings, GPT.on_meta(config), [], look_at(str(tiny_dataset)), 1, 0, 1).disk_bytes
+    planned = Plan(settings, GPT.on_meta(config), [], look_at(str(tiny_dataset)), 1, checkpoint.Place(), 1).disk_bytes
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: real._replace(free=planned - 1))
     with pytest.raises(UserError, match=f' needs {planned:,} bytes '):
@@ -352,8 +352,9 @@ def test_a_plan_reads_no_token_writes_nothing_and_is_printed_once(
     assert alone.returncode == 0 and not alone.stderr, alone.stderr
     assert f'{meta["splits"]["train"]["tokens"]:,} tokens to train on' in alone.stdout
     assert alone.stdout.endswith('\n0 warnings\n')
-    second = run_script(*arguments, cwd=tmp_path, environment={'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2'})
+    launched = {'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}
+    second = run_script(*arguments, cwd=tmp_path, environment=launched | {'RANK': '1', 'LOCAL_RANK': '1'})
     assert (second.returncode, second.stdout, second.stderr) == (0, '', '')
-    first = run_script(*arguments, cwd=tmp_path, environment={'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'})
+    first = run_script(*arguments, cwd=tmp_path, environment=launched | {'RANK': '0', 'LOCAL_RANK': '0'})
     assert '1 for each of 2 processes' in first.stdout
     assert list(tmp_path.iterdir()) == []

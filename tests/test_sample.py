@@ -2,11 +2,13 @@
 import io
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ import sample
 from model import GPT, GPTConfig
 from plaingpt import errors
 from plaingpt.corpus import tokenizer
-from plaingpt.corpus.order import draw
 from plaingpt.init_from import open_model
 from plaingpt.run import checkpoint
 from tests.waiting import PATIENT
@@ -105,7 +106,7 @@ def test_the_samples_are_what_the_model_generates_from_the_prompt(trained: Path,
     vocabulary = tokenizer.from_state(state['tokenizer'])
     assert set(''.join(samples)) <= set(state['tokenizer']['characters'])
     ids = torch.tensor([vocabulary.encode('def ')] * 3)
-    ids = model.generate(ids, 60, 0.8, 200, seed=draw(1337, 0), n_vocab=vocabulary.n_vocab)
+    ids = model.generate(ids, 60, 0.8, 200, seed=1337, n_vocab=vocabulary.n_vocab)
     assert samples == [vocabulary.decode(row.tolist()) for row in ids]
 
 
@@ -114,6 +115,7 @@ def test_the_same_seed_gives_the_same_texts_and_another_seed_gives_others(traine
     samples = write(*arguments, '--seed=1')
     assert len(set(samples)) == 5, 'the samples of one run differ, those of different batches too'
     assert write(*arguments, '--seed=1') == samples
+    assert write(f'--out_dir={trained}', '--num_samples=3', '--max_new_tokens=60', '--seed=1') == samples[:3]
     assert not set(write(*arguments, '--seed=2')) & set(samples)
 
 
@@ -217,8 +219,15 @@ def test_a_sample_cannot_steer_the_terminal(write: Write, tmp_path: Path) -> Non
     state = tokenizer.build('byte', list, eot=False).state()
     path = saved(tmp_path / 'ckpt.pt', bytes_of('\x1b[2J\a\r\n\t'), 256, tokenizer=state)
     text = ''.join(write(f'--init_from={path}', '--start=\x1b]0;title\a', '--max_new_tokens=200'))
-    assert set(text) == set(']0;title[2J\n\t\ufffd')
-    assert text.startswith('\ufffd]0;title\ufffd')
+    assert set(text) == {*r']0;title[2J\x1b07', '\n', '\t'}
+    assert text.startswith(r'\x1b]0;title\x07')
+
+
+def test_without_a_compiler_a_model_writes_uncompiled(trained: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    sample.main([f'--out_dir={trained}', '--device=cpu', '--num_samples=1', '--max_new_tokens=5', '--compile=True'])
+    assert '\nnot compiled, for want of a C++ compiler, no-such-compiler\n' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -289,10 +298,10 @@ def test_the_checkpoint_alone_is_enough_and_stdout_holds_the_samples_alone(
 @pytest.mark.parametrize(('argument', 'code', 'message'), [
     ('--start=naïve', errors.DATA, r"character 'ï' \(position 2 of the text\) is not among the"),
     ('--start=', errors.COMMAND, r'--start is empty(.|\n)*--start=A'),
-    ('--start=\udcff', errors.COMMAND, r'--start is not text in UTF-8'),
-    ('--start=FILE:gone.txt', errors.DATA, r'gone.txt cannot be read: No such file'),
-    ('--start=FILE:.', errors.DATA, r'cannot be read: Is a directory'),
-    ('--start=FILE:latin1.txt', errors.DATA, r'byte 3 of latin1.txt is not text in UTF-8'),
+    ('--start=\udcff', errors.COMMAND, r'--start: start must be text in UTF-8'),
+    ('--start=FILE:gone.txt', errors.DATA, r'gone.txt: there is no such file'),
+    ('--start=FILE:.', errors.DATA, r'FILE:\.: this is a folder'),
+    ('--start=FILE:latin1.txt', errors.DATA, r'latin1.txt is not UTF-8: byte 3 is 0xe9'),
     ('--start=FILE:empty.txt', errors.COMMAND, r'--start is empty'),
     ('--init_from=gone.pt', errors.CHECKPOINT, r'no checkpoint at gone.pt'),
     ('--init_from=here/gone.pt', errors.CHECKPOINT, r'no checkpoint at here/gone.pt'),
@@ -369,7 +378,7 @@ def test_settings_have_nanogpts_names_and_defaults() -> None:
     nanogpt = {'init_from': 'resume', 'out_dir': 'out', 'start': '\n', 'num_samples': 10, 'max_new_tokens': 500,
                'temperature': 0.8, 'top_k': 200, 'seed': 1337, 'device': 'auto', 'dtype': 'auto', 'compile': 'auto'}
     assert {name: settings.get(name) for name in nanogpt} == nanogpt
-    assert settings.keys() - nanogpt.keys() == {'top_p', 'stop', 'batch_size'}
+    assert settings.keys() - nanogpt.keys() == {'top_p', 'stop', 'batch_size', 'interactive'}
 
 
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,3 +458,61 @@ def test_a_reader_that_leaves_ends_it_without_a_word(trained: Path) -> None:
     assert process.wait(timeout=PATIENT) == errors.BROKEN_PIPE
     assert len(process.stderr.read().splitlines()) == 1, 'the line about the device'
     process.stderr.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# A prompt a line
+
+
+def test_each_line_of_a_pipe_is_continued_after_all_that_stands_before_it(trained: Path, run_script: Run) -> None:
+    arguments = (f'--out_dir={trained}', '--interactive=True', '--max_new_tokens=5', '--temperature=0', '--device=cpu')
+    result = run_script('sample.py', *arguments, '--start=# ', typed='def\nd\u2603f\n\nimport os, sys, re\n')
+    assert result.returncode == 0, result.stderr
+    *answers, rest = result.stdout.split(f'\n{RULE}\n')
+    assert rest == ''
+
+    model, state = open_model(str(trained))
+    vocabulary, context = tokenizer.from_state(state['tokenizer']), '# '
+    for line, answer in zip(['def', None, '', 'import os, sys, re'], answers, strict=True):
+        if line is None:
+            assert answer == '', 'it cannot be read, and changes nothing'
+            continue
+        ids = torch.tensor([vocabulary.encode(context + line)[-BLOCK:]])
+        assert answer == vocabulary.decode(model.generate(ids, 5, temperature=0)[0, -5:].tolist())
+        context += line + answer
+    assert len(context) > BLOCK
+    assert f'longer than {BLOCK} tokens' in result.stderr
+    assert 'is not among the' in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_session(trained: Path) -> None:
+    pty, fcntl, termios = map(pytest.importorskip, ('pty', 'fcntl', 'termios'))
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / 'sample.py'), f'--out_dir={trained}', '--interactive=True', '--device=cpu',
+               ENDLESS]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                               preexec_fn=partial(fcntl.ioctl, theirs, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    seen = bytearray()
+
+    def read_until(enough: Callable[[bytes], object]) -> None:
+        while not enough(bytes(seen)) and select.select([ours], [], [], PATIENT)[0]:
+            seen.extend(os.read(ours, 1000))
+
+    try:
+        for _ in range(2):
+            read_until(partial(re.search, rb'> $'))
+            seen.clear()
+            os.write(ours, b'def \n')
+            read_until(lambda text: len(text) > 200)
+            os.write(ours, b'\x03')
+            read_until(partial(re.search, RULE.encode()))
+        read_until(partial(re.search, rb'> $'))
+        os.write(ours, b'\x04')
+        assert process.wait(timeout=PATIENT) == 0
+        assert b'Traceback' not in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)

@@ -146,6 +146,17 @@ def hand_made_writes(source: str, tree: ast.Module) -> Iterator[str]:
             yield f'line {node.lineno}: {ast.unparse(node)} is called by files.written_whole'
 
 
+def prints(source: str, tree: ast.Module) -> Iterator[str]:
+    """What console.py is for: text on its way to a terminal. Its own functions escape what may steer one."""
+    for call in calls(tree):
+        function, arguments = ast.unparse(call.func), ' '.join(map(ast.unparse, call.args))
+        to_console = re.search(r'\bsys\.(__)?std(out|err)', f'{function} {arguments}')
+        is_raw = re.search(r'\.(write|writelines)$', function) and not re.search(r'console\.(write|printable)\(',
+                                                                                ast.unparse(call))
+        if function in ('print', 'pprint', 'tqdm.write') or (to_console and is_raw):
+            yield f'line {call.lineno}: {ast.unparse(call)} is printed by console.say, note or write'
+
+
 def suppressions(source: str, tree: ast.Module) -> Iterator[str]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and SUPPRESSIONS.search(token.string):
@@ -165,6 +176,13 @@ def test_a_file_keeps_the_house_style(path: Path) -> None:
     checks = IN_MAIN_FILES if path in MAIN else EVERYWHERE
     complaints = list(chain.from_iterable(check(source, tree) for check in checks))
     assert not complaints, '\n'.join(complaints)
+
+
+@pytest.mark.parametrize('path', [path for path in MAIN if path.name != 'console.py'],
+                         ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_console_py_prints_and_no_other_file(path: Path) -> None:
+    source = path.read_text(encoding='utf-8')
+    assert not list(prints(source, ast.parse(source)))
 
 
 @pytest.mark.parametrize('path', [path for path in MAIN if path.name != 'files.py'],
@@ -227,6 +245,12 @@ def nested(*heads: str) -> str:
     (hand_made_writes, 'from os import fsync'),
     (hand_made_writes, "open('train.bin.tmp', 'wb')"),
     (hand_made_writes, "path.with_name(f'{path.name}.tmp')"),
+    (prints, 'print(1)'),
+    (prints, 'print(1, file=sys.stderr)'),
+    (prints, 'sys.stdout.write(text)'),
+    (prints, 'sys.stderr.buffer.write(text)'),
+    (prints, 'os.write(sys.stderr.fileno(), text)'),
+    (prints, 'tqdm.write(text)'),
     (suppressions, 'x = 1  # type: ignore[misc]'),
     (suppressions, 'import a  # noqa: F401'),
     (suppressions, '# TODO: later'),

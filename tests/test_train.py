@@ -13,7 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from plaingpt import errors
 from plaingpt.corpus import token_files
 from plaingpt.corpus.batches import Part, parts_of
 from plaingpt.corpus.folder import open_split
-from plaingpt.corpus.order import Order
+from plaingpt.corpus.order import Integers, Order
 from plaingpt.machines.device import pick_dtype
 from plaingpt.plan import RunSettings, windows_in_step
 from plaingpt.run import checkpoint, wandb
@@ -414,6 +415,91 @@ def test_a_resume_on_another_corpus_is_refused_unless_asked_for(run: Run, tmp_pa
     assert last(tmp_path / 'run')['iter_num'] == 4
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The windows that training reads, by where they start, one step after the other."""
+    starts: list[int] = []
+
+    def noting(corpus: token_files.TokenFile, of_step: Integers, *rest: Any) -> Iterator[Part]:
+        starts.extend(of_step.tolist())
+        return parts_of(corpus, of_step, *rest)
+
+    monkeypatch.setattr(train, 'parts_of', noting)
+    return starts
+
+
+def test_a_resume_with_another_batch_reads_the_next_window_and_counts_tokens_epochs_and_steps_from_there(
+        run: Run, tmp_path: Path, tiny_dataset: Path, read: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    order = Order(len(open_split(tiny_dataset, 'train', 16, 128)), 16, 1337)
+    common: dict[str, Any] = {'gradient_accumulation_steps': 1, 'lr_decay_iters': 1000}
+    run(tmp_path, max_iters=6, **common)  # of 4 windows, 64 tokens
+    run(tmp_path, max_iters=8, init_from='resume', **common, batch_size=8)
+    assert (last(tmp_path)['windows'], last(tmp_path)['windows_before']) == (40, 0)
+    epochs = {'max_epochs': 50 / order.epoch, 'max_iters': 1000}
+    rows = run(tmp_path, init_from='resume', **common, **epochs, total_batch_size=48)
+    assert read == order.starts(0, 52).tolist(), 'each window once, and one after the other'
+    assert losses(rows, 'tokens') == [64, 128, 192, 256, 320, 384, 512, 640, 688, 736, 784, 832]
+    assert last(tmp_path)['tokens'] == 832
+    assert f'12 iterations are {52 / order.epoch:.2f} epochs\n' in capsys.readouterr().out
+    settings = TINY | common | epochs | {'total_batch_size': 96, 'max_epochs': 1.0, 'init_from': 'resume', 'plan': True}
+    train.main(arguments(tmp_path, tiny_dataset, settings))
+    left = math.ceil((order.epoch - 52) / 6)
+    assert (f'the run: {12 + left:,} steps, {832 + left * 96:,} tokens, 1.0 epochs; ') in capsys.readouterr().out
+
+
+def test_another_corpus_is_read_from_its_first_window_on_and_a_line_says_so(
+        run: Run, tmp_path: Path, tiny_dataset: Path, read: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    other = Path(shutil.copytree(tiny_dataset, tmp_path / 'other'))
+    meta = json.loads((other / 'meta.json').read_text(encoding='utf-8'))
+    (other / 'meta.json').write_text(json.dumps(meta | {'splits': {}}), encoding='utf-8')
+    (other / 'train.bin').write_bytes((other / 'train.bin').read_bytes()[:-2000])
+    order = Order(len(open_split(other, 'train', 16, 128)), 16, 1337)
+    out, line = tmp_path / 'run', 'others than before: the corpus is read from its first window on\n'
+    run(out, max_iters=5)
+    changes: dict[str, Any] = {'init_from': 'resume', 'dataset': other, 'max_epochs': 30 / order.epoch}
+    assert line not in capsys.readouterr().out
+    run(out, **changes, ignore_data_change=True, max_iters=7)
+    assert line in capsys.readouterr().out
+    rows = run(out, **changes, max_iters=1000)
+    assert line not in capsys.readouterr().out
+    assert read[40:] == order.starts(0, 32).tolist()
+    assert losses(rows, 'tokens') == [128 * step for step in range(1, 10)]
+    assert {name: last(out)[name] for name in ('iter_num', 'windows', 'windows_before', 'tokens')} == {
+        'iter_num': 9, 'windows': 72, 'windows_before': 40, 'tokens': 1152}
+    longer = refused(run, out, init_from='resume', dataset=other, block_size=32, code=errors.COMMAND)
+    assert longer.startswith('block_size=32 is longer than the 16 positions that this model has learned')
+    read.clear()
+    run(out, init_from='resume', dataset=other, block_size=8, max_iters=11, strategy='zero1')
+    assert line in capsys.readouterr().out
+    assert read == Order(order.n_tokens, 8, 1337).starts(0, 16).tolist()
+    state = last(out)
+    assert [state[name] for name in ('windows', 'windows_before', 'tokens')] == [88, 72, 1280]
+    assert state['model']['transformer.wpe.weight'].shape == (8, 16)
+    assert not differences(run(out, init_from='resume', dataset=other, max_iters=11, block_size=None), rows_of(out))
+
+
+def test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damaged_ends_the_run(
+        run: Run, tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With most of train.bin reversed: checksums tell damage; where there are none, as in other projects' corpora, a
+    sample tells another file, and the run says that it has no more than that."""
+    line = 'has no checksums: damage in the middle of a file may pass unseen\n'
+    corpus = Path(shutil.copytree(tiny_dataset, tmp_path / 'corpus'))
+    run(tmp_path / 'run', max_iters=2, dataset=corpus)
+    assert line not in capsys.readouterr().out
+    data, meta = bytearray((corpus / 'train.bin').read_bytes()), (corpus / 'meta.json').read_bytes()
+    (corpus / 'meta.json').write_text(json.dumps(json.loads(meta) | {'splits': {}}), encoding='utf-8')
+    run(tmp_path / 'bare', max_iters=2, dataset=corpus)
+    assert capsys.readouterr().out.count(f'{corpus} {line}') == 1
+    data[4096:-4096] = data[4096:-4096][::-1]
+    (corpus / 'train.bin').write_bytes(data)
+    message = refused(run, tmp_path / 'bare', max_iters=4, init_from='resume', dataset=corpus, code=errors.DATA)
+    assert 'is another one than this run has read' in message and message.count('43,506 tokens') == 2
+    (corpus / 'meta.json').write_bytes(meta)
+    message = refused(run, tmp_path / 'run', max_iters=4, init_from='resume', dataset=corpus, code=errors.DATA)
+    assert re.match(rf'{corpus}/train.bin is damaged: bytes \d', message) and 'prepare.py' in message
+    assert last(tmp_path / 'run')['iter_num'] == 2
+
+
 def test_evaluation_and_logging_do_not_change_what_is_learned(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
     seldom = run(tmp_path / 'seldom', eval_interval=100, dropout=0.1)
     often = run(tmp_path / 'often', eval_interval=1, eval_iters=1, log_interval=3, dropout=0.1, hellaswag_interval=1,
@@ -665,7 +751,7 @@ def test_resume_takes_the_shape_from_the_checkpoint_and_refuses_another(run: Run
     config = checkpoint.config_of(state)
     assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (2, 2, 16, 16)
     assert (config.bias, config.gelu, config.tie_weights) == (True, 'exact', False)
-    others: dict[str, Any] = {'n_layer': 3, 'n_head': 4, 'n_embd': 32, 'block_size': 8, 'bias': False, 'gelu': 'tanh',
+    others: dict[str, Any] = {'n_layer': 3, 'n_head': 4, 'n_embd': 32, 'bias': False, 'gelu': 'tanh',
                               'vocab_size': 512, 'tie_weights': True}
     for name, value in others.items():
         message = refused(run, tmp_path, init_from='resume', max_iters=14, **{name: value}, code=errors.COMMAND)
@@ -771,8 +857,23 @@ def test_weights_are_fine_tuned_under_a_new_wandb_run_and_resumed_under_the_old(
     assert started[2] == last(tmp_path / 'second')['wandb_run_id'] != started[0]
 
 
+def test_a_run_may_be_in_any_thread(run: Run, tmp_path: Path) -> None:
+    """As in a notebook or a server: without signals, and with the same result."""
+    expected = run(tmp_path / 'main', max_iters=3)
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(run, tmp_path / 'thread', max_iters=3).result()
+    assert losses(found) == losses(expected)
+
+
 # ------------------------------------------------------------------------------------------------
 # Compiled
+
+
+def test_without_a_compiler_a_run_is_not_compiled(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    run(tmp_path, max_iters=1, compile=True)
+    assert '; not compiled, for want of a C++ compiler, no-such-compiler\n' in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
+from plaingpt import console
 from plaingpt.corpus import documents, shards, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
 from plaingpt.corpus.tokenizer import build
@@ -51,19 +52,18 @@ def main(args: list[str]) -> None:
     if tokenizer == 'char' or tokenizer.startswith('bpe:'):
         raise UserError(f'--tokenizer={tokenizer} would have to read the whole corpus first: take gpt2, another of '
                         "tiktoken's, or byte\nor let data/text/prepare.py do it, which writes no shards", COMMAND)
-    if not name or Path(name).name != name:
-        raise UserError(f'--name={name} must be a plain name, since it becomes the folder data/<name>', COMMAND)
-    encoder, folder = build(tokenizer, list, eot=True), DATA_FOLDER / name
+    folder = tokenise.folder_named(name, DATA_FOLDER, 'fineweb_edu')
+    encoder = build(tokenizer, list, eot=True)
     if input:
         texts = shards.Source(documents.find_files(input, folder), str, column)
     else:
         texts = shards.Source(find_hub_files(source, config, revision), fetch, column)
-    print(f'found: files {len(texts.files):,}', flush=True)
+    console.say(f'found: files {len(texts.files):,}')
     shards.write_shards(folder, tokenise.Packer(encoder, encoder.eot, eot_first=True), texts, shard_size,
                         input or f'{source}/{config}@{revision or "main"}', num_proc, overwrite)
-    print('next:\n    torchrun --standalone --nproc_per_node=gpu train.py config/train_fineweb_edu.py '
-          f'--dataset={name}\n'
-          f'    {python()} sample.py --out_dir=out-fineweb-edu')
+    console.say('next:\n    torchrun --standalone --nproc_per_node=gpu train.py config/train_fineweb_edu.py '
+                f'--dataset={name}\n'
+                f'    {python()} sample.py --out_dir=out-fineweb-edu')
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
+from plaingpt import console
 from plaingpt.corpus import documents, tokenise, tokenizer
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
 from plaingpt.errors import run
@@ -44,12 +45,12 @@ def main(args: list[str]) -> None:
         files = fetch_hub_files(find_hub_files(source, '', revision))
     pieces = [piece for file in files for piece in documents.find_pieces(file, column)]
     n_documents = tokenise.count_documents(pieces)
-    print(f'found: files {len(files):,}, documents {n_documents:,}', flush=True)
+    console.say(f'found: files {len(files):,}, documents {n_documents:,}')
 
     validation = tokenise.choose_validation(n_documents, val_fraction, seed)
     tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot), pieces, validation,
                         input or f'{source}@{revision or "main"}', num_proc)
-    print('next:\n    torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py')
+    console.say('next:\n    torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py')
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
-from plaingpt import errors
+from plaingpt import console, errors
 from plaingpt.corpus import tokenise
 
 # ------------------------------------------------------------------------------------------------
@@ -50,13 +50,13 @@ def main(args: list[str]) -> None:
         raise errors.UserError(f'{library} holds no .py files: this Python comes without its source code\n'
                                'prepare another text: python data/text/prepare.py --input=PATH', errors.DATA)
     source = f'the standard library of Python {sys.version.split()[0]}'
-    print(f'found {len(files):,} files in {library}')
+    console.say(f'found {len(files):,} files in {library}')
 
     texts, validation = [text for _, text in files], np.flatnonzero([is_val for is_val, _ in files])
     encoder = tokenise.build_tokenizer(tokenizer, [texts], validation, eot=True)
     tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot), [texts], validation, source)
-    print(f'next:\n    {errors.python()} train.py config/train_stdlib.py\n'
-          f'    {errors.python()} sample.py --out_dir=out-stdlib')
+    console.say(f'next:\n    {errors.python()} train.py config/train_stdlib.py\n'
+                f'    {errors.python()} sample.py --out_dir=out-stdlib')
 
 
 if __name__ == '__main__':

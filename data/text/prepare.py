@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
+from plaingpt import console
 from plaingpt.corpus import documents, tokenise
 from plaingpt.errors import COMMAND, DATA, UserError, python, run
 
@@ -40,33 +41,32 @@ def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if not input:
         raise UserError('which text? give --input=PATH: a file, a folder, a glob or a URL', COMMAND)
-    if not name or Path(name).name != name:
-        raise UserError(f'--name={name} must be a plain name, since it becomes the folder data/<name>', COMMAND)
-    folder = DATA_FOLDER / name
+    folder = tokenise.folder_named(name, DATA_FOLDER, 'text')
     train_files = documents.find_files(input, folder)
     val_files = documents.find_files(val_input, folder, '--val_input') if val_input else []
     train, val = ([piece for file in files for piece in documents.find_pieces(file, column)]
                   for files in (train_files, val_files))
-    n_train, n_val = tokenise.count_documents(train), tokenise.count_documents(val)
-    print(f'found: files {len(train_files) + len(val_files):,}, documents {n_train + n_val:,}')
+    texts, n_val = tokenise.numbers_of_texts(train), tokenise.count_documents(val)  # others are empty
+    n_train = len(texts)
+    console.say(f'found: files {len(train_files) + len(val_files):,}, documents {n_train + n_val:,}')
     if n_train == 0:
         raise UserError(f'--input={input} holds no documents', DATA)
 
     parts: Sequence[tokenise.Part] = [*train, *val]
     by_position = n_train == 1 and not val_files
     if by_position:
-        print(f'a single document: the last {val_fraction:.0%} of its characters are for validation')
-        parts, validation = tokenise.split_text(next(documents.read_documents(train)), val_fraction)
+        console.say(f'a single document: the last {val_fraction:.0%} of its characters are for validation')
+        parts, validation = tokenise.split_text(''.join(tokenise.read_texts(train)), val_fraction)
     elif val_files:
-        validation = np.arange(n_train, n_train + n_val)
+        validation = tokenise.count_documents(train) + np.arange(n_val)
     else:
-        validation = np.sort(tokenise.choose_validation(n_train, val_fraction, seed))
+        validation = texts[np.sort(tokenise.choose_validation(n_train, val_fraction, seed))]
 
     encoder = tokenise.build_tokenizer(tokenizer, parts, validation, eot=n_train > 1 or n_val > 1)
     packer = tokenise.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
     tokenise.write_corpus(folder, packer, parts, validation, input, num_proc)
-    print(f'next:\n    {python()} train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'
-          f'    {python()} sample.py --out_dir=out-{name}')
+    console.say(f'next:\n    {python()} train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'
+                f'    {python()} sample.py --out_dir=out-{name}')
 
 
 if __name__ == '__main__':

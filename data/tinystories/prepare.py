@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
+from plaingpt import console
 from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
 from plaingpt.errors import COMMAND, DATA, UserError, python, run
@@ -47,7 +48,7 @@ def main(args: list[str]) -> None:
         raise UserError('give --input=PATH and --val_input=PATH together; without them both are downloaded', COMMAND)
     train, val = ([piece for file in files for piece in documents.find_pieces(file, column)] for files in find_files())
     n_train, n_val = tokenise.count_documents(train), tokenise.count_documents(val)
-    print(f'found: stories {n_train:,}, for validation {n_val:,}', flush=True)
+    console.say(f'found: stories {n_train:,}, for validation {n_val:,}')
     if not n_train or not n_val:
         raise UserError(f'{input or source} holds no stories to train on, or none for validation', DATA)
 
@@ -55,8 +56,8 @@ def main(args: list[str]) -> None:
     encoder = tokenise.build_tokenizer(tokenizer, parts, validation, eot=True)
     tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot, keep_empty=False), parts, validation,
                         input or f'{source}@{revision or "main"}', num_proc)
-    print(f'next:\n    {python()} train.py config/train_tinystories.py\n'
-          f'    {python()} sample.py --out_dir=out-tinystories')
+    console.say(f'next:\n    {python()} train.py config/train_tinystories.py\n'
+                f'    {python()} sample.py --out_dir=out-tinystories')
 
 
 if __name__ == '__main__':

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model import GPTConfig
-from plaingpt.corpus.folder import read_meta
+from plaingpt.corpus.folder import open_tokens, read_meta
 from plaingpt.corpus.order import Integers
-from plaingpt.corpus.token_files import Ids, TokenFile, open_files
+from plaingpt.corpus.token_files import Ids, TokenFile
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError
 from plaingpt.machines.device import to_device
@@ -30,9 +30,9 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
             source = tokenizer.encode(source)
         if isinstance(source, str | Path):
             path = Path(source)
-            dtype = read_meta(path.parent)['dtype'] if path.with_name('meta.json').exists() else ''
+            meta = read_meta(path.parent) if path.with_name('meta.json').exists() else {'dtype': '', 'splits': {}}
             found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-            source = open_files(found or [path], path, dtype)
+            source = open_tokens(found or [path], path, meta)
         self.source = source
         self.block_size = block_size
         if len(self.source) <= block_size:

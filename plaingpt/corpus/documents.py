@@ -6,17 +6,23 @@ Files anywhere -> documents, and the pieces of files that several processes read
 Planning looks at every file once, and so knows how many documents there are and where they stand. Most pieces can be
 read by any process without the others, so that no text has to be sent to it.
 """
+import codecs
 import itertools
+import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
+from plaingpt import console
 from plaingpt.corpus.download import BLOCK, download
-from plaingpt.errors import DATA, UserError, first_line, missing_package
+from plaingpt.errors import DATA, UserError, missing_package, refusal
 from plaingpt.schema import parse
 
-KINDS = ('.txt', '.jsonl', '.parquet')
+KINDS = ('.txt', '.jsonl', '.ndjson', '.parquet')
+TABLES = ('.json', '.csv', '.tsv')  # read as text, they would teach a model their braces and commas
+STRINGS = re.compile(r'(large_)?string(_view)?|dictionary<values=(large_)?string(_view)?, .*>')  # pyarrow's types
+MARKS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 PACKED = ('.gz', '.xz', '.bz2')
 PIECE = 1 << 21  # bytes of text that a process reads and tokenises at a time, or little more
 LARGEST = 1 << 25  # bytes of a row group that a process reads at once
@@ -40,7 +46,7 @@ class Piece(NamedTuple):
 def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
     """Return the files that `path` names, in a fixed order: one file, the .txt, .jsonl and .parquet files of a folder
     (packed or not), a glob, or a URL that fsspec opens. What http has is fetched into `folder` first: it is read
-    twice."""
+    twice. Hidden files, which editors and systems keep beside those of the user, count only if they are named."""
     import fsspec
 
     if path.startswith(('http://', 'https://')):
@@ -50,15 +56,24 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
         files, root = fsspec.url_to_fs(path)
         is_folder = files.isdir(root)
         names = files.find(root) or [name for name in files.glob(root) if not files.isdir(name)]
-        found = [name for name in names if kind_of(name) in KINDS or not is_folder]
+        of_kind = [name for name in names if kind_of(name) in KINDS or not is_folder]
+        found = [name for name in of_kind if not is_hidden(name, root)]
     except ImportError as error:
         raise missing_package(error) from None
-    except (OSError, ValueError) as error:  # a protocol that is unknown; no permission
-        raise UserError(f'{option}={path} cannot be opened: {error}', DATA) from error
+    except Exception as error:  # each file system raises errors of its own
+        raise refusal(error, f'{option}={path} cannot be opened', DATA) from error
     if not found:
         what = 'is a folder without .txt, .jsonl or .parquet files' if is_folder else 'matches no file and no folder'
         raise UserError(f'{option}={path} {what}', DATA)
+    if len(found) < len(of_kind):
+        console.say(f'hidden files, whose names begin with a dot, are left out: {len(of_kind) - len(found)}')
     return sorted(files.unstrip_protocol(name) if '://' in path else name for name in found)
+
+
+def is_hidden(name: str, root: str) -> bool:
+    """Return whether a part of a path begins with a dot that `root`, the path or pattern that was given, does not
+    have."""
+    return any(part.startswith('.') for part in {*name.split('/')} - {*root.split('/')})
 
 
 def kind_of(name: str) -> str:
@@ -76,20 +91,27 @@ def opened(name: str) -> Iterator[BinaryIO]:
     """Open the bytes of a file anywhere, unpacked."""
     import fsspec
 
-    try:
-        with fsspec.open(name, 'rb', compression='infer') as file:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(fsspec.open(name, 'rb', compression='infer'))
+        except Exception as error:  # each file system raises errors of its own
+            raise refusal(error, f'{name} cannot be opened', DATA) from error
+        try:
             yield file
-    except Exception as error:  # of one of four libraries, which unpack what may be damaged
-        if isinstance(error, UserError | ModuleNotFoundError):
-            raise
-        raise UserError(f'{name} cannot be read: {first_line(error)}', DATA) from error
+        except Exception as error:  # of one of four libraries, which unpack what may be damaged
+            if isinstance(error, UserError | ModuleNotFoundError):
+                raise
+            raise refusal(error, f'{name} cannot be read', DATA) from error
 
 
 def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:
     """Yield all documents of a file, in pieces, in order."""
+    if kind_of(name) in TABLES:
+        raise UserError(f'{name} is no text: a model would learn its braces and commas\nsave its texts as .jsonl, with '
+                        f'a line {{"{column}": ...}} for each; or rename it to .txt, if that is what you want', DATA)
     with opened(name) as file:
         match kind_of(name):
-            case '.jsonl':
+            case '.jsonl' | '.ndjson':
                 yield from find_lines(name, column, file)
             case '.parquet':
                 yield from find_row_groups(name, column, file)
@@ -128,7 +150,7 @@ def read_documents(pieces: Iterable[Piece]) -> Iterator[str]:
     for piece in pieces:
         with opened(piece.name) as file:
             match kind_of(piece.name):
-                case '.jsonl':
+                case '.jsonl' | '.ndjson':
                     yield from read_lines(piece, file)
                 case '.parquet':
                     yield from read_row_groups(piece, file)
@@ -137,9 +159,11 @@ def read_documents(pieces: Iterable[Piece]) -> Iterator[str]:
 
 
 def decode(name: str, text: bytes, offset: int) -> str:
-    """Return UTF-8 as str. `offset` is where `text` starts in its file."""
+    """Return UTF-8 as str, or what the byte order mark at the start of a file says. `offset` is where `text` starts in
+    its file."""
+    encoding = next((MARKS[mark] for mark in MARKS if not offset and text.startswith(mark)), 'utf-8')
     try:
-        return text.decode('utf-8')
+        return text.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f'{name} is not UTF-8: byte {offset + error.start} is 0x{text[error.start]:02x}\n'
                         'save it as UTF-8, for example: iconv -f latin1 -t utf-8 OLD > NEW', DATA) from None
@@ -159,9 +183,9 @@ def read_lines(piece: Piece, file: BinaryIO) -> Iterator[str]:
             except ValueError as error:
                 raise UserError(f'{name}, line {line_number(file, offset)} is not JSON: {error}', DATA) from None
             fields = list(row) if isinstance(row, dict) else []
-            if column not in fields or not isinstance(row[column], str):
+            if column not in fields or not isinstance(row[column], str | None):
                 raise missing_column(f'{name}, line {line_number(file, offset)}', column, fields)
-            yield replace_surrogates(row[column])
+            yield replace_surrogates(row[column] or '')
         offset += len(line)
 
 
@@ -191,8 +215,8 @@ def open_parquet(name: str, column: str, file: BinaryIO) -> Any:
     except (ValueError, OSError) as error:
         raise UserError(f'{name} is not a parquet file: {error}', DATA) from None
     types = {field.name: str(field.type) for field in table.schema_arrow}
-    if types.get(column) not in ('string', 'large_string'):
-        raise missing_column(name, column, list(types))
+    if not STRINGS.fullmatch(types.get(column, '')):
+        raise missing_column(name, column, [f'{field} ({kind})' for field, kind in types.items()])
     return table
 
 

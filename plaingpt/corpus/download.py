@@ -1,14 +1,16 @@
 """Files of others -> this machine, whole or not at all."""
 import hashlib
 import http.client
+import logging
+import re
 import shutil
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from plaingpt import files
-from plaingpt.errors import DATA, UserError, first_line
+from plaingpt import console, files
+from plaingpt.errors import DATA, UserError, refusal
 
 BLOCK = 1 << 20  # bytes of a file that are read at a time
 TIMEOUT = 30  # seconds that a download may stand still
@@ -19,10 +21,13 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
     bytes. The `option` takes a file that was got in another way."""
     if sha256 and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
+    if re.match(r'https?://[^/?#]*@', url):
+        raise UserError(f'{url} was given with a password, which cannot be used here\n'
+                        f'get the file in another way, and name it with {option}=PATH', DATA)
     try:
+        answer = urllib.request.urlopen(url, timeout=TIMEOUT)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with (urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
-              files.written_whole(path, is_shared=True) as file):
+        with answer, files.written_whole(path, is_shared=True) as file:
             shutil.copyfileobj(answer, file, BLOCK)
             if answer.length:  # still to come; urlopen itself raises where the server's status is an error
                 raise OSError(f'it broke off {answer.length} bytes early')
@@ -31,8 +36,8 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
             if found != sha256:
                 raise OSError(f'its sha256 is {found}, and {sha256} is expected')
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f'{url} cannot be used: {error}\n'
-                        f'get the file in another way, and name it with {option}=PATH', DATA) from error
+        raise refusal(error, f'{url} cannot be used', DATA,
+                      f'get the file in another way, and name it with {option}=PATH') from error
     return path
 
 
@@ -41,6 +46,7 @@ def find_hub_files(dataset: str, config: str, revision: str, split: str = 'train
     dataset is executed."""
     from datasets import load_dataset_builder
 
+    console.say(f'looking for the files of {dataset}')  # without network it tries for half a minute
     with explained_hub(dataset):
         builder = load_dataset_builder(dataset, config or None, revision=revision or None)
         return [str(file) for file in builder.config.data_files[split]]
@@ -58,8 +64,11 @@ def fetch_hub_files(files: list[str]) -> list[str]:
 
 @contextmanager
 def explained_hub(what: str) -> Iterator[None]:
+    """Have one message say what cannot be had, and silence what the libraries say of each try."""
+    for library in ('datasets', 'huggingface_hub'):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f'{what} cannot be downloaded: {first_line(error)}\n'
-                        'get its parquet files in another way, and name them with --input=PATH', DATA) from error
+        raise refusal(error, f'{what} cannot be downloaded', DATA,
+                      'get its parquet files in another way, and name them with --input=PATH') from error

@@ -6,23 +6,29 @@ them and what they looked like when they were made.
 """
 import glob
 import hashlib
+import re
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from plaingpt import files, schema
+from plaingpt import console, files, schema
+from plaingpt.corpus import checksums
 from plaingpt.corpus.order import Order
-from plaingpt.corpus.token_files import VOCABULARIES, TokenFile, ends_of, open_files
-from plaingpt.corpus.tokenizer import LARGEST, STATE, Tokenizer
+from plaingpt.corpus.token_files import VOCABULARIES, TokenFile, ends_of, open_files, sample_of
+from plaingpt.corpus.tokenizer import MOST_IDS, STATE, Tokenizer
 from plaingpt.errors import DATA, UserError, python
 
 DATA_ROOT = Path(__file__).parents[2] / 'data'
 META = {  # what is read of a meta.json
     'tokenizer': STATE,
-    'vocab_size': range(1, LARGEST),
+    'vocab_size': range(1, MOST_IDS),
     'dtype': {'uint16', 'uint32'},
     'splits': {str: {'tokens': schema.COUNT, 'largest_id': schema.COUNT, 'head': str, 'tail': str, 'sha256?': str}}}
 SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
+OPTION = re.compile(r'--\w+=[\w ./:,+=*?\[\]~@%-]*')  # of a command that is shown although a file brought it
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,12 @@ def data_folder(dataset: str) -> Path:
 
 def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
     """Return what tells these tokens from others, without reading all of them: how many, the ends of each file, and the
-    hashes of whole files that their maker left in `meta`."""
-    marks = [ends_of(file.path) | {'sha256': meta['splits'].get(file.path.stem, {}).get('sha256', '')}
-             for file in tokens.files]
+    hash of it that its maker left in `meta`, or of a sample of it."""
+    hashes = [meta['splits'].get(file.path.stem, {}).get('sha256', '') for file in tokens.files]
+    marks = [ends_of(file.path) | {'sha256': sha256} | ({} if sha256 else {'sample': sample_of(file.path)})
+             for file, sha256 in zip(tokens.files, hashes, strict=True)]
     if len(marks) > 1:
-        joined = {name: ' '.join(mark[name] for mark in marks) for name in marks[0]}
+        joined = {name: ' '.join(mark.get(name, '') for mark in marks) for name in marks[0]}
         marks = [{name: hashlib.sha256(text.encode()).hexdigest() for name, text in joined.items()}]
     return {'tokens': len(tokens), **marks[0]}
 
@@ -80,7 +87,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     paths = files_of(folder, 'train')
     if isinstance(meta, dict) and meta.get('unfinished'):
         raise UserError(f'{folder} is not complete: a preparation was interrupted, or is at work\n'
-                        f'go on with: {meta.get("created_by") or how_to_prepare(folder)}', DATA)
+                        f'go on with: {how_to_go_on(folder, meta.get("created_by"))}', DATA)
     if not paths:
         raise UserError(f'{folder} holds no prepared corpus\nfirst run: {how_to_prepare(folder)}', DATA)
     if path.exists():
@@ -102,7 +109,39 @@ def how_to_prepare(folder: Path) -> str:
     name = folder.parent.name if folder.suffix in SUFFIXES else folder.name
     if (DATA_ROOT / name / 'prepare.py').exists():
         return f'{python()} data/{name}/prepare.py'
-    return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={name}'
+    return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={shlex.quote(name)}'
+
+
+def how_to_go_on(folder: Path, created_by: object) -> str:
+    """Return the command that has begun this corpus, if that is one of this project's; or one that makes it anew."""
+    try:
+        _, script, *options = shlex.split(str(created_by))
+    except ValueError:  # too few words, or a quote too many
+        return how_to_prepare(folder)
+    name = Path(script).parent.name
+    is_ours = Path(script).name == 'prepare.py' and (DATA_ROOT / name / 'prepare.py').exists()
+    if is_ours and all(map(OPTION.fullmatch, options)):
+        return shlex.join([python(), f'data/{name}/prepare.py', *options])
+    return how_to_prepare(folder)
+
+
+def open_tokens(paths: Sequence[Path], name: Path, meta: dict[str, Any]) -> TokenFile:
+    """Open the files of one folder as `open_files` does. What is read of them is compared with their checksums, if
+    their maker has left some."""
+    tokens, folder = open_files(paths, name, meta['dtype']), paths[0].parent
+    command = how_to_go_on(folder, meta.get('created_by'))
+    remedy = f'rebuild the corpus: {command}{" --overwrite=True" * ("made_with" in meta)}'
+    sums = checksums.read(folder, remedy)
+    for file in tokens.files:
+        sha256 = meta['splits'].get(file.path.stem, {}).get('sha256', '')
+        if sha256 in sums:
+            file.comparison = checksums.Comparison(file.path, sums[sha256], remedy)
+    return tokens
+
+
+@cache
+def say_unprotected(folder: Path) -> None:
+    console.say(f'{folder} has no checksums: damage in the middle of a file may pass unseen')
 
 
 def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> TokenFile:
@@ -117,7 +156,9 @@ def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> To
     if missing or not paths:
         raise UserError(f'{folder / min(missing, default=split)}.bin is not there\nfirst run: {how_to_prepare(folder)}',
                         DATA)
-    tokens = open_files(paths, (folder if folder.is_dir() else folder.parent) / split, meta['dtype'])
+    tokens = open_tokens(paths, (folder if folder.is_dir() else folder.parent) / split, meta)
+    if any(file.comparison is None for file in tokens.files):
+        say_unprotected(folder)
     for file in tokens.files:
         if meta['splits'] and file.path.stem not in meta['splits']:
             raise UserError(f'{file.path} is not in the meta.json beside it: it belongs to another corpus\n'

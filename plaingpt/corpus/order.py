@@ -7,22 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from plaingpt.chance import draw, mix
+
 Integers = npt.NDArray[np.int64]
-
-
-def mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Turn each 64-bit number into one that looks unrelated to it (splitmix64, Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def draw(*key: int) -> int:
-    """Return a 63-bit number that depends on nothing but the key."""
-    state = np.zeros(1, dtype=np.uint64)
-    for number in key:
-        state = mix(state + np.uint64(number % 2**64) + np.uint64(0x9E3779B97F4A7C15))
-    return int(state[0]) >> 1
 
 
 def shuffle(index: Integers, n: int, key: int) -> Integers:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plaingpt import console, files, schema
-from plaingpt.corpus import documents, tokenise
+from plaingpt.corpus import checksums, documents, tokenise
 from plaingpt.corpus.folder import META, check_file
 from plaingpt.corpus.token_files import HEADER, Ids, TokenFile, ends_of, make_header
 from plaingpt.errors import COMMAND, DATA, UserError
@@ -114,7 +114,7 @@ def write_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_si
     made_with = {'tokenizer': packer.tokenizer.name, 'column': source.column, 'shard_size': shard_size, 'files': marks}
     meta = tokenise.describe(packer, name) | {
         'unfinished': True, 'next': START._asdict(), 'made_with': made_with, 'documents': 0, 'bytes': 0, 'splits': {}}
-    with tokenise.alone_in(folder, '\nthe same command goes on after the last complete shard'):
+    with tokenise.alone_in(folder, 'the same command goes on after the last complete shard'):
         try:
             meta = find_note(folder, made_with) or meta
         except UserError:
@@ -124,15 +124,15 @@ def write_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_si
             fill_shards(folder, packer, source, shard_size, meta, num_proc)
     for split in tokenise.SPLITS:
         shards = [made['tokens'] for name, made in meta['splits'].items() if name.startswith(split)]
-        print(f'{split + ":":6} {sum(shards):,} tokens, shards: {len(shards):,}')
-    print(f'vocabulary: {meta["tokenizer"]["name"]}, {meta["vocab_size"]:,} ids, stored as {meta["dtype"]}; '
-          f'documents: {meta["documents"]:,}, bytes: {meta["bytes"]:,}')
-    print(f'{folder} holds the shards and meta.json')
+        console.say(f'{split + ":":6} {sum(shards):,} tokens, shards: {len(shards):,}')
+    console.say(f'vocabulary: {meta["tokenizer"]["name"]}, {meta["vocab_size"]:,} ids, stored as {meta["dtype"]}; '
+                f'documents: {meta["documents"]:,}, bytes: {meta["bytes"]:,}')
+    console.say(f'{folder} holds the shards and meta.json')
 
 
 def mark_of(name: str) -> str:
     """Return what tells a file from another: its name and size, wherever it is; or its address, with the revision."""
-    return f'{PurePath(name).name} {os.path.getsize(name)}' if os.path.isfile(name) else name
+    return f'{PurePath(name).name} {os.path.getsize(name)}' if os.path.isfile(name) else console.shown(name)
 
 
 def find_note(folder: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
@@ -165,18 +165,20 @@ def fill_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_siz
     """Tokenise from the place that `meta` notes to the end of the text, and keep meta.json up to date: with each shard
     it becomes a note to go on from, and in the end the description of the corpus."""
     splits = meta['splits']
+    sums = checksums.read(folder, 'start over with --overwrite=True') if splits else {}
     tokenise.write_meta(folder, meta)
     for path in folder.iterdir():  # shards of a run that was killed before it could note them, or of another corpus
         if NAME.fullmatch(path.name) and path.stem not in splits:
             path.unlink()
     if splits:
-        print(f'going on after {len(splits)} shards, {n_tokens_in(splits):,} tokens', flush=True)
+        console.say(f'going on after {len(splits)} shards, {n_tokens_in(splits):,} tokens')
     batches = tokenise.make_batches(source.parts_from(Place(**meta['next'])), NONE)
     with (closing(tokenise.tokenise(batches, packer, num_proc)) as results,
           closing(cut(results, source, packer.dtype, shard_size, meta)) as cuts):
         for first in cuts:  # the others that this shard has room for are taken on the way
             path = folder / f'{"train" if splits else "val"}_{len(splits):06d}.bin'
-            splits[path.stem] = write_shard(path, itertools.chain([first], cuts), packer.dtype, shard_size)
+            splits[path.stem] = write_shard(path, itertools.chain([first], cuts), packer.dtype, shard_size, sums)
+            checksums.write(folder, sums)
             tokenise.write_meta(folder, meta)
     if len(splits) < 2:
         n_tokens = n_tokens_in(splits)
@@ -217,9 +219,10 @@ def cut(results: Iterable[tokenise.Done], source: Source, dtype: np.dtype[Any], 
             meta['bytes'] += done.train.n_bytes
 
 
-def write_shard(path: Path, cuts: Iterable[Ids], dtype: np.dtype[Any], size: int) -> dict[str, Any]:
-    """Fill a file with what comes, to the end of the shard or of the text. Return what meta.json says about the file.
-    """
+def write_shard(path: Path, cuts: Iterable[Ids], dtype: np.dtype[Any], size: int,
+                sums: dict[str, checksums.Sums]) -> dict[str, Any]:
+    """Fill a file with what comes, to the end of the shard or of the text. Return what meta.json says about the file,
+    and add to the checksums."""
     n_tokens = largest_id = 0
     with files.written_whole(path) as file:
         file.seek(HEADER)
@@ -231,6 +234,5 @@ def write_shard(path: Path, cuts: Iterable[Ids], dtype: np.dtype[Any], size: int
                 break
         file.seek(0)
         file.write(make_header(dtype, n_tokens))
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+        sha256 = checksums.add(sums, file)
     return {'tokens': n_tokens, 'largest_id': largest_id, 'sha256': sha256, **ends_of(path)}

@@ -1,6 +1,7 @@
 """Tiny Shakespeare, a megabyte of his plays, and the corpora that nanoGPT makes of it."""
 from pathlib import Path
 
+from plaingpt import console
 from plaingpt.corpus import documents, tokenise, tokenizer
 from plaingpt.corpus.download import download
 from plaingpt.errors import python
@@ -22,5 +23,5 @@ def prepare(path: str, folder: Path, spec: str, config: str) -> None:
     encoder = tokenizer.build(spec, lambda: [text], eot=False)
     parts, validation = tokenise.split_text(text, 0.1)
     tokenise.write_corpus(folder, tokenise.Packer(encoder, eot=None), parts, validation, NAME)
-    print(f'next:\n    {python()} train.py config/{config}.py\n'
-          f'    {python()} sample.py --out_dir=out-{folder.name.replace("_", "-")}')
+    console.say(f'next:\n    {python()} train.py config/{config}.py\n'
+                f'    {python()} sample.py --out_dir=out-{folder.name.replace("_", "-")}')

@@ -17,11 +17,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from plaingpt.errors import DATA, UserError
+from plaingpt.corpus.checksums import Comparison
+from plaingpt.errors import DATA, UserError, refusal
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 END = 4096  # bytes at the head and the tail of a token file that are compared with what its maker wrote
+PIECES = 64  # of as many bytes, that stand for a whole file
 HEADER = 1024  # bytes: 256 numbers of 32 bits
 NPY = b'\x93NUMPY'
 SMALL_WORD = 3  # what the upper half of a 32-bit id holds at most, up to a vocabulary of 2**18
@@ -92,11 +94,21 @@ def is_uint32(path: Path, size: int) -> bool:
 
 
 def ends_of(path: Path) -> dict[str, str]:
-    """Return the sha256 of the first and of the last 4096 bytes, which notice most damage to a file."""
+    """Return the sha256 of the first and of the last 4096 bytes, which tell most files from others."""
     with open(path, 'rb') as file:
         head = file.read(END)
         file.seek(max(0, path.stat().st_size - END))
         return {'head': hashlib.sha256(head).hexdigest(), 'tail': hashlib.sha256(file.read(END)).hexdigest()}
+
+
+def sample_of(path: Path) -> str:
+    """Return the sha256 of a few pieces from all over a file: for one whose maker has left no hash of the whole."""
+    size, sha256 = path.stat().st_size, hashlib.sha256()
+    with open(path, 'rb') as file:
+        for number in range(PIECES):
+            file.seek(size * number // PIECES)
+            sha256.update(file.read(END))
+    return sha256.hexdigest()
 
 
 class TokenFile:
@@ -106,12 +118,13 @@ class TokenFile:
     def __init__(self, path: str | Path, dtype: str = '') -> None:
         """Raise UserError if the file is of no family, or its size is not what its header says."""
         self.path = Path(path)
+        self.comparison: Comparison | None = None  # with its checksums, if they are known
         try:
             with open(self.path, 'rb') as file:
                 self.dtype, self.offset, self.n_tokens, self.tokenizer = find_layout(file, self.path, dtype)
             size = self.path.stat().st_size
         except OSError as error:
-            raise UserError(f'{self.path}: {error.strerror}', DATA) from None
+            raise refusal(error, self.path, DATA) from None
         expected = self.offset + self.n_tokens * self.dtype.itemsize
         if size != expected or self.n_tokens == 0:
             what = (f'and its header says {self.n_tokens} {self.dtype.name} tokens, which are {expected}'
@@ -127,15 +140,19 @@ class TokenFile:
         return [self]
 
     def read(self, start: int, count: int) -> Ids:
-        """Return tokens start .. start + count - 1. Raises UserError where the file no longer holds them."""
+        """Return tokens start .. start + count - 1. Raises UserError if the file no longer holds them, or others."""
+        first, last = (self.offset + number * self.dtype.itemsize for number in (start, start + count))  # bytes
+        begin, end = self.comparison.widen(first, last) if self.comparison else (first, last)
         try:
-            ids = np.fromfile(self.path, self.dtype, count, offset=self.offset + start * self.dtype.itemsize)
+            data = np.fromfile(self.path, np.uint8, end - begin, offset=begin)
         except OSError as error:
-            raise UserError(f'{self.path} can no longer be read: {error.strerror}', DATA) from None
-        if len(ids) < count:
+            raise refusal(error, f'{self.path} can no longer be read', DATA) from None
+        if len(data) < last - begin:
             left = max(0, self.path.stat().st_size - self.offset) // self.dtype.itemsize
             raise UserError(f'{self.path} has shrunk: it had {self.n_tokens} tokens, and {left} are left', DATA)
-        return ids
+        if self.comparison:
+            self.comparison.compare(data, begin)
+        return data[first - begin:last - begin].view(self.dtype)
 
     def name_of(self, start: int) -> Path:
         """Return the file that holds this token."""

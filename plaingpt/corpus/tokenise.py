@@ -14,10 +14,12 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -31,16 +33,20 @@ import numpy as np
 import numpy.typing as npt
 
 from plaingpt import console, files
+from plaingpt.corpus import checksums
 from plaingpt.corpus.documents import PIECE, Piece, read_documents
 from plaingpt.corpus.token_files import ends_of
 from plaingpt.corpus.tokenizer import Tokenizer, build, from_state
-from plaingpt.errors import COMMAND, DATA, DISK_FULL, OUT_OF_MEMORY, UserError, is_disk_full
+from plaingpt.errors import COMMAND, DATA, OUT_OF_MEMORY, UserError, refusal
 
 Part = Piece | list[str]  # of a corpus: where some documents stand, or what they say
 Numbers = npt.NDArray[np.int64]  # of documents
 
 SPLITS = ('train', 'val')
 CHUNK = 1 << 18  # characters that a tokenizer is given at once
+RESERVED = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)  # names of devices on Windows
+MARK = 8  # bytes of a hash
+MOST_PROCESSES = 1024
 SMALL = 4  # batches that one process has done before others would have started
 
 
@@ -52,6 +58,8 @@ def choose_validation(n_documents: int, fraction: float, seed: int) -> Numbers:
     """Draw the numbers of the validation documents, as Hugging Face's train_test_split(test_size=fraction, seed=seed)
     lists them. While it draws, it needs 8 bytes for each document of the corpus."""
     check_fraction(fraction)
+    if seed < 0:
+        raise UserError(f'--seed={seed}: must be 0 or more', COMMAND)
     return np.random.default_rng(seed).permutation(n_documents)[:math.ceil(fraction * n_documents)].copy()
 
 
@@ -69,6 +77,11 @@ def check_fraction(fraction: float) -> None:
 
 def count_documents(parts: Iterable[Part]) -> int:
     return sum(part.n_documents if isinstance(part, Piece) else len(part) for part in parts)
+
+
+def numbers_of_texts(parts: Iterable[Part]) -> Numbers:
+    """Return the numbers of the documents that are not empty."""
+    return np.array([i for i, text in enumerate(read_texts(parts)) if text], dtype=np.int64)
 
 
 def read_texts(parts: Iterable[Part]) -> Iterator[str]:
@@ -129,6 +142,7 @@ class Packed(NamedTuple):
     largest_id: int
     n_documents: int
     n_bytes: int  # of the text in UTF-8
+    marks: bytes = b''  # MARK of them for each document, the same for the same text
 
 
 class Done(NamedTuple):
@@ -150,16 +164,18 @@ class Packer:
 
     def pack(self, texts: Iterable[str]) -> Packed:
         """Tokenise a little at a time, so that memory never holds all of the texts."""
-        tokens, largest_id, n_documents, n_bytes = bytearray(), 0, 0, 0
+        tokens, marks, largest_id, n_bytes = bytearray(), bytearray(), 0, 0
         for some in group((text for text in texts if text or self.keep_empty), CHUNK):
             encoded = self.tokenizer.encode_batch(some)
             pairs = ((self.end, ids) if self.eot_first else (ids, self.end) for ids in encoded)
             ids = np.concatenate(list(itertools.chain.from_iterable(pairs)))
             tokens += ids.astype(self.dtype).data
             largest_id = max(largest_id, int(ids.max(initial=0)))
-            n_documents += len(some)
-            n_bytes += sum(len(text) if text.isascii() else len(text.encode('utf-8')) for text in some)
-        return Packed(bytes(tokens), largest_id, n_documents, n_bytes)
+            for text in some:
+                utf8 = text.encode()
+                n_bytes += len(utf8)
+                marks += hashlib.blake2b(utf8, digest_size=MARK).digest()
+        return Packed(bytes(tokens), largest_id, len(marks) // MARK, n_bytes, bytes(marks))
 
     def __call__(self, batch: Batch) -> Done:
         chosen = set(batch.validation)
@@ -177,6 +193,8 @@ class Packer:
 
 def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[Done, None, None]:
     """Yield what came of each batch, in order. `num_proc` processes do it; 0 is one for each core."""
+    if num_proc > MOST_PROCESSES:
+        raise UserError(f'--num_proc={num_proc}: must be {MOST_PROCESSES} or less', COMMAND)
     num_proc = num_proc if num_proc > 0 else os.cpu_count() or 1
     batches = iter(batches)
     first = list(itertools.islice(batches, SMALL))
@@ -252,22 +270,23 @@ class Writer:
     """One token file, and what meta.json will say about it."""
 
     def __init__(self, file: BufferedRandom) -> None:
-        self.file, self.sha256 = file, hashlib.sha256()
+        self.file, self.marks = file, bytearray()
         self.size = self.largest_id = self.n_documents = self.n_bytes = 0
 
     def write(self, packed: Packed) -> None:
         self.file.write(packed.tokens)
-        self.sha256.update(packed.tokens)
         self.size += len(packed.tokens)
         self.largest_id = max(self.largest_id, packed.largest_id)
         self.n_documents += packed.n_documents
         self.n_bytes += packed.n_bytes
+        self.marks += packed.marks
 
-    def finish(self, dtype: np.dtype[Any]) -> dict[str, Any]:
-        """Put everything on the disk; return the numbers for meta.json."""
+    def finish(self, dtype: np.dtype[Any], sums: dict[str, checksums.Sums]) -> dict[str, Any]:
+        """Put everything on the disk; return the numbers for meta.json, and add to the checksums."""
         files.put_on_disk(self.file)
         return {'tokens': self.size // dtype.itemsize, 'documents': self.n_documents, 'bytes': self.n_bytes,
-                'largest_id': self.largest_id, 'sha256': self.sha256.hexdigest(), **ends_of(Path(self.file.name))}
+                'largest_id': self.largest_id, 'sha256': checksums.add(sums, self.file),
+                **ends_of(Path(self.file.name))}
 
 
 def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation: Numbers, source: str,
@@ -295,34 +314,53 @@ def in_turn(results: Iterable[Done], validation: Numbers, progress: console.Prog
 
 def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tuple[str, Packed]]) -> None:
     """Make folder/train.bin and val.bin of what was packed for each split, with their meta.json, or leave no trace."""
+    sums: dict[str, checksums.Sums] = {}
     with alone_in(folder):
         with ExitStack() as stack:
             writers = {split: Writer(stack.enter_context(files.written_whole(folder / f'{split}.bin')))
                        for split in SPLITS}
             for split, some in packed:
                 writers[split].write(some)
-            splits = {split: writer.finish(packer.dtype) for split, writer in writers.items()}
+            splits = {split: writer.finish(packer.dtype, sums) for split, writer in writers.items()}
             empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
             if empty:
                 raise UserError(f'{source} holds no text for {empty[0]}.bin', DATA)
             write_meta(folder, {'format': 1, 'unfinished': True})  # so that half of it is not taken for the whole
+        checksums.write(folder, sums)
         write_meta(folder, describe(packer, source) | {'splits': splits})
     for split, made in splits.items():
-        print(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text each '
-              f'({made["bytes"]:,} in all; documents: {made["documents"]:,})')
-    print(f'vocabulary: {packer.tokenizer.name}, {packer.tokenizer.n_vocab:,} ids, stored as {packer.dtype.name}')
-    print(f'wrote train.bin, val.bin and meta.json to {folder}')
+        console.say(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text '
+                    f'each ({made["bytes"]:,} in all; documents: {made["documents"]:,})')
+    train, val = (np.frombuffer(writers[split].marks, dtype=np.uint64) for split in SPLITS)
+    if n_known := np.isin(val, train).sum():
+        console.say(f'of the documents in val.bin, {n_known:,} are in train.bin too: the loss on them says little')
+    console.say(f'vocabulary: {packer.tokenizer.name}, {packer.tokenizer.n_vocab:,} ids, stored as {packer.dtype.name}')
+    console.say(f'wrote train.bin, val.bin, {checksums.NAME} and meta.json to {folder}')
 
 
 def describe(packer: Packer, source: str) -> dict[str, Any]:
-    """Return what meta.json says about a corpus as a whole."""
+    """Return what meta.json says about a corpus as a whole. Secrets of a URL stay out of it."""
     return {'format': 1, 'tokenizer': packer.tokenizer.reference(), 'vocab_size': packer.tokenizer.n_vocab,
-            'dtype': packer.dtype.name, 'source': source, 'created_by': shlex.join(['python', *sys.argv])}
+            'dtype': packer.dtype.name, 'source': console.shown(source),
+            'created_by': shlex.join(['python', *map(console.shown, sys.argv)])}
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     with files.written_whole(folder / 'meta.json') as file:
         file.write(json.dumps(meta, indent=1).encode())
+
+
+def folder_named(name: str, data: Path, script: str) -> Path:
+    """Return data/<name>, which data/<script>/prepare.py is asked to write. Raise UserError for what is no plain name,
+    and for the folder of another prepare.py."""
+    is_plain = all(unicodedata.category(character)[0] in 'LMN' or character in '_.-' for character in name)
+    if not name or not is_plain or name[0] in '.-' or RESERVED.fullmatch(name):
+        raise UserError(f"--name={name} becomes the folder data/<name>: letters, digits, '_', '.' and '-', and neither "
+                        "of the last two comes first", COMMAND)
+    if name != script and (data / name / 'prepare.py').exists():
+        raise UserError(f'--name={name}: that folder is for the corpus of data/{name}/prepare.py: give another name',
+                        COMMAND)
+    return data / name
 
 
 @contextmanager
@@ -334,8 +372,7 @@ def alone_in(folder: Path, remedy: str = '') -> Iterator[None]:
         with locked(folder):
             yield
     except OSError as error:
-        code = DISK_FULL if is_disk_full(error) else DATA
-        raise UserError(f'{folder} cannot be written: {error.strerror}{remedy}', code) from error
+        raise refusal(error, f'{folder} cannot be written', DATA, remedy) from error
 
 
 @contextmanager

@@ -7,14 +7,14 @@
 import base64
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from plaingpt.errors import COMMAND, DATA, UserError, first_line
+from plaingpt.errors import COMMAND, DATA, UserError, first_line, refusal
 from plaingpt.schema import COUNT, faults, parse
 
 if TYPE_CHECKING:
@@ -23,10 +23,17 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = '<|endoftext|>'
 SMALLEST_BPE = 257  # every byte, and the end of a text
+LARGEST_BPE = 10**6  # trainers set memory aside for as many
 GPT2_PATTERNS = (  # two ways to write it: the published one, and tiktoken's, which is faster
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
 )
+CUT_ALIKE = ('cl100k_base', 'o200k_base')  # whose patterns, like GPT-2's, join no word with the space after it
+PART = 1 << 18  # characters of a text that a library is given at once, or a few more
+LONGEST = 1_000_000  # characters: tiktoken panics over a longer run of spaces, and the memory of a library is not free
+LEARNED = 1000  # characters of a word that a vocabulary learns from: the time that it takes grows with their square
+PLACE = re.compile(r'(?<=\S) ')
+LONG_WORD = re.compile(rf'\S{{{LEARNED}}}|\s{{{LEARNED}}}')
 STATE = (  # what a tokenizer's `reference()` and `state()` may be
     {'name': str},
     {'name': {'char'}, 'characters': str, 'eot': bool},
@@ -37,7 +44,7 @@ LIBRARY = {'model': {  # a byte-pair encoding of bytes, as the library `tokenize
     'type': {'BPE'}, 'vocab': {str: COUNT}, 'continuing_subword_prefix?': ({''}, None),
     'end_of_word_suffix?': ({''}, None)}}
 BYTES = set(map(bytes, zip(range(256), strict=True)))
-LARGEST = 1 << 22  # ids that a vocabulary may have
+MOST_IDS = 1 << 22  # that a vocabulary may have
 
 
 class Unavailable(UserError):
@@ -177,15 +184,17 @@ class TrainedBPE(Tokenizer):
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
-        library.train_from_iterator(texts, trainer)
+        library.train_from_iterator(chain.from_iterable(map(without_long_words, texts)), trainer)
         library.add_special_tokens([END_OF_TEXT])
         return cls(name, library)
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode(text).ids
+        return [i for part in parts_of(text) for i in self.library.encode(part).ids]
 
     def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
-        return (np.array(encoding.ids, dtype=np.uint32) for encoding in self.library.encode_batch_fast(texts))
+        encoded = iter(self.library.encode_batch_fast([text for text in texts if len(text) <= PART]))
+        return (np.array(next(encoded).ids if len(text) <= PART else self.encode(text), dtype=np.uint32)
+                for text in texts)
 
     def state(self) -> dict[str, Any]:
         return {'name': self.name, 'json': self.library.to_str()}
@@ -206,12 +215,15 @@ class Tiktoken(Tokenizer):
         super().__init__(library.name, [token_of.get(i, b'') for i in range(library.n_vocab)], special.get(END_OF_TEXT))
         self.special.update(special.values())
         self.library = library
+        self.may_cut = library._pat_str in GPT2_PATTERNS or library.name in CUT_ALIKE
 
     def encode(self, text: str) -> list[int]:
-        return self.library.encode_ordinary(text)
+        return np.concatenate(list(self.encode_batch([text]))).tolist()
 
     def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
-        return (self.library.encode_to_numpy(text, disallowed_special=()) for text in texts)
+        for text in texts:
+            parts = parts_of(text) if self.may_cut else [text]
+            yield np.concatenate([self.library.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
     def state(self) -> dict[str, Any]:
         """Return the ranks in the form of tiktoken's own files: a token in base 64 and its rank on every line."""
@@ -235,6 +247,25 @@ class Tiktoken(Tokenizer):
                              '' if is_gpt2_like(self) else pattern)
         library.add_special_tokens(list(special))
         return library
+
+
+def parts_of(text: str) -> Iterator[str]:
+    """Yield a long text in parts whose ids are those of the whole, one after the other, for GPT-2's pattern of words
+    and for those of CUT_ALIKE: it is cut before a space that follows anything else, and if there is none for LONGEST
+    characters, somewhere."""
+    start = 0
+    while len(text) - start > PART:
+        place = PLACE.search(text, start + PART, start + LONGEST)
+        stop = place.start() if place else start + LONGEST
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def without_long_words(text: str) -> Iterator[str]:
+    """Yield a text in parts that end within each word of more than LEARNED characters."""
+    ends = [0, *(match.end() for match in LONG_WORD.finditer(text)), len(text)]
+    return (text[start:stop] for start, stop in pairwise(ends))
 
 
 def model_vocab_size(n_vocab: int) -> int:
@@ -302,8 +333,9 @@ def load_tiktoken(name: str) -> Tiktoken:
     try:
         return Tiktoken(tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
-        raise Unavailable(f"tiktoken cannot get the files of '{name}': {type(error).__name__}\n"
-                        'connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds them', DATA) from error
+        refused = refusal(error, f"tiktoken cannot get the files of '{name}'", DATA,
+                          'connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds them')
+        raise Unavailable(str(refused), refused.code) from error
 
 
 def build(spec: str, texts: Callable[[], Iterable[str]], eot: bool) -> Tokenizer:
@@ -316,8 +348,9 @@ def build(spec: str, texts: Callable[[], Iterable[str]], eot: bool) -> Tokenizer
         return Bytes(eot)
     if spec.startswith('bpe:'):
         size = spec.removeprefix('bpe:')
-        if not size.isdecimal() or int(size) < SMALLEST_BPE:
-            raise UserError(f"tokenizer '{spec}': N of 'bpe:N' is a number of ids, {SMALLEST_BPE} or more", COMMAND)
+        if not re.fullmatch(r'\d{1,9}', size) or not SMALLEST_BPE <= int(size) <= LARGEST_BPE:
+            raise UserError(f"tokenizer '{spec}': N of 'bpe:N' is a number of ids, {SMALLEST_BPE} or more, and at most "
+                            f'{LARGEST_BPE}', COMMAND)
         return TrainedBPE.train(spec, texts(), int(size))
     return load_tiktoken(spec)
 
@@ -363,7 +396,7 @@ def rebuild(state: dict[str, Any]) -> Tokenizer:
             lines = (line.split() for line in ranks.splitlines())
             rank_of = {base64.b64decode(token): int(rank) for token, rank in lines}
             ids = [*rank_of.values(), *special.values()]
-            if len(set(ids)) < len(ids) or max(ids) >= LARGEST:  # which its library would answer with a panic
+            if len(set(ids)) < len(ids) or max(ids) >= MOST_IDS:  # which its library would answer with a panic
                 raise ValueError('an id is there twice, or too large')
             return Tiktoken(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=rank_of, special_tokens=special))
     return load_tiktoken(state['name'])

@@ -1,11 +1,11 @@
 """Hugging Face's form of a GPT-2, in and out: the same names, with four kinds of matrices transposed."""
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,16 +16,14 @@ from model import GPTConfig
 from plaingpt import schema
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_level
-from plaingpt.errors import CHECKPOINT, DISK_FULL, UserError, first_line
+from plaingpt.errors import CHECKPOINT, UserError, refusal
 from plaingpt.formats import others
 from plaingpt.formats.exported import Exported
-from plaingpt.formats.weights import SIDE, fitting, is_tensor
+from plaingpt.formats.weights import HEAD, SIDE, TABLE, TRANSPOSED, fitting, is_tensor, is_tied
 
 if TYPE_CHECKING:
     import tokenizers
 
-TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) there
-TABLE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
 DEFAULTS: dict[str, Any] = {  # what transformers' GPT2Config has where a config.json is silent
     'vocab_size': 50257, 'n_positions': 1024, 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'n_inner': None,
     'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
@@ -45,7 +43,7 @@ ORIGINS = {  # what is read of that
     'best': others.BEST,
     'config': {'dataset?': str},
     'to': str,
-    'files': [str, ...]}
+    'files': ({str: str}, [str, ...])}
 TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'merges.txt')  # the first, or the others in older folders
 BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
 GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'  # sha256 of its tokens, one on a line
@@ -77,22 +75,24 @@ It continues a text; it was not trained to follow instructions. It reads and wri
 
 
 def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The shape and the weights, in float32, of a GPT-2 of the hub, or of a local folder. Raises UserError where there
-    is none, where some of it is missing, and where it is another model."""
+    """The shape and the weights of a GPT-2 of the hub, or of a local folder. Raises UserError if there is none, if some
+    of it is missing, and if it is another model."""
     with readable_errors(name_or_folder):
-        config = read_config(name_or_folder, dropout)
+        refuse_damage(Path(name_or_folder), 'config.json', 'model.safetensors')
+        config, says = read_config(name_or_folder, dropout)
         theirs = read_weights(name_or_folder)
         if config.tie_weights and HEAD in theirs:  # one table, which a file holds under either name, or both
             theirs.setdefault(TABLE, theirs[HEAD])
-        theirs = fitting(config, theirs, name_or_folder)
+        if TABLE in theirs:
+            config = replace(config, tie_weights=is_tied(theirs, says, name_or_folder))
         # copies, since this memory may be that of a file, which may change or go
-        weights = {name: theirs.pop(name).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-                   for name in list(theirs)}
-        return config, weights | ({HEAD: weights[TABLE]} if config.tie_weights else {})
+        theirs = {name: p.clone(memory_format=torch.contiguous_format) for name, p in theirs.items()}
+        return config, fitting(config, theirs, name_or_folder)
 
 
-def read_config(name_or_folder: str, dropout: float) -> GPTConfig:
-    """The shape in their config.json, which must be GPT-2's in every respect that changes what the model computes."""
+def read_config(name_or_folder: str, dropout: float) -> tuple[GPTConfig, bool | None]:
+    """The shape in their config.json, which must be GPT-2's in every respect that changes what the model computes; and
+    whether the head is tied, as far as that says it."""
     path = folder_of(name_or_folder, 'config.json') / 'config.json'
     settings = schema.read_json(path, {}, CHECKPOINT)
     if settings.get('model_type') != 'gpt2':
@@ -112,7 +112,8 @@ def read_config(name_or_folder: str, dropout: float) -> GPTConfig:
     return GPTConfig(
         block_size=theirs['n_positions'], vocab_size=theirs['vocab_size'], n_layer=theirs['n_layer'],
         n_head=theirs['n_head'], n_embd=theirs['n_embd'], dropout=dropout, bias=True,
-        gelu=GELU[theirs['activation_function']], tie_weights=theirs['tie_word_embeddings'])
+        gelu=GELU[theirs['activation_function']], tie_weights=theirs['tie_word_embeddings']
+    ), known.get('tie_word_embeddings')
 
 
 def read_weights(name_or_folder: str) -> dict[str, Tensor]:
@@ -158,29 +159,56 @@ def readable_errors(name_or_folder: str) -> Iterator[None]:
                         'give one that save_pretrained wrote, or a name such as gpt2', CHECKPOINT)
     try:
         yield
+    except ModuleNotFoundError:
+        raise
+    except UserError as error:
+        raise error if error.code == CHECKPOINT else UserError(f'{name_or_folder}: {error}', CHECKPOINT) from None
     except Exception as error:  # of three libraries
-        if isinstance(error, ModuleNotFoundError) or getattr(error, 'code', None) == CHECKPOINT:
-            raise
-        raise UserError(f'no GPT-2 weights at {name_or_folder!r}: {first_line(error)}\n'
-                        'without network, give a local folder that save_pretrained wrote', CHECKPOINT) from None
+        raise refusal(error, f'no GPT-2 weights at {name_or_folder!r}', CHECKPOINT,
+                      'without network, give a local folder that save_pretrained wrote') from None
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
     """What export.py has left of the checkpoint that it exported to this folder; {} where it did not write it."""
     path = folder / ORIGIN
-    return dict(schema.read_json(path, ORIGINS, CHECKPOINT)) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    origin = dict(schema.read_json(path, ORIGINS, CHECKPOINT))
+    if origin.pop('sha256', hash_of(origin)) != hash_of(origin):
+        raise UserError(f'{path} is damaged: its sha256 is another\nexport the model again', CHECKPOINT)
+    return origin
+
+
+def hash_of(origin: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(origin).encode()).hexdigest()
+
+
+def refuse_damage(folder: Path, *names: str) -> None:
+    """Raise UserError if one of these files is there, and is not the one that export.py has left there."""
+    made = read_origin(folder).get('files', {})
+    for path in (folder / name for name in names if name in made and isinstance(made, dict)):
+        if path.is_file() and sha256_of(path) != made[path.name]:
+            raise UserError(f'{path} is not what export.py wrote: it is damaged, or another program has changed it\n'
+                            f'export the model again; or delete {folder / ORIGIN}, if it is meant to be so', CHECKPOINT)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def write_origin(folder: Path, exported: Exported, to: str) -> None:
-    """What `read_origin` reads, in values that JSON has: nothing of the machine."""
+    """What `read_origin` reads, in values that JSON has: nothing of the machine. Of each file its sha256, and its
+    own."""
     corpus = Path(exported.state.get('config', {}).get('dataset', '')).name
-    (folder / ORIGIN).write_text(encoding='utf-8', data=json.dumps({
+    origin = {
         'tokenizer': exported.vocabulary.state(),
         'iter_num': exported.state.get('iter_num', 0),
         'best': exported.state.get('best', {}),
         'config': {'dataset': corpus} if corpus else {},
         'to': to,
-        'files': sorted(path.name for path in folder.iterdir())}))
+        'files': {path.name: sha256_of(path) for path in sorted(folder.iterdir())}}
+    (folder / ORIGIN).write_text(json.dumps(origin | {'sha256': hash_of(origin)}), encoding='utf-8')
 
 
 def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
@@ -224,11 +252,7 @@ def write(folder: Path, exported: Exported) -> None:
 
     theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(exported.dtype).contiguous()
               for name, p in exported.weights.items()}
-    try:
-        safetensors.torch.save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
-    except safetensors.SafetensorError as error:
-        raise UserError(f'{folder} cannot be written: {error}\nmake room, and run the same command again',
-                        DISK_FULL) from None
+    safetensors.torch.save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
     tokenizer_of(exported.vocabulary).save(str(folder / 'tokenizer.json'))
     for name, content in settings_of(exported).items():
         (folder / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
@@ -282,12 +306,10 @@ def card(exported: Exported) -> str:
     state = exported.state
     settings = state.get('config', {})
     best = state.get('best', {})
-    tokens_in_step = settings.get('total_batch_size', 0) or math.prod(
-        settings.get(part, 0) for part in ('gradient_accumulation_steps', 'batch_size', 'block_size'))
     numbers = {
         'corpus': Path(settings.get('dataset', '')).name,
         'steps': f'{state.get("iter_num", 0):,}',
-        'tokens seen': f'{state.get("iter_num", 0) * tokens_in_step:,}' if tokens_in_step else '',
+        'tokens seen': f'{state["tokens"]:,}' if state.get('tokens') else '',
         'tokens of the corpus': f'{state["data"]["train"]["tokens"]:,}' if state.get('data') else '',
         'validation loss, nats per token': f'{best["loss"][0]:.4f}, at step {best["loss"][1]:,}' if best else '',
         'bits per byte': f'{best["bits_per_byte"][0]:.4f}' if 'bits_per_byte' in best else ''}

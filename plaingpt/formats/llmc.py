@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from plaingpt import console
 from plaingpt.errors import CHECKPOINT, UserError
+from plaingpt.formats import huggingface
 from plaingpt.formats.exported import Exported
 from plaingpt.formats.weights import SIDE, fitting
 
@@ -39,6 +41,7 @@ def is_model(path: Path) -> bool:
 def load(path: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
     """The shape and the weights, in float32. The rows that pad the vocabulary stay behind. Raises UserError for a file
     that is cut off, or of another version."""
+    huggingface.refuse_damage(path.parent, path.name)
     first = np.fromfile(path, '<i4', HEADER).tolist()
     version = first[1] if len(first) == HEADER else 0
     if version not in DTYPES:
@@ -59,7 +62,7 @@ def load(path: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]
     weights = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
     table = weights[TABLE][:V].contiguous()
     config = GPTConfig(T, V, n_layer, n_head, C, dropout)
-    return config, fitting(config, weights | {TABLE: table}, path) | {'lm_head.weight': table}
+    return config, fitting(config, weights | {TABLE: table}, path)
 
 
 def header(*numbers: int) -> bytes:
@@ -85,4 +88,4 @@ def write(folder: Path, exported: Exported) -> None:
             header(TOKENS, 2, vocabulary.n_vocab, vocabulary.eot),
             *(bytes([len(piece)]) + piece for piece in vocabulary.pieces)]))
     else:
-        print('no tokenizer.bin: llm.c needs a token that begins a text, and 1 to 255 bytes in each')
+        console.say('no tokenizer.bin: llm.c needs a token that begins a text, and 1 to 255 bytes in each')

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from model import GPTConfig
 from plaingpt import schema
 from plaingpt.corpus import tokenizer
 from plaingpt.errors import CHECKPOINT, UserError, python
-from plaingpt.formats.weights import SIDE, is_tensor
+from plaingpt.formats.weights import SIDE, TABLE, TRANSPOSED, is_tensor, is_tied
 from plaingpt.schema import COUNT, EMPTY, PLAIN
 
 State = dict[str, Any]
@@ -34,6 +35,8 @@ GPT_FROM_SCRATCH = [  # its names for the weights, and GPT-2's
     ('gpt.transformers.', 'transformer.h.'), ('.norm1.', '.ln_1.'), ('.mha.qkv.', '.attn.c_attn.'),
     ('.mha.proj.', '.attn.c_proj.'), ('.norm2.', '.ln_2.'), ('.ff.layers.0.', '.mlp.c_fc.'),
     ('.ff.final_l.', '.mlp.c_proj.'), ('gpt.final_ln.', 'transformer.ln_f.'), ('gpt.ln_out.', 'lm_head.')]
+# What torch.compile, DDP, activation checkpointing and FSDP put into the names of weights
+WRAPPERS = re.compile(r'(?<![^.])(_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
 SPLIT = {'tokens': COUNT, 'sha256': str}
 BEST = ({'loss': [float, COUNT], str: [float, COUNT]}, EMPTY)
 
@@ -54,16 +57,22 @@ SHAPE: dict[str, Any] = {  # what is read of one; others than ours lack some of 
         'tie_weights': bool,
         'dataset?': str,
         **dict.fromkeys(('total_batch_size?', 'gradient_accumulation_steps?', 'batch_size?', 'block_size?'), COUNT)},
-    'iter_num?': COUNT,
+    **dict.fromkeys(('iter_num?', 'windows?', 'windows_before?', 'tokens?', 'skipped?'), COUNT),
     'best_val_loss?': (float, is_number),  # the latter in nanoGPT's
     'best?': BEST,
     'tokenizer?': (None, *tokenizer.STATE),
-    'skipped?': COUNT,
     'scaler?': ({'scale': float, 'growth_factor': float, 'backoff_factor': float, 'growth_interval': COUNT,
                  '_growth_tracker': COUNT}, EMPTY),
     'wandb_run_id?': str,
     'data?': ({'train': SPLIT, 'val': SPLIT}, EMPTY),
     'optimizer?': {'state': {int: {str: (is_tensor, float)}}, 'param_groups': [{'params': [COUNT, ...]}, ...]}}
+
+
+# What the numbers of numpy are made of, in files of its versions 1 and 2
+SCALAR: Any = np.float64(0).__reduce__()[0]
+NUMPY: dict[str, Any] = {
+    'numpy.core.multiarray.scalar': SCALAR, 'numpy._core.multiarray.scalar': SCALAR, 'numpy.dtype': np.dtype}
+NUMBERS: list[Any] = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'f2', 'i8', 'i4', '?')]
 
 
 class Inert:
@@ -75,24 +84,49 @@ def read(path: Path, may_be_old: bool = False) -> Any:
     refused, and so is a file whose checksums do not fit; or that has none, unless it `may_be_old`."""
     is_old = may_be_old and not zipfile.is_zipfile(path)
     if not is_old:
+        refuse_other_formats(path)
         refuse_damage(path)
     try:
         names = [] if is_old else torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        configs = [name for name in names if len(names) == 1 and name.endswith('Config')]
-        with torch.serialization.safe_globals([(Inert, name) for name in configs]):
-            return torch.load(path, map_location='cpu', weights_only=True)
+        left = [name for name in names if name not in NUMPY]
+        configs = [(Inert, name) for name in left if len(left) == 1 and name.endswith('Config')]
+        of_numpy = [(NUMPY[name], name) for name in names if name in NUMPY]
+        with torch.serialization.safe_globals([*configs, *of_numpy, *NUMBERS]):
+            return plain(torch.load(path, map_location='cpu', weights_only=True))
     except Exception:  # torch's own reader raises several kinds
         raise UserError(f'{path} holds more than tensors and plain values, which could run any code: it is not loaded',
                         CHECKPOINT) from None
 
 
+def plain(tree: Any) -> Any:
+    """The same with Python's numbers in place of numpy's."""
+    if type(tree) is dict:
+        return {key: plain(value) for key, value in tree.items()}
+    return tree.item() if isinstance(tree, np.generic) else tree
+
+
+def refuse_other_formats(path: Path) -> None:
+    """Name two formats that are often given, and the way in."""
+    with open(path, 'rb') as file:
+        head = file.read(10)
+    if head[8:] == b'{"':
+        raise UserError(f'{path} is a safetensors file, which does not say the shape of its model\ngive the folder '
+                        'that holds it as model.safetensors beside its config.json', CHECKPOINT)
+    if head[:1] == b'\x80':
+        new = shlex.quote(str(path.with_suffix('.new.pt')))
+        raise UserError(f"{path} is in PyTorch's format of before 1.6, or a pickle: nothing would tell damage to it\n"
+                        f'{python()} -c "import sys, torch; torch.save(torch.load(sys.argv[1], weights_only=True), '
+                        f'sys.argv[2])" {shlex.quote(str(path))} {new}', CHECKPOINT)
+
+
 def refuse_damage(path: Path) -> None:
     """Compare the checksums of a zip."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(f'{path} is damaged, or not a checkpoint: {error}', CHECKPOINT) from None
+    with open(path, 'rb') as file:  # what the system refuses is no damage
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except Exception as error:  # a damaged file may raise anything
+            raise UserError(f'{path} is damaged, or not a checkpoint: {error}', CHECKPOINT) from None
     if damaged:
         raise UserError(f'{path} is damaged: the checksum of its part {damaged} does not fit', CHECKPOINT)
 
@@ -112,8 +146,10 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
     weights = clean(found)
     if weights and isinstance(tree.get('model_args'), dict):  # nanoGPT's, whose GELU is the exact one; or our own
         config = tree.get('config', {})
-        known = {'gelu': answers.get('gelu', 'exact'), 'tie_weights': True}
-        state = tree | {'model': weights, 'config': known | config if isinstance(config, dict) else config}
+        if isinstance(config, dict) and TABLE in weights:
+            known = {'gelu': answers.get('gelu', 'exact')}
+            config = known | config | {'tie_weights': is_tied(weights, config.get('tie_weights'), path)}
+        state = tree | {'model': weights, 'config': config}
     else:
         state = name_all(tree, weights, path, answers)
     schema.refuse(state, SHAPE, path, CHECKPOINT)
@@ -129,7 +165,8 @@ def name_all(tree: State, weights: dict[str, Tensor], path: Path, answers: dict[
     says = {'n_head': config.get('n_head'), 'gelu': 'tanh'} if config else {}  # both projects have GPT-2's GELU
     known = answers | {name: value for name, value in says.items()
                        if name == 'gelu' or (type(value) is int and value > 0)}
-    if 'transformer.wte.weight' not in weights:
+    weights = from_transformers(weights)
+    if TABLE not in weights:
         raise UserError(f"{path} has no 'model' and 'model_args': neither plainGPT nor nanoGPT wrote it", CHECKPOINT)
     return describe(weights, known, path) | {
         'iter_num': tree.get('step', tree.get('iter', 0)), 'best_val_loss': tree.get('val_loss', math.inf)}
@@ -140,15 +177,19 @@ def clean(weights: Any) -> dict[str, Tensor]:
     a buffer. Empty where these are no weights."""
     if not isinstance(weights, dict):
         return {}
-    named = {re.sub(r'^(_orig_mod\.|module\.)+', '', name): tensor for name, tensor in weights.items()}
+    named = {WRAPPERS.sub('', name): tensor for name, tensor in weights.items()}
     return {name: tensor for name, tensor in named.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
 
 
 def complete(state: State) -> State:
     """The keys that this project's checkpoints have and others lack."""
     best_val_loss = float(state.get('best_val_loss', 'inf'))  # a tensor in nanoGPT's
+    windows = state.get('iter_num', 0) * windows_in_step(state)
     return {
         'iter_num': 0,
+        'windows': windows,
+        'windows_before': 0,
+        'tokens': windows * state['model_args'].get('block_size', 0),
         'skipped': 0,
         'tokenizer': None,
         'scaler': {},
@@ -157,6 +198,14 @@ def complete(state: State) -> State:
         'best': {'loss': [best_val_loss, state.get('iter_num', 0)]} if math.isfinite(best_val_loss) else {},
         **state,
         'best_val_loss': best_val_loss}
+
+
+def windows_in_step(state: State) -> int:
+    """Return how many windows each step has read of a run that does not say how many it has read in all: one of
+    nanoGPT, or of version 0.1.0."""
+    settings = {'block_size': 1, **state.get('config', {}), **state['model_args']}
+    in_tokens = settings.get('total_batch_size', 0) // settings['block_size']
+    return in_tokens or settings.get('gradient_accumulation_steps', 1) * settings.get('batch_size', 0)
 
 
 def from_gpt_from_scratch(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,10 +217,21 @@ def from_gpt_from_scratch(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return biases | weights
 
 
+def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of one of transformers' GPT-2s, without or with a head, as ours; any other as it is."""
+    if 'wte.weight' in weights:
+        weights = {f'transformer.{name}': tensor for name, tensor in weights.items()}
+    c_attn = weights.get('transformer.h.0.attn.c_attn.weight')
+    if c_attn is not None and c_attn.dim() == 2 and c_attn.size(1) == 3 * c_attn.size(0):
+        weights = {name: p.t().contiguous() if name.endswith(TRANSPOSED) and p.dim() == 2 else p
+                   for name, p in weights.items()}
+    return weights
+
+
 def describe(weights: dict[str, Tensor], known: dict[str, Any], path: Path) -> State:
     """The checkpoint that weights under GPT-2's names make: they decide the shape, but for what must be `known`, n_head
     and gelu."""
-    wte, wpe = weights['transformer.wte.weight'], weights.get('transformer.wpe.weight')
+    wte, wpe = weights[TABLE], weights.get('transformer.wpe.weight')
     if wpe is None or not wte.dim() == wpe.dim() == 2:
         raise UserError(f'{path} is another model than GPT-2: it has no table of positions', CHECKPOINT)
     options = {'n_head': f'--n_head={max(1, wte.size(1) // 64)}', 'gelu': '--gelu=tanh'}
@@ -179,7 +239,6 @@ def describe(weights: dict[str, Tensor], known: dict[str, Any], path: Path) -> S
         raise UserError(f'{path} does not say {" and ".join(asked)}: {python()} export.py '
                         f'--init_from={shlex.quote(str(path))} --to=ckpt {" ".join(options[name] for name in asked)} '
                         'makes a checkpoint that does', CHECKPOINT)
-    is_tied = torch.equal(weights.setdefault('lm_head.weight', wte), wte)
     args = {
         'n_layer': len({name.split('.')[2] for name in weights if name.startswith('transformer.h.')}),
         'n_head': known['n_head'],
@@ -189,4 +248,5 @@ def describe(weights: dict[str, Tensor], known: dict[str, Any], path: Path) -> S
         'vocab_size': wte.size(0),
         'dropout': 0.0}
     GPTConfig(**args)  # which refuses an n_head that is given and does not fit
-    return {'model': weights, 'model_args': args, 'config': {'gelu': known['gelu'], 'tie_weights': is_tied}}
+    config = {'gelu': known['gelu'], 'tie_weights': is_tied(weights, None, path)}
+    return {'model': weights, 'model_args': args, 'config': config}

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from plaingpt import console
 from plaingpt.errors import CHECKPOINT, UserError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TABLE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
+TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) in theirs
 SIDE = range(1, 2**28)  # of a matrix whose bytes PyTorch can count
 
 
@@ -17,9 +20,19 @@ def is_tensor(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == 'cpu'
 
 
+def is_tied(weights: dict[str, Tensor], says: bool | None, path: str | Path) -> bool:
+    """Return whether the head is the table of tokens: where there is no other, or an equal one, unless the settings
+    beside it, if they say anything, say that it is another."""
+    if HEAD not in weights or (says is not False and torch.equal(weights[HEAD], weights[TABLE])):
+        return True
+    if says is not False:
+        console.note(f'{path}: its head differs from its table of tokens, and is taken as it is: tie_weights=False')
+    return False
+
+
 def fitting(config: GPTConfig, weights: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Return the weights of such a model among those of a file. Raises UserError where one of them is missing, has
-    another shape, or is no finite number."""
+    """Return the weights of such a model among those of a file, in the precision of training. Raises UserError if one
+    of them is missing, has another shape, or is no finite number."""
     if config.n_layer > len(weights):  # before all of them are built
         raise UserError(f'{path} has {len(weights)} weights, too few for n_layer={config.n_layer}', CHECKPOINT)
     shapes = {name: p.shape for name, p in GPT.on_meta(config).named_parameters()}
@@ -32,4 +45,5 @@ def fitting(config: GPTConfig, weights: dict[str, Tensor], path: str | Path) -> 
                  'has numbers that are infinite or NaN')
         if fault:
             raise UserError(f'the weights in {path} do not fit a GPT-2: {name} {fault}', CHECKPOINT)
-    return {name: weights[name] for name in shapes}
+    fit = {name: weights[name].to(torch.get_default_dtype()) for name in shapes}
+    return fit | ({HEAD: fit[TABLE]} if config.tie_weights else {})

@@ -1,5 +1,7 @@
 """Where a process computes, how precisely, and what the device promises."""
+import os
 import re
+import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
@@ -25,6 +27,7 @@ PEAK_FLOPS = {
 }
 FLOAT16_ONLY = {'V100S', 'V100', 'T4'}  # before Ampere: neither bfloat16 nor TF32
 OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a card, or a smaller chip under the same name
+COMPILERS = {'win32': 'cl', 'darwin': 'clang++'}  # that torch.compile calls for a CPU, unless CXX names one
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -67,6 +70,9 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
 def pick_compile(choice: bool | str, device: str) -> tuple[bool, str]:
     """Whether to compile, and why."""
     if choice != 'auto':
+        compiler = os.environ.get('CXX') or COMPILERS.get(sys.platform, 'g++')
+        if choice and device == 'cpu' and not shutil.which(compiler):
+            return False, f'for want of a C++ compiler, {compiler}'
         return bool(choice), 'as asked'
     if device != 'cuda':
         return False, 'which rarely pays off cuda'

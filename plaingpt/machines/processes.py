@@ -1,25 +1,27 @@
-"""The processes that train together: how they meet and part, add up and agree; and Slurm, which may start them."""
+"""The processes that train together: how they meet and part, add up and agree."""
 import gc
+import hashlib
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plaingpt.errors import PEER_LOST, STOPPED, UserError
+import configurator
+from plaingpt.errors import STOPPED, UserError
+from plaingpt.machines import meeting
 from plaingpt.machines.device import card, pick_device
 
+ROOT = Path(__file__).parents[2]
 Progress = Callable[[Iterable[int], int, str, str], Iterable[int]]  # a bar around items: how many, what, in which unit
-# What srun says, under the names of torchrun.
-SLURM = {'RANK': 'SLURM_PROCID', 'LOCAL_RANK': 'SLURM_LOCALID', 'WORLD_SIZE': 'SLURM_NTASKS'}
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Process:
 
 def start(device: str, backend: str = 'auto', deterministic: bool = False, timeout: float = 1800.0,
           shards: bool = False) -> Process:
-    """Join the processes that torchrun or srun started, if one did; wait at most `timeout` seconds for the others. A
-    process that trains alone belongs to a group only where its model `shards`."""
+    """Join the processes that torchrun, mpirun or srun started, if one did; wait at most `timeout` seconds for the
+    others. A process that trains alone belongs to a group only where its model `shards`."""
     device, why = pick_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32 under autocast; it touches nothing but cuda
     if deterministic:
@@ -55,14 +57,15 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
         why += ', and gloo takes the place of nccl, which needs cuda'  # nanoGPT's configurations name it
     if kind != 'cuda' or backend == 'auto':
         backend = 'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo'  # what is offloaded is added up on the CPU
-    os.environ.update(slurm_as_torchrun(os.environ))
-    if not {'RANK', 'LOCAL_RANK', 'WORLD_SIZE'} <= os.environ.keys():
+    launch = meeting.launch_of(os.environ)
+    if launch is None:
         if kind == 'cuda':
             torch.cuda.set_device(device if ':' in device else 0)
         if shards:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return Process(0, 1, torch.device(device), why)
-    local_rank = int(os.environ['LOCAL_RANK'])
+        return Process(0, 1, torch.device(device), why + meeting.why_alone(os.environ))
+    os.environ.update(launch.variables)
+    rank, local_rank, world_size = (int(launch.variables[name]) for name in meeting.RANKS)
     if kind == 'mps':
         raise UserError('several processes cannot share mps: run `python train.py`, or give --device=cpu')
     if kind == 'cuda':
@@ -73,8 +76,7 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
                             'give torchrun --nproc_per_node=gpu, for one process on each card')
         torch.cuda.set_device(number)
         device = f'cuda:{number}'
-    rank, world_size = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-    return Process(rank, world_size, torch.device(device), why, local_rank, join(backend, timeout))
+    return Process(rank, world_size, torch.device(device), why, local_rank, meeting.join(launch, backend, timeout))
 
 
 @contextmanager
@@ -95,38 +97,6 @@ def joined(device: str, backend: str = 'auto', deterministic: bool = False, time
                 wait_for_all(process)
         if not (has_failed and process.device.type == 'cuda'):  # NCCL might wait for what a lost process owes
             stop()
-
-
-def slurm_as_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
-    """torchrun's variables for a process that srun started: {} where there is one process, or torchrun has set them."""
-    if 'RANK' in environment or not environment.keys() >= set(SLURM.values()) or environment['SLURM_NTASKS'] == '1':
-        return {}
-    nodes = environment.get('SLURM_STEP_NODELIST') or environment.get('SLURM_JOB_NODELIST') or 'localhost'
-    first = re.sub(r'^([^,\[]*)\[(\w+)[^]]*]([^,]*).*', r'\1\2\3', nodes).partition(',')[0]  # gpu[07-09,12] -> gpu07
-    job = int(environment.get('SLURM_JOB_ID', '0'))
-    return {
-        'MASTER_ADDR': environment.get('MASTER_ADDR', first),
-        'MASTER_PORT': environment.get('MASTER_PORT', str(20000 + job % 20000)),  # the same on all machines of a job
-        **{name: environment[theirs] for name, theirs in SLURM.items()},
-    }
-
-
-def join(backend: str, timeout: float) -> dist.Store:
-    """Form the group of all processes, and return a connection of our own to their store. watch.Watch notices sooner
-    than the group's own time-out that a process is lost, and names it."""
-    limit, where = timedelta(seconds=timeout), [os.environ.get(name, '') for name in ('MASTER_ADDR', 'MASTER_PORT')]
-    try:
-        store, rank, world_size = next(iter(dist.rendezvous('env://', timeout=limit)))
-        dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=rank, world_size=world_size,
-                                timeout=2 * limit)
-        dist.barrier()
-        ours = dist.TCPStore(where[0], int(where[1]), is_master=False, timeout=limit, wait_for_workers=False)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        raise UserError(f'process {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]} has not met all others at '
-                        f'{":".join(where)} in {timeout:.0f} s: {str(error).splitlines()[0]}\n'
-                        'were all of them started (with Slurm: srun python train.py), and can they reach that address?',
-                        PEER_LOST) from None
-    return dist.PrefixStore(f'watch/{os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}', ours)
 
 
 def stop() -> None:
@@ -172,17 +142,50 @@ def wait_for_all(process: Process) -> None:
     total(torch.zeros(1, device=process.device)).item()
 
 
-def refuse_difference(process: Process, what: str, value: Any, remedy: str) -> None:
-    """Machines may not share the folders that they should: every process must have found the same `value`. All of them
-    must call it. Raises UserError, with the remedy, if one has found another."""
-    process.store.set(f'{what}/{process.rank}', json.dumps(value, sort_keys=True))
+def refuse_difference(process: Process, values: dict[str, Any], remedy: str) -> None:
+    """Every process must have the same value under each name. All of them must call it. Raises UserError on all of
+    them, with the remedy, if some have different ones."""
+    process.store.set(f'equal/{process.rank}', json.dumps(values))
     wait_for_all(process)
-    answers = process.store.multi_get([f'{what}/{rank}' for rank in range(process.world_size)])
-    found = ['none' if answer == b'null' else str(answer, 'utf-8') for answer in answers]
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            raise UserError(f'process 0 has found the {what} {found[0][:100]}, and process {rank} {other[:100]}\n'
-                            f'{remedy}')
+    found = list(map(json.loads, process.store.multi_get([f'equal/{rank}' for rank in range(process.world_size)])))
+    wait_for_all(process)  # before one of them writes again, or ends and takes the store with it
+    faults = []
+    for name in dict.fromkeys(key for one in found for key in one):
+        ranks: dict[str, list[int]] = {}  # that have each value
+        for rank, one in enumerate(found):
+            ranks.setdefault(json.dumps(one.get(name), sort_keys=True), []).append(rank)
+        if len(ranks) > 1:
+            faults.append(f'{name}: ' + ', '.join(f'{"none" if value == "null" else value[:100]} on {name_ranks(those)}'
+                                                  for value, those in ranks.items()))
+    if faults:
+        more = f'; and {len(faults) - 3} more differences' if len(faults) > 3 else ''
+        raise UserError(f'{"; ".join(faults[:3])}{more}\n{remedy}')
+
+
+def name_ranks(ranks: list[int]) -> str:
+    """[1, 2] -> processes 1, 2"""
+    names = ', '.join(map(str, ranks[:8])) + (f' and {len(ranks) - 8} more' if len(ranks) > 8 else '')
+    return f'process{"es" if len(ranks) > 1 else ""} {names}'
+
+
+def agree_on_settings(process: Process, script: ModuleType, args: list[str], place: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that `args` give to `script`; what follows from the time does from that of process 0. Every
+    process must call it. Raises UserError on all of them if they differ in a setting that is not of the `place`, in
+    the kind of their device, in the version of torch, or in the source code."""
+    if process.is_main:
+        process.store.set('clock', repr(configurator.STARTED))
+    clock = float(process.store.get('clock'))
+    if clock != configurator.STARTED:
+        configurator.configure(script, args, clock)
+    settings = {name: getattr(script, name) for name in configurator.find_settings(script)}
+    code = (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py')) if process.world_size > 1 else ()
+    refuse_difference(process, {
+        **{name: value for name, value in settings.items() if name not in place},
+        'kind of device': process.device.type,
+        'torch': str(torch.__version__),
+        **{str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(code)},
+    }, 'give all processes the same command, and the same files')
+    return configurator.record(script)
 
 
 def describe(process: Process) -> str:

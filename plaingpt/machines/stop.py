@@ -6,12 +6,14 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Self
+from typing import Any, Self
 
-from plaingpt import errors
+from plaingpt import console, errors
 
+# Kubernetes and torchrun; Slurm; LSF and SGE; a limit of CPU time; Ctrl-C and Ctrl-\; a terminal that is closed. A
+# system need not have them all.
 SIGNALS = {number: name for name, number in vars(signal).items() if name in (
-    'SIGTERM', 'SIGUSR1', 'SIGINT')}  # Kubernetes and torchrun, Slurm, Ctrl-C; a system need not have them all
+    'SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU', 'SIGINT', 'SIGQUIT', 'SIGHUP')}
 AGAIN = 1.0  # seconds: a second Ctrl-C sooner than that is the first one, passed on by torchrun
 
 
@@ -30,17 +32,23 @@ class Stop:
         self.end = time.monotonic() + 3600 * max_hours if max_hours else math.inf
         self.reason, self.since = '', 0.0
         self.has_begun = False  # there is something to save
+        self.before: dict[int, Any] = {}  # the handlers of signals
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():  # in a notebook's or a server's thread
+            return self  # only the main thread may say what a signal does
         reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         self.pipe_before = signal.set_wakeup_fd(self.writer)
         threading.Thread(target=self.read, args=(reader,), daemon=True).start()
-        # Without a handler there would be nothing to read.
-        self.before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        # Without a handler there would be nothing to read. What was ignored at the start, as with nohup, stays ignored.
+        self.before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS
+                       if signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *error: object) -> None:
+        if not self.before:
+            return
         for number, handler in self.before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.pipe_before)
@@ -60,7 +68,7 @@ class Stop:
         if not self.reason:
             self.reason, self.since = reason, now
             with suppress(OSError):  # whoever read it may have got the same signal
-                os.write(sys.stderr.fileno(), f'{reason}: saving after this step\n'.encode())
+                os.write(sys.stderr.fileno(), console.printable(f'{reason}: saving after this step\n').encode())
 
     def is_asked(self) -> bool:
         if not self.reason and time.monotonic() > self.end:

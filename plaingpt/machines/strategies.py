@@ -120,7 +120,9 @@ def load_optimizer(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) ->
 
 
 def shard_like(tensor: Tensor, p: nn.Parameter) -> Tensor:
-    """This process's part of a tensor that belongs to `p`; the number of steps, a scalar, belongs to everybody."""
+    """This process's part of a tensor that belongs to `p`, which has fewer rows if the block_size is shorter than
+    before; the number of steps, a scalar, belongs to everybody."""
+    tensor = tensor[:len(p)] if tensor.dim() else tensor
     if not is_divided(p) or tensor.dim() == 0:
         return tensor
     from torch.distributed.tensor import distribute_tensor

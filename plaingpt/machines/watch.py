@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 import torch.distributed as dist
 import torch.nn as nn
 
+from plaingpt import console
 from plaingpt.errors import CHECK_FAILED, OUT_OF_MEMORY, PEER_LOST, STOPPED, UserError, code_of, is_out_of_memory
 from plaingpt.machines.processes import Process
 
@@ -35,7 +36,7 @@ class Watch:
         self.process, self.limit, self.timeout = process, start_timeout, timeout
         self.on_end: Callable[[int, str], None] | None = None  # what is done with an exit code and last words
         self.work, self.step, self.since = 0, 0, time.monotonic()  # how far the main thread is, and since when
-        self.beats, self.ended = 0, threading.Event()
+        self.beats, self.ended, self.is_done = 0, threading.Event(), False
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.me = f'process {process.rank} (pid {os.getpid()} on {socket.gethostname()})'
         self.parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
@@ -47,7 +48,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.rest()
+        self.ended.set()
         if error and code_of(error) not in (STOPPED, PEER_LOST):
             is_expected = isinstance(error, UserError) or code_of(error) != CHECK_FAILED
             self.say_last(lost(f'{self.me}: {error}', code_of(error) if is_expected else PEER_LOST))
@@ -74,12 +75,13 @@ class Watch:
         self.limit = self.timeout
 
     def rest(self) -> None:
-        """The work is done: from here on each process may take its time."""
+        """The work is done: from here on each process may take its time, and is not missed by those that still work."""
+        self.is_done = True
         self.ended.set()
 
     def tell(self) -> None:
         self.beats += 1
-        record = {'beat': self.beats, 'work': self.work, 'step': self.step, 'name': self.me}
+        record = {'beat': self.beats, 'work': self.work, 'step': self.step, 'name': self.me, 'is_done': self.is_done}
         self.process.store.set(str(self.process.rank), json.dumps(record))
 
     def run(self) -> None:
@@ -98,11 +100,13 @@ class Watch:
                     self.since = time.monotonic()
                 elif not self.ended.is_set():
                     self.end(loss)
+        with suppress(RuntimeError):
+            self.tell()  # the last time
 
     def end(self, loss: UserError) -> None:
         """The main thread waits for a process that will not come, so this one ends the process."""
         with suppress(OSError):
-            os.write(sys.stderr.fileno(), f'{loss}\n'.encode())
+            os.write(sys.stderr.fileno(), console.printable(f'{loss}\n').encode())
         if self.on_end:
             self.on_end(loss.code, str(loss))
         self.say_last(loss)
@@ -116,7 +120,7 @@ class Watch:
         """The loss of a process that has died; or, if it `is_late` and no process has moved in the meantime, of those
         that are behind. None if there is none. It takes LISTEN beats to hear."""
         before = answer(self.records)
-        for _ in range(LISTEN):
+        for _ in range(LISTEN if before else 0):
             time.sleep(BEAT)
             answer(self.tell)
         after = answer(self.records)
@@ -125,9 +129,10 @@ class Watch:
             return lost(f'{keeper}, at {os.environ["MASTER_ADDR"]}, is silent: it has died, or was halted')
         if -1 in after:
             return UserError(*after[-1])
+        after = {rank: record for rank, record in after.items() if not record['is_done']}
         silent = [rank for rank, record in after.items() if record['beat'] == before[rank]['beat']]
         is_moving = any(record['work'] != before[rank]['work'] for rank, record in after.items())
-        if not silent and (is_moving or not is_late):
+        if not silent and (is_moving or not is_late or len(after) == 1):  # the others wait for it or have finished
             return None
         least, most = (pick(record['work'] for record in after.values()) for pick in (min, max))
         behind = [rank for rank, record in after.items() if record['work'] == least < most]

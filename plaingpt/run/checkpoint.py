@@ -7,11 +7,10 @@ are compared on loading, so that no damage is ever taken for weights.
 """
 import platform
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 
 from model import GPT, GPTConfig
 from plaingpt import console, files
-from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, UserError
+from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, FULL, SYSTEM, UserError
 from plaingpt.formats import others
 from plaingpt.formats.weights import fitting
 from plaingpt.machines import strategies
@@ -28,6 +27,8 @@ from plaingpt.run import upload
 State = dict[str, Any]
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
 SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'gelu', 'tie_weights')  # weights decide it
+WRITTEN = (rf'\.?({upload.CHECKPOINTS.pattern})(\.[0-9a-f]{{8}}{upload.UPLOADING})?|'
+           r'metrics\.jsonl|samples\.txt|loss\.png')  # what a run writes under a temporary name first
 
 
 class Saver:
@@ -87,14 +88,17 @@ def write(out_dir: Path, state: State, keep: int, is_best: bool) -> None:
     newest = out_dir / 'ckpt.pt'
     state['versions'] = {'python': platform.python_version(), 'torch': str(torch.__version__)}
     try:
+        out_dir.mkdir(parents=True, exist_ok=True)  # it may have been deleted
         with files.written_whole(newest) as file:
             torch.save(state, file)
             files.put_on_disk(file)  # there is room for it: now the others move
             rotate(out_dir, keep)
         if is_best:
             files.link(newest, out_dir / 'best.pt')
-    except (OSError, RuntimeError) as error:  # a full disk is either, by the moment at which torch meets it
-        raise UserError(f'the next {newest} cannot be written: {str(error).splitlines()[0]}\n'
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f'the next {newest} cannot be written: {SYSTEM[error.errno][0]}\n'
                         f'it needs {n_bytes(state):,} bytes, and {shutil.disk_usage(out_dir).free:,} are free\n'
                         f'{newest}, if it is there, is whole: make room, and resume', DISK_FULL) from None
 
@@ -119,12 +123,10 @@ def n_bytes(tree: Any) -> int:
 def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int) -> None:
     """Before a run begins: its folder, without what a kill left half written or, for a new run, the checkpoints of
     another, and with best.pt where the newest is the best. `keep` of them, the best and a new one must find room."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--out_dir={out_dir} cannot be made a folder: {error.strerror}') from None
-    patterns = (f'*{files.UNFINISHED}', '.*.uploading', 'ckpt.new.pt', *(('ckpt*.pt', 'best.pt') if is_new else ()))
-    for path in {path for pattern in patterns for path in out_dir.glob(pattern)}:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    of_another = [path for path in out_dir.iterdir() if is_new and upload.CHECKPOINTS.fullmatch(path.name)]
+    of_older_versions = out_dir / 'ckpt.new.pt'
+    for path in (*files.left_by_kills(out_dir, WRITTEN), *upload.snapshots(out_dir), *of_another, of_older_versions):
         path.unlink(missing_ok=True)
     if is_best and (out_dir / 'ckpt.pt').exists():
         files.link(out_dir / 'ckpt.pt', out_dir / 'best.pt')  # a kill may have come between the two
@@ -157,8 +159,10 @@ def load(path: Path, answers: dict[str, Any] | None = None) -> State:
         config = config_of(state)
     except UserError as error:  # the sizes contradict each other
         raise UserError(f'{path} is damaged: {error}', CHECKPOINT) from None
-    fitting(config, state['model'], path)
-    return state
+    weights = fitting(config, state['model'], path)
+    if odd := state['model'].keys() - weights.keys():
+        raise UserError(f'the weights in {path} do not fit a GPT-2, which has no {min(odd)}', CHECKPOINT)
+    return state | {'model': weights}
 
 
 def load_newest(out_dir: Path) -> State:
@@ -170,7 +174,7 @@ def load_newest(out_dir: Path) -> State:
             state = load(path)
             if complaints and console.is_main():
                 instead = f'{path} is used in its place, from step {state["iter_num"]}'
-                print(*complaints, instead, sep='\n', file=sys.stderr)
+                console.note('\n'.join([*complaints, instead]))
             return state
         except UserError as error:
             complaints.append(str(error))
@@ -194,11 +198,35 @@ def model_of(state: State, dropout: float = 0.0) -> GPT:
     return GPT.from_weights(config_of(state, dropout), state['model'])
 
 
+def is_other_data(state: State, data: dict[str, Any]) -> bool:
+    """Whether a checkpoint's run has read another corpus than that of this fingerprint, as far as both say it."""
+    return any(data.get(split, {}).get(name, mark) != mark
+               for split, marks in state['data'].items() for name, mark in marks.items())
+
+
+class Place(NamedTuple):
+    """How far a run has come."""
+
+    step: int = 0  # updates made
+    windows: int = 0  # read in all
+    windows_before: int = 0  # of these: before this corpus and block_size
+    tokens: int = 0  # read in all
+
+
+def place_of(state: State, data: dict[str, Any], block_size: int) -> Place:
+    """Where a run goes on in a corpus with this fingerprint: if it has read another one, or windows of another size,
+    with the first window."""
+    is_other = is_other_data(state, data) or state['model_args']['block_size'] != block_size
+    before = state['windows'] if is_other else state['windows_before']
+    return Place(state['iter_num'], state['windows'], before, state['tokens'])
+
+
 def refuse_other_data(state: State, data: dict[str, Any], folder: Path) -> None:
     """A run that goes on reads the corpus that it has begun with: other tokens would pass for the same windows."""
-    if state['data'] and state['data'] != data:
-        before, now = (', '.join(f'{split} {mark["tokens"]:,} tokens, sha256 {mark["sha256"][:8]}'
-                                 for split, mark in marks.items()) for marks in (state['data'], data))
+    if is_other_data(state, data):
+        before, now = (', '.join(
+            f'{split} {mark["tokens"]:,} tokens, hash {(mark.get("sample") or mark["sha256"] or mark["head"])[:8]}'
+            for split, mark in marks.items()) for marks in (state['data'], data))
         raise UserError(f'the corpus in {folder} is another one than this run has read: {now}; it was: {before}\n'
                         'prepare that one again, or give --ignore_data_change=True to go on with this one', DATA)
 
@@ -210,6 +238,13 @@ def describe(state: State, settings: dict[str, Any]) -> str:
     return f'resuming at step {state["iter_num"]}' + (f', with {", ".join(changed)}' if changed else '')
 
 
+def fits(moment: Tensor | float, shape: torch.Size) -> bool:
+    """Return whether this is a moment of a weight of that shape, or a number of steps; the block_size may be shorter
+    than it was."""
+    found = getattr(moment, 'shape', torch.Size())
+    return not found or (found[1:] == shape[1:] and found[0] >= shape[0])
+
+
 def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) -> None:
     """Give the optimizer the moments of a checkpoint. Learning rate, betas and weight decay stay as this run sets
     them."""
@@ -217,7 +252,7 @@ def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) ->
     sizes, saved = ([len(group['params']) for group in groups]
                     for groups in (optimizer.param_groups, theirs['param_groups']))
     shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group['params']))
-    if sizes != saved or any(getattr(moment, 'shape', ()) not in ((), shapes.get(number))
+    if sizes != saved or any(number not in shapes or not fits(moment, shapes[number])
                              for number, moments in theirs['state'].items() for moment in moments.values()):
         raise UserError('the checkpoint has no optimizer state, or that of another model: it cannot be resumed\n'
                         'start a new run from its weights: give its path as --init_from', CHECKPOINT)
@@ -230,4 +265,4 @@ def fetch_run(out_dir: Path, url: str) -> None:
     """Where this machine has no checkpoint of a run, take what was uploaded from another."""
     if url and not holds_run(out_dir) and upload.checkpoints(url):
         for path in upload.fetch(url, out_dir):
-            print(f'{path} comes from {upload.shown(url)}', flush=True)
+            console.note(f'{path} comes from {url}')

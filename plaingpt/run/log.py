@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from plaingpt import console, files, schema
-from plaingpt.errors import DONE, STOPPED, code_of, drop_output, is_missing_package, missing_package
+from plaingpt.errors import DONE, STOPPED, code_of, drop, is_missing_package, missing_package
 from plaingpt.run.upload import Uploader, reason
 
 NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
 UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
+STATUS_ROOM = 4096  # bytes of status.json, which are taken at the start
+STATUS_MESSAGE = 600  # characters, of which JSON may make six bytes each
 SAMPLE_HEADER = re.compile(r'^=== step (\d{1,18}) ===\n', re.MULTILINE)
 
 
@@ -136,6 +138,7 @@ class Log:
         self.sinks: dict[str, Sink] = {}
         self.bar: tqdm[Any] | None = None
         self.step, self.values, self.last_kept, self.row_start = -1, dict[str, float](), -1, NO_ROW
+        self.reached = first_step  # of the last update, which need not have a row
         self.uploader = uploader or Uploader('', self.line)
         self.on_closed: Callable[[str], None] | None = None  # called once the console has no reader any more
         if self.folder:
@@ -181,7 +184,7 @@ class Log:
         except BrokenPipeError:
             if self.on_closed is None:
                 raise
-            drop_output()
+            drop(sys.stdout)
             self.on_closed('a closed output')
 
     def update(self, step: int, **shown: str) -> None:
@@ -218,7 +221,7 @@ class Log:
         if self.folder and self.values and self.step > self.last_kept:
             # JSON has no NaN and no infinity: null.
             finite = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
-            with open(self.folder / 'metrics.jsonl', 'ab') as file:
+            with files.appended(self.folder / 'metrics.jsonl') as file:
                 self.row_start = min(self.row_start, file.tell())
                 file.truncate(self.row_start)
                 file.write(json.dumps({'step': self.step, **finite}, allow_nan=False).encode() + b'\n')
@@ -236,8 +239,8 @@ class Log:
             header = f'=== step {step} ===\n'
             self.line(header + text)
             body = re.sub('^(?==== step )', ' ', text, flags=re.MULTILINE)  # no sample can look like a header
-            with open(self.folder / 'samples.txt', 'a', encoding='utf-8', errors='replace', newline='') as file:
-                file.write(f'{header}{body}\n\n')
+            with files.appended(self.folder / 'samples.txt') as file:
+                file.write(f'{header}{body}\n\n'.encode(errors='replace'))
             self.tell(lambda sink: sink.sample(step, text))
 
     def plot(self) -> None:
@@ -248,8 +251,14 @@ class Log:
             return
         path = self.folder / 'loss.png'
         with expendable(self.line, f'{path} is not drawn'):
+            # A notebook's backend may not be installed, and the picture needs none; the notebook may want it later.
+            backend = os.environ.pop('MPLBACKEND', '')
+            import matplotlib
+
             from plaingpt.run import plot
 
+            with suppress(ValueError):
+                matplotlib.rcParams.update({'backend': backend} if backend else {})
             columns = read_columns(self.folder / 'metrics.jsonl', plot.COLUMNS)
             if np.isfinite([columns['loss'], columns['val_loss']]).any():
                 with files.written_whole(path) as file:
@@ -259,16 +268,16 @@ class Log:
 
     def status(self, state: str, step: int, exit_code: int, message: str = '') -> None:
         """status.json: what a scheduler asks. A full disk does not hide the error that is being reported."""
-        fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message,
+        fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message[:STATUS_MESSAGE],
                   'time': datetime.now(UTC).isoformat(timespec='seconds'), 'not_uploaded': self.uploader.missing}
         if self.folder:
             path = self.folder / 'status.json'
-            with expendable(self.line, f'{path} is not written'), files.written_whole(path) as file:
-                file.write(json.dumps(fields).encode() + b'\n')
+            with expendable(self.line, f'{path} is not written'):
+                files.overwrite(path, json.dumps(fields).encode(), STATUS_ROOM)
 
     def end(self, code: int, message: str) -> None:
         state = {DONE: 'done', STOPPED: 'stopped'}.get(code, 'failed')
-        self.status(state, max(self.step, self.first_step), code, message)
+        self.status(state, max(self.step, self.reached), code, message)
 
     def close(self, exit_code: int = DONE) -> None:
         """The last row, the bar's last state, the sinks' end. A second call does nothing."""

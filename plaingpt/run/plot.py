@@ -3,8 +3,8 @@ import io
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -36,6 +36,16 @@ def measured(columns: Columns, *names: str) -> list[Values]:
     """The steps at which the first of these was measured, and what each of them was then."""
     there = np.isfinite(columns[names[0]])
     return [columns[name][there] for name in ('step', *names)]
+
+
+def line_of_tokens(columns: Columns) -> tuple[Values, Values]:
+    """How many tokens were read after how many steps: corners of a line that bends where the batch has changed, and
+    goes on as it ends. Only the first corner, if that was never measured."""
+    steps, tokens = (np.append(0.0, values) for values in measured(columns, 'tokens'))
+    steps[1:] += 1  # a row says what was read when its step was done
+    after = columns['step'][-1] + 1
+    more = after * np.diff(tokens[-2:]) / np.diff(steps[-2:])
+    return np.append(steps, steps[-1] + after)[:len(steps) + len(more)], np.append(tokens, tokens[-1] + more)
 
 
 def smoothed(y: Values) -> Values:
@@ -101,11 +111,11 @@ def draw_losses(axes: Axes, columns: Columns) -> None:
         )
 
 
-def draw_hellaswag(axes: Axes, columns: Columns, name: str, tokens_per_step: float) -> None:
+def draw_hellaswag(axes: Axes, columns: Columns, name: str, tokens_by_step: tuple[Values, Values]) -> None:
     """Accuracy against tokens, within its standard error, and those published figures which it has passed or may pass
     next. They stand for the whole set, of its own text."""
     steps, y, error = measured(columns, name, f'{name}_stderr')
-    x = steps * tokens_per_step
+    x = np.interp(steps, *tokens_by_step)
     figures = {model: row['acc_norm'] for model, row in PUBLISHED['hellaswag_completion'].items()}
     to_pass = sorted(figure for figure in figures.values() if figure > y.max())[:2]
     low, high = min(0.24, (y - error).min() - 0.005), max(*to_pass, (y + error).max(), 0.25) + 0.015
@@ -123,7 +133,7 @@ def draw_hellaswag(axes: Axes, columns: Columns, name: str, tokens_per_step: flo
     remark = 'of cleaned text: not comparable' if 'cleaned' in name else 'GPT-3 as OpenAI scored it'
     axes.set_title(f'HellaSwag acc_norm, completion style, {remark}', loc='left', pad=8)
     axes.set_ylim(low, high)
-    scale(axes, columns['step'][-1] * tokens_per_step, '0 tokens')
+    scale(axes, np.interp(columns['step'][-1], *tokens_by_step), '0 tokens')
 
 
 def best(columns: Columns) -> str:
@@ -139,11 +149,10 @@ def best(columns: Columns) -> str:
 def picture(columns: Columns, title: str) -> Figure:
     """Losses against steps (above: against tokens), below them a panel for each of PANELS that was measured, and beside
     them HellaSwag."""
-    steps, tokens = measured(columns, 'tokens')
-    end = max(columns['step'][-1], 1)
-    tokens_per_step = tokens[-1] / steps[-1] if len(tokens) and steps[-1] > 0 else 0.0
+    steps, tokens = line_of_tokens(columns)
+    end, has_tokens = max(columns['step'][-1], 1), len(tokens) > 1
     panels = [name for name in PANELS if np.isfinite(columns[name]).any()]
-    hellaswag = [name for name in HELLASWAG if np.isfinite(columns[name]).any() and tokens_per_step]
+    hellaswag = [name for name in HELLASWAG if np.isfinite(columns[name]).any() and has_tokens]
     figure = Figure(figsize=(14 if hellaswag else 9, 5.2 if panels else 3.8), dpi=150, layout='constrained')
     halves = figure.add_gridspec(1, 2, width_ratios=(9, 5)) if hellaswag else figure.add_gridspec(1, 1)
     grid = halves[0].subgridspec(2, len(panels), height_ratios=(3, 1)) if panels else halves
@@ -153,9 +162,9 @@ def picture(columns: Columns, title: str) -> Figure:
     losses.set_title(title, loc='left', fontsize=12, fontweight='bold', color=INK, pad=8)
     losses.set_title(best(columns), loc='right', pad=8)
     scale(losses, end, 'step 0')
-    if tokens_per_step:
+    if has_tokens:
         above = losses.secondary_xaxis('top', functions=(
-            lambda x: np.multiply(x, tokens_per_step), lambda x: np.multiply(x, 1 / tokens_per_step)))
+            lambda x: np.interp(np.asarray(x), steps, tokens), lambda x: np.interp(np.asarray(x), tokens, steps)))
         above.spines['top'].set_visible(False)
         above.xaxis.set_major_formatter(lambda n, _: short(n) if n else '0 tokens')
 
@@ -169,11 +178,11 @@ def picture(columns: Columns, title: str) -> Figure:
         panel.set(title=PANELS[name], ylim=(0, 1.08 * max(np.percentile(y, 99.5), 1e-12)))
         scale(panel, end, '0')
     if hellaswag:
-        draw_hellaswag(figure.add_subplot(halves[1]), columns, hellaswag[0], tokens_per_step)
+        draw_hellaswag(figure.add_subplot(halves[1]), columns, hellaswag[0], (steps, tokens))
     return figure
 
 
-@rc_context(STYLE)
+@matplotlib.rc_context(STYLE)
 def draw(columns: Columns, title: str) -> bytes:
     """The PNG of a run, some loss of which must be there."""
     full, small = io.BytesIO(), io.BytesIO()

@@ -33,12 +33,25 @@ class Learner:
     process: Process
     compute: Compute
     step: int = 0  # updates made
+    windows: int = 0  # read in all
+    windows_before: int = 0  # of these: before this corpus and block_size
+    tokens: int = 0  # read in all
     best: Best = field(default_factory=dict)
     skipped: int = 0  # steps without an update, as something was not finite
     skipped_in_a_row: int = 0
 
     def predictor(self, batch_size: int) -> Predictor:
         return Predictor(self.model, self.raw_model.config, self.process, self.compute, batch_size)
+
+    @property
+    def place(self) -> checkpoint.Place:
+        return checkpoint.Place(self.step, self.windows, self.windows_before, self.tokens)
+
+    def count_step(self, n_windows: int) -> None:
+        """Note that one more step is done, in which all processes together have read so many windows."""
+        self.step += 1
+        self.windows += n_windows
+        self.tokens += n_windows * self.raw_model.config.block_size
 
     def is_sound(self, loss: float, grad_norm: float) -> bool:
         """Return whether the weights may be updated: loss and gradient are finite, which they are on all processes or
@@ -54,6 +67,7 @@ class Work(NamedTuple):
     n_parts: int  # micro-batches of each process in a step
     last_step: int  # before which the run ends
     decay_steps: int  # where the learning rate has come down
+    end: int  # windows of this corpus that are read by then
 
 
 @dataclass
@@ -99,7 +113,7 @@ class Run:
 
     def report(self, learner: Learner, loss: float, lr: float, grad_norm: float) -> None:
         """Report the last update, every log_interval steps, and the first and the last one of the run."""
-        step = learner.step - 1
+        step = self.log.reached = learner.step - 1
         if step % self.log_interval and step not in (self.first_step, self.work.last_step - 1):
             return
         self.first_loss = loss if step == self.first_step else self.first_loss
@@ -108,7 +122,7 @@ class Run:
             'loss': loss,
             'lr': lr,
             'grad_norm': grad_norm,
-            'tokens': learner.step * self.work.n_windows * learner.raw_model.config.block_size,
+            'tokens': learner.tokens,
             'skipped': learner.skipped,
             'peak_memory_bytes': peak_memory(self.process.device.type),
         }, self.pace.lap())
@@ -128,6 +142,9 @@ class Run:
             'model_args': checkpoint.model_args(config),
             'config': self.record | checkpoint.shape_of(config),
             'iter_num': learner.step,
+            'windows': learner.windows,
+            'windows_before': learner.windows_before,
+            'tokens': learner.tokens,
             'best_val_loss': best['loss'][0] if best else math.inf,
             'best': dict(best),
             'tokenizer': data.tokenizer.state() if data.tokenizer else None,

@@ -12,12 +12,13 @@ from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
-from plaingpt import files
-from plaingpt.errors import CHECKPOINT, COMMAND, UserError, missing_package
+from plaingpt import console, files
+from plaingpt.errors import CHECKPOINT, COMMAND, UserError, first_line, missing_package, refusal
 
 PAUSES = (1.0, 5.0, 25.0)  # seconds between one attempt to upload a file and the next
 OBJECT_STORES = ('s3://', 's3a://', 'gs://', 'gcs://', 'abfs://', 'abfss://', 'az://')
 CHECKPOINTS = re.compile(r'ckpt(\.\d+)?\.pt|best\.pt')
+UPLOADING = '.uploading'  # how the name of a copy ends that waits
 SECRETS = re.compile(r'SECRET|TOKEN|PASSWORD|KEY|CONNECTION_STRING')  # in the names of environment variables
 SHORTEST_SECRET = 8  # characters; what is shorter may be a part of any word
 
@@ -27,19 +28,19 @@ def is_url(where: str) -> bool:
     return re.match(r'[a-zA-Z][\w.+-]+://', where) is not None
 
 
-def shown(text: str) -> str:
-    """Return a URL, or an error that may quote one, without what nobody else may read: user:password@, signatures in a
-    query, and whatever the environment holds in variables that are named like secrets."""
-    text = re.sub(r'://[^/\s]*@', '://', text)
-    text = re.sub(r'(://[^\s?]*)\?[^\s\'"]*', r'\1', text)
+def reason(error: BaseException) -> str:
+    """Return the first line of an error, without secrets."""
+    return without_secrets(first_line(error))
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without what is secret in its URLs, and without what the environment holds in variables that are
+    named like secrets."""
+    text = console.shown(text)
     hidden = {value for name, value in os.environ.items() if SECRETS.search(name) and len(value) >= SHORTEST_SECRET}
     for value in sorted(hidden, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, '***')
     return text
-
-
-def reason(error: BaseException) -> str:
-    return shown(next(iter(str(error).splitlines()), '') or type(error).__name__)
 
 
 def open_url(url: str, code: int) -> tuple[Any, str]:
@@ -49,7 +50,7 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
     if not is_url(url):
         raise UserError(f'{url!r} is no URL: write s3://bucket/folder, or {Path(url).absolute().as_uri()}', code)
     if re.search(r'://[^/]*:[^/]*@', url):
-        raise UserError(f'{shown(url)} was given with a password, which checkpoints and logs would show: leave it out, '
+        raise UserError(f'{url} was given with a password, which checkpoints and logs would show: leave it out, '
                         'and put it into the environment', code)
     try:
         # others write there: what it has listed before is old
@@ -57,7 +58,7 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
     except ImportError as error:
         raise missing_package(error) from None
     except Exception as error:  # each file system raises errors of its own
-        raise UserError(f'{shown(url)} cannot be used: {reason(error)}', code) from None
+        raise UserError(f'{url} cannot be used: {reason(error)}', code) from None
     return elsewhere, path.rstrip('/')
 
 
@@ -70,7 +71,7 @@ def checkpoints(url: str) -> list[str]:
     except FileNotFoundError:
         return []
     except Exception as error:  # each file system raises errors of its own
-        raise UserError(f'{shown(url)} cannot be read: {reason(error)}', CHECKPOINT) from None
+        raise UserError(f'{url} cannot be read: {reason(error)}', CHECKPOINT) from None
     return sorted(name for name in names if CHECKPOINTS.fullmatch(name))
 
 
@@ -80,7 +81,7 @@ def fetch(url: str, folder: Path) -> list[Path]:
     elsewhere, path = open_url(url, CHECKPOINT)
     sources = [path] if path.endswith('.pt') else [f'{path}/{name}' for name in checkpoints(url)]
     if not sources:
-        raise UserError(f'no checkpoint at {shown(url)}', CHECKPOINT)
+        raise UserError(f'no checkpoint at {url}', CHECKPOINT)
     targets = [folder / Path(source).name for source in sources]
     for source, target in zip(sources, targets, strict=True):
         try:
@@ -88,8 +89,14 @@ def fetch(url: str, folder: Path) -> list[Path]:
             with files.written_whole(target, is_shared=True) as file:
                 elsewhere.get_file(source, file.name)
         except Exception as error:  # each file system raises errors of its own
-            raise UserError(f'{shown(url)} cannot be fetched to {target}: {reason(error)}', CHECKPOINT) from None
+            refused = refusal(error, f'{url} cannot be fetched to {target}', CHECKPOINT)
+            raise UserError(without_secrets(str(refused)), refused.code) from None
     return targets
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """Return the copies of checkpoints that wait, or that a killed process has left."""
+    return files.left_by_kills(folder, rf'\.({CHECKPOINTS.pattern})', UPLOADING)
 
 
 class Uploader:
@@ -120,7 +127,7 @@ class Uploader:
         written to in place. Returns at once. What failed earlier is tried again as well."""
         if self.is_closed:
             return
-        snapshot = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.uploading')
+        snapshot = path.with_name(f'.{path.name}.{secrets.token_hex(4)}{UPLOADING}')
         why_not = ''
         with self.changed:
             self.waiting[path.name] = snapshot
@@ -197,9 +204,9 @@ class Uploader:
         self.elsewhere.mv(target + files.UNFINISHED, target)
 
     def complain(self, name: str, why_not: str) -> None:
-        self.say(f'{shown(self.url)}/{name} is not uploaded: {why_not}; the run goes on')
+        self.say(f'{console.shown(self.url)}/{name} is not uploaded: {why_not}; the run goes on')
 
     def sweep(self, folder: Path) -> None:
         """Delete the copies of older versions, and those that a killed process has left."""
-        for snapshot in {*folder.glob('.*.uploading')} - {*self.waiting.values(), self.busy_with}:
+        for snapshot in {*snapshots(folder)} - {*self.waiting.values(), self.busy_with}:
             snapshot.unlink(missing_ok=True)

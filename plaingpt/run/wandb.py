@@ -2,7 +2,10 @@
 import os
 import re
 import secrets
+import sys
 from typing import Any
+
+from plaingpt import console
 
 SECRET = re.compile(r'key|secret|password|token(?!s|iz)', re.IGNORECASE)  # in the name of a setting
 NAMES = {'loss': 'train/loss', 'train_loss': 'train/loss_evaluated'}  # of a row, as nanoGPT has them
@@ -21,6 +24,7 @@ class Wandb:
 
         if wandb.setup().settings.mode == 'online' and not wandb.login(prompt=False):
             raise RuntimeError('there is no API key (run `wandb login`, or set WANDB_MODE=offline)')
+        sys.argv = [*map(console.shown, sys.argv)]  # wandb keeps the command line
         self.run = wandb.init(
             project=project,
             name=name or None,

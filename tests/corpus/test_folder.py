@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 
 from model import GPTConfig
 from plaingpt import errors
+from plaingpt.chance import draw
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.batches import Windows, parts_of, read_batch
 from plaingpt.corpus.folder import data_folder, fingerprint, open_split, read_meta
-from plaingpt.corpus.order import Order, draw, fixed_starts, shuffle
+from plaingpt.corpus.order import Order, fixed_starts, shuffle
 from plaingpt.corpus.token_files import TokenFile
 from plaingpt.errors import DATA
 from plaingpt.machines import processes
@@ -447,8 +448,10 @@ def test_the_fingerprint_tells_two_corpora_apart(tmp_path: Path) -> None:
     bare: dict[str, Any] = {'splits': {}}
     assert fingerprint(first, bare) == fingerprint(second, bare)
     data = first.path.read_bytes()
-    assert fingerprint(first, bare) == {'tokens': 5000, 'head': hashlib.sha256(data[:4096]).hexdigest(),
-                                               'tail': hashlib.sha256(data[-4096:]).hexdigest(), 'sha256': ''}
+    pieces = b''.join(data[len(data) * i // 64:][:4096] for i in range(64))
+    assert fingerprint(first, bare) == {
+        'tokens': 5000, 'head': hashlib.sha256(data[:4096]).hexdigest(),
+        'tail': hashlib.sha256(data[-4096:]).hexdigest(), 'sha256': '', 'sample': hashlib.sha256(pieces).hexdigest()}
     second.path.write_bytes(data[:-1] + b'\0')
     assert fingerprint(first, bare) != fingerprint(second, bare)
     assert fingerprint(first, bare) != fingerprint(counted(tmp_path / 'c.bin', 4999), bare)

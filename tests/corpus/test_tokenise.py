@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -201,7 +202,8 @@ def damage(suffix: str, cut: bool) -> Callable[[Path], Path]:
     (write_bytes('a.jsonl', b'{"text": "a"}\n{"text": '), r'a\.jsonl, line 2 is not JSON'),
     (write_bytes('a.jsonl', b'["a"]'), r"a\.jsonl, line 1 has no text in a column 'text'; its columns: none"),
     (lambda folder: write_jsonl(folder / 'a.jsonl', TEXTS, 'body'), "'text'; its columns: id, body\n.*--column="),
-    (lambda folder: write_parquet(folder / 'a.parquet', TEXTS, 'body'), "'text'; its columns: id, body\n.*--column="),
+    (lambda folder: write_parquet(folder / 'a.parquet', TEXTS, 'body'),
+     r"'text'; its columns: id \(\w+\), body \(string\)\n.*--column="),
     (write_bytes('a.jsonl', b'{"text": "a"}\n' + b'[' * 200_000), r'a\.jsonl, line 2 is not JSON: its brackets'),
     (write_bytes('a.jsonl', b'{"text": "a", "id": ' + b'1' * 5000 + b'}'), r'a\.jsonl, line 1 is not JSON: .*digits'),
     (write_bytes('a.jsonl', json.dumps(dict.fromkeys(map(str, range(10**5)), 0)).encode()), r'its columns: 0, 1, 2,'),
@@ -260,7 +262,7 @@ def test_a_download_appears_only_with_the_right_bytes(server: tuple[str, list[st
         with pytest.raises(UserError, match=f'{url}{name} cannot be used.*{message}.*\n.*--input=') as caught:
             download(url + name, path, sha256)
         assert caught.value.code == DATA
-        assert list(path.parent.iterdir()) == []
+        assert not list(path.parent.glob('*'))
 
     assert download(f'{url}/a.txt', path, right).read_bytes() == b'hello there'
     download(f'{url}/a.txt', path, right)
@@ -329,7 +331,7 @@ def test_token_files_hold_each_document_and_an_end_of_text(tmp_path: Path) -> No
     write(tmp_path, [numbered(40)])
     assert read_bytes(tmp_path, 'train') == ids_of(text for i, text in enumerate(numbered(40)) if i % 4 != 3)
     assert read_bytes(tmp_path, 'val') == ids_of(numbered(40)[3::4])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['meta.json', 'train.bin', 'val.bin']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['checksums.npz', 'meta.json', 'train.bin', 'val.bin']
 
 
 def test_meta_json_describes_the_files(
@@ -347,6 +349,9 @@ def test_meta_json_describes_the_files(
         'sha256': hashlib.sha256(packed).hexdigest(), 'head': hashlib.sha256(packed[:4096]).hexdigest(),
         'tail': hashlib.sha256(packed[-4096:]).hexdigest()}
     assert meta['splits']['val']['tokens'] == 3 and meta['splits']['val']['bytes'] == 2
+    with np.load(tmp_path / 'checksums.npz') as sums:
+        assert {name: sums[made['sha256']].tolist() for name, made in meta['splits'].items()} == {
+            name: [zlib.crc32((tmp_path / f'{name}.bin').read_bytes())] for name in ('train', 'val')}, 'a block each'
     assert '15,052 tokens' in capsys.readouterr().out
     assert len(open_split(tmp_path, 'train', 8, 257)) == 15052  # training takes them
 
@@ -370,7 +375,7 @@ def test_any_number_of_processes_writes_the_documents_in_the_order_of_the_files_
     parts: list[tokenise.Part] = [numbered(30), *find_pieces(tmp_path / 'in', tmp_path)]
     for num_proc in (1, 2, 3):
         write(tmp_path / str(num_proc), parts, validation, spec, num_proc, keep_empty=keep_empty)
-        for name in ('train.bin', 'val.bin', 'meta.json'):
+        for name in ('train.bin', 'val.bin', 'meta.json', 'checksums.npz'):
             assert (tmp_path / '1' / name).read_bytes() == (tmp_path / str(num_proc) / name).read_bytes()
     assert not multiprocessing.active_children()
 
@@ -434,7 +439,7 @@ def test_a_disk_that_is_full_ends_the_processes_too(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     monkeypatch.setattr(tokenise.Writer, 'write', fail)
-    with pytest.raises(UserError, match='cannot be written: No space left') as caught:
+    with pytest.raises(UserError, match='cannot be written: the disk is full') as caught:
         write(tmp_path, [numbered(2000)], num_proc=2)
     assert caught.value.code == DISK_FULL
     assert not multiprocessing.active_children()

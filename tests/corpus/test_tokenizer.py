@@ -1,13 +1,16 @@
 """Tokenizers, against independent implementations and real text."""
+import importlib
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import tiktoken
 
 from plaingpt.corpus import tokenizer
 from plaingpt.errors import COMMAND, DATA, UserError
@@ -88,7 +91,6 @@ def test_a_batch_has_the_ids_of_its_texts(spec: str, documents: list[str]) -> No
 
 def test_a_vocabulary_of_tiktokens_gives_the_ids_of_another_implementation(documents: list[str]) -> None:
     """What Hugging Face's code has learned, as tiktoken's: the tokens in the order of the merges."""
-    import tiktoken
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     reference = ByteLevelBPETokenizer()
@@ -101,6 +103,45 @@ def test_a_vocabulary_of_tiktokens_gives_the_ids_of_another_implementation(docum
         assert vocabulary.encode(document) == reference.encode(document).ids
     ours, theirs = (json.loads(library.to_str())['model'] for library in (vocabulary.to_huggingface(), reference))
     assert len(ours['merges']) == 700 - 256 and ours['merges'] == theirs['merges']
+
+
+@pytest.mark.parametrize('name', ['r50k_base', 'cl100k_base', 'o200k_base', 'bpe:300'])
+def test_a_long_text_is_cut_where_that_changes_no_id(name: str, small_encoding: 'tiktoken.Encoding',
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of every kind of neighbours, cut as often as it may be, with the patterns that tiktoken publishes."""
+    published, ranks = importlib.import_module('tiktoken_ext.openai_public'), small_encoding._mergeable_ranks
+    draw = random.Random(1)
+    vocabulary = make('bpe:300')
+    if name != 'bpe:300':
+        monkeypatch.setattr(published, 'load_tiktoken_bpe', lambda *_, **__: ranks)  # no download
+        pattern = getattr(published, name)()['pat_str']
+        vocabulary = tokenizer.Tiktoken(
+            tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}))
+    characters = " \n\t\r\u00a0\u3000\x1cab'sSL1é日🙂-./"
+    texts = [''.join(draw.choices(characters, [12] + [1] * (len(characters) - 1), k=60)) for _ in range(500)]
+    whole = [vocabulary.encode(text) for text in texts]
+    monkeypatch.setattr(tokenizer, 'PART', 1)
+    assert sum(len(list(tokenizer.parts_of(text))) for text in texts) > 3000, 'they are cut'
+    assert [vocabulary.encode(text) for text in texts] == whole
+    assert [ids.tolist() for ids in vocabulary.encode_batch(texts)] == whole
+    assert [vocabulary.decode(ids) for ids in whole] == texts
+
+
+@pytest.mark.parametrize('spec', ['gpt2', 'bpe:300'])
+@pytest.mark.usefixtures('gpt2_stand_in')
+def test_no_run_of_characters_is_too_long(spec: str) -> None:
+    vocabulary = make(spec)
+    for text in (' ' * 1_100_000 + 'x', 'a ' + 'b' * 1_100_000):
+        assert vocabulary.decode(vocabulary.encode(text)) == text
+
+
+def test_a_vocabulary_learns_from_parts_of_endless_words(tiny_text: str) -> None:
+    """A word of 300,000 letters takes minutes as a whole."""
+    letters = ''.join(random.Random(1).choices('ACGT', k=300_000))
+    assert sum(set(piece) <= set(b'ACGT') for piece in make('bpe:700', texts=[letters]).pieces) > 400
+    make('bpe:300', texts=[' ' * 300_000])
+    words = [word for word in tiny_text.split(' ') if word]
+    assert list(tokenizer.without_long_words(tiny_text)) == [tiny_text], f'{max(map(len, words))} characters at most'
 
 
 def test_gpt2_has_the_published_ids(tiktoken_cache: Path, shared_data: Path) -> None:

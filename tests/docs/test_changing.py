@@ -92,7 +92,7 @@ def test_the_changes_work_together(tmp_path: Path, run_script: Callable[..., Com
     prepare.parent.mkdir(parents=True)
     lines = PAGE.partition('## 7.')[2].partition('```python\n')[2].partition('```')[0]
     prepare.write_text(CORPUS + lines, encoding='utf-8')
-    assert 'wrote train.bin, val.bin and meta.json' in run_script(str(prepare), cwd=tmp_path).stdout
+    assert 'wrote train.bin, val.bin, checksums.npz and meta.json' in run_script(str(prepare), cwd=tmp_path).stdout
 
     settings = {'dataset': 'new', 'out_dir': tmp_path / 'out', 'n_layer': 1, 'n_head': 2, 'n_embd': 16,
                 'block_size': 16, 'batch_size': 2, 'gradient_accumulation_steps': 2, 'eval_interval': 4,

@@ -50,6 +50,8 @@ RUN = {
     f'{DEFAULT} --overwrite=True': Run(TRAIN, r'\n=== step 3 ===\n'),
     f'{DEFAULT} --init_from=auto': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
     '.venv/bin/python sample.py --out_dir=out-stdlib --start="def main("': Run(SAMPLE, r'(?m)^def main\('),
+    '.venv/bin/python sample.py --out_dir=out-stdlib --interactive=True':
+        Run('--max_new_tokens=5 < .gitignore', r'(?s)(?:\n-{15}\n.*){9}'),
     'python export.py --out_dir=out-stdlib --to=hf': Run('', r' out-stdlib/hf/model\.safetensors\n(?s:.*)\nnext:\n'),
     'python export.py --out_dir=out-stdlib --to=gguf': Run('', r' out-stdlib/gguf/model\.gguf\n(?s:.*)ollama create'),
     'python export.py --out_dir=out-stdlib --to=llmc': Run('', r' out-stdlib/llmc/model\.bin\n(?s:.*)train_gpt2cu'),
@@ -105,8 +107,8 @@ EXCEPTIONS = {
     'python train.py config/train_gpt2.py --device=cuda': 'a GPU',
     'torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py': 'a GPU',
     'torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py': 'a GPU',
-    'torchrun --standalone --nproc_per_node=gpu --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=120 '
-    'train.py config/train_gpt2.py --init_from=auto': 'a GPU',
+    'torchrun --standalone --nproc_per_node=gpu --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 '
+    '--shutdown-timeout=120 train.py config/train_gpt2.py --init_from=auto': 'a GPU',
     **{f'torchrun --nnodes=2 {more} train.py config/train_gpt2.py': 'a cluster' for more in (
         '--node_rank=0 --nproc_per_node=8 --master_addr=HOST', '--node_rank=1 --nproc_per_node=8 --master_addr=HOST',
         '--nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500')},
@@ -280,12 +282,15 @@ def names_read(sources: list[str]) -> set[str]:
 
 
 FAULTS = {  # what holds each row of the table of faults, in tests/
-    'SIGTERM, SIGUSR1, Ctrl-C': 'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on',
+    'SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGQUIT, Ctrl-C':
+        'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on',
     'a second Ctrl-C': 'test_watch.test_a_second_interrupt_leaves_at_once',
     'the output has no reader any more, as when Ctrl-C ends `tee` too':
         'test_watch.test_a_closed_output_is_a_reason_to_save',
+    'the terminal is closed (SIGHUP), without `nohup`':
+        'test_watch.test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwise',
     '`--max_hours` are over': 'test_watch.test_a_run_ends_when_its_time_is_over',
-    'SIGKILL at any moment, also while saving': 'test_kills.test_twenty_kills_change_nothing',
+    'SIGKILL at any moment, also while saving or uploading': 'test_kills.test_twenty_kills_change_nothing',
     'a process dies, freezes or hangs': 'test_watch.test_a_process_that_is_lost_is_named_and_the_others_end',
     'a process fails': 'test_watch.test_what_ends_one_process_is_said_by_the_others',
     'torchrun dies on one of two machines':
@@ -295,13 +300,24 @@ FAULTS = {  # what holds each row of the table of faults, in tests/
     'every checkpoint is damaged': 'test_watch.test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over',
     'the disk is full': 'test_watch.test_a_full_disk_ends_the_run_and_leaves_what_was_saved',
     'the disk would become full': 'test_watch.test_a_run_that_would_fill_the_disk_does_not_begin',
+    '`out_dir` is deleted': 'test_watch.test_a_folder_that_is_deleted_under_a_run_is_made_again',
+    '`out_dir` may not be written to, a name is too long, too many files are open':
+        'test_errors.test_what_else_the_system_refuses_is_no_damage_and_no_full_disk',
     'a loss or gradient that is not finite':
         'test_watch.test_an_infinite_loss_on_one_of_two_processes_skips_the_step_on_both',
     'ten of them in a row': 'test_watch.test_ten_steps_in_a_row_that_are_not_finite_end_the_run',
     'memory runs out': 'test_watch.test_a_batch_that_is_too_large_is_answered_with_the_settings_that_fit',
     'the corpus has changed since': 'test_train.test_a_resume_on_another_corpus_is_refused_unless_asked_for',
+    'the corpus is damaged':
+        'test_train.test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damaged_ends_the_run',
     'the corpus shrinks while it is read': 'test_folder.test_a_file_that_shrinks_while_it_is_read_ends_in_a_message',
+    'a second run in the same `out_dir`, such as a requeued job whose predecessor lives':
+        'test_watch.test_of_two_runs_in_one_folder_the_second_waits_for_the_first',
     'two machines do not share `out_dir`': 'test_watch.test_processes_that_do_not_share_a_folder_are_told_so',
+    'processes with different settings, sources or versions of torch':
+        'test_meeting.test_processes_with_different_settings_or_sources_are_all_refused',
+    'processes that do not meet within `--start_timeout`; another run at their address':
+        'test_meeting.test_a_process_that_does_not_meet_the_others_ends_with_code_8_in_every_phase',
     'an upload fails': 'test_watch.test_an_upload_that_fails_is_seen_and_does_not_end_the_run',
     'any file that is read is damaged, or holds what it should not':
         'test_damage.test_a_damaged_file_of_any_kind_is_refused_or_read_as_it_was',

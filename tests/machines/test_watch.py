@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import pty
 import re
 import resource
 import shutil
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,12 @@ RUN = 'errors.run(train.main)'
 ALONE = 'import train; from plaingpt import errors; ' + RUN
 JOINING = """import train
 from plaingpt import errors
-from plaingpt.machines import processes
-join = processes.join
+from plaingpt.machines import meeting
+join = meeting.join
 def joining(*arguments):
     print('joining', flush=True)
     return join(*arguments)
-processes.join = joining
+meeting.join = joining
 """
 
 
@@ -157,9 +159,9 @@ def is_halted(pid: int) -> bool:
 @pytest.mark.slow
 def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(start: Start, tmp_path: Path,
                                                                          tiny_dataset: Path) -> None:
-    """All three signals one after the other; the run is then what it would have been without any."""
+    """All signals one after the other; the run is then what it would have been without any."""
     stopped, long = tmp_path / 'stopped', {'max_iters': 200, 'lr_decay_iters': 200, 'eval_interval': 100}
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGINT, signal.SIGQUIT):
         process = start('-c', SLOWLY + RUN, *arguments(stopped, tiny_dataset, **long))
         wait_for(process, 'iter ')
         process.send_signal(number)
@@ -235,6 +237,25 @@ def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_
     assert process.wait(PATIENT) == errors.STOPPED
     assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] > 0
     assert status_of(tmp_path)['state'] == 'stopped'
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwise(tmp_path: Path,
+                                                                                  tiny_dataset: Path) -> None:
+    """A real terminal: its session gets SIGHUP, and what it prints to has no reader any more."""
+    codes = {}
+    for name, command in (('hung up', []), ('nohup', ['nohup'])):
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [*command, sys.executable, '-c', SLOWLY + RUN, *arguments(tmp_path / name, tiny_dataset, max_iters=40)],
+            cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, preexec_fn=partial(os.login_tty, theirs))
+        os.close(theirs)
+        wait_until((tmp_path / name / 'ckpt.pt').exists, 'a checkpoint')
+        os.close(ours)
+        codes[name] = process.wait(PATIENT)
+    assert codes == {'hung up': errors.STOPPED, 'nohup': errors.DONE}
+    assert status_of(tmp_path / 'hung up')['state'] == 'stopped'
+    assert checkpoint.load(tmp_path / 'nohup/ckpt.pt')['iter_num'] == 40
 
 
 @pytest.mark.usefixtures('no_pictures')
@@ -413,6 +434,45 @@ def test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goe
     assert '2 processes' in ''.join(outputs)
 
 
+@pytest.mark.slow
+def test_a_process_that_has_finished_is_not_lost_while_the_main_one_plots_and_saves(start: Start, tmp_path: Path,
+                                                                                   tiny_dataset: Path) -> None:
+    """The last picture and the last checkpoint take longer than a process may be silent."""
+    slow_end = """import os, time, train
+from plaingpt import errors
+from plaingpt.run.log import Log
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(9 if 'ckpt' in os.readlink(f'/proc/self/fd/{file}') else 0), fsync(file))
+Log.plot = lambda log: time.sleep(9 if log.folder else 0)
+"""
+    both = start_two(start, slow_end + RUN, tmp_path, tiny_dataset, eval_interval=12, timeout=3)
+    printed = [end_of(process) for process in both]
+    assert [process.returncode for process in both] == [errors.DONE] * 2, printed
+    assert status_of(tmp_path)['state'] == 'done'
+
+
+@pytest.mark.slow
+def test_of_two_runs_in_one_folder_the_second_waits_for_the_first(start: Start, tmp_path: Path,
+                                                                  tiny_dataset: Path) -> None:
+    """A requeued job whose predecessor still lives, of two processes and of one; then the predecessor is killed."""
+    shared, long = tmp_path / 'shared', {'max_iters': 60, 'lr_decay_iters': 60, 'eval_interval': 20}
+    first = start('-c', SLOWLY.replace('0.1', '2 if os.path.exists(sys.argv[1].partition("=")[2] + "/ckpt.pt") else 0')
+                  + RUN, f'--out_dir={shared}', *arguments(shared, tiny_dataset, **long))
+    wait_for(first, 'iter 21')
+    both = start_two(start, ALONE, shared, tiny_dataset, start_timeout=3, **long)
+    printed = [end_of(process) for process in both]
+    assert [process.returncode for process in both] == [errors.PEER_LOST] * 2, printed
+    assert f'{shared} belongs to process {first.pid} on ' in printed[0]
+    assert first.poll() is None, 'it goes on'
+    third = start('-c', ALONE, *arguments(shared, tiny_dataset, **long))
+    wait_for(third, f'belongs to process {first.pid}')
+    first.kill()
+    assert 'resuming at step 20' in end_of(third)
+    assert third.returncode == errors.DONE
+    train.main(arguments(tmp_path / 'whole', tiny_dataset, **long))
+    assert_same_run(shared, tmp_path / 'whole')
+
+
 # ------------------------------------------------------------------------------------------------
 # What is not finite
 
@@ -471,10 +531,10 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(monkeypatch: pytest.
 @pytest.mark.usefixtures('no_pictures')
 def test_the_text_on_which_the_loss_is_not_finite_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                            tiny_dataset: Path, tiny_text: str) -> None:
-    """One position has an embedding that overflows: every window has a loss that is not finite."""
+    """One position has an embedding whose square overflows: every window has a loss that is not finite."""
     train.main(arguments(tmp_path, tiny_dataset, max_iters=4))
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
-    state['model']['transformer.wpe.weight'][3] = math.inf
+    state['model']['transformer.wpe.weight'][3, ::2] = 1e30
     torch.save(state, tmp_path / 'ckpt.pt')
     with pytest.raises(errors.UserError, match='10 steps in a row') as caught:
         train.main(arguments(tmp_path, tiny_dataset, max_iters=100, eval_interval=50))
@@ -585,11 +645,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures('no_pictures')
-def test_what_a_kill_left_half_written_is_removed(tmp_path: Path, tiny_dataset: Path) -> None:
-    for name in ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp'):
+def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path: Path, tiny_dataset: Path) -> None:
+    left = ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp', 'ckpt.pt.0a1b2c3d.tmp', '.best.pt.0a1b2c3d.uploading',
+            '.ckpt.pt.0a1b2c3d.uploading.tmp')
+    foreign = ('thesis.tmp', 'ckpt.pt.old.tmp', '.mine.uploading', 'ckpt-mine.pt', 'ckpt.final.pt', 'my best.pt')
+    for name in (*left, *foreign):
         (tmp_path / name).write_bytes(b'half')
-    train.main(arguments(tmp_path, tiny_dataset))
-    assert not list(tmp_path.glob('*.tmp')) + list(tmp_path.glob('*new*'))
+    upload_to = (tmp_path / 'elsewhere').as_uri()  # which removes old copies
+    train.main(arguments(tmp_path, tiny_dataset, init_from='scratch', overwrite=True, upload_to=upload_to))
+    assert {path.name for path in tmp_path.iterdir()} & {*left, *foreign} == {*foreign}
 
 
 @pytest.mark.usefixtures('no_pictures')
@@ -662,7 +726,43 @@ def test_a_disk_that_has_no_room_for_a_row_is_full_in_one_line(tmp_path: Path, t
     result = subprocess.run([sys.executable, 'train.py', *arguments(tmp_path, tiny_dataset, eval_interval=1000)],
                             cwd=ROOT, preexec_fn=with_limit, capture_output=True, text=True, check=False)
     assert result.returncode == errors.DISK_FULL, result.stdout[-2000:] + result.stderr[-2000:]
-    assert result.stderr.startswith('the disk is full'), result.stderr
+    assert 'metrics.jsonl: the disk is full' in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('eval_interval', [1000, 1], ids=['while a row is written', 'while a checkpoint is written'])
+def test_status_has_the_exit_code_though_the_disk_is_full(start: Start, tmp_path: Path, tiny_dataset: Path,
+                                                          eval_interval: int) -> None:
+    """A real file system in memory, without one free byte from the moment at which the run is in its steps."""
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2M', 'tmpfs', str(tmp_path)], capture_output=True,
+                             text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f'mounts a file system: {mounted.stderr}')
+    try:
+        process = start('-c', SLOWLY + RUN, *arguments(tmp_path / 'run', tiny_dataset, max_iters=1000,
+                                                       eval_interval=eval_interval))
+        wait_for(process, 'iter 3')
+        filled = subprocess.run(['dd', 'if=/dev/zero', f'of={tmp_path}/more'], capture_output=True, text=True)
+        assert 'No space left' in filled.stderr
+        printed = end_of(process)
+        status = status_of(tmp_path / 'run')
+    finally:
+        subprocess.run(['umount', '--lazy', str(tmp_path)], check=True)
+    assert process.returncode == errors.DISK_FULL, printed
+    assert (status['state'], status['exit_code']) == ('failed', errors.DISK_FULL)
+    assert 'is not written' not in printed and 'Traceback' not in printed
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_deleted_under_a_run_is_made_again(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    process = start('-c', SLOWLY + RUN, *arguments(tmp_path / 'run', tiny_dataset, max_iters=40, sample_interval=8,
+                                                   upload_to=(tmp_path / 'elsewhere').as_uri()))
+    wait_for(process, 'iter 9')
+    shutil.rmtree(tmp_path / 'run', ignore_errors=True)
+    printed = end_of(process)
+    assert process.returncode == errors.DONE, printed
+    assert checkpoint.load(tmp_path / 'run/ckpt.pt')['iter_num'] == rows_of(tmp_path / 'run')[-1]['step'] == 40
+    assert (status_of(tmp_path / 'run')['state'], status_of(tmp_path / 'run')['not_uploaded']) == ('done', [])
 
 
 @pytest.mark.usefixtures('no_pictures')
@@ -677,7 +777,7 @@ def test_what_goes_wrong_behind_training_ends_the_run(monkeypatch: pytest.Monkey
         raise ArithmeticError('planted')
 
     monkeypatch.setattr({'link': files, 'write': checkpoint}[what], what, {'link': fail, 'write': surprise}[what])
-    with pytest.raises((errors.UserError, ArithmeticError), match='planted'):
+    with pytest.raises((errors.UserError, ArithmeticError), match=r'the disk is full|planted'):
         train.main(arguments(tmp_path, tiny_dataset))
     assert status_of(tmp_path)['state'] == 'failed'
 
@@ -707,7 +807,7 @@ def test_processes_that_do_not_share_a_folder_are_told_so(start: Start, tmp_path
     for process in both:
         printed = end_of(process)
         assert process.returncode == errors.COMMAND, printed
-        assert 'process 0 has found the checkpoint of step 4, and process 1 none\nout_dir must be one folder' in printed
+        assert 'checkpoint of step: 4 on process 0, none on process 1\nout_dir must be one folder' in printed
 
 
 @pytest.mark.usefixtures('no_pictures')

@@ -2,15 +2,21 @@
 import dataclasses
 import os
 import random
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 import train
@@ -139,7 +145,8 @@ def their_run(folder: Path, corpus: token_files.TokenFile, bias: bool) -> tuple[
         'model': {f'_orig_mod.{name}': weight for name, weight in weights.items()}, 'optimizer': optimizer.state_dict(),
         'model_args': model_args, 'iter_num': 3, 'best_val_loss': torch.tensor(4.25),
         'config': {'out_dir': 'out', 'dataset': 'tiny', 'eval_interval': 2000, 'init_from': 'scratch', 'dropout': 0.0,
-                   'bias': bias, 'learning_rate': 1e-2, 'device': 'cuda', 'dtype': 'bfloat16', 'compile': True},
+                   'gradient_accumulation_steps': 1, 'batch_size': 4, 'block_size': 16, 'bias': bias,
+                   'learning_rate': 1e-2, 'device': 'cuda', 'dtype': 'bfloat16', 'compile': True},
     }, folder / 'ckpt.pt')
     return model, optimizer
 
@@ -220,16 +227,70 @@ def test_our_checkpoint_is_one_of_nanogpts(tmp_path: Path, corpus: token_files.T
     assert len(optimizer.state) == len(list(theirs.parameters()))
 
 
-def test_prefixes_are_stripped_in_any_order_and_only_in_front(ours: Path, tmp_path: Path) -> None:
+def test_what_wrappers_put_into_the_names_of_weights_is_taken_out(ours: Path, tmp_path: Path) -> None:
     state = torch.load(ours)
     clean = checkpoint.load(ours)['model']
-    for prefix in ('', '_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.'):
+    for prefix in ('', '_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.', '_fsdp_wrapped_module.'):
         weights = {prefix + name: weight for name, weight in state['model'].items()}
         torch.save(state | {'model': weights}, tmp_path / 'a')
         assert not differences(checkpoint.load(tmp_path / 'a')['model'], clean)
-    odd = {'transformer.module.x': torch.ones(1), 'transformer._orig_mod.y': torch.ones(1)}
-    torch.save(state | {'model': clean | odd}, tmp_path / 'a')
-    assert checkpoint.load(tmp_path / 'a')['model'].keys() == clean.keys() | odd.keys()
+    for inside in ('_orig_mod.', '_checkpoint_wrapped_module.', '_orig_mod._checkpoint_wrapped_module.'):
+        weights = {re.sub(r'(h\.\d+\.)', rf'\1{inside}', name): weight for name, weight in state['model'].items()}
+        torch.save(state | {'model': weights}, tmp_path / 'a')
+        assert not differences(checkpoint.load(tmp_path / 'a')['model'], clean)
+
+
+def test_a_tied_file_needs_no_head_and_one_that_differs_is_kept(ours: Path, tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    """As nanoGPT's own files tie, and those of its forks may not: neither says it."""
+    state, path = torch.load(ours), tmp_path / 'a'
+    state['config'] = {}
+    head = state['model'].pop('lm_head.weight')
+    torch.save(state, path)
+    assert open_model(str(path))[0].config.tie_weights
+    state['model']['lm_head.weight'] = head.clone()
+    torch.save(state, path)
+    assert open_model(str(path))[0].config.tie_weights
+    assert 'its head differs' not in capsys.readouterr().err
+    for says in ({}, {'tie_weights': True}, {'tie_weights': False}):
+        state['model']['lm_head.weight'] = head + 1
+        state['config'] = says
+        torch.save(state, path)
+        model, _ = open_model(str(path))
+        assert not model.config.tie_weights
+        assert torch.equal(model.lm_head.weight, head + 1)
+        assert (f'{path}: its head differs' in capsys.readouterr().err) == (says != {'tie_weights': False})
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_are_trained_in_float32_whatever_their_file_has(ours: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = torch.load(ours)
+    state['model'] = {name: p.to(dtype) for name, p in state['model'].items()}
+    torch.save(state, tmp_path / 'a')
+    for name, p in open_model(str(tmp_path / 'a'))[0].state_dict().items():
+        assert p.dtype == torch.float32
+        assert torch.equal(p, state['model'][name].float())
+
+
+def test_numbers_of_numpy_in_a_checkpoint_are_numbers(ours: Path, tmp_path: Path) -> None:
+    state = torch.load(ours) | {'best_val_loss': np.float64(2.5), 'iter_num': np.int64(7)}
+    state['config'] |= {'learning_rate': np.float32(0.5)}
+    torch.save(state, tmp_path / 'a')
+    loaded = checkpoint.load(tmp_path / 'a')
+    assert (loaded['best_val_loss'], loaded['iter_num'], loaded['config']['learning_rate']) == (2.5, 7, 0.5)
+    assert [type(loaded[name]) for name in ('best_val_loss', 'iter_num')] == [float, int]
+
+
+def test_other_formats_are_named_with_the_way_in(ours: Path, tmp_path: Path) -> None:
+    state, old = torch.load(ours), tmp_path / 'old.pt'
+    torch.save(state, old, _use_new_zipfile_serialization=False)
+    message = refused(checkpoint.load, old, code=errors.CHECKPOINT)
+    assert "PyTorch's format of before 1.6" in message
+    command = message.splitlines()[1]
+    subprocess.run(shlex.split(command.replace(command.split(' -c ')[0], sys.executable)), check=True)
+    assert not differences(checkpoint.load(tmp_path / 'old.new.pt')['model'], checkpoint.load(ours)['model'])
+    save_file({name: p for name, p in state['model'].items() if name != 'lm_head.weight'}, tmp_path / 'a.safetensors')
+    assert 'is a safetensors file' in refused(checkpoint.load, tmp_path / 'a.safetensors', code=errors.CHECKPOINT)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -239,7 +300,8 @@ def test_prefixes_are_stripped_in_any_order_and_only_in_front(ours: Path, tmp_pa
 def test_a_checkpoint_holds_tensors_and_plain_values_and_nothing_else(ours: Path) -> None:
     state = torch.load(ours, weights_only=True)
     assert state.keys() == {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer',
-                            'scaler', 'wandb_run_id', 'data', 'versions', 'best', 'skipped'}
+                            'scaler', 'wandb_run_id', 'data', 'versions', 'best', 'skipped', 'windows',
+                            'windows_before', 'tokens'}
     for name, value in leaves(state):
         assert type(value) in (Tensor, str, int, float, bool, bytes, type(None)), name
         assert not isinstance(value, Tensor) or value.device.type == 'cpu'
@@ -402,7 +464,7 @@ NAN = torch.tensor(float('nan'))
 WRONG: list[tuple[str, Any, str]] = [
     ('iter_num', '7', "iter_num is '7'"), ('iter_num', -1, 'iter_num is -1'),
     ('model_args.n_head', None, 'model_args.n_head is None'), ('model_args.n_head', 3, 'multiple of n_head=3'),
-    ('model_args.n_layer', 10**8, 'too few for n_layer=100000000'), ('model_args.n_embd', 2**40, 'n_embd is'),
+    ('model_args.n_layer', 10**4, 'too few for n_layer=10000'), ('model_args.n_embd', 2**40, 'n_embd is'),
     ('model_args.vocab_size', True, 'vocab_size is True'), ('model_args.dropout', 'x', "dropout is 'x'"),
     ('config', [1], 'config is of the type list'), ('config.keep', torch.ones(9), "config['keep'] is of the type"),
     ('config.dataset', 3, 'dataset'), ('config.dataset', '\udfff', 'dataset'), ('config.gelu', 'relu', 'config.gelu'),

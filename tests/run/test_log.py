@@ -154,7 +154,7 @@ def test_no_sample_steers_the_terminal_or_breaks_a_narrow_encoding(
     console = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(console, encoding='ascii'))
     open_logger(tmp_path).sample(3, 'é\x1b[2J\x07\ttab\r\nend')
-    assert console.getvalue() == b'=== step 3 ===\n??[2J?\ttab\r\nend\n'
+    assert console.getvalue() == b'=== step 3 ===\n\\xe9\\x1b[2J\\x07\ttab\r\nend\n'
 
 
 def test_status_says_how_the_run_ended(tmp_path: Path) -> None:
@@ -349,6 +349,17 @@ def heights(pixels: NDArray[np.int64], colour: tuple[int, int, int], columns: sl
     return np.nonzero(np.abs(pixels[60:520, columns] - colour).sum(axis=2) < 40)[0]
 
 
+def test_a_backend_that_is_not_installed_does_not_stop_the_picture(tmp_path: Path) -> None:
+    program = ('import sys\nfrom pathlib import Path\nfrom plaingpt.run.log import Log\n'
+               'with Log(Path(sys.argv[1]), True, 0, 2) as log:\n'
+               '    log.row(0, loss=2.0)\n    log.row(1, loss=1.0)\n    log.plot()\n')
+    for backend in ('module://matplotlib_inline.backend_inline', 'nonsense'):
+        result = subprocess.run([sys.executable, '-c', program, str(tmp_path / backend[:6])], cwd=ROOT, text=True,
+                                env={**os.environ, 'MPLBACKEND': backend}, capture_output=True, check=True)
+        assert result.stdout == ''
+        assert (tmp_path / backend[:6] / 'loss.png').exists()
+
+
 def test_the_picture_shows_the_losses_of_all_runs_in_a_folder(tmp_path: Path) -> None:
     with open_logger(tmp_path) as log:
         for step in range(500):
@@ -428,7 +439,8 @@ def run_with_wandb(folder: Path, first: int, last: int, before: str = '', **envi
     home = {'HOME': str(folder), 'NETRC': str(folder / 'netrc')}
     code = before + RUN.replace('SETTINGS', repr(SETTINGS))
     result = subprocess.run(
-        [sys.executable, '-c', code, str(folder / 'out'), str(first), str(last)], cwd=ROOT, stdin=slave,
+        [sys.executable, '-c', code, str(folder / 'out'), str(first), str(last), '--a=s3://leak-5@host/a?b=leak-6'],
+        cwd=ROOT, stdin=slave,
         capture_output=True, text=True, encoding='utf-8', timeout=PATIENT, env=surroundings | home | environment,
     )
     os.close(slave)

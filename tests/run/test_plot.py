@@ -40,6 +40,23 @@ def test_hellaswag_stands_beside_the_losses_against_tokens() -> None:
         assert image.format == 'PNG' and image.width == 2100
 
 
+def test_the_axis_of_tokens_bends_where_the_batch_has_changed() -> None:
+    columns = columns_of('hellaswag_acc_norm', 0.31)
+    steps = columns['step'] + 1
+    columns['tokens'] = TOKENS * np.where(steps < 5000, steps, 5000 + 4 * (steps - 5000))
+    for name in ('tokens', 'loss'):
+        columns[name][-1] = np.nan  # only an evaluation was made there
+    figure = plot.picture(columns, 'out-gpt2')
+    losses, *_, panel = figure.axes
+    figure.draw_without_rendering()
+    above = losses.child_axes[0]
+    for step, tokens in ((0, 0), (4000, 4000), (5000, 5000), (6000, 9000), (12250, 5000 + 4 * 7250)):
+        place = above.transData.transform((tokens * TOKENS, 0))[0]
+        assert place == pytest.approx(losses.transData.transform((step, 0))[0], abs=1), 'pixels'
+    curve = np.asarray(panel.lines[-1].get_xydata())
+    assert curve[:, 0] / TOKENS == pytest.approx([0, 2500, 5000, 15000, 25000], abs=4)
+
+
 @pytest.mark.parametrize(('last', 'highest'), [(0.26, 'GPT-3 125M'), (0.31, 'GPT-2 355M'), (0.56, 'GPT-3 1.3B')])
 def test_the_published_figures_are_lines_up_to_the_next_two_above(last: float, highest: str) -> None:
     figures = {name: row['acc_norm'] for name, row in PUBLISHED['hellaswag_completion'].items()}

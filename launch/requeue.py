@@ -1,0 +1,55 @@
+"""
+Whether a Slurm job starts again that has lost a process: with code 8, or with 128 + n if signal n has killed one. It
+does if the run has come further than at its last such end, and three times even if it has not. Exit code 0 means yes.
+
+    python launch/requeue.py CODE [what train.py was given]
+"""
+import io
+import os
+import sys
+from contextlib import redirect_stdout
+from json import dumps
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import configurator
+import train
+from plaingpt import console, errors, files
+
+TRIES = 3
+
+
+def is_loss(code: int) -> bool:
+    """Return whether the code is that of a lost process, and not of one that its user ended."""
+    return code == errors.PEER_LOST or (code > 128 and code not in (errors.INTERRUPTED, errors.BROKEN_PIPE))
+
+
+def count_tries(folder: Path, job: str) -> tuple[int, int]:
+    """Return at which step the run in this folder has ended, and how often this job has now ended without having come
+    further, which is kept in requeued.json."""
+    path = folder / 'requeued.json'
+    status, before = (files.read_json(file) or {} for file in (folder / 'status.json', path))
+    step, tries = int(status.get('step', -1)), 1
+    if before.get('job') == job:
+        tries = 0 if step > before['step'] else before['tries'] + 1
+    folder.mkdir(parents=True, exist_ok=True)
+    with files.written_whole(path) as file:
+        file.write(dumps({'job': job, 'step': step, 'tries': tries}).encode() + b'\n')
+    return step, tries
+
+
+def main(args: list[str]) -> None:
+    code = int(args[0])
+    if not is_loss(code):
+        sys.exit(1)
+    with redirect_stdout(io.StringIO()):  # train.py has said all of it
+        configurator.configure(train, args[1:])
+    step, tries = count_tries(Path(train.out_dir), os.environ['SLURM_JOB_ID'])
+    console.say(f'exit code {code} at step {step}: the job {"starts again" if tries <= TRIES else "ends"}, after '
+                f'{tries} {"end" if tries == 1 else "ends"} without progress')
+    sys.exit(tries > TRIES)
+
+
+if __name__ == '__main__':
+    errors.run(main)

@@ -1,0 +1,222 @@
+"""How the processes of a run find each other: what torchrun, mpirun and srun tell them, and where they meet."""
+import ipaddress
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch.distributed as dist
+
+from plaingpt import console
+from plaingpt.errors import PEER_LOST, UserError
+
+T = TypeVar('T')
+
+
+class Launcher(NamedTuple):
+    """The variables of a program that starts processes."""
+
+    names: tuple[str, str, str]  # of the rank, the rank on this machine, and the number of processes
+    run: tuple[str, ...]  # which together differ from those of any other run
+
+
+RANKS = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
+ALL = (*RANKS, 'MASTER_ADDR', 'MASTER_PORT')  # what torchrun gives each process
+# mpirun may run in a step of Slurm, and torchrun in either: the first that fits has started this process. Restarts are
+# not among torchrun's variables here, as its machines may have counted them differently.
+LAUNCHERS = {
+    'torchrun': Launcher(RANKS, ('TORCHELASTIC_RUN_ID',)),
+    'mpirun': Launcher(('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_SIZE'),
+                       ('PMIX_NAMESPACE',)),
+    'srun': Launcher(('SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_STEP_NUM_TASKS'),
+                     ('SLURM_JOB_ID', 'SLURM_STEP_ID', 'SLURM_RESTART_COUNT')),
+}
+FIRST_PORT, PORTS = 20000, 12000  # below those that systems hand out themselves
+PAUSE = 0.5  # seconds between two attempts to reach a machine
+SIOCGIFADDR = 0x8915  # Linux: which address has this interface?
+
+
+class Launch(NamedTuple):
+    """A process as its launcher sees it."""
+
+    variables: dict[str, str]  # under torchrun's names
+    run: str  # what tells this run from all others
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch | None:
+    """Return what the launcher of this process says; None for a process that trains alone. Raises UserError if a part
+    of it is missing, or makes no sense."""
+    several = [name for name, launcher in LAUNCHERS.items() if environment.get(launcher.names[2], '1') != '1']
+    name = 'torchrun' if environment.keys() & set(RANKS) else next(iter(several), '')
+    if not name:
+        return None
+    launcher, found = LAUNCHERS[name], {key: environment[key] for key in ALL if key in environment}
+    found |= {key: environment[variable] for key, variable in zip(RANKS, launcher.names, strict=True)
+              if variable in environment}
+    run = f'{name} {".".join(environment.get(part, "0") for part in launcher.run)}'
+    if name == 'srun':
+        found = {'MASTER_ADDR': first_host(environment.get('SLURM_STEP_NODELIST', 'localhost')),
+                 'MASTER_PORT': port_of(run)} | found
+    elif name == 'mpirun' and environment.get('OMPI_COMM_WORLD_LOCAL_SIZE') == environment['OMPI_COMM_WORLD_SIZE']:
+        found = {'MASTER_ADDR': 'localhost', 'MASTER_PORT': port_of(run)} | found
+    if missing := ', '.join(key for key in ALL if key not in found):
+        remedy = ('mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500, with the name of the first machine, passes them on'
+                  if name == 'mpirun' else f'start the processes with torchrun, which sets all of them, or unset '
+                  f'{", ".join(RANKS)} to train alone\n(with one process on each machine, LOCAL_RANK is 0)')
+        raise UserError(f'the environment of this process has {", ".join(found)}, and lacks {missing}\n{remedy}')
+    for key in (*RANKS, 'MASTER_PORT'):
+        if not found[key].isdecimal():
+            raise UserError(f'{key}={found[key]} must be a whole number: torchrun sets it')
+    if not (int(found['RANK']) < int(found['WORLD_SIZE']) and 0 < int(found['MASTER_PORT']) < 2**16):
+        raise UserError(f'RANK={found["RANK"]} must be below WORLD_SIZE={found["WORLD_SIZE"]}, and MASTER_PORT='
+                        f'{found["MASTER_PORT"]} from 1 to 65535')
+    return Launch(found, f'{run}, {found["WORLD_SIZE"]} processes')
+
+
+def first_host(nodes: str) -> str:
+    """rack[0-1]-n[07-09,12],login -> rack0-n07: where Slurm starts process 0."""
+    first = re.match(r'(?:[^,\[]|\[[^]]*])*', nodes)
+    return re.sub(r'\[(\w+)[^]]*]', r'\1', first[0] if first else nodes)
+
+
+def port_of(run: str) -> str:
+    """Return the port where a run meets: the same on all its machines, and hardly ever that of another run."""
+    return str(FIRST_PORT + zlib.crc32(run.encode()) % PORTS)
+
+
+def why_alone(environment: Mapping[str, str]) -> str:
+    """Return what a process should say that trains alone in a Slurm job of several tasks."""
+    n_tasks = environment.get('SLURM_NTASKS', '1')
+    return '' if n_tasks == '1' else f'; alone, as srun, which starts the {n_tasks} tasks of a job, did not start it'
+
+
+def end_now(last_words: UserError) -> None:
+    """End the process from a thread, while the main one waits in C++ for another process."""
+    with suppress(OSError):
+        console.write(f'{last_words}\n', sys.stderr)
+    os._exit(last_words.code)
+
+
+class Deadline:
+    """The time by which a process must have met the others. C++ that waits for them heeds no time-out in some places,
+    and in others counts anew, so a thread ends the process."""
+
+    def __init__(self, seconds: float, complaint: str) -> None:
+        self.seconds, self.complaint, self.reason = seconds, complaint, ''
+        self.timer = threading.Timer(seconds, lambda: end_now(self.failure()))
+        self.timer.daemon = True
+
+    def failure(self) -> UserError:
+        return UserError(f'{self.complaint} in {self.seconds:.0f} s: {self.reason}\nwere all of them started (with '
+                         'Slurm: srun python train.py), and can they reach that address?', PEER_LOST)
+
+    def insist(self, attempt: Callable[[], T]) -> T:
+        """Return what succeeds at last: another machine may not be ready yet, or not even have a name."""
+        while True:
+            try:
+                return attempt()
+            except OSError as error:
+                self.reason = error.strerror or str(error)
+                time.sleep(PAUSE)
+
+
+@contextmanager
+def deadline(seconds: float, complaint: str) -> Iterator[Deadline]:
+    """Yield a deadline that counts until the block ends."""
+    end = Deadline(seconds, complaint)
+    end.timer.start()
+    try:
+        yield end
+    finally:
+        end.timer.cancel()
+
+
+def join(launch: Launch, backend: str, timeout: float) -> dist.Store:
+    """Form the group of all processes within `timeout` seconds, and return one more connection to their store.
+    watch.Watch notices sooner than the group's own time-out that a process is lost, and names it."""
+    rank, _, world_size, host, number = (launch.variables[name] for name in ALL)
+    limit, port = timedelta(seconds=2 * timeout), int(number)
+    refuse_unknown_interface(os.environ.get('GLOO_SOCKET_IFNAME', ''))
+    connect = partial(dist.TCPStore, host, port, timeout=limit, wait_for_workers=False)
+    with deadline(timeout, f'process {rank} of {world_size} has not met all others at {host}:{port}') as end:
+        try:
+            end.insist(lambda: socket.getaddrinfo(host, port))  # C++ would fill the screen while it waits
+            keeps_store = rank == '0' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+            kept = connect(is_master=True) if keeps_store else None
+            with end.insist(lambda: socket.create_connection((host, port), timeout)) as connection:
+                address = str(connection.getpeername()[0])
+            store, second = kept or connect(is_master=False), connect(is_master=False)
+            met, end.reason = dist.PrefixStore('meeting', second), 'not all of them have come'
+            refuse_another_run(met, launch)
+            name_interface(met, launch, address)
+            dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=int(rank),
+                                    world_size=int(world_size), timeout=limit)
+            dist.barrier()
+        except UserError:
+            raise
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            if 'EADDRINUSE' in str(error):
+                raise UserError(f'port {port} of this machine is taken, perhaps by another run\nwith srun, leave '
+                                'MASTER_PORT unset; else export a free one for all processes', PEER_LOST) from None
+            end.reason = str(error).splitlines()[0]
+            raise end.failure() from None
+    return dist.PrefixStore(f'watch/{os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}', second)
+
+
+def refuse_another_run(store: dist.Store, launch: Launch) -> None:
+    """Two runs may have been given one port: process 0 says which run this is, before anything else is said."""
+    if launch.variables['RANK'] == '0':
+        store.set('run', launch.run)
+    found = store.get('run').decode(errors='replace')
+    if found != launch.run:
+        raise UserError(f'process {launch.variables["RANK"]} ({launch.run}) has met another run ({found[:100]}) at '
+                        f'{launch.variables["MASTER_ADDR"]}:{launch.variables["MASTER_PORT"]}\nwith srun, leave '
+                        'MASTER_PORT unset; else export another one for each run', PEER_LOST)
+
+
+def refuse_unknown_interface(names: str) -> None:
+    """GLOO_SOCKET_IFNAME lists network interfaces that this machine must have."""
+    known = [name for _, name in socket.if_nameindex()]
+    if unknown := set(filter(None, names.split(','))) - set(known):
+        raise UserError(f'GLOO_SOCKET_IFNAME={names}: this machine has no network interface {min(unknown)}, but '
+                        f'{", ".join(known)}\nunset it: the interface that reaches MASTER_ADDR is then taken')
+
+
+def name_interface(store: dist.Store, launch: Launch, address: str) -> None:
+    """Tell gloo through which network interface the others are reached, unless the user did. It would take that of the
+    machine's own name, which many systems resolve to 127.0.1.1, out of reach for other machines. `address` is that of
+    the store, as this process sees it; process 0 itself may see 127.0.0.1, and then the others know better."""
+    store.set(f'address/{launch.variables["RANK"]}', address)
+    keys = [f'address/{rank}' for rank in range(int(launch.variables['WORLD_SIZE']))]
+    seen = [ipaddress.ip_address(answer.decode()) for answer in store.multi_get(keys)]  # which waits for all
+    name = interface_to(str(next((one for one in seen if not one.is_loopback), seen[0])))
+    if name:
+        os.environ.setdefault('GLOO_SOCKET_IFNAME', name)
+
+
+def interface_to(address: str) -> str:
+    """Return the name of the network interface that packets to this address take; '' if this system cannot tell."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # which sends nothing
+        local = socket.inet_aton(probe.getsockname()[0])
+        return next((name for _, name in socket.if_nameindex() if address_of(name, probe) == local), '')
+    return ''
+
+
+def address_of(name: str, probe: socket.socket) -> bytes:
+    """Return the IPv4 address of a network interface, in four bytes; none if it has none."""
+    if sys.platform == 'linux':
+        import fcntl
+
+        with suppress(OSError):
+            return fcntl.ioctl(probe, SIOCGIFADDR, struct.pack('256s', name.encode()))[20:24]
+    return b''

@@ -1,0 +1,63 @@
+"""Command lines drawn at random, over all scripts: each is answered in words, and none with a traceback."""
+import importlib
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from plaingpt.errors import COMMAND, DATA, UserError
+
+RunScript = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.slow
+def test_a_thousand_command_lines_end_without_a_traceback(run_script: RunScript) -> None:
+    result = run_script('benchmarks/commands.py', '--lines=1000', '--real=30')
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr
+    codes = dict(re.findall(r'(\d+): (\d+)', result.stdout.splitlines()[-1]))
+    assert sum(map(int, codes.values())) == 1000
+    assert {'0', '2', '3', '4'} <= codes.keys(), 'not all were right, nor all wrong'
+
+
+@pytest.mark.parametrize(('script', 'argument', 'answer'), [
+    ('train', '--gradient_accumulation_steps=1e18', '--gradient_accumulation_steps=1000000000000000000: must be less'),
+    ('train', '--total_batch_size=9e18', 'total_batch_size=9000000000000000000: a step of 8789062500000000 windows'),
+    ('train', '--batch_size=2e9', 'gradient_accumulation_steps=40 x batch_size=2000000000: a step of 80000000000 win'),
+    ('train', '--n_layer=1e9', 'n_layer=1000000000, n_embd=768, vocab_size=50304, block_size=1024: a model of 7.1e+15'),
+    ('train', '--n_embd=1.2e9', 'n_layer=12, n_embd=1200000000, vocab_size=50304, block_size=1024: a model of 2.1e+20'),
+    ('train', '--timeout=1e18', '--timeout=1e+18: must be less than 2147483648'),
+    ('train', '--sample_start=\udcff', '--sample_start: sample_start must be text in UTF-8, without the character NUL'),
+    ('train', f'--dataset={"x" * 5000}', f'--dataset: dataset={"x" * 57}...: File name too long'),
+    ('train', f'--out_dir=a/{"x" * 300}', f'--out_dir: out_dir=a/{"x" * 55}...: File name too long'),
+    ('train_trivialised', '--n_layer=1e18', 'n_layer=1000000000000000000, n_embd=128'),
+    ('sample', '--num_samples=1e18', '--num_samples=1000000000000000000: must be less than 2147483648'),
+    ('evaluate', '--batch_size=1e18', '--batch_size=1000000000000000000: must be less than 2147483648'),
+    ('data.text.prepare', '--seed=-1', '--seed=-1: must be 0 or more'),
+    ('data.text.prepare', '--tokenizer=bpe:99999999999999', "tokenizer 'bpe:99999999999999': N of 'bpe:N' is"),
+    *(('data.text.prepare', f'--input={url}', f'--input={url} cannot be opened: ') for url in (
+        'reference://x', 'zip://a.txt', 'zip://a.txt::none.zip', 'data:,x', 'hf://x', 'nosuch://x', 'jupyter://x')),
+    ('data.text.prepare', '--input=http://[', 'http://[ cannot be used: Invalid IPv6 URL'),
+])
+def test_what_no_machine_can_do_is_refused_in_words_before_it_is_tried(
+        script: str, argument: str, answer: str, tmp_path: Path, tiny_dataset: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n' * 30, encoding='utf-8')
+    right = {'train': ['--plan=True'], 'train_trivialised': [f'--dataset={tiny_dataset}'],
+             'data.text.prepare': ['--input=a.jsonl', '--tokenizer=byte', '--name=never']}
+    with pytest.raises(UserError) as caught:
+        importlib.import_module(script).main([*right.get(script, []), argument])
+    assert caught.value.code in (COMMAND, DATA)
+    assert str(caught.value).startswith(answer) and str(caught.value).count('\n') < 3
+
+
+@pytest.mark.slow
+def test_a_dataset_that_the_hub_does_not_give_is_one_message_and_nothing_before_it(
+        tmp_path: Path, run_script: RunScript) -> None:
+    done = run_script('data/tinystories/prepare.py', '--source=nobody/nothing', cwd=tmp_path,
+                      environment={'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '0'})
+    assert done.returncode == 3
+    assert done.stderr.startswith('nobody/nothing cannot be downloaded: ') and done.stderr.count('\n') == 2, done.stderr
