@@ -216,7 +216,7 @@ def read_file(path: str, names: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
             source = file.read(LONGEST + 1)
         if len(source) > LONGEST:
             raise ValueError(f'it is longer than {LONGEST:,} characters')
-        new = read_statements(ast.parse(source).body, names, kinds, path)
+        new = read_statements(ast.parse(source).body, dict(names), kinds, path)
     except UserError:
         raise
     except OSError as error:
@@ -234,30 +234,33 @@ def read_file(path: str, names: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
 
 
 def read_statements(body: list[ast.stmt], names: dict[str, Any], kinds: Kinds, path: str) -> dict[str, Any]:
-    """Return what the statements assign: settings, and helpers, which are other names that a later statement reads."""
+    """Return what the statements assign, and add it to `names`: settings, and helpers, which are other names that a
+    later statement reads."""
     new: dict[str, Any] = {}
-    read = [{node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-            for statement in body]
-    for number, statement in enumerate(body, start=1):
-        where, value = f'{path}, line {statement.lineno}', None
-        for name, node in assignments(statement, where):
-            if name not in kinds and name not in set().union(*read[number:]):
+    last_read = {node.id: number for number, statement in enumerate(body) for node in ast.walk(statement)
+                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    for number, statement in enumerate(body):
+        where = f'{path}, line {statement.lineno}'
+        targets, node = assignment(statement, where)
+        for name in targets:
+            if name not in kinds and last_read.get(name, -1) <= number:
                 raise unknown(name, kinds, where)
-            value = evaluate(node, names | new, where) if value is None else value
-            new[name] = fit(name, value, kinds, where) if name in kinds else value
+        value = evaluate(node, names, where)
+        for name in targets:
+            names[name] = new[name] = fit(name, value, kinds, where) if name in kinds else value
     return new
 
 
-def assignments(statement: ast.stmt, where: str) -> list[tuple[str, ast.expr]]:
-    """Return the names that a statement assigns to, and the value; none for a docstring, and for what nanoGPT's own
+def assignment(statement: ast.stmt, where: str) -> tuple[list[str], ast.expr]:
+    """Return the names that a statement assigns to, and the value; no names for a docstring, and for what nanoGPT's own
     files import."""
     match statement:
         case ast.Expr(value=ast.Constant(value=str())) | ast.Import(names=[ast.alias(name='time', asname=None)]):
-            return []
+            return [], EMPTY
         case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as node):
-            return [(name, node)]
+            return [name], node
         case ast.Assign(targets=targets, value=node) if all(isinstance(target, ast.Name) for target in targets):
-            return [(ast.unparse(target), node) for target in targets]
+            return [ast.unparse(target) for target in targets], node
     raise refused(statement, where)
 
 

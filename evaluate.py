@@ -161,6 +161,8 @@ def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     configurator.check_range(sys.modules[__name__], 'batch_size', 1, below=configurator.MANY)
     configurator.check_range(sys.modules[__name__], 'eval_iters limit', 0, below=configurator.MANY)
+    if json and Path(json).is_dir():
+        raise UserError(f'--json={json} is a folder: give the name of a file')
     names, where = find_tasks(tasks), init_from or out_dir
     found = find_checkpoints(where)
     with processes.joined(device, backend) as process:

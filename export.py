@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 import configurator
-from plaingpt import console, errors, files
+from plaingpt import console, errors, files, lock
 from plaingpt.errors import UserError
 from plaingpt.formats import gguf, huggingface, llmc, others
 from plaingpt.formats.exported import Exported
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
-from plaingpt.run import checkpoint, lock, upload
+from plaingpt.run import checkpoint, upload
 
 # ------------------------------------------------------------------------------------------------
 # Settings

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import configurator
 import sample
-from plaingpt import console, errors, metrics, tasks
+from plaingpt import console, errors, lock, metrics, tasks
 from plaingpt.chance import draw
 from plaingpt.check import run_checks
 from plaingpt.corpus.batches import Part, parts_of
@@ -34,7 +34,7 @@ from plaingpt.machines.processes import Process
 from plaingpt.machines.stop import Stop, StopAsked
 from plaingpt.machines.watch import Watch, explained
 from plaingpt.plan import RunSettings, amount, show_plan
-from plaingpt.run import checkpoint, lock, wandb
+from plaingpt.run import checkpoint, wandb
 from plaingpt.run.log import Log, Pace
 from plaingpt.run.run import Learner, Run, Work
 from plaingpt.run.upload import Uploader

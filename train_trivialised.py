@@ -104,6 +104,8 @@ def main(args: list[str]) -> None:
     with torch.no_grad():
         _, loss = model(*read_batch(unseen, starts, block_size, len(starts), V))
     console.say(f'val loss {loss.item():.4f}')
+    if not loss.isfinite():
+        raise errors.UserError('nothing is finite any more: try a lower --learning_rate', errors.NOT_FINITE)
 
     vocabulary = tokenizer.from_state(meta['tokenizer'])
     prompt = torch.tensor([vocabulary.encode('\n')])  # (1, T)

@@ -73,6 +73,7 @@ TEXTS = ['', ' ', '.', '..', 'none', 'none/none', '/dev/null', '/dev/null/none',
          'file://none', 'simplecache::file://none', 's3://', 'abc://\udcff']
 EXTRAS = ['good.py', 'bad.py', 'none.py', '.', '', '-x', '--', '--=', '---', '--x', 'a=b', '\udcff', '--é=1',
           'trained/ckpt.pt', 'x' * 5000]
+PATIENCE = 600  # seconds that a line may take; then it is shown where it stands
 LONG = {'max_iters', 'eval_iters', 'num_samples', 'max_new_tokens', 'sample_tokens', 'compile'}  # large: takes long
 
 
@@ -136,7 +137,8 @@ def call(main: Any, args: list[str]) -> tuple[Any, str, str]:
         return error.code, '', complaint_about(error.code, '')
     except BaseException as error:
         code, text = code_of(error), traceback.format_exc()
-        return code, text, text if code == CHECK_FAILED else ''
+        is_answered = isinstance(error, OSError) or code != CHECK_FAILED  # by errors.run
+        return code, text, '' if is_answered else text
 
 
 def run_command(name: str, args: list[str]) -> tuple[Any, str, str]:
@@ -153,7 +155,7 @@ def try_lines() -> Iterator[tuple[Any, str]]:
     scripts = {name: importlib.import_module(name) for name in RIGHT}
     for number in range(lines):
         name, args = draw_line(chance, scripts)
-        faulthandler.dump_traceback_later(120, exit=True)
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         if number < lines - real:
             code, message, complaint = call(scripts[name].main, args)
         else:

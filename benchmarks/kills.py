@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 import configurator
+from plaingpt import lock
 from plaingpt.errors import CHECK_FAILED, DONE, PEER_LOST, UserError, run
-from plaingpt.run import checkpoint, lock, upload
+from plaingpt.run import checkpoint, upload
 from tests.comparing import differences
 
 # ------------------------------------------------------------------------------------------------

@@ -186,6 +186,19 @@ def learned_reference(state: State, vocab_size: int, folder: Path, is_of_corpus:
     return {'name': 'gpt2'}
 
 
+def tokenizer_of(where: str) -> Tokenizer:
+    """The tokenizer of what a path names: a run, a file of weights, a Hugging Face folder, a corpus, a tokenizer.json.
+    """
+    path = Path(where)
+    if checkpoint.holds_run(path) or path.suffix in ('.pt', '.pth'):
+        state = checkpoint.load_newest(path) if path.is_dir() else checkpoint.load(path)
+        return learned_tokenizer(state, state['model_args']['vocab_size'], corpus_of(state))
+    if path.is_dir() and is_prepared(path):
+        return tokenizer.from_state(read_meta(path)['tokenizer'])
+    state = huggingface.read_origin(path) or huggingface.read_tokenizer(where)
+    return tokenizer.from_state(state.get('tokenizer') or {'name': 'gpt2'}, CHECKPOINT)
+
+
 def shared_tokenizer(learned: dict[str, Any], folder: Path) -> Tokenizer | None:
     """The tokenizer of a corpus, which must be the one that the model has learned; None if its files cannot be had.
     Raises UserError if it is another one."""
@@ -197,7 +210,8 @@ def shared_tokenizer(learned: dict[str, Any], folder: Path) -> Tokenizer | None:
         vocabulary = None
     if learned['name'] != of_corpus['name'] or (vocabulary and vocabulary.reference() != of_corpus):
         raise UserError(f'the corpus was prepared with the tokenizer {of_corpus["name"]}, and the model has learned '
-                        f'another: {learned["name"]}\nprepare the text again with the tokenizer of the model', DATA)
+                        f'another: {learned["name"]}\nprepare the text again with the path of the model, or of its '
+                        'run, as --tokenizer=', DATA)
     if vocabulary and vocabulary.n_vocab != meta['vocab_size']:
         raise UserError(f'{folder}/meta.json is damaged: its tokenizer has {vocabulary.n_vocab} ids, and vocab_size is '
                         f'{meta["vocab_size"]}\nrebuild the corpus: {how_to_prepare(folder)}', DATA)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from plaingpt.errors import COMMAND, DATA, UserError
+from plaingpt.errors import COMMAND, DATA, NOT_FINITE, UserError
 
 RunScript = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -32,9 +32,11 @@ def test_a_thousand_command_lines_end_without_a_traceback(run_script: RunScript)
     ('train', '--sample_start=\udcff', '--sample_start: sample_start must be text in UTF-8, without the character NUL'),
     ('train', f'--dataset={"x" * 5000}', f'--dataset: dataset={"x" * 57}...: File name too long'),
     ('train', f'--out_dir=a/{"x" * 300}', f'--out_dir: out_dir=a/{"x" * 55}...: File name too long'),
+    ('train_trivialised', '--beta1=1', 'nothing is finite any more: try a lower --learning_rate'),
     ('train_trivialised', '--n_layer=1e18', 'n_layer=1000000000000000000, n_embd=128'),
     ('sample', '--num_samples=1e18', '--num_samples=1000000000000000000: must be less than 2147483648'),
     ('evaluate', '--batch_size=1e18', '--batch_size=1000000000000000000: must be less than 2147483648'),
+    ('evaluate', '--json=.', '--json=. is a folder: give the name of a file'),
     ('data.text.prepare', '--seed=-1', '--seed=-1: must be 0 or more'),
     ('data.text.prepare', '--tokenizer=bpe:99999999999999', "tokenizer 'bpe:99999999999999': N of 'bpe:N' is"),
     *(('data.text.prepare', f'--input={url}', f'--input={url} cannot be opened: ') for url in (
@@ -46,11 +48,12 @@ def test_what_no_machine_can_do_is_refused_in_words_before_it_is_tried(
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n' * 30, encoding='utf-8')
-    right = {'train': ['--plan=True'], 'train_trivialised': [f'--dataset={tiny_dataset}'],
+    right = {'train': ['--plan=True'],
+             'train_trivialised': [f'--dataset={tiny_dataset}', '--max_iters=1', '--n_layer=0'],
              'data.text.prepare': ['--input=a.jsonl', '--tokenizer=byte', '--name=never']}
     with pytest.raises(UserError) as caught:
         importlib.import_module(script).main([*right.get(script, []), argument])
-    assert caught.value.code in (COMMAND, DATA)
+    assert caught.value.code in (COMMAND, DATA, NOT_FINITE)
     assert str(caught.value).startswith(answer) and str(caught.value).count('\n') < 3
 
 

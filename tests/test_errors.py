@@ -80,7 +80,7 @@ WRONG = [
     # checkpoints
     Wrong(trains('--init_from=nonsense'), CHECKPOINT, ['nonsense']),
     Wrong(trains('--init_from=resume'), CHECKPOINT, ['{empty}/ckpt.pt', '--init_from=scratch']),
-    Wrong(trains('--out_dir={typo}'), COMMAND, ['--out_dir={typo}', 'another file of that name']),
+    Wrong(trains('--out_dir={typo}'), COMMAND, ['{typo}', 'another file of that name']),
     Wrong(trains('--init_from='), CHECKPOINT, ["''"]),
     Wrong(trains('--out_dir={run}'), COMMAND, ['{run}', '--init_from=resume', '--overwrite=True']),
     Wrong(trains('--out_dir={run} --init_from=resume --n_layer=2'), COMMAND, ['n_layer=2', 'n_layer out']),
@@ -146,9 +146,10 @@ def files(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory, no_pictu
 def answer(command: str, files: dict[str, Path]) -> tuple[int, str]:
     """The exit code and the message of a command, run in this process."""
     script, *args = command.format(**files).split()
-    with pytest.raises(UserError) as caught:
+    with pytest.raises((UserError, OSError)) as caught:
         importlib.import_module(script).main(args)
-    return caught.value.code, str(caught.value)
+    said = caught.value if isinstance(caught.value, UserError) else errors.refusal(caught.value)  # as errors.run does
+    return said.code, str(said)
 
 
 def check(wrong: Wrong, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import export
 from model import GPT, GPTConfig
-from plaingpt import errors
+from plaingpt import errors, lock
 from plaingpt.corpus import tokenizer
 from plaingpt.errors import UserError
 from plaingpt.formats import huggingface, llmc
@@ -606,6 +606,9 @@ def test_an_export_becomes_a_run_again(tmp_path: Path, run_script: Callable[...,
     vocabulary = build('char', False, (ODD,))
     before = random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab))
     folder = run(write_run(tmp_path / 'old', before, vocabulary), to='llmc')
+    with lock.owned(tmp_path / 'new'):  # as a run does that has not saved yet
+        assert 'belongs to process' in refused(run, tmp_path / 'new', init_from=folder / 'model.bin', to='ckpt',
+                                               code=errors.PEER_LOST)
     run(tmp_path / 'new', init_from=folder / 'model.bin', to='ckpt')
     after, state = open_model(str(tmp_path / 'new'))
     assert_same_weights(before, after, vocabulary.n_vocab)

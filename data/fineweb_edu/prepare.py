@@ -23,6 +23,7 @@ from plaingpt import console
 from plaingpt.corpus import documents, shards, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
 from plaingpt.corpus.tokenizer import build
+from plaingpt.encoder import encoder_for
 from plaingpt.errors import COMMAND, UserError, python, run
 
 # ------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ config: str = 'sample-10BT'  # of that dataset: 'sample-100BT', 'sample-350BT', 
 revision: str = ''  # of that dataset; '' is its newest
 input: str = ''  # .jsonl or .parquet files that are here already: a file, a folder or a glob
 column: str = 'text'  # where the text stands in them
-tokenizer: str = 'gpt2'  # or another name of tiktoken's, or 'byte'
+tokenizer: str = 'gpt2'  # or another name of tiktoken's, 'byte', or the path of a run or model that has one
 shard_size: int = 10**8  # tokens in a file
 name: str = 'fineweb_edu'  # the shards are written to data/<name>
 num_proc: int = 0  # processes that tokenise; 0 is one for each core
@@ -53,7 +54,7 @@ def main(args: list[str]) -> None:
         raise UserError(f'--tokenizer={tokenizer} would have to read the whole corpus first: take gpt2, another of '
                         "tiktoken's, or byte\nor let data/text/prepare.py do it, which writes no shards", COMMAND)
     folder = tokenise.folder_named(name, DATA_FOLDER, 'fineweb_edu')
-    encoder = build(tokenizer, list, eot=True)
+    encoder = encoder_for(tokenizer, lambda: build(tokenizer, list, eot=True))
     if input:
         texts = shards.Source(documents.find_files(input, folder), str, column)
     else:

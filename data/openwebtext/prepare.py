@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from plaingpt import console
-from plaingpt.corpus import documents, tokenise, tokenizer
+from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
+from plaingpt.corpus.tokenizer import build
+from plaingpt.encoder import encoder_for
 from plaingpt.errors import run
 
 # ------------------------------------------------------------------------------------------------
@@ -28,6 +30,7 @@ source: str = 'Skylion007/openwebtext'  # a dataset of parquet files on the Hugg
 revision: str = '79d93d786212f7344586290adb811d4ae6a1762c'  # of that dataset; '' is its newest
 input: str = ''  # .jsonl or .parquet files that are here already: a file, a folder or a glob
 column: str = 'text'  # where the text stands in them
+tokenizer: str = 'gpt2'  # or another name of tiktoken's, 'byte', or the path of a run or model that has one
 val_fraction: float = 0.0005  # of the documents, set aside for validation
 seed: int = 2357  # decides which documents these are
 num_proc: int = 0  # processes that tokenise; 0 is one for each core
@@ -38,7 +41,7 @@ FOLDER = Path(__file__).resolve().parent
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    encoder = tokenizer.build('gpt2', list, eot=True)
+    encoder = encoder_for(tokenizer, lambda: build(tokenizer, list, eot=True))
     if input:
         files = documents.find_files(input, FOLDER)
     else:

@@ -18,6 +18,7 @@ import numpy as np
 import configurator
 from plaingpt import console, errors
 from plaingpt.corpus import tokenise
+from plaingpt.encoder import encoder_for
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -53,7 +54,7 @@ def main(args: list[str]) -> None:
     console.say(f'found {len(files):,} files in {library}')
 
     texts, validation = [text for _, text in files], np.flatnonzero([is_val for is_val, _ in files])
-    encoder = tokenise.build_tokenizer(tokenizer, [texts], validation, eot=True)
+    encoder = encoder_for(tokenizer, lambda: tokenise.build_tokenizer(tokenizer, [texts], validation, eot=True))
     tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot), [texts], validation, source)
     console.say(f'next:\n    {errors.python()} train.py config/train_stdlib.py\n'
                 f'    {errors.python()} sample.py --out_dir=out-stdlib')

@@ -20,6 +20,7 @@ import numpy as np
 import configurator
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise
+from plaingpt.encoder import encoder_for
 from plaingpt.errors import COMMAND, DATA, UserError, python, run
 
 # ------------------------------------------------------------------------------------------------
@@ -29,7 +30,9 @@ val_input: str = ''  # the same, for validation; '' sets a part of the input asi
 val_fraction: float = 0.1  # of the documents, or of the characters of a single one, that is set aside for validation
 seed: int = 2357  # decides which documents these are
 column: str = 'text'  # where the text stands in .jsonl and .parquet files
-tokenizer: str = 'gpt2'  # 'char', 'byte', 'bpe:N' (N ids, trained on this text), 'gpt2' or another name of tiktoken's
+# 'char', 'byte', 'bpe:N' (N ids, trained on this text), 'gpt2' or another name of tiktoken's; or the path of a run, a
+# model's folder or a tokenizer.json that has one
+tokenizer: str = 'gpt2'
 name: str = 'text'  # the corpus is written to data/<name>
 num_proc: int = 0  # processes that tokenise; 0 is one for each core
 # ------------------------------------------------------------------------------------------------
@@ -62,7 +65,8 @@ def main(args: list[str]) -> None:
     else:
         validation = texts[np.sort(tokenise.choose_validation(n_train, val_fraction, seed))]
 
-    encoder = tokenise.build_tokenizer(tokenizer, parts, validation, eot=n_train > 1 or n_val > 1)
+    encoder = encoder_for(tokenizer, lambda: tokenise.build_tokenizer(tokenizer, parts, validation,
+                                                                      eot=n_train > 1 or n_val > 1))
     packer = tokenise.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
     tokenise.write_corpus(folder, packer, parts, validation, input, num_proc)
     console.say(f'next:\n    {python()} train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'

@@ -18,6 +18,7 @@ import configurator
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
+from plaingpt.encoder import encoder_for
 from plaingpt.errors import COMMAND, DATA, UserError, python, run
 
 # ------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def main(args: list[str]) -> None:
         raise UserError(f'{input or source} holds no stories to train on, or none for validation', DATA)
 
     parts, validation = [*train, *val], np.arange(n_train, n_train + n_val)
-    encoder = tokenise.build_tokenizer(tokenizer, parts, validation, eot=True)
+    encoder = encoder_for(tokenizer, lambda: tokenise.build_tokenizer(tokenizer, parts, validation, eot=True))
     tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot, keep_empty=False), parts, validation,
                         input or f'{source}@{revision or "main"}', num_proc)
     console.say(f'next:\n    {python()} train.py config/train_tinystories.py\n'

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from plaingpt import console, files
+from plaingpt import console, files, lock
 from plaingpt.corpus import checksums
 from plaingpt.corpus.documents import PIECE, Piece, read_documents
 from plaingpt.corpus.token_files import ends_of
@@ -368,30 +368,7 @@ def alone_in(folder: Path, remedy: str = '') -> Iterator[None]:
     """Hold a folder that one process at a time writes into. Raise UserError if another does already, and, with
     `remedy`, if it cannot be written or the disk is full."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with lock.owned(folder):
             yield
     except OSError as error:
         raise refusal(error, f'{folder} cannot be written', DATA, remedy) from error
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however that ends, and leaves no file."""
-    if sys.platform == 'win32':  # has none for folders
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f'{folder} is being written by another process\n'
-                            'wait until it has ended, then run the same command', COMMAND) from None
-        except OSError:
-            pass  # this file system locks no folders
-        yield
-    finally:
-        os.close(handle)

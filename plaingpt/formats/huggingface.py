@@ -212,13 +212,16 @@ def write_origin(folder: Path, exported: Exported, to: str) -> None:
 
 
 def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
-    """What a checkpoint would say of the tokenizer that others have put beside their model; {} where it is GPT-2's, or
-    where there is none. Raises UserError where it is of another kind than GPT-2's."""
-    if name_or_folder.startswith('gpt2') and not Path(name_or_folder).is_dir():
+    """What a checkpoint would say of the tokenizer that others have put beside their model, or into a file of this
+    name; {} if it is GPT-2's, or if there is none. Raises UserError if it is of another kind than GPT-2's."""
+    path = Path(name_or_folder)
+    if name_or_folder.startswith('gpt2') and not path.exists():
         return {}
-    with readable_errors(name_or_folder):
-        folder = folder_of(name_or_folder, *TOKENIZER_FILES)
-    path, vocab, merges = (folder / name for name in TOKENIZER_FILES)
+    vocab = merges = path
+    if not path.is_file():
+        with readable_errors(name_or_folder):
+            folder = folder_of(name_or_folder, *TOKENIZER_FILES)
+        path, vocab, merges = (folder / name for name in TOKENIZER_FILES)
     if not path.is_file() and not (vocab.is_file() and merges.is_file()):
         return {}
     import tokenizers

@@ -48,6 +48,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.is_done = self.is_done or error is None
         self.ended.set()
         if error and code_of(error) not in (STOPPED, PEER_LOST):
             is_expected = isinstance(error, UserError) or code_of(error) != CHECK_FAILED

@@ -21,6 +21,8 @@ import pyarrow.parquet
 import pytest
 import tiktoken
 
+import export
+import train
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.folder import open_split, read_meta
 from plaingpt.errors import COMMAND, DATA, UserError
@@ -144,10 +146,10 @@ def test_tiny_shakespeare_is_split_as_llm_c_splits_it(
 def test_the_real_shakespeare_has_the_published_counts(
         tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nanoGPT's, in characters and in GPT-2's tokens, and llm.c's."""
-    for name, train, val in [('shakespeare_char', 1_003_854, 111_540), ('shakespeare', 301_966, 36_059),
-                             ('tinyshakespeare', 305_260, 32_768)]:
+    for name, n_train, n_val in [('shakespeare_char', 1_003_854, 111_540), ('shakespeare', 301_966, 36_059),
+                                 ('tinyshakespeare', 305_260, 32_768)]:
         load(name, tmp_path, monkeypatch).main([f'--input={shared_data}/tinyshakespeare/input.txt'])
-        assert [len(read_split(tmp_path / name, split)) for split in ('train', 'val')] == [train, val]
+        assert [len(read_split(tmp_path / name, split)) for split in ('train', 'val')] == [n_train, n_val]
     assert tokenizer_of(tmp_path / 'shakespeare_char').n_vocab == 65
     begin = read_split(tmp_path / 'tinyshakespeare', 'val')[:6]
     assert begin == [50256, 5962, 22307, 25, 198, 8421], 'the end of text, then: First Citizen:, new line, Before'
@@ -314,6 +316,29 @@ def test_a_parquet_file_may_have_text_of_any_type(tmp_path: Path, monkeypatch: p
     pyarrow.parquet.write_table(pyarrow.table({'text': [1, 2, 3]}), tmp_path / 'a.parquet')
     with pytest.raises(UserError, match=r"no text in a column 'text'; its columns: text \(int64\)"):
         prepared(tmp_path, monkeypatch, f'--input={tmp_path}/a.parquet')
+
+
+def test_a_text_is_prepared_with_the_tokenizer_of_a_run_a_model_a_corpus_or_a_file(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'a.txt').write_text('Some text, on which the vocabulary is learned. ' * 20, encoding='utf-8')
+    (tmp_path / 'b.txt').write_text('Another one: quick brown foxes! ' * 9, encoding='utf-8')
+    main = load('text', tmp_path, monkeypatch).main
+    main([f'--input={tmp_path}/a.txt', '--tokenizer=bpe:270', '--name=a'])
+    learned = tokenizer_of(tmp_path / 'a')
+    settings = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--max_iters=1', '--eval_iters=1',
+                '--batch_size=2', '--gradient_accumulation_steps=1', '--sample_interval=0', '--device=cpu']
+    train.main([f'--dataset={tmp_path}/a', f'--out_dir={tmp_path}/run', *settings])
+    export.main([f'--out_dir={tmp_path}/run', '--to=hf'])
+    (tmp_path / 'run/hf/tokenizer.json').rename(tmp_path / 'my.json')
+    for where in ('run', 'run/ckpt.pt', 'run/hf', 'a', 'my.json'):
+        main([f'--input={tmp_path}/b.txt', f'--tokenizer={tmp_path}/{where}', '--name=b'])
+        found = tokenizer_of(tmp_path / 'b')
+        assert found.pieces == learned.pieces, where
+        ids = read_split(tmp_path / 'b', 'train') + read_split(tmp_path / 'b', 'val')
+        assert found.decode(ids) == 'Another one: quick brown foxes! ' * 9
+    # so that a model may be trained further on another text
+    train.main([f'--dataset={tmp_path}/b', f'--out_dir={tmp_path}/tuned', f'--init_from={tmp_path}/run/ckpt.pt',
+                *settings[4:]])
 
 
 @pytest.mark.parametrize('suffix', ['.json', '.csv', '.tsv'])

@@ -22,7 +22,7 @@ import tiktoken
 from plaingpt.corpus import documents, shards, tokenise, tokenizer
 from plaingpt.corpus.folder import open_split
 from plaingpt.corpus.token_files import make_header
-from plaingpt.errors import COMMAND, DATA, DISK_FULL, UserError
+from plaingpt.errors import COMMAND, DATA, DISK_FULL, PEER_LOST, UserError
 from plaingpt.files import put_on_disk
 from tests.comparing import copy_script
 from tests.waiting import PATIENT, wait_until
@@ -216,12 +216,11 @@ def test_other_settings_and_other_files_are_refused_with_the_remedy(files: list[
         write(folder, files, 0)
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='has no locks for folders')
 def test_a_second_run_in_a_folder_is_refused(files: list[str], tmp_path: Path) -> None:
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/val_000000.bin.tmp').write_bytes(b'what the first has written')
     with tokenise.alone_in(tmp_path / 'out'):
-        refused(COMMAND, 'is being written by another process', tmp_path / 'out', files)
+        refused(PEER_LOST, f'belongs to process {os.getpid()} on ', tmp_path / 'out', files)
 
 
 def test_a_finished_corpus_is_left_as_it_is_and_can_be_made_anew(files: list[str], tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ RUN = {
     f'{DEFAULT} --init_from=auto': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
     '.venv/bin/python sample.py --out_dir=out-stdlib --start="def main("': Run(SAMPLE, r'(?m)^def main\('),
     '.venv/bin/python sample.py --out_dir=out-stdlib --interactive=True':
-        Run('--max_new_tokens=5 < .gitignore', r'(?s)(?:\n-{15}\n.*){9}'),
+        Run('--max_new_tokens=5 < requirements-core.txt', r'(?s)(?:\n-{15}\n.*){5}'),
     'python export.py --out_dir=out-stdlib --to=hf': Run('', r' out-stdlib/hf/model\.safetensors\n(?s:.*)\nnext:\n'),
     'python export.py --out_dir=out-stdlib --to=gguf': Run('', r' out-stdlib/gguf/model\.gguf\n(?s:.*)ollama create'),
     'python export.py --out_dir=out-stdlib --to=llmc': Run('', r' out-stdlib/llmc/model\.bin\n(?s:.*)train_gpt2cu'),

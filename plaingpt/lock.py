@@ -1,5 +1,5 @@
-"""One process at a time owns the folder of a run: it locks a file there, and the lock ends with the process, however
-that ends. If the file system knows no locks, the file counts that its owner touches every few seconds."""
+"""One process at a time owns a folder and writes to it: it locks a file there, and the lock ends with the process,
+however that ends. If the file system knows no locks, the file counts that its owner touches every few seconds."""
 import errno
 import json
 import os
@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 
 from plaingpt import console, files
-from plaingpt.errors import COMMAND, PEER_LOST, UserError, refusal
+from plaingpt.errors import PEER_LOST, UserError
 
 NAME = '.lock'
 POLL = 0.5  # seconds between two attempts to become the owner
@@ -29,10 +29,7 @@ def owned(folder: Path, patience: float = 0.0, while_waiting: Callable[[], None]
     """Own the folder, which is made if there is none, until the block ends. Wait at most `patience` seconds for another
     owner to end, and then raise UserError."""
     is_new, path = not folder.exists(), folder / NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise refusal(error, f'--out_dir={folder}', COMMAND) from None
+    folder.mkdir(parents=True, exist_ok=True)
     file, ended = wait_for(path, patience, while_waiting), threading.Event()
     threading.Thread(target=beat, args=(file, path, ended), daemon=True).start()
     try:
@@ -69,7 +66,7 @@ def wait_for(path: Path, patience: float, while_waiting: Callable[[], None]) -> 
         owner = owner_of(path)
         if time.monotonic() >= end:
             raise UserError(f'{path.parent} belongs to {owner}\n'
-                            'run the same command again when that has ended, or give another --out_dir', PEER_LOST)
+                            'run the same command again when that has ended, or give another folder', PEER_LOST)
         if not has_said:
             console.say(f'{path.parent} belongs to {owner}: waiting up to {patience:.0f} s for its end')
             has_said = True
