@@ -234,14 +234,20 @@ def write_models(folder: Path, vocabulary: tokenizer.Tokenizer) -> Iterator[Kind
     (folder / 'hf').mkdir()
     (folder / 'llmc').mkdir()
     huggingface.write(folder / 'hf', exported)
-    for name in ('config.json', 'model.safetensors', 'tokenizer.json'):
+    files = ('config.json', 'model.safetensors', 'tokenizer.json')
+    for name in files:
         yield Kind(f'hf/{name}', folder / 'hf' / name, of_folder, codes)
     for name in ('config.json', 'tokenizer.json'):
         yield Kind(f'hf/{name} {{}}', folder / 'hf' / name, of_folder, codes, load=json.loads, dump=as_json)
+    shutil.copytree(folder / 'hf', folder / 'export')
+    huggingface.write_origin(folder / 'export', exported, 'hf')
+    for name in files:
+        yield Kind(f'export/{name}', folder / 'export' / name, of_folder, codes, has_checksum=True)
     llmc.write(folder / 'llmc', exported)
+    yield Kind("llm.c's model.bin", Path(shutil.copy(folder / 'llmc/model.bin', folder / 'alone.bin')), of_model, codes)
     huggingface.write_origin(folder / 'llmc', exported, 'llmc')
-    yield Kind("llm.c's model.bin", folder / 'llmc/model.bin', of_model, codes)
-    origin = Kind('plaingpt.json', folder / 'llmc/plaingpt.json', of_neighbour, codes)
+    yield Kind('export/model.bin', folder / 'llmc/model.bin', of_model, codes, has_checksum=True)
+    origin = Kind('plaingpt.json', folder / 'llmc/plaingpt.json', of_neighbour, codes, has_checksum=True)
     yield from (origin, origin._replace(name='plaingpt.json {}', load=json.loads, dump=as_json))
     yield from write_old_folder(folder / 'old', folder / 'hf', codes)
 
@@ -287,7 +293,7 @@ def write_corpora(folder: Path, vocabulary: tokenizer.Tokenizer, texts: list[str
     tokenise.write_corpus(folder / 'corpus', packer, parts, tokenise.choose_validation(len(texts), 0.2, 1), 'x', 1)
     own = Kind('meta.json', folder / 'corpus/meta.json', of_corpus, {DATA})
     yield from (own, own._replace(name='meta.json {}', load=json.loads, dump=as_json))
-    yield Kind('train.bin', folder / 'corpus/train.bin', of_corpus, {DATA})
+    yield Kind('train.bin', folder / 'corpus/train.bin', of_corpus, {DATA}, has_checksum=True)
     note = Path(shutil.copytree(folder / 'corpus', folder / 'shards')) / 'meta.json'
     note.write_bytes(as_json(json.loads(note.read_bytes()) | {
         'unfinished': True, 'made_with': {}, 'next': shards.START._asdict(), 'documents': 9, 'bytes': 99}))

@@ -45,7 +45,7 @@ def is_number(value: object) -> bool:
     return is_tensor(value) and value.numel() == 1 and value.is_floating_point()
 
 
-SHAPE: dict[str, Any] = {  # what is read of one; others than ours lack some of it
+CONTENT: dict[str, Any] = {  # what is read of one; others than ours lack some of it
     'model': {str: is_tensor},
     'model_args': {
         **dict.fromkeys(('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'), SIDE),
@@ -142,7 +142,7 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
     is_bare = 'model' not in tree and any(isinstance(value, Tensor) for value in tree.values())
     found = tree if is_bare else tree.get('model')
     if isinstance(found, dict):
-        schema.refuse({'model': found}, {'model': SHAPE['model']}, path, CHECKPOINT)
+        schema.refuse({'model': found}, {'model': CONTENT['model']}, path, CHECKPOINT)
     weights = clean(found)
     if weights and isinstance(tree.get('model_args'), dict):  # nanoGPT's, whose GELU is the exact one; or our own
         config = tree.get('config', {})
@@ -152,7 +152,7 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
         state = tree | {'model': weights, 'config': config}
     else:
         state = name_all(tree, weights, path, answers)
-    schema.refuse(state, SHAPE, path, CHECKPOINT)
+    schema.refuse(state, CONTENT, path, CHECKPOINT)
     return complete(state)
 
 
