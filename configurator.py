@@ -42,6 +42,7 @@ ARITHMETIC: dict[type[ast.AST], Callable[..., Any]] = {
     ast.USub: operator.neg, ast.UAdd: operator.pos,
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {'int': int, 'float': float, 'round': round, 'min': min, 'max': max}
+QUOTED = re.compile(r'(["\'])(?:(?!\1)[^\\]|\\.)*\1', re.DOTALL)  # one text of Python, with its quotes
 EMPTY = ast.Constant('')
 REMEDY = ('A config file is read, never run. Write name = value, with numbers, text, arithmetic, names of settings, '
           f'{", ".join(FUNCTIONS)}, str.')
@@ -187,9 +188,9 @@ def read_option(arg: str, rest: list[str], kinds: Kinds, script: types.ModuleTyp
 
 
 def parse_text(text: str, kinds: list[Any]) -> Any:
-    """Read what was typed on the command line. Digits are text where text is wanted; text that brings quotes of its own
-    is read as Python reads it, so that "'\\n'" is a new line."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in '\'"':
+    """Read what was typed on the command line. Digits are text if text is wanted; text within quotes of its own is read
+    as Python reads it, so that "'\\n'" is a new line, and '"Hello" and "world"' is no such text."""
+    if QUOTED.fullmatch(text):
         try:
             unquoted = ast.literal_eval(text)
         except (SyntaxError, ValueError):

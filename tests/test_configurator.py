@@ -118,6 +118,7 @@ def test_a_second_call_starts_from_the_defaults_in_the_source(script: ModuleType
     ('--compile=auto', 'auto'), ('--compile=false', False), ('--compile=True', True), ('--schedule=linear', 'linear'),
     ('--start=5', '5'), ('--start=True', 'True'), ('--start=a=b', 'a=b'), ('--start=', ''), ('--start= x', ' x'),
     ('--start=None', 'None'), ("--start='5'", '5'), ("--start='\\n'", '\n'), ("--start='", "'"),
+    ('--start="Hello" "world"', '"Hello" "world"'), ("--start='a' + 'b'", "'a' + 'b'"), (r'--start="a\"b"', 'a"b'),
     ("--start='a','b'", "'a','b'"),
     ("--start='it's'", "'it's'"), ('--start={time}', '{time}'), ('--out_dir=a=b', 'a=b'), ('--out-dir=a-b', 'a-b'),
 ])
