@@ -246,7 +246,8 @@ def read_statements(body: list[ast.stmt], names: dict[str, Any], kinds: Kinds, p
         where = f'{path}, line {statement.lineno}'
         targets, node = assignment(statement, where)
         for name in targets:
-            if name not in kinds and last_read.get(name, -1) <= number:
+            is_helper = last_read.get(name, -1) > number and not near(name, kinds)
+            if name not in kinds and not is_helper:
                 raise unknown(name, kinds, where)
         value = evaluate(node, names, where)
         for name in targets:
@@ -330,9 +331,14 @@ def brief(text: str) -> str:
     return text if len(text) <= 60 else f'{text[:57]}...'
 
 
+def near(name: str, names: Iterable[str]) -> list[str]:
+    """Return the one of `names` that may have been meant by `name`, if there is one."""
+    return difflib.get_close_matches(name.lower(), names, 1, NEAR)
+
+
 def unknown(name: str, names: Iterable[str], where: str, dashes: str = '', otherwise: str = '') -> UserError:
-    near = difflib.get_close_matches(name.lower(), names, 1, NEAR)
-    hint = f'did you mean {dashes}{near[0]}?' if near else otherwise or 'every script lists its settings with --help.'
+    found = near(name, names)
+    hint = f'did you mean {dashes}{found[0]}?' if found else otherwise or 'every script lists its settings with --help.'
     return UserError(f"{where}: no setting is called '{brief(name)}'; {hint}")
 
 

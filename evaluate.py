@@ -15,9 +15,12 @@ from json import dumps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import configurator  # before PyTorch, which reads a variable that plaingpt/__init__.py sets
+
+# isort: split
+
 import torch
 
-import configurator
 from model import refuse_not_finite
 from plaingpt import console, errors, files, metrics
 from plaingpt.corpus.folder import fingerprint, open_split, read_meta
@@ -26,6 +29,7 @@ from plaingpt.init_from import corpus_of, learned_reference, learned_tokenizer, 
 from plaingpt.machines import processes
 from plaingpt.machines.device import Compute, card, choose, name_of
 from plaingpt.machines.processes import Process
+from plaingpt.machines.watch import Watch, explained
 from plaingpt.metrics import Predictor
 from plaingpt.published import PUBLISHED
 from plaingpt.run import upload
@@ -101,7 +105,7 @@ def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], p
         learned = shared_tokenizer(learned_reference(state, n_vocab, folder, bool(dataset)), folder)
         figures[split] = metrics.evaluate(predict, corpus, eval_iters * batch_size,
                                           learned.token_sizes() if learned else None)
-        refuse_not_finite(torch.tensor(figures[split]['loss']))
+        refuse_not_finite(math.isfinite(figures[split]['loss']))
     for name, rows in questions.items():
         figures |= MEASURES[name](rows, learned_tokenizer(state, n_vocab, folder, bool(dataset)), predict)
     return Measured(console.shown(where), state.get('iter_num'), folder.name if 'val' in names else '', figures)
@@ -165,7 +169,8 @@ def main(args: list[str]) -> None:
         raise UserError(f'--json={json} is a folder: give the name of a file')
     names, where = find_tasks(tasks), init_from or out_dir
     found = find_checkpoints(where)
-    with processes.joined(device, backend) as process:
+    with (processes.joined(device, backend) as process, Watch(process, math.inf, math.inf) as watch,
+          explained(watch, 'a smaller --batch_size')):
         settings = processes.agree_on_settings(process, sys.modules[__name__], args, PLACE)
         processes.refuse_difference(process, {'checkpoints': found}, 'all machines must see the same files')
         compute = choose(process.device, dtype, compile=False)

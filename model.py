@@ -232,7 +232,6 @@ class GPT(nn.Module):
             if seed is None:
                 seed = int(torch.randint(2**62, ()))
             scores = self.score_next(unread, caches)  # (B, V)
-            refuse_not_finite(scores)
             draws = [draw(seed, first + row, number) for row in range(len(scores))]
             token = choose(scores[:, :n_vocab].float(), temperature, top_k, top_p, draws)  # (B,)
             if stop is not None:
@@ -309,9 +308,9 @@ class GPT(nn.Module):
 
 
 # more: generation
-def refuse_not_finite(numbers: Tensor) -> None:
-    """Raise UserError if a model has predicted anything infinite or NaN: weights can be finite, and damaged."""
-    if not numbers.isfinite().all():
+def refuse_not_finite(is_finite: bool) -> None:
+    """Raise UserError unless what a model has predicted is finite: finite weights can be damaged, too."""
+    if not is_finite:
         raise UserError('what the model predicts is infinite or NaN: its weights are damaged, or too large for --dtype',
                         NOT_FINITE)
 
@@ -325,7 +324,9 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     probability (Holtzman et al. 2019); with both, from the fewest that hold top_p of what the top_k have. A number of
     63 bits for each row draws it: its part of 2**63 is the part of the probability that stands before its token."""
     if temperature < GREEDY:
-        return logits.argmax(dim=-1)
+        best = logits.max(dim=-1)
+        refuse_not_finite(bool(best.values.isfinite().all()))
+        return best.indices
     ids, V = None, logits.size(-1)
     if top_k is not None or top_p is not None:
         logits, ids = logits.topk(min(top_k or V, V))  # (B, K) each, the likeliest first
@@ -336,6 +337,8 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
         beyond = sums - p >= int(top_p * ALL)  # (B, K), those before it suffice already
         beyond[:, 0] = False  # the likeliest stays, even for a top_p of 0
         sums = p.masked_fill(beyond, 0).cumsum(dim=-1)
-    before = [number * total >> 63 for number, total in zip(draws, sums[:, -1].tolist(), strict=True)]
+    totals = sums[:, -1].tolist()
+    refuse_not_finite(min(totals) > 0)  # if one logit is infinite or NaN, each probability of its row is NaN
+    before = [number * total >> 63 for number, total in zip(draws, totals, strict=True)]
     drawn = (sums <= torch.tensor(before, device=sums.device)[:, None]).sum(dim=-1, keepdim=True)  # (B, 1)
     return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]

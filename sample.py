@@ -192,6 +192,8 @@ def converse(model: GPT, context: list[int], vocabulary: tokenizer.Tokenizer, de
         except KeyboardInterrupt:
             show([f'\n{RULE}\n'])
         except UserError as error:
+            if error.code == errors.NOT_FINITE:
+                raise
             console.note(str(error))
             show([f'\n{RULE}\n'])
 

@@ -13,12 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import configurator  # before PyTorch, which reads a variable that plaingpt/__init__.py sets
+
+# isort: split
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import configurator
 import sample
 from plaingpt import console, errors, lock, metrics, tasks
 from plaingpt.chance import draw
@@ -211,7 +214,8 @@ def run_folder() -> Path:
 def alone(process: Process, watch: Watch) -> Iterator[None]:
     """Until the block ends, no other run writes to the folder of this one. Every process must call it."""
     writes = process.is_main and not (eval_only or check)
-    with lock.owned(run_folder(), start_timeout, watch.beat) if writes else nullcontext():
+    patience = start_timeout if init_from in ('resume', 'auto') else 0.0  # a new run would be refused in the end
+    with lock.owned(run_folder(), patience, watch.beat) if writes else nullcontext():
         processes.wait_for_all(process)
         yield
 

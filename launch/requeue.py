@@ -13,9 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import configurator
-import train
-from plaingpt import console, errors, files
+from plaingpt import console, errors, files, schema
 
 TRIES = 3
 
@@ -29,9 +27,9 @@ def count_tries(folder: Path, job: str) -> tuple[int, int]:
     """Return at which step the run in this folder has ended, and how often this job has now ended without having come
     further, which is kept in requeued.json."""
     path = folder / 'requeued.json'
-    status, before = (files.read_json(file) or {} for file in (folder / 'status.json', path))
-    step, tries = int(status.get('step', -1)), 1
-    if before.get('job') == job:
+    status, before = files.read_json(folder / 'status.json'), files.read_json(path)
+    step, tries = status['step'] if schema.fits(status, {'step': schema.COUNT}) else -1, 1
+    if schema.fits(before, {'job': {job}, 'step': int, 'tries': schema.COUNT}):
         tries = 0 if step > before['step'] else before['tries'] + 1
     folder.mkdir(parents=True, exist_ok=True)
     with files.written_whole(path) as file:
@@ -46,8 +44,14 @@ def main(args: list[str]) -> None:
     code = int(args[0])
     if not is_loss(code):
         sys.exit(1)
+    import configurator
+    import train  # it loads PyTorch, for which most ends need not wait
+
     with redirect_stdout(io.StringIO()):  # train.py has said all of it
         configurator.configure(train, args[1:])
+    if any(arg.startswith('--out_dir') and '{time}' in arg for arg in args):
+        console.say('the job ends: an out_dir with {time} in its name is another one each time, and cannot be resumed')
+        sys.exit(1)
     step, tries = count_tries(Path(train.out_dir), os.environ['SLURM_JOB_ID'])
     console.say(f'exit code {code} at step {step}: the job {"starts again" if tries <= TRIES else "ends"}, after '
                 f'{tries} {"end" if tries == 1 else "ends"} without progress')

@@ -145,6 +145,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         drop(sys.stdout)
         sys.exit(code_of(error))
     except OSError as error:
+        if error.errno not in SYSTEM:
+            raise
         refused = refusal(error)
         leave(str(refused), refused.code)
     except (RuntimeError, MemoryError) as error:

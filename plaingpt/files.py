@@ -21,11 +21,13 @@ def about(path: str | Path) -> Iterator[None]:
     """What the system refuses in here becomes an OSError that names the file, whichever error a library makes of it."""
     try:
         yield
+    except BrokenPipeError:  # of the console
+        raise
     except Exception as error:
         refused = of_system(error)
         if not refused:
             raise
-        if refused.errno:
+        if refused.errno and str(refused.filename or path).startswith(str(path)):  # its temporary name, too
             refused.filename = str(path)
         raise refused from None
 

@@ -28,28 +28,30 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 def owned(folder: Path, patience: float = 0.0, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Own the folder, which is made if there is none, until the block ends. Wait at most `patience` seconds for another
     owner to end, and then raise UserError."""
-    is_new, path = not folder.exists(), folder / NAME
-    folder.mkdir(parents=True, exist_ok=True)
-    file, ended = wait_for(path, patience, while_waiting), threading.Event()
-    threading.Thread(target=beat, args=(file, path, ended), daemon=True).start()
+    is_new, path, token = not folder.exists(), folder / NAME, secrets.token_hex(8)
+    file, ended = wait_for(path, token, patience, while_waiting), threading.Event()
+    threading.Thread(target=beat, args=(file, path, token, ended), daemon=True).start()
     try:
         yield
     finally:
         ended.set()
+        if sys.platform == 'win32':
+            file.close()  # or else it cannot be removed
         with suppress(OSError):
-            if is_at(file, path):
+            if token_in(path) == token:
                 path.unlink()
+        with suppress(OSError):
             if is_new:
                 folder.rmdir()  # if nothing was written
         file.close()
 
 
-def beat(file: FileIO, path: Path, ended: threading.Event) -> None:
+def beat(file: FileIO, path: Path, token: str, ended: threading.Event) -> None:
     """The owner's thread: give signs of life. If another process owns the folder by now, as this one was halted for
     long or the folder deleted, end it: they must not both write."""
     while not ended.wait(BEAT):
         with suppress(OSError, ValueError):  # a network that fails for a moment; a file that is closed at the end
-            if path.exists() and not is_at(file, path):
+            if token_in(path) not in ('', token):
                 break
             os.utime(path if sys.platform == 'win32' else file.fileno())
     if not ended.is_set():
@@ -59,10 +61,10 @@ def beat(file: FileIO, path: Path, ended: threading.Event) -> None:
         os._exit(PEER_LOST)
 
 
-def wait_for(path: Path, patience: float, while_waiting: Callable[[], None]) -> FileIO:
+def wait_for(path: Path, token: str, patience: float, while_waiting: Callable[[], None]) -> FileIO:
     """Return the file of the owner, which this process has become."""
     end, has_said = time.monotonic() + patience, False
-    while not (file := take(path)):
+    while not (file := take(path, token)):
         owner = owner_of(path)
         if time.monotonic() >= end:
             raise UserError(f'{path.parent} belongs to {owner}\n'
@@ -75,21 +77,22 @@ def wait_for(path: Path, patience: float, while_waiting: Callable[[], None]) -> 
     return file
 
 
-def take(path: Path) -> FileIO | None:
+def take(path: Path, token: str) -> FileIO | None:
     """Return the file if this process owns it now. What it holds says who that is."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # an owner that has written nothing removes it
     file = open(path, 'a+b', buffering=0)  # not inherited by programs that this one starts
     try:
         lock(file)
     except OSError as error:
         file.close()
-        return claim(path) if error.errno in NO_LOCKS else None
-    if not is_at(file, path):  # its owner has ended, and removed it
+        return claim(path, token) if error.errno in NO_LOCKS else None
+    file.truncate(0)
+    sign(file, token)
+    if token_in(path) != token:  # its owner has ended, and removed it: this is another file
         file.close()
         return None
     if sys.platform != 'win32':
         os.register_at_fork(after_in_child=file.close)
-    file.truncate(0)
-    sign(file)
     return file
 
 
@@ -106,12 +109,12 @@ def lock(file: FileIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def claim(path: Path) -> FileIO | None:
+def claim(path: Path, token: str) -> FileIO | None:
     """The same without locks: put another file in place of one that is empty or was not touched for long, as the file
     system's own clock tells."""
     mine = path.with_name(f'{NAME}.{secrets.token_hex(4)}')
     file = open(mine, 'x+b', buffering=0)
-    sign(file)
+    sign(file, token)
     with suppress(FileNotFoundError):
         there = path.stat()
         if there.st_size and os.fstat(file.fileno()).st_mtime - there.st_mtime < STALE:
@@ -120,21 +123,23 @@ def claim(path: Path) -> FileIO | None:
             return None
     mine.replace(path)
     time.sleep(SETTLE)
-    if is_at(file, path):
+    if token_in(path) == token:
         return file
     file.close()
     return None
 
 
-def is_at(file: FileIO, path: Path) -> bool:
-    """Return whether this is the file that the path names."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    return False
+def sign(file: FileIO, token: str) -> None:
+    owner = {'host': socket.gethostname(), 'pid': os.getpid(), 'start': time.time(), 'token': token}
+    file.write(json.dumps(owner).encode())
 
 
-def sign(file: FileIO) -> None:
-    file.write(json.dumps({'host': socket.gethostname(), 'pid': os.getpid(), 'start': time.time()}).encode())
+def token_in(path: Path) -> str:
+    """Return what tells the owner from all others; '' if there is none, or the file cannot be read."""
+    with suppress(OSError):
+        found = files.read_json(path)
+        return str(found.get('token', '')) if isinstance(found, dict) else ''
+    return ''
 
 
 def owner_of(path: Path) -> str:

@@ -113,7 +113,7 @@ def look_at(dataset: str) -> Corpus:
             raise
         return Corpus({}, 50257, 36 * 50257, f'{str(error).splitlines()[0]}: its epochs cannot be told, and its '
                                              "vocabulary is taken for GPT-2's")
-    reference = json.dumps(meta['tokenizer'], ensure_ascii=False).encode()
+    reference = json.dumps(meta['tokenizer'], ensure_ascii=False).encode(errors='replace')
     is_named = meta['tokenizer'].keys() == {'name'} and meta['tokenizer']['name'] != 'byte'  # the file has all of it
     train, val = (f'{prints[split]["tokens"]:,}' for split in ('train', 'val'))
     line = f'{folder}: {train} tokens to train on, {val} to validate, {meta["vocab_size"]} ids'

@@ -244,7 +244,7 @@ def score(predict: Predictor, pairs: list[Pair], label: str,
 
     of_pieces = compute_together(math.ceil(len(todo) / batch_size), score_batch, predict.process, progress, label,
                                  'batches').flatten(0, 1)[:len(todo)]  # (pieces, 2)
-    refuse_not_finite(of_pieces)
+    refuse_not_finite(bool(of_pieces.isfinite().all()))
     of_pairs = torch.zeros(len(pairs), 2, dtype=torch.float64)
     of_pairs.index_add_(0, torch.tensor([piece.pair for piece in todo]), of_pieces)
     return of_pairs[:, 0], of_pairs[:, 1]

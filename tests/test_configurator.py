@@ -175,6 +175,12 @@ def test_what_a_file_computes_is_what_python_makes_of_it(
     assert settings['out_dir'] == 'out-w006-0.0006-1700000000.25'
 
 
+def test_a_typo_that_a_later_line_reads_is_no_helper(tmp_path: Path) -> None:
+    (tmp_path / 'a.py').write_text('learning_rat = 1e-3\nmin_lr = learning_rat / 10\n', encoding='utf-8')
+    with pytest.raises(UserError, match=r'did you mean learning_rate\?'):
+        configurator.configure(train, [str(tmp_path / 'a.py')])
+
+
 def test_a_helper_is_announced_and_serves_the_lines_of_its_own_file_alone(
         script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     write('n = 2\nwidth = n\nbatch_size = width', 'b.py')

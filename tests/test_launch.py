@@ -205,6 +205,20 @@ def test_a_job_that_loses_processes_without_progress_starts_again_three_times(
     assert (tmp_path / 'requeued.json').exists() == is_loss
 
 
+def test_what_cannot_be_resumed_or_read_is_requeued_within_bounds(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(LAUNCH / 'requeue.py'))['main']
+    monkeypatch.setenv('SLURM_JOB_ID', '12')
+    with pytest.raises(SystemExit, match='1'):
+        main(['8', f'--out_dir={tmp_path}/run-{{time}}'])
+    assert 'cannot be resumed' in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+    for content in ('[1]', '{"step": "3"}', '{"job": "12"}', '{'):
+        (tmp_path / 'status.json').write_text(content, encoding='utf-8')
+        (tmp_path / 'requeued.json').write_text(content, encoding='utf-8')
+        with pytest.raises(SystemExit, match=r'^(0|False)$'):
+            main(['8', f'--out_dir={tmp_path}'])
+
+
 def test_the_slurm_script_asks_for_what_requeueing_needs() -> None:
     asked = directives()
     assert 'requeue' in asked

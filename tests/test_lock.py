@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_children_that_outlive_the_owner_do_not_own(own: Own, tmp_path: Path) ->
     assert refused(lambda args: lock.owned(tmp_path / 'run').__enter__(), [], code=PEER_LOST)
     first.kill()
     first.wait()
-    with lock.owned(tmp_path / 'run'):
+    with lock.owned(tmp_path / 'run', 60):  # seconds, in which the child gets to run
         for child in children:
             os.kill(child, 0)  # it lives
 
@@ -121,6 +122,30 @@ def test_of_many_that_begin_at_once_without_locks_one_becomes_the_owner(own: Own
     several = [own('no locks', 2) for _ in range(4)]
     wait_until(lambda: sum(process.poll() == PEER_LOST for process in several) == 3)
     assert sum(process.poll() is None for process in several) == 1
+
+
+def test_a_folder_that_its_owner_removes_passes_to_the_one_that_waits(own: Own, tmp_path: Path) -> None:
+    first = own('locks', 0)
+    assert becomes_owner(first)
+    second = own('locks', 1000)
+    assert second.stdout is not None and 'waiting' in second.stdout.readline()
+    assert first.stdin is not None
+    first.stdin.close()  # it ends, and has written nothing
+    first.stdin = None
+    assert becomes_owner(second)
+    assert (tmp_path / 'run/.lock').exists()
+
+
+def test_a_copy_of_the_lock_in_its_place_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a backup was restored: the owner would end its whole process."""
+    monkeypatch.setattr(lock, 'BEAT', 0.01)
+    with lock.owned(tmp_path / 'run'):
+        content = (tmp_path / 'run/.lock').read_bytes()
+        (tmp_path / 'run/.lock').unlink()
+        time.sleep(0.1)
+        (tmp_path / 'run/.lock').write_bytes(content)
+        time.sleep(0.1)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_a_folder_that_cannot_be_made_or_locked_is_not_owned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

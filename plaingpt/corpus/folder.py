@@ -17,7 +17,7 @@ from typing import Any
 from plaingpt import console, files, schema
 from plaingpt.corpus import checksums
 from plaingpt.corpus.order import Order
-from plaingpt.corpus.token_files import VOCABULARIES, TokenFile, ends_of, open_files, sample_of
+from plaingpt.corpus.token_files import PIECES, VOCABULARIES, TokenFile, ends_of, open_files, sample_of
 from plaingpt.corpus.tokenizer import MOST_IDS, STATE, Tokenizer
 from plaingpt.errors import DATA, UserError, python
 
@@ -56,7 +56,8 @@ def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
     """Return what tells these tokens from others, without reading all of them: how many, the ends of each file, and the
     hash of it that its maker left in `meta`, or of a sample of it."""
     hashes = [meta['splits'].get(file.path.stem, {}).get('sha256', '') for file in tokens.files]
-    marks = [ends_of(file.path) | {'sha256': sha256} | ({} if sha256 else {'sample': sample_of(file.path)})
+    n_pieces = max(1, PIECES // len(hashes))
+    marks = [ends_of(file.path) | {'sha256': sha256} | ({} if sha256 else {'sample': sample_of(file.path, n_pieces)})
              for file, sha256 in zip(tokens.files, hashes, strict=True)]
     if len(marks) > 1:
         joined = {name: ' '.join(mark.get(name, '') for mark in marks) for name in marks[0]}

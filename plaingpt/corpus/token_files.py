@@ -23,7 +23,7 @@ from plaingpt.errors import DATA, UserError, refusal
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 END = 4096  # bytes at the head and the tail of a token file that are compared with what its maker wrote
-PIECES = 64  # of as many bytes, that stand for a whole file
+PIECES = 64  # of as many bytes, that stand for a whole corpus
 HEADER = 1024  # bytes: 256 numbers of 32 bits
 NPY = b'\x93NUMPY'
 SMALL_WORD = 3  # what the upper half of a 32-bit id holds at most, up to a vocabulary of 2**18
@@ -101,12 +101,12 @@ def ends_of(path: Path) -> dict[str, str]:
         return {'head': hashlib.sha256(head).hexdigest(), 'tail': hashlib.sha256(file.read(END)).hexdigest()}
 
 
-def sample_of(path: Path) -> str:
+def sample_of(path: Path, n_pieces: int = PIECES) -> str:
     """Return the sha256 of a few pieces from all over a file: for one whose maker has left no hash of the whole."""
     size, sha256 = path.stat().st_size, hashlib.sha256()
     with open(path, 'rb') as file:
-        for number in range(PIECES):
-            file.seek(size * number // PIECES)
+        for number in range(n_pieces):
+            file.seek(size * number // n_pieces)
             sha256.update(file.read(END))
     return sha256.hexdigest()
 

@@ -81,7 +81,7 @@ def count_documents(parts: Iterable[Part]) -> int:
 
 def numbers_of_texts(parts: Iterable[Part]) -> Numbers:
     """Return the numbers of the documents that are not empty."""
-    return np.array([i for i, text in enumerate(read_texts(parts)) if text], dtype=np.int64)
+    return np.fromiter((i for i, text in enumerate(read_texts(parts)) if text), dtype=np.int64)
 
 
 def read_texts(parts: Iterable[Part]) -> Iterator[str]:

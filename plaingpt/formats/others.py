@@ -18,7 +18,7 @@ from torch import Tensor
 from model import GPTConfig
 from plaingpt import schema
 from plaingpt.corpus import tokenizer
-from plaingpt.errors import CHECKPOINT, UserError, python
+from plaingpt.errors import CHECKPOINT, UserError, is_out_of_memory, of_system, python, refusal
 from plaingpt.formats.weights import SIDE, TABLE, TRANSPOSED, is_tensor, is_tied
 from plaingpt.schema import COUNT, EMPTY, PLAIN
 
@@ -65,7 +65,8 @@ CONTENT: dict[str, Any] = {  # what is read of one; others than ours lack some o
                  '_growth_tracker': COUNT}, EMPTY),
     'wandb_run_id?': str,
     'data?': ({'train': SPLIT, 'val': SPLIT}, EMPTY),
-    'optimizer?': {'state': {int: {str: (is_tensor, float)}}, 'param_groups': [{'params': [COUNT, ...]}, ...]}}
+    'optimizer?': {'state': {int: {'step': (is_tensor, float), 'exp_avg': is_tensor, 'exp_avg_sq': is_tensor}},
+                    'param_groups': [{'params': [COUNT, ...]}, ...]}}
 
 
 # What the numbers of numpy are made of, in files of its versions 1 and 2
@@ -93,7 +94,11 @@ def read(path: Path, may_be_old: bool = False) -> Any:
         of_numpy = [(NUMPY[name], name) for name in names if name in NUMPY]
         with torch.serialization.safe_globals([*configs, *of_numpy, *NUMBERS]):
             return plain(torch.load(path, map_location='cpu', weights_only=True))
-    except Exception:  # torch's own reader raises several kinds
+    except Exception as error:  # torch's own reader raises several kinds
+        if is_out_of_memory(error):
+            raise
+        if of_system(error):
+            raise refusal(error, path, CHECKPOINT) from None
         raise UserError(f'{path} holds more than tensors and plain values, which could run any code: it is not loaded',
                         CHECKPOINT) from None
 
@@ -113,7 +118,7 @@ def refuse_other_formats(path: Path) -> None:
         raise UserError(f'{path} is a safetensors file, which does not say the shape of its model\ngive the folder '
                         'that holds it as model.safetensors beside its config.json', CHECKPOINT)
     if head[:1] == b'\x80':
-        new = shlex.quote(str(path.with_suffix('.new.pt')))
+        new = shlex.quote(str(path.with_suffix('.converted.pt')))
         raise UserError(f"{path} is in PyTorch's format of before 1.6, or a pickle: nothing would tell damage to it\n"
                         f'{python()} -c "import sys, torch; torch.save(torch.load(sys.argv[1], weights_only=True), '
                         f'sys.argv[2])" {shlex.quote(str(path))} {new}', CHECKPOINT)

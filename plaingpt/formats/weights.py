@@ -25,7 +25,7 @@ def is_tied(weights: dict[str, Tensor], says: bool | None, path: str | Path) -> 
     beside it, if they say anything, say that it is another."""
     if HEAD not in weights or (says is not False and torch.equal(weights[HEAD], weights[TABLE])):
         return True
-    if says is not False:
+    if says is not False and console.is_main():
         console.note(f'{path}: its head differs from its table of tokens, and is taken as it is: tie_weights=False')
     return False
 

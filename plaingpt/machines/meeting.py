@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import torch.distributed as dist
 
 from plaingpt import console
-from plaingpt.errors import PEER_LOST, UserError
+from plaingpt.errors import PEER_LOST, UserError, first_line
 
 T = TypeVar('T')
 
@@ -42,6 +42,7 @@ LAUNCHERS = {
 }
 FIRST_PORT, PORTS = 20000, 12000  # below those that systems hand out themselves
 PAUSE = 0.5  # seconds between two attempts to reach a machine
+SILENT = 10.0  # seconds after which the reason for waiting is said
 SIOCGIFADDR = 0x8915  # Linux: which address has this interface?
 
 
@@ -111,22 +112,27 @@ class Deadline:
     and in others counts anew, so a thread ends the process."""
 
     def __init__(self, seconds: float, complaint: str) -> None:
-        self.seconds, self.complaint, self.reason = seconds, complaint, ''
+        self.begun, self.complaint, self.reason = time.monotonic(), complaint, ''
         self.timer = threading.Timer(seconds, lambda: end_now(self.failure()))
         self.timer.daemon = True
 
     def failure(self) -> UserError:
-        return UserError(f'{self.complaint} in {self.seconds:.0f} s: {self.reason}\nwere all of them started (with '
+        seconds = time.monotonic() - self.begun
+        return UserError(f'{self.complaint} in {seconds:.0f} s: {self.reason}\nwere all of them started (with '
                          'Slurm: srun python train.py), and can they reach that address?', PEER_LOST)
 
     def insist(self, attempt: Callable[[], T]) -> T:
         """Return what succeeds at last: another machine may not be ready yet, or not even have a name."""
+        has_said = False
         while True:
             try:
                 return attempt()
             except OSError as error:
                 self.reason = error.strerror or str(error)
-                time.sleep(PAUSE)
+            if not has_said and time.monotonic() - self.begun > SILENT:
+                console.note(f'{self.complaint} yet: {self.reason}')
+                has_said = True
+            time.sleep(PAUSE)
 
 
 @contextmanager
@@ -145,6 +151,7 @@ def join(launch: Launch, backend: str, timeout: float) -> dist.Store:
     watch.Watch notices sooner than the group's own time-out that a process is lost, and names it."""
     rank, _, world_size, host, number = (launch.variables[name] for name in ALL)
     limit, port = timedelta(seconds=2 * timeout), int(number)
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')  # torchrun's store outlives a restart, with old words
     refuse_unknown_interface(os.environ.get('GLOO_SOCKET_IFNAME', ''))
     connect = partial(dist.TCPStore, host, port, timeout=limit, wait_for_workers=False)
     with deadline(timeout, f'process {rank} of {world_size} has not met all others at {host}:{port}') as end:
@@ -156,10 +163,10 @@ def join(launch: Launch, backend: str, timeout: float) -> dist.Store:
                 address = str(connection.getpeername()[0])
             end.reason = 'what answers there is not process 0'
             store, second = kept or connect(is_master=False), connect(is_master=False)
-            met, end.reason = dist.PrefixStore('meeting', second), 'not all of them have come'
+            met, end.reason = dist.PrefixStore(f'meeting/{attempt}', second), 'not all of them have come'
             refuse_another_run(met, launch)
             name_interface(met, launch, address)
-            dist.init_process_group(backend, store=dist.PrefixStore('group', store), rank=int(rank),
+            dist.init_process_group(backend, store=dist.PrefixStore(f'group/{attempt}', store), rank=int(rank),
                                     world_size=int(world_size), timeout=limit)
             dist.barrier()
         except UserError:
@@ -168,9 +175,9 @@ def join(launch: Launch, backend: str, timeout: float) -> dist.Store:
             if 'EADDRINUSE' in str(error):
                 raise UserError(f'port {port} of this machine is taken, perhaps by another run\nwith srun, leave '
                                 'MASTER_PORT unset; else export a free one for all processes', PEER_LOST) from None
-            end.reason = str(error).splitlines()[0]
+            end.reason = first_line(error)
             raise end.failure() from None
-    return dist.PrefixStore(f'watch/{os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}', second)
+    return dist.PrefixStore(f'watch/{attempt}', second)
 
 
 def refuse_another_run(store: dist.Store, launch: Launch) -> None:

@@ -21,6 +21,7 @@ from plaingpt.machines import meeting
 from plaingpt.machines.device import card, pick_device
 
 ROOT = Path(__file__).parents[2]
+SOURCES = ('configurator', 'evaluate', 'export', 'model', 'sample', 'train')  # beside the package
 Progress = Callable[[Iterable[int], int, str, str], Iterable[int]]  # a bar around items: how many, what, in which unit
 
 
@@ -178,12 +179,13 @@ def agree_on_settings(process: Process, script: ModuleType, args: list[str], pla
     if clock != configurator.STARTED:
         configurator.configure(script, args, clock)
     settings = {name: getattr(script, name) for name in configurator.find_settings(script)}
-    code = (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py')) if process.world_size > 1 else ()
+    code = sorted([*(ROOT / f'{name}.py' for name in SOURCES), *ROOT.glob('plaingpt/**/*.py')])
+    sums = {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in code}
     refuse_difference(process, {
         **{name: value for name, value in settings.items() if name not in place},
         'kind of device': process.device.type,
         'torch': str(torch.__version__),
-        **{str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(code)},
+        **sums,
     }, 'give all processes the same command, and the same files')
     return configurator.record(script)
 

@@ -25,7 +25,7 @@ PATIENCE = 5.0  # seconds in which a living store answers
 
 def lost(reason: str, code: int = PEER_LOST) -> UserError:
     """What a run says when it has lost a process, and ends with."""
-    return UserError(f'{reason}\nwhat was saved is whole: run the same command again', code)
+    return UserError(reason + '\nwhat was saved is whole: run the same command again' * (code == PEER_LOST), code)
 
 
 class Watch:
@@ -133,7 +133,7 @@ class Watch:
         after = {rank: record for rank, record in after.items() if not record['is_done']}
         silent = [rank for rank, record in after.items() if record['beat'] == before[rank]['beat']]
         is_moving = any(record['work'] != before[rank]['work'] for rank, record in after.items())
-        if not silent and (is_moving or not is_late or len(after) == 1):  # the others wait for it or have finished
+        if not silent and (is_moving or not is_late or len(after) <= 1):  # the others wait for it or have finished
             return None
         least, most = (pick(record['work'] for record in after.values()) for pick in (min, max))
         behind = [rank for rank, record in after.items() if record['work'] == least < most]

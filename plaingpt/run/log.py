@@ -23,7 +23,7 @@ from plaingpt.run.upload import Uploader, reason
 NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
 UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
 STATUS_ROOM = 4096  # bytes of status.json, which are taken at the start
-STATUS_MESSAGE = 600  # characters, of which JSON may make six bytes each
+STATUS_MESSAGE = 300  # characters, of which JSON may make twelve bytes each
 SAMPLE_HEADER = re.compile(r'^=== step (\d{1,18}) ===\n', re.MULTILINE)
 
 
@@ -37,7 +37,7 @@ def row_of(line: bytes) -> dict[str, Any] | None:
         row = schema.parse(line)
     except ValueError:
         return None
-    return row if schema.fits(row, {'step': schema.COUNT}) else None
+    return row if isinstance(row, dict) and type(row.get('step')) is int and row['step'] >= 0 else None
 
 
 def drop_rows(path: Path, first_step: int) -> int:

@@ -24,7 +24,7 @@ class Wandb:
 
         if wandb.setup().settings.mode == 'online' and not wandb.login(prompt=False):
             raise RuntimeError('there is no API key (run `wandb login`, or set WANDB_MODE=offline)')
-        sys.argv = [*map(console.shown, sys.argv)]  # wandb keeps the command line
+        typed, sys.argv = sys.argv, [*map(console.shown, sys.argv)]  # wandb keeps the command line
         self.run = wandb.init(
             project=project,
             name=name or None,
@@ -34,6 +34,7 @@ class Wandb:
             config={setting: value for setting, value in settings.items() if not SECRET.search(setting)},
             allow_val_change=True,
         )
+        sys.argv = typed
         # Our own x axis: a resumed run repeats steps, and wandb refuses its own `step` going back.
         self.run.define_metric('iter')
         self.run.define_metric('*', step_metric='iter')

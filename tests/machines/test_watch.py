@@ -285,6 +285,23 @@ def test_torchrun_passes_a_signal_on_and_both_processes_stop_at_the_same_step(st
 
 
 @pytest.mark.slow
+def test_torchrun_starts_a_run_again_that_has_lost_a_process(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    """In one torchrun, whose store outlives the first start."""
+    script = tmp_path / 'dying.py'
+    is_first = "os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT'] == '10'"  # process 1, before a restart
+    is_time = f"{is_first} and os.path.exists('{tmp_path}/run/ckpt.pt')"
+    code = SLOWLY.replace('time.sleep(0.1)', f'if {is_time}: os.kill(os.getpid(), 9)')
+    script.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}{RUN}', encoding='utf-8')
+    long = {'max_iters': 12, 'lr_decay_iters': 12, 'eval_interval': 4}
+    process = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max_restarts=1',
+                    str(script), *arguments(tmp_path / 'run', tiny_dataset, **long))
+    printed = end_of(process)
+    assert process.returncode == 0, printed[-3000:]
+    assert 'resuming at step 4' in printed
+    assert status_of(tmp_path / 'run')['state'] == 'done'
+
+
+@pytest.mark.slow
 def test_a_stop_under_torchrun_waits_for_a_slow_disk(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
     """The time of max_hours is over on all processes, in a step that has come; the main one writes for longer than its
     peers may be silent, and torchrun would end it as soon as another had left."""
@@ -338,7 +355,7 @@ def test_a_process_that_is_lost_is_named_and_the_others_end(start: Start, tmp_pa
     assert re.search(rf'process 1 \(pid {both[1].pid} on .*\), at step \d+, {word}', printed), printed
     assert status_of(tmp_path)['exit_code'] == errors.PEER_LOST
     assert 'process 1' in status_of(tmp_path)['message']
-    assert 'Traceback' not in printed
+    assert 'Traceback' not in printed and 'frame #' not in printed
 
 
 @pytest.mark.slow

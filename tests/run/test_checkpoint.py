@@ -288,7 +288,7 @@ def test_other_formats_are_named_with_the_way_in(ours: Path, tmp_path: Path) -> 
     assert "PyTorch's format of before 1.6" in message
     command = message.splitlines()[1]
     subprocess.run(shlex.split(command.replace(command.split(' -c ')[0], sys.executable)), check=True)
-    assert not differences(checkpoint.load(tmp_path / 'old.new.pt')['model'], checkpoint.load(ours)['model'])
+    assert not differences(checkpoint.load(tmp_path / 'old.converted.pt')['model'], checkpoint.load(ours)['model'])
     save_file({name: p for name, p in state['model'].items() if name != 'lm_head.weight'}, tmp_path / 'a.safetensors')
     assert 'is a safetensors file' in refused(checkpoint.load, tmp_path / 'a.safetensors', code=errors.CHECKPOINT)
 
@@ -475,6 +475,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ('skipped', 0.5, 'skipped is 0.5'), ('scaler', {'scale': 1.0}, 'scaler.growth_factor is missing'),
     ('wandb_run_id', 7, 'wandb_run_id is 7'), ('data', {'train': {'tokens': 9}}, 'data.train.sha256 is missing'),
     ('optimizer', [1], 'optimizer is of the type list'), ('optimizer.param_groups', [{}], 'param_groups[0].params'),
+    ('optimizer.state', {0: {'step': 1.0, 'exp_avg': torch.ones(1)}}, 'optimizer.state[0].exp_avg_sq is missing'),
+    ('optimizer.state', {0: {'momentum_buffer': torch.ones(1)}}, 'optimizer.state[0].step is missing'),
     ('model', {3: torch.ones(1)}, 'the key 3 of model'), ('model', {'x': [1.0]}, "model['x'] is of the type list"),
     ('model', {'wte': torch.eye(3).to_sparse()}, "model['wte'] is of the type Tensor"),
 ]

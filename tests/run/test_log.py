@@ -349,6 +349,14 @@ def heights(pixels: NDArray[np.int64], colour: tuple[int, int, int], columns: sl
     return np.nonzero(np.abs(pixels[60:520, columns] - colour).sum(axis=2) < 40)[0]
 
 
+def test_the_longest_message_leaves_status_json_whole(tmp_path: Path) -> None:
+    with open_logger(tmp_path) as log:
+        for text in ('x', '\n', 'é', '\U0001f600'):
+            log.status('failed', 10**18, 7, text * 5000)
+            status = json.loads((tmp_path / 'status.json').read_text(encoding='utf-8'))
+            assert (status['exit_code'], status['message'][:100]) == (7, text * 100)
+
+
 def test_a_backend_that_is_not_installed_does_not_stop_the_picture(tmp_path: Path) -> None:
     program = ('import sys\nfrom pathlib import Path\nfrom plaingpt.run.log import Log\n'
                'with Log(Path(sys.argv[1]), True, 0, 2) as log:\n'
