@@ -150,9 +150,10 @@ def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokeniz
 
 
 def show(pieces: Iterable[str]) -> None:
-    """Print each piece the moment it is there, without what would steer the terminal."""
+    """Print each piece the moment it is there, without what would steer the terminal; in the main process only."""
     for piece in pieces:
-        console.write(piece, sys.stdout)
+        if console.is_main():
+            console.write(piece, sys.stdout)
 
 
 def continued(model: GPT, idx: Tensor, vocabulary: tokenizer.Tokenizer, first: int) -> Iterator[Tensor]:

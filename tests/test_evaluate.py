@@ -314,16 +314,18 @@ def test_processes_that_would_measure_different_things_are_refused(trained: Path
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
     launched = os.environ | {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
-    for changes, words in ((['--limit=2'], 'limit: 0 on process 0, 2 on process 1'),
-                           ([f'--hellaswag={tmp_path}/other.jsonl'], 'hellaswag: "')):
+    for changes, words, code in (
+            (['--limit=2'], 'limit: 0 on process 0, 2 on process 1', errors.COMMAND),
+            ([f'--hellaswag={tmp_path}/other.jsonl'], 'hellaswag: "', errors.COMMAND),
+            ([f'--hellaswag={tmp_path}/gone.jsonl'], ('process 1 (pid ', f'--hellaswag={tmp_path}/gone'), errors.DATA)):
         both = [subprocess.Popen(
             [sys.executable, 'evaluate.py', f'--init_from={trained}', '--tasks=hellaswag', '--device=cpu',
              f'--hellaswag={tmp_path}/hellaswag.jsonl', f'--json={tmp_path}/x.json', *(changes if rank else [])],
             cwd=Path(evaluate.__file__).parent, env=launched | {'RANK': str(rank), 'LOCAL_RANK': str(rank)},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding='utf-8') for rank in range(2)]
         for text, process in [(process.communicate(timeout=PATIENT)[1], process) for process in both]:
-            assert process.returncode == errors.COMMAND, text
-            assert text.startswith(words), text
+            assert process.returncode == code, text
+            assert text.startswith(words) and len(text.splitlines()) <= 3, text
     assert not (tmp_path / 'x.json').exists()
 
 
