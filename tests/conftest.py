@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import zlib
@@ -29,9 +30,14 @@ os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What our own files do must not be deprecated, whatever the libraries do among themselves."""
+    """What our own files do must not be deprecated, whatever the libraries do among themselves. And the signals that
+    tests send must arrive although `nohup` or `&` started the tests: a run leaves what was ignored when it began."""
     for category in ('DeprecationWarning', 'FutureWarning'):
         config.addinivalue_line('filterwarnings', fr'error::{category}:({"|".join(OURS)})\Z')
+    for name in ('SIGINT', 'SIGQUIT', 'SIGHUP'):  # Windows lacks two of them
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if name == 'SIGINT' else signal.SIG_DFL)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
