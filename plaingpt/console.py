@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -93,6 +93,12 @@ def note(text: str) -> None:
 def note_traceback(*error: Any) -> None:
     """Print an error that no code expected, as sys.excepthook: it may quote what a file holds."""
     note(''.join(traceback.format_exception(*error)).rstrip())
+
+
+def last_words(text: str) -> None:
+    """Write a line to stderr from a thread, past locks and buffers that the main thread may hold."""
+    with suppress(OSError):  # its reader may have got the same signal
+        os.write(sys.stderr.fileno(), printable(f'{text}\n').encode())
 
 
 def write(text: str, to: TextIO | None) -> None:

@@ -55,9 +55,7 @@ def beat(file: FileIO, path: Path, token: str, ended: threading.Event) -> None:
                 break
             os.utime(path if sys.platform == 'win32' else file.fileno())
     if not ended.is_set():
-        with suppress(OSError):
-            last_words = f'{path.parent} has been taken over by {owner_of(path)}\n'
-            os.write(sys.stderr.fileno(), console.printable(last_words).encode())
+        console.last_words(f'{path.parent} has been taken over by {owner_of(path)}')
         os._exit(PEER_LOST)
 
 

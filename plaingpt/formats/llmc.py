@@ -11,12 +11,11 @@ from plaingpt import console
 from plaingpt.errors import CHECKPOINT, UserError
 from plaingpt.formats import huggingface
 from plaingpt.formats.exported import Exported
-from plaingpt.formats.weights import SIDE, fitting
+from plaingpt.formats.weights import SIDE, TABLE, fitting
 
 MODEL, TOKENS = 20240326, 20240328  # the first number of a header
 HEADER = 256  # numbers
 DTYPES: dict[int, torch.dtype] = {3: torch.float32, 5: torch.bfloat16}  # by the version of the format
-TABLE = 'transformer.wte.weight'
 LAYER = (
     'h.0.ln_1.weight', 'h.0.ln_1.bias',
     'h.0.attn.c_attn.weight', 'h.0.attn.c_attn.bias', 'h.0.attn.c_proj.weight', 'h.0.attn.c_proj.bias',

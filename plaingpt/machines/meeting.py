@@ -102,8 +102,7 @@ def why_alone(environment: Mapping[str, str]) -> str:
 
 def end_now(last_words: UserError) -> None:
     """End the process from a thread, while the main one waits in C++ for another process."""
-    with suppress(OSError):
-        console.write(f'{last_words}\n', sys.stderr)
+    console.last_words(str(last_words))
     os._exit(last_words.code)
 
 

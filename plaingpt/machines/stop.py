@@ -2,10 +2,8 @@
 import math
 import os
 import signal
-import sys
 import threading
 import time
-from contextlib import suppress
 from typing import Any, Self
 
 from plaingpt import console, errors
@@ -67,8 +65,7 @@ class Stop:
             os._exit(errors.INTERRUPTED if is_interrupt else errors.STOPPED)
         if not self.reason:
             self.reason, self.since = reason, now
-            with suppress(OSError):  # whoever read it may have got the same signal
-                os.write(sys.stderr.fileno(), console.printable(f'{reason}: saving after this step\n').encode())
+            console.last_words(f'{reason}: saving after this step')
 
     def is_asked(self) -> bool:
         if not self.reason and time.monotonic() > self.end:

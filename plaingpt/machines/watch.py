@@ -2,7 +2,6 @@
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -106,8 +105,7 @@ class Watch:
 
     def end(self, loss: UserError) -> None:
         """The main thread waits for a process that will not come, so this one ends the process."""
-        with suppress(OSError):
-            os.write(sys.stderr.fileno(), console.printable(f'{loss}\n').encode())
+        console.last_words(str(loss))
         if self.on_end:
             self.on_end(loss.code, str(loss))
         self.say_last(loss)
