@@ -320,9 +320,9 @@ GREEDY = 1e-6  # a lower temperature tells apart only logits whose difference is
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, draws: Sequence[int]) -> Tensor:
-    """One token (B,) for each row of logits (B, V), from the top_k likeliest, or from the fewest that hold top_p of the
-    probability (Holtzman et al. 2019); with both, from the fewest that hold top_p of what the top_k have. A number of
-    63 bits for each row draws it: its part of 2**63 is the part of the probability that stands before its token."""
+    """Choose one token (B,) for each row of logits (B, V), from the top_k likeliest, or from the fewest that hold top_p
+    of the probability (Holtzman et al. 2019); with both, from the fewest that hold top_p of what the top_k have. A
+    number of 63 bits for each row draws it: its part of 2**63 is the part of the probability before its token."""
     if temperature < GREEDY:
         best = logits.max(dim=-1)
         refuse_not_finite(bool(best.values.isfinite().all()))

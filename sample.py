@@ -163,7 +163,7 @@ def continued(model: GPT, idx: Tensor, vocabulary: tokenizer.Tokenizer, first: i
 
 
 def end_of(vocabulary: tokenizer.Tokenizer) -> int | None:
-    """The id that ends a sample, if there is one."""
+    """Return the id that ends a sample, if there is one."""
     return vocabulary.eot if stop else None
 
 

@@ -260,7 +260,7 @@ def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
     if origin.is_resumed:
         run.log.line(checkpoint.describe(origin.state, run.record))
     if learner.windows_before == learner.windows > 0:
-        run.log.line('corpus or block_size are others than before: the corpus is read from its first window on')
+        run.log.line('the corpus or block_size has changed: the corpus is read from its first window on')
 
 
 # ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ UNFINISHED = '.tmp'  # how the name of a file ends that is not whole yet
 
 @contextmanager
 def about(path: str | Path) -> Iterator[None]:
-    """What the system refuses in here becomes an OSError that names the file, whichever error a library makes of it."""
+    """Raise what the system refuses in here as an OSError that names the file, whatever a library makes of it."""
     try:
         yield
     except BrokenPipeError:  # of the console
@@ -55,7 +55,7 @@ def written_whole(path: str | Path, is_shared: bool = False) -> Iterator[Buffere
 
 def overwrite(path: Path, content: bytes, room: int) -> None:
     """Write the content, and spaces up to `room` bytes, over those of the file in one write: after the first time it
-    succeeds on a full disk, too, where no file can take its place. Readers skip the spaces, as JSON's do."""
+    succeeds on a full disk, too, which has no room for a new file. Readers skip the spaces, as JSON's do."""
     with about(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

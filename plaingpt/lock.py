@@ -47,8 +47,8 @@ def owned(folder: Path, patience: float = 0.0, while_waiting: Callable[[], None]
 
 
 def beat(file: FileIO, path: Path, token: str, ended: threading.Event) -> None:
-    """The owner's thread: give signs of life. If another process owns the folder by now, as this one was halted for
-    long or the folder deleted, end it: they must not both write."""
+    """Give signs of life, in a thread of the owner. If another process owns the folder by now, as this one was halted
+    for long or the folder deleted, end this one: they must not both write."""
     while not ended.wait(BEAT):
         with suppress(OSError, ValueError):  # a network that fails for a moment; a file that is closed at the end
             if token_in(path) not in ('', token):
@@ -108,7 +108,7 @@ def lock(file: FileIO) -> None:
 
 
 def claim(path: Path, token: str) -> FileIO | None:
-    """The same without locks: put another file in place of one that is empty or was not touched for long, as the file
+    """Own it without locks: put another file in place of one that is empty or was not touched for long, as the file
     system's own clock tells."""
     mine = path.with_name(f'{NAME}.{secrets.token_hex(4)}')
     file = open(mine, 'x+b', buffering=0)

@@ -104,7 +104,7 @@ def read(path: Path, may_be_old: bool = False) -> Any:
 
 
 def plain(tree: Any) -> Any:
-    """The same with Python's numbers in place of numpy's."""
+    """Return the same with Python's numbers in place of numpy's."""
     if type(tree) is dict:
         return {key: plain(value) for key, value in tree.items()}
     return tree.item() if isinstance(tree, np.generic) else tree
@@ -223,7 +223,8 @@ def from_gpt_from_scratch(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of one of transformers' GPT-2s, without or with a head, as ours; any other as it is."""
+    """Return the state dict of one of transformers' GPT-2s, with or without a head, under our names and shapes; any
+    other as it is."""
     if 'wte.weight' in weights:
         weights = {f'transformer.{name}': tensor for name, tensor in weights.items()}
     c_attn = weights.get('transformer.h.0.attn.c_attn.weight')

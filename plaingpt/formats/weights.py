@@ -21,12 +21,12 @@ def is_tensor(value: object) -> TypeGuard[Tensor]:
 
 
 def is_tied(weights: dict[str, Tensor], says: bool | None, path: str | Path) -> bool:
-    """Return whether the head is the table of tokens: where there is no other, or an equal one, unless the settings
-    beside it, if they say anything, say that it is another."""
+    """Return whether the head is the table of tokens: if the file has no head, or an equal one and no setting that says
+    it is untied."""
     if HEAD not in weights or (says is not False and torch.equal(weights[HEAD], weights[TABLE])):
         return True
     if says is not False and console.is_main():
-        console.note(f'{path}: its head differs from its table of tokens, and is taken as it is: tie_weights=False')
+        console.note(f'{path}: its head differs from its table of tokens, and is used as it is: tie_weights=False')
     return False
 
 
