@@ -454,7 +454,7 @@ def test_another_corpus_is_read_from_its_first_window_on_and_a_line_says_so(
     (other / 'meta.json').write_text(json.dumps(meta | {'splits': {}}), encoding='utf-8')
     (other / 'train.bin').write_bytes((other / 'train.bin').read_bytes()[:-2000])
     order = Order(len(open_split(other, 'train', 16, 128)), 16, 1337)
-    out, line = tmp_path / 'run', 'others than before: the corpus is read from its first window on\n'
+    out, line = tmp_path / 'run', 'the corpus or block_size has changed: the corpus is read from its first window on\n'
     run(out, max_iters=5)
     changes: dict[str, Any] = {'init_from': 'resume', 'dataset': other, 'max_epochs': 30 / order.epoch}
     assert line not in capsys.readouterr().out
