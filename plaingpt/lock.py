@@ -133,11 +133,9 @@ def sign(file: FileIO, token: str) -> None:
 
 
 def token_in(path: Path) -> str:
-    """Return what tells the owner from all others; '' if there is none, or the file cannot be read."""
-    with suppress(OSError):
-        found = files.read_json(path)
-        return str(found.get('token', '')) if isinstance(found, dict) else ''
-    return ''
+    """Return what tells the owner from all others; '' if there is none. Raise OSError if the file cannot be read."""
+    found = files.read_json(path)
+    return str(found.get('token', '')) if isinstance(found, dict) else ''
 
 
 def owner_of(path: Path) -> str:
