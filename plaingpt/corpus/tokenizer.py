@@ -184,7 +184,8 @@ class TrainedBPE(Tokenizer):
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
-        library.train_from_iterator(chain.from_iterable(map(without_long_words, texts)), trainer)
+        parts = (part for text in texts for whole in parts_of(text) for part in without_long_words(whole))
+        library.train_from_iterator(parts, trainer)
         library.add_special_tokens([END_OF_TEXT])
         return cls(name, library)
 
