@@ -169,6 +169,7 @@ def main(args: list[str]) -> None:
         raise UserError(f'--json={json} is a folder: give the name of a file')
     names, where = find_tasks(tasks), init_from or out_dir
     found = find_checkpoints(where)
+    # An evaluation may take as long as it takes; what is watched for is a process that ends.
     with (processes.joined(device, backend) as process, Watch(process, math.inf, math.inf) as watch,
           explained(watch, 'a smaller --batch_size')):
         settings = processes.agree_on_settings(process, sys.modules[__name__], args, PLACE)

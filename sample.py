@@ -43,7 +43,7 @@ temperature: float = 0.8  # below 1 likely tokens become likelier, above 1 less 
 top_k: int = 200  # draw from so many of the likeliest tokens; 0 draws from all
 top_p: float = 1.0  # draw from the likeliest tokens that together have this probability; 1.0 draws from all
 seed: int = 1337  # the same seed gives the same texts
-device: str = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' is the first of them that is here
+device: str = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' is the first of these that the machine has
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights and of what is computed with them
 compile: bool | Literal['auto'] = 'auto'  # 'auto' is off: compiling takes longer than it saves
 # ------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ overwrite: bool = False  # start over in an out_dir that holds a run: its files 
 ignore_data_change: bool = False  # resume although the corpus is another one than before
 upload_to: str = ''  # a folder that gets a copy of each checkpoint: 's3://bucket/run', or another URL that fsspec knows
 # before a run
-plan: bool = False  # say what the run amounts to, parameters, bytes and hours, and leave
+plan: bool = False  # print what the run will take, parameters, bytes and hours, and leave
 check: bool = False  # try whether model and run are wired right, on one short window, and leave with 0 or 1
 # evaluation, logging and samples
 eval_interval: int = 2000  # steps
@@ -111,7 +111,7 @@ max_hours: float = 0.0  # save and end after that time, with exit code 75; 0 set
 start_timeout: float = 1800.0  # seconds: how long processes wait for each other until their first step is done
 timeout: float = 300.0  # seconds without any progress after which a process that died or hangs is given up
 backend: str = 'auto'  # between processes: 'nccl' on cuda, 'gloo' elsewhere
-device: str = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' is the first of them that is here
+device: str = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' is the first of these that the machine has
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of matrix products; 'auto' is the fastest sound one
 compile: bool | Literal['auto'] = 'auto'  # 'auto': on cuda
 seed: int = 1337
@@ -214,8 +214,7 @@ def run_folder() -> Path:
 def alone(process: Process, watch: Watch) -> Iterator[None]:
     """Until the block ends, no other run writes to the folder of this one. Every process must call it."""
     writes = process.is_main and not (eval_only or check)
-    patience = start_timeout if init_from in ('resume', 'auto') else 0.0  # a new run would be refused in the end
-    with lock.owned(run_folder(), patience, watch.beat) if writes else nullcontext():
+    with lock.owned(run_folder(), start_timeout, watch.beat) if writes else nullcontext():
         processes.wait_for_all(process)
         yield
 

@@ -11,15 +11,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+import configurator
 import train
 from model import GPT, GPTConfig
+from plaingpt.errors import run
 from plaingpt.machines import processes
 from plaingpt.machines.device import autocast, pick_dtype
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the annotated names from here to the next rule. Nothing below assigns to them.
+way: Literal['', 'eager', 'blocks', 'whole'] = ''  # measure this one in this process; '' starts one for each of them
+# ------------------------------------------------------------------------------------------------
 
 THREADS, STEPS = 1, 20
 SHAPES = {  # by device: batch and model
@@ -29,7 +37,7 @@ SHAPES = {  # by device: batch and model
 }
 
 
-def measure(way: str) -> tuple[float, float]:
+def measure() -> tuple[float, float]:
     """Seconds to the end of the first step, and the median of the steps after it."""
     torch.set_num_threads(THREADS)
     process = processes.start('auto')
@@ -57,21 +65,22 @@ def measure(way: str) -> tuple[float, float]:
     return seconds[0], statistics.median(seconds[2:])
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        print(*measure(sys.argv[1]))
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    if way:
+        print(*measure())
         return
     results = {}
-    for way in ('eager', 'blocks', 'whole'):
-        out = subprocess.run([sys.executable, __file__, way], capture_output=True, text=True, check=True,
+    for name in ('eager', 'blocks', 'whole'):
+        out = subprocess.run([sys.executable, __file__, f'--way={name}'], capture_output=True, text=True, check=True,
                              env={**os.environ, 'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1'}).stdout
-        results[way] = [float(number) for number in out.split()]
+        results[name] = [float(number) for number in out.splitlines()[-1].split()]
     device = 'cuda' if torch.cuda.is_available() else f'cpu, {THREADS} thread'
     print(f'{device}, torch {torch.__version__}: first step and later steps, against eager')
-    for way, (first, later) in results.items():
-        print(f'{way:8} first step {first / results["eager"][0]:8.1f}   step {later / results["eager"][1]:6.2f}   '
+    for name, (first, later) in results.items():
+        print(f'{name:8} first step {first / results["eager"][0]:8.1f}   step {later / results["eager"][1]:6.2f}   '
               f'pays after {max(0.0, first - results["eager"][0]) / max(1e-9, results["eager"][1] - later):,.0f} steps')
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

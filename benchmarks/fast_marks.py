@@ -19,10 +19,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import configurator
 import model
 import model_trivialised
 import train
 from model import GPTConfig
+from plaingpt.errors import run as run_script
 
 THREADS, TURNS = 1, 15
 B, CONFIG = 16, GPTConfig(block_size=64, vocab_size=1024, n_layer=4, n_head=4, n_embd=128, bias=False)
@@ -66,7 +68,8 @@ def plain_adamw(parameters: list[Tensor]) -> Callable[[], object]:
     return update
 
 
-def main() -> None:
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     print(f'{platform.processor() or platform.machine()}, {THREADS} threads, torch {torch.__version__}: '
@@ -94,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)

@@ -47,12 +47,15 @@ def main(args: list[str]) -> None:
     import configurator
     import train  # it loads PyTorch, for which most ends need not wait
 
+    folders = set()
     with redirect_stdout(io.StringIO()):  # train.py has said all of it
-        configurator.configure(train, args[1:])
-    if any(arg.startswith('--out_dir') and '{time}' in arg for arg in args):
-        console.say('the job ends: an out_dir with {time} in its name is another one each time, and cannot be resumed')
+        for clock in (0, 1_000_000):  # two moments
+            configurator.configure(train, args[1:], clock)
+            folders.add(train.out_dir)
+    if len(folders) > 1:
+        console.say('the job ends: an out_dir with the time in its name is a new one each time: not to be resumed')
         sys.exit(1)
-    step, tries = count_tries(Path(train.out_dir), os.environ['SLURM_JOB_ID'])
+    step, tries = count_tries(Path(*folders), os.environ['SLURM_JOB_ID'])
     console.say(f'exit code {code} at step {step}: the job {"starts again" if tries <= TRIES else "ends"}, after '
                 f'{tries} {"end" if tries == 1 else "ends"} without progress')
     sys.exit(tries > TRIES)

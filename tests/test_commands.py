@@ -1,4 +1,5 @@
 """Command lines drawn at random, over all scripts: each is answered in words, and none with a traceback."""
+import ast
 import importlib
 import re
 import subprocess
@@ -34,7 +35,9 @@ def test_every_script_answers_help_with_its_settings(path: Path, capsys: pytest.
 @pytest.mark.parametrize('path', [*ROOT.glob('benchmarks/*.py'), *ROOT.glob('launch/*.py')], ids=lambda path: path.name)
 def test_every_other_script_answers_help(path: Path, run_script: RunScript) -> None:
     result = run_script(str(path.relative_to(ROOT)), '--help')
-    assert result.stdout.strip() and 'Traceback' not in result.stderr
+    first = (ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '?').splitlines()[0]
+    assert result.returncode in (0, COMMAND) and 'Traceback' not in result.stderr
+    assert result.stdout.startswith((first, 'usage: '))
 
 
 @pytest.mark.slow

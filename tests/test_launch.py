@@ -209,9 +209,12 @@ def test_what_cannot_be_resumed_or_read_is_requeued_within_bounds(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(LAUNCH / 'requeue.py'))['main']
     monkeypatch.setenv('SLURM_JOB_ID', '12')
-    with pytest.raises(SystemExit, match='1'):
-        main(['8', f'--out_dir={tmp_path}/run-{{time}}'])
-    assert 'cannot be resumed' in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+    config = tmp_path / 'config.py'
+    config.write_text(f"import time\nout_dir = {str(tmp_path)!r} + '/run-' + str(time.time())\n", encoding='utf-8')
+    for argument in (f'--out_dir={tmp_path}/run-{{time}}', str(config)):
+        with pytest.raises(SystemExit, match='1'):
+            main(['8', argument])
+        assert 'not to be resumed' in capsys.readouterr().out and list(tmp_path.iterdir()) == [config]
     for content in ('[1]', '{"step": "3"}', '{"job": "12"}', '{'):
         (tmp_path / 'status.json').write_text(content, encoding='utf-8')
         (tmp_path / 'requeued.json').write_text(content, encoding='utf-8')
