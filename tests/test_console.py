@@ -16,6 +16,7 @@ import pytest
 from model import GPT, GPTConfig
 from plaingpt import console, metrics
 from plaingpt.corpus import shards, tokenise, tokenizer
+from plaingpt.corpus.documents import Passage
 from plaingpt.corpus.token_files import TokenFile
 from plaingpt.errors import UserError
 from tests.comparing import predictor_of
@@ -24,15 +25,16 @@ ROOT = Path(__file__).parents[1]
 PREPARE = 'data/text/prepare.py'
 STEERING = '\x1b]52;c;ZXZpbA==\x07\x9b2J\x7f\u202e\u2028\b'  # sets the clipboard, clears the screen, turns a line round
 LINE = re.compile(r'(evaluating on val|tokenising): ([\d,.]+)/([\d,]+) (batches|documents|files), '
-                  r'(?:[\d,]+ tokens, [\d,]+ tokens/s, )?\d\d:\d\d so far, (?:about \d\d:\d\d|unknown time) to go')
+                  r'(?:[\d,]+ tokens, [\d,]+ tokens/s, |[\d,.]+ [kM]?B of text, )?'
+                  r'\d\d:\d\d so far, (?:about \d\d:\d\d|unknown time) to go')
 
 
 class SlowPacker(tokenise.Packer):
     """A packer that takes so long that a bar is drawn several times."""
 
-    def pack(self, texts: Iterable[str]) -> tokenise.Packed:
+    def pack(self, passages: Iterable[Passage]) -> tokenise.Packed:
         time.sleep(0.01)
-        return super().pack(texts)
+        return super().pack(passages)
 
 
 def evaluate(folder: Path) -> None:

@@ -59,7 +59,7 @@ def main(args: list[str]) -> None:
     by_position = n_train == 1 and not val_files
     if by_position:
         console.say(f'a single document: the last {val_fraction:.0%} of its characters are for validation')
-        parts, validation = tokenise.split_text(''.join(tokenise.read_texts(train)), val_fraction)
+        parts, validation = tokenise.split_document(train, int(texts[0]), val_fraction)
     elif val_files:
         validation = tokenise.count_documents(train) + np.arange(n_val)
     else:

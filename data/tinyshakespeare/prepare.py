@@ -15,7 +15,7 @@ import numpy as np
 
 import configurator
 from plaingpt import console, errors
-from plaingpt.corpus import tiny_shakespeare, tokenise, tokenizer
+from plaingpt.corpus import documents, tiny_shakespeare, tokenise, tokenizer
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -37,12 +37,13 @@ def main(args: list[str]) -> None:
     text = tiny_shakespeare.read(input, FOLDER)
     encoder = tokenizer.build('gpt2', list, eot=True)
     packer = tokenise.Packer(encoder, encoder.eot, eot_first=True)
-    ids = np.frombuffer(packer.pack(split_sections(text)).tokens, packer.dtype)
+    ids = np.frombuffer(packer.pack(map(documents.Passage, split_sections(text))).tokens, packer.dtype)
     sizes = np.array(encoder.token_sizes())  # bytes of text
     splits = []
     for split, part in [('val', ids[:N_VALIDATION]), ('train', ids[N_VALIDATION:])]:
         n_documents, n_bytes = int((part == encoder.eot).sum()), int(sizes[part].sum())
-        splits.append((split, tokenise.Packed(part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes)))
+        splits.append((split, tokenise.Packed(
+            part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes, tokenise.Marks(), n_hard_cuts=0)))
     tokenise.write_files(FOLDER, packer, tiny_shakespeare.NAME, splits)
     console.say(f'next:\n    {errors.python()} train.py config/overfit_tinyshakespeare.py')
 

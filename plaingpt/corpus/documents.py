@@ -8,7 +8,9 @@ read by any process without the others, so that no text has to be sent to it.
 """
 import codecs
 import itertools
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
@@ -16,27 +18,36 @@ from typing import Any, BinaryIO, NamedTuple
 
 from plaingpt import console
 from plaingpt.corpus.download import BLOCK, download
+from plaingpt.corpus.tokenizer import parts_of
 from plaingpt.errors import DATA, UserError, missing_package, refusal
 from plaingpt.schema import parse
 
 KINDS = ('.txt', '.jsonl', '.ndjson', '.parquet')
 TABLES = ('.json', '.csv', '.tsv')  # read as text, they would teach a model their braces and commas
 STRINGS = re.compile(r'(large_)?string(_view)?|dictionary<values=(large_)?string(_view)?, .*>')  # pyarrow's types
-MARKS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+MARKS = {codecs.BOM_UTF8: 'utf-8', codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_UTF16_BE: 'utf-16-be'}
 PACKED = ('.gz', '.xz', '.bz2')
 PIECE = 1 << 21  # bytes of text that a process reads and tokenises at a time, or little more
 LARGEST = 1 << 25  # bytes of a row group that a process reads at once
 
 
 class Piece(NamedTuple):
-    """Some documents of one file: those between two bytes (.jsonl) or row groups (.parquet), or the whole file."""
+    """What stands in one file between two row groups (.parquet) or two bytes (all others): some documents, or a part of
+    one."""
 
     name: str
     column: str
     start: int
     stop: int
-    n_documents: int
-    is_apart: bool  # it is small, and can be read without what stands before it
+    n_documents: int  # that end in it
+    is_apart: bool  # it can be read without what stands before it
+
+
+class Passage(NamedTuple):
+    """A document, or a part of a long one, which is never held as a whole."""
+
+    text: str
+    ends: bool = True  # the document
 
 
 # ------------------------------------------------------------------------------------------------
@@ -82,6 +93,11 @@ def kind_of(name: str) -> str:
     return PurePosixPath(path.stem if name.endswith(PACKED) else path).suffix.lower()
 
 
+def is_text(name: str) -> bool:
+    """Return whether a file is one document."""
+    return kind_of(name) not in ('.jsonl', '.ndjson', '.parquet')
+
+
 # ------------------------------------------------------------------------------------------------
 # Planning and reading
 
@@ -116,7 +132,8 @@ def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:
             case '.parquet':
                 yield from find_row_groups(name, column, file)
             case _:
-                yield Piece(name, column, 0, 1, 1, is_apart=False)
+                size = sys.maxsize if name.endswith(PACKED) else file.seek(0, os.SEEK_END)
+                yield Piece(name, column, 0, size, 1, is_apart=PIECE < size < sys.maxsize)
 
 
 def find_lines(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
@@ -145,28 +162,108 @@ def find_row_groups(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
 
 
 def read_documents(pieces: Iterable[Piece]) -> Iterator[str]:
+    """Yield the documents of all pieces in order, each as a whole."""
+    return (passage.text for passage in read_passages(pieces, may_cut=False))
+
+
+def read_passages(pieces: Iterable[Piece], may_cut: bool) -> Iterator[Passage]:
     """Yield the documents of all pieces in order: the lines of a .jsonl file, the rows of a .parquet file, and any
-    other file as a whole. Raises UserError that names the file, and the line or byte that is wrong."""
+    other file as a whole, which comes in several passages if it is long and `may_cut`. Raises UserError that names the
+    file, and the line or byte that is wrong."""
     for piece in pieces:
         with opened(piece.name) as file:
             match kind_of(piece.name):
                 case '.jsonl' | '.ndjson':
-                    yield from read_lines(piece, file)
+                    yield from map(Passage, read_lines(piece, file))
                 case '.parquet':
-                    yield from read_row_groups(piece, file)
+                    yield from map(Passage, read_row_groups(piece, file))
                 case _:
-                    yield decode(piece.name, file.read(), 0)
+                    ends, blocks = piece.n_documents == 1, read_blocks(piece, file)
+                    yield from passages_of(blocks, ends) if may_cut else [Passage(''.join(blocks), ends)]
+
+
+def passages_of(blocks: Iterable[str], ends: bool) -> Iterator[Passage]:
+    """Yield a text in passages of PIECE characters or little more, which end where a tokenizer, too, would cut it.
+    Whether the last of them `ends` the document is for the caller to say."""
+    waiting: list[str] = []
+    size = 0
+    for part in parts_of(blocks):
+        if size >= PIECE:
+            yield Passage(''.join(waiting), ends=False)
+            waiting, size = [], 0
+        waiting.append(part)
+        size += len(part)
+    yield Passage(''.join(waiting), ends)
+
+
+def cut_piece(piece: Piece) -> Iterator[Piece]:
+    """Yield a long text file in pieces of a passage each."""
+    if not is_text(piece.name):
+        yield piece
+        return
+    with opened(piece.name) as file:
+        codec, start = encoding_of(file)
+        start = max(start, piece.start)
+        for text, ends in passages_of(read_blocks(piece, file), ends=True):
+            stop = piece.stop if ends else start + len(text.encode(codec))
+            yield piece._replace(start=start, stop=stop, n_documents=piece.n_documents if ends else 0)
+            start = stop
+
+
+def split_piece(piece: Piece, fraction: float) -> tuple[Piece, Piece]:
+    """Split a text file in two pieces, of which the second has this fraction of its characters."""
+    with opened(piece.name) as file:
+        left = int(sum(map(len, read_blocks(piece, file))) * (1 - fraction))  # characters of the first
+        codec, start = encoding_of(file)
+        stop = max(start, piece.start)
+        for block in read_blocks(piece, file):
+            stop += len(block[:left].encode(codec))
+            left -= min(left, len(block))
+    return piece._replace(stop=stop), piece._replace(start=stop)
+
+
+def encoding_of(file: BinaryIO) -> tuple[str, int]:
+    """Return the encoding of a text file, and where its text starts: after a byte order mark, if it has one."""
+    file.seek(0)
+    return encoding_by(file.read(3))
+
+
+def encoding_by(head: bytes) -> tuple[str, int]:
+    """Return which encoding the byte order mark at the start of a text says, and the size of the mark."""
+    return next(((MARKS[mark], len(mark)) for mark in MARKS if head.startswith(mark)), ('utf-8', 0))
+
+
+def read_blocks(piece: Piece, file: BinaryIO) -> Iterator[str]:
+    """Yield the text of a piece, BLOCK bytes at a time."""
+    codec, start = encoding_of(file)
+    offset = max(start, piece.start)
+    file.seek(offset)
+    decoder, held = codecs.getincrementaldecoder(codec)(), 0  # bytes of a character that is not complete
+    while data := file.read(min(BLOCK, piece.stop - offset)):
+        with readable_decoding(piece.name, offset - held):
+            yield decoder.decode(data)
+        held = len(decoder.getstate()[0])
+        offset += len(data)
+    with readable_decoding(piece.name, offset - held):
+        yield decoder.decode(b'', final=True)
+
+
+@contextmanager
+def readable_decoding(name: str, offset: int) -> Iterator[None]:
+    """Say which byte of a file is wrong. `offset` is where the bytes start in it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f'{name} is not UTF-8: byte {offset + error.start} is 0x{error.object[error.start]:02x}\n'
+                        'save it as UTF-8, for example: iconv -f latin1 -t utf-8 OLD > NEW', DATA) from None
 
 
 def decode(name: str, text: bytes, offset: int) -> str:
     """Return UTF-8 as str, or what the byte order mark at the start of a file says. `offset` is where `text` starts in
     its file."""
-    encoding = next((MARKS[mark] for mark in MARKS if not offset and text.startswith(mark)), 'utf-8')
-    try:
-        return text.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(f'{name} is not UTF-8: byte {offset + error.start} is 0x{text[error.start]:02x}\n'
-                        'save it as UTF-8, for example: iconv -f latin1 -t utf-8 OLD > NEW', DATA) from None
+    codec, start = ('utf-8', 0) if offset else encoding_by(text)
+    with readable_decoding(name, offset + start):
+        return text[start:].decode(codec)
 
 
 def read_lines(piece: Piece, file: BinaryIO) -> Iterator[str]:

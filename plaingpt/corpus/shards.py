@@ -95,7 +95,7 @@ def without_first(pieces: Iterable[documents.Piece], n_documents: int) -> Iterat
             yield piece
         elif n_documents < piece.n_documents:
             texts = itertools.islice(tokenise.read_texts([piece]), n_documents, None)
-            yield from tokenise.group(texts, documents.PIECE)
+            yield from tokenise.group(map(documents.Passage, texts), documents.PIECE)
         n_documents -= piece.n_documents
 
 

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import unicodedata
+from array import array
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,19 +34,18 @@ import numpy as np
 import numpy.typing as npt
 
 from plaingpt import console, files, lock
-from plaingpt.corpus import checksums
-from plaingpt.corpus.documents import PIECE, Piece, read_documents
+from plaingpt.corpus import checksums, documents
+from plaingpt.corpus.documents import PIECE, Passage, Piece
 from plaingpt.corpus.token_files import ends_of
-from plaingpt.corpus.tokenizer import Tokenizer, build, from_state
+from plaingpt.corpus.tokenizer import LONGEST, Tokenizer, build, count_hard_cuts, from_state
 from plaingpt.errors import COMMAND, DATA, OUT_OF_MEMORY, UserError, refusal
 
-Part = Piece | list[str]  # of a corpus: where some documents stand, or what they say
+Part = Piece | Sequence[str | Passage]  # of a corpus: where some documents stand, or what they say
 Numbers = npt.NDArray[np.int64]  # of documents
 
 SPLITS = ('train', 'val')
 CHUNK = 1 << 18  # characters that a tokenizer is given at once
 RESERVED = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)  # names of devices on Windows
-MARK = 8  # bytes of a hash
 MOST_PROCESSES = 1024
 SMALL = 4  # batches that one process has done before others would have started
 
@@ -70,30 +70,65 @@ def split_text(text: str, fraction: float) -> tuple[list[Part], Numbers]:
     return [[text[:cut], text[cut:]]], np.array([1])
 
 
+def split_document(parts: Sequence[Part], number: int, fraction: float) -> tuple[list[Part], Numbers]:
+    """Do what `split_text` does with the document of that number. A text file is not read into memory for it."""
+    check_fraction(fraction)
+    for part in parts:
+        n_documents = count_documents([part])
+        if number < n_documents:
+            if isinstance(part, Piece) and documents.is_text(part.name):
+                return [*documents.split_piece(part, fraction)], np.array([1])
+            return split_text(next(itertools.islice(read_texts([part]), number, None)), fraction)
+        number -= n_documents
+    raise AssertionError('there is no document of that number')
+
+
 def check_fraction(fraction: float) -> None:
     if not 0 < fraction < 1:
         raise UserError(f'val_fraction={fraction} must lie between 0 and 1', COMMAND)
 
 
 def count_documents(parts: Iterable[Part]) -> int:
-    return sum(part.n_documents if isinstance(part, Piece) else len(part) for part in parts)
+    """Return how many documents end in these parts."""
+    return sum(part.n_documents if isinstance(part, Piece) else
+               sum(passage.ends for passage in read_passages([part], True)) for part in parts)
 
 
 def numbers_of_texts(parts: Iterable[Part]) -> Numbers:
     """Return the numbers of the documents that are not empty."""
-    return np.fromiter((i for i, text in enumerate(read_texts(parts)) if text), dtype=np.int64)
+    numbers = (number for number, passage in numbered(read_passages(parts, True)) if passage.text)
+    return np.fromiter((number for number, _ in itertools.groupby(numbers)), dtype=np.int64)
+
+
+def read_passages(parts: Iterable[Part], may_cut: bool) -> Iterator[Passage]:
+    """Yield what the parts say; documents that are long may come in several passages, if they stand in a file and
+    `may_cut`."""
+    for part in parts:
+        if isinstance(part, Piece):
+            yield from documents.read_passages([part], may_cut)
+        else:
+            yield from (text if isinstance(text, Passage) else Passage(text) for text in part)
 
 
 def read_texts(parts: Iterable[Part]) -> Iterator[str]:
-    for part in parts:
-        yield from read_documents([part]) if isinstance(part, Piece) else part
+    """Yield whole documents."""
+    return (passage.text for passage in read_passages(parts, may_cut=False))
+
+
+def numbered(passages: Iterable[Passage], first: int = 0) -> Iterator[tuple[int, Passage]]:
+    """Yield each passage with the number of its document, which for the first of them is `first`."""
+    number = first
+    for passage in passages:
+        yield number, passage
+        number += passage.ends
 
 
 def build_tokenizer(spec: str, parts: Sequence[Part], validation: Numbers, eot: bool) -> Tokenizer:
     """Return the tokenizer that `spec` names, for these documents. Every character must be known, wherever it stands; a
     BPE learns its merges from the training documents alone."""
     left_out = set() if spec == 'char' else set(validation.tolist())
-    return build(spec, lambda: (text for i, text in enumerate(read_texts(parts)) if i not in left_out), eot)
+    return build(spec, lambda: (passage.text for number, passage in numbered(read_passages(parts, True))
+                                if number not in left_out), eot)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -101,37 +136,63 @@ def build_tokenizer(spec: str, parts: Sequence[Part], validation: Numbers, eot: 
 
 
 class Batch(NamedTuple):
-    """Documents that one process tokenises at a time."""
+    """Documents, or a part of one, that one process tokenises at a time."""
 
     part: Part
     first: int  # the number of its first document in the corpus
+    stop: int  # that of the first document which does not end in it, nor before
     validation: list[int]  # the numbers of those that are for validation
 
 
-def make_batches(parts: Iterable[Part], validation: Numbers) -> Iterator[Batch]:
-    """Yield all documents in order. What stands apart is left to other processes to read."""
+def make_batches(parts: Iterable[Part], validation: Numbers, may_cut: bool = False) -> Iterator[Batch]:
+    """Yield all documents in order; long text files in several batches, if they may be cut. What stands apart is left
+    to other processes to read."""
     in_order = np.sort(validation)
     first = 0
+    for part in batched(parts, may_cut):
+        stop = first + count_documents([part])
+        chosen = in_order[np.searchsorted(in_order, first):np.searchsorted(in_order, stop, side='right')]
+        yield Batch(part, first, stop, chosen.tolist())
+        first = stop
+
+
+def batched(parts: Iterable[Part], may_cut: bool) -> Iterator[Part]:
+    """Yield the documents of all parts again, in parts of the size of a batch."""
     for is_apart, some in itertools.groupby(parts, lambda part: isinstance(part, Piece) and part.is_apart):
-        for part in some if is_apart else group(read_texts(some), PIECE):
-            end = first + count_documents([part])
-            start, stop = np.searchsorted(in_order, [first, end])
-            yield Batch(part, first, in_order[start:stop].tolist())
-            first = end
+        if is_apart:
+            for part in some:
+                yield from documents.cut_piece(part) if may_cut and isinstance(part, Piece) else [part]
+        else:
+            yield from group(read_passages(some, may_cut), PIECE)
 
 
-def group(texts: Iterable[str], n_characters: int) -> Iterator[list[str]]:
+def group(passages: Iterable[Passage], n_characters: int) -> Iterator[list[Passage]]:
     """Yield so many characters at a time, or little more."""
-    waiting: list[str] = []
+    waiting: list[Passage] = []
     size = 0
-    for text in texts:
-        waiting.append(text)
-        size += len(text)
+    for passage in passages:
+        waiting.append(passage)
+        size += len(passage.text)
         if size >= n_characters:
             yield waiting
             waiting, size = [], 0
     if waiting:
         yield waiting
+
+
+class Marks:
+    """A number of 64 bits for each of some documents, the same for the same text."""
+
+    def __init__(self) -> None:
+        self.numbers = array('Q')
+        self.is_open = False  # the last document has not ended yet: its mark is that of its beginning
+
+    def extend(self, numbers: Sequence[int], is_open: bool) -> None:
+        """Add the marks of the text that follows; the last document of which does not end if it `is_open`."""
+        if self.is_open and numbers:
+            self.numbers[-1] ^= numbers[0]
+        self.numbers.extend(numbers[self.is_open:])
+        self.is_open = is_open if numbers else self.is_open
 
 
 class Packed(NamedTuple):
@@ -140,15 +201,17 @@ class Packed(NamedTuple):
 
     tokens: bytes
     largest_id: int
-    n_documents: int
+    n_documents: int  # that end here
     n_bytes: int  # of the text in UTF-8
-    marks: bytes = b''  # MARK of them for each document, the same for the same text
+    marks: Marks
+    n_hard_cuts: int = 0  # of words that are so long that they were not kept in one
 
 
 class Done(NamedTuple):
     """What came of a batch."""
 
-    first: int  # the number of its first document in the corpus
+    first: int  # as in Batch
+    stop: int
     train: Packed
     val: dict[int, Packed]  # each document apart, by its number, since val.bin may have them in another order
 
@@ -162,40 +225,65 @@ class Packer:
         self.dtype = np.dtype('<u2' if tokenizer.n_vocab <= 1 << 16 else '<u4')  # nanoGPT's, where it holds all ids
         self.end = np.array([] if eot is None else [eot], dtype=np.uint32)
 
-    def pack(self, texts: Iterable[str]) -> Packed:
-        """Tokenise a little at a time, so that memory never holds all of the texts."""
-        tokens, marks, largest_id, n_bytes = bytearray(), bytearray(), 0, 0
-        for some in group((text for text in texts if text or self.keep_empty), CHUNK):
-            encoded = self.tokenizer.encode_batch(some)
-            pairs = ((self.end, ids) if self.eot_first else (ids, self.end) for ids in encoded)
-            ids = np.concatenate(list(itertools.chain.from_iterable(pairs)))
+    def pack(self, passages: Iterable[Passage]) -> Packed:
+        """Tokenise a little at a time, so that memory never holds all of the texts. If `eot` stands before documents,
+        one begins with the first passage."""
+        tokens, marks = bytearray(), Marks()
+        largest_id = n_documents = n_bytes = n_hard_cuts = 0
+        for some in group((passage for passage in passages if passage.text or self.keep_empty), CHUNK):
+            ids = np.concatenate(list(self.encode(some, marks.is_open)))
             tokens += ids.astype(self.dtype).data
             largest_id = max(largest_id, int(ids.max(initial=0)))
-            for text in some:
+            for text, ends in some:
                 utf8 = text.encode()
                 n_bytes += len(utf8)
-                marks += hashlib.blake2b(utf8, digest_size=MARK).digest()
-        return Packed(bytes(tokens), largest_id, len(marks) // MARK, n_bytes, bytes(marks))
+                n_documents += ends
+                marks.extend([int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest())], is_open=not ends)
+                if self.tokenizer.has_words and self.tokenizer.may_cut:
+                    n_hard_cuts += count_hard_cuts(text, ends)
+        return Packed(bytes(tokens), largest_id, n_documents, n_bytes, marks, n_hard_cuts)
+
+    def encode(self, passages: Sequence[Passage], is_open: bool) -> Iterator[npt.NDArray[np.uint32]]:
+        """Yield the ids of passages, and those around them. The first continues a document if one `is_open`."""
+        for passage, ids in zip(passages, self.tokenizer.encode_batch([text for text, _ in passages]), strict=True):
+            if self.eot_first and not is_open:
+                yield self.end
+            yield ids
+            if passage.ends and not self.eot_first:
+                yield self.end
+            is_open = not passage.ends
 
     def __call__(self, batch: Batch) -> Done:
         chosen = set(batch.validation)
         val: dict[int, Packed] = {}
 
-        def training_texts() -> Iterator[str]:
-            for number, text in enumerate(read_texts([batch.part]), start=batch.first):
+        def training_passages() -> Iterator[Passage]:
+            passages = numbered(read_passages([batch.part], self.tokenizer.may_cut), batch.first)
+            for number, some in itertools.groupby(passages, lambda item: item[0]):
+                of_document = (passage for _, passage in some)
                 if number in chosen:
-                    val[number] = self.pack([text])
+                    val[number] = self.pack(of_document)
                 else:
-                    yield text
+                    yield from of_document
 
-        return Done(batch.first, self.pack(training_texts()), val)
+        return Done(batch.first, batch.stop, self.pack(training_passages()), val)
 
 
 def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[Done, None, None]:
     """Yield what came of each batch, in order. `num_proc` processes do it; 0 is one for each core."""
     if num_proc > MOST_PROCESSES:
         raise UserError(f'--num_proc={num_proc}: must be {MOST_PROCESSES} or less', COMMAND)
-    num_proc = num_proc if num_proc > 0 else os.cpu_count() or 1
+    n_hard_cuts = 0
+    with closing(in_processes(batches, packer, num_proc if num_proc > 0 else os.cpu_count() or 1)) as results:
+        for done in results:
+            n_hard_cuts += sum(packed.n_hard_cuts for packed in (done.train, *done.val.values()))
+            yield done
+    if n_hard_cuts:
+        console.say(f'a text that has no space for {LONGEST:,} characters is cut where it may have other tokens; cuts: '
+                    f'{n_hard_cuts:,}')
+
+
+def in_processes(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[Done, None, None]:
     batches = iter(batches)
     first = list(itertools.islice(batches, SMALL))
     if num_proc == 1 or len(first) < SMALL:
@@ -270,7 +358,7 @@ class Writer:
     """One token file, and what meta.json will say about it."""
 
     def __init__(self, file: BufferedRandom) -> None:
-        self.file, self.marks = file, bytearray()
+        self.file, self.marks = file, Marks()
         self.size = self.largest_id = self.n_documents = self.n_bytes = 0
 
     def write(self, packed: Packed) -> None:
@@ -279,7 +367,7 @@ class Writer:
         self.largest_id = max(self.largest_id, packed.largest_id)
         self.n_documents += packed.n_documents
         self.n_bytes += packed.n_bytes
-        self.marks += packed.marks
+        self.marks.extend(packed.marks.numbers, packed.marks.is_open)
 
     def finish(self, dtype: np.dtype[Any], sums: dict[str, checksums.Sums]) -> dict[str, Any]:
         """Put everything on the disk; return the numbers for meta.json, and add to the checksums."""
@@ -294,21 +382,26 @@ def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation
     """Tokenise a corpus into folder/train.bin and val.bin, by `num_proc` processes (0: one for each core), and print
     what came of it. Raise UserError if a split is empty or the disk full."""
     with (console.Progress(count_documents(parts), 'tokenising', 'documents') as progress,
-          closing(tokenise(make_batches(parts, validation), packer, num_proc)) as results):
+          closing(tokenise(make_batches(parts, validation, packer.tokenizer.may_cut), packer, num_proc)) as results):
         write_files(folder, packer, source, in_turn(results, validation, progress))
 
 
 def in_turn(results: Iterable[Done], validation: Numbers, progress: console.Progress) -> Iterator[tuple[str, Packed]]:
     """Yield the training documents in their order, and the validation documents in that of `validation`, with the name
     of their split. Those whose turn has not come wait in memory."""
-    waiting: dict[int, Packed] = {}
-    turn = 0  # how many of the validation documents are written
+    waiting: dict[int, list[Packed]] = {}
+    turn = n_bytes = 0  # how many of the validation documents are written
     for done in results:
-        progress.update(done.first)
+        progress.update(done.first, f'{console.size(n_bytes)} of text')
+        n_bytes += sum(packed.n_bytes for packed in (done.train, *done.val.values()))
         yield 'train', done.train
-        waiting |= done.val
-        while turn < len(validation) and int(validation[turn]) in waiting:
-            yield 'val', waiting.pop(int(validation[turn]))
+        for number, packed in done.val.items():
+            waiting.setdefault(number, []).append(packed)
+        while turn < len(validation):
+            number = int(validation[turn])
+            yield from (('val', packed) for packed in waiting.pop(number, []))
+            if number >= done.stop:
+                break
             turn += 1
 
 
@@ -331,7 +424,7 @@ def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tupl
     for split, made in splits.items():
         console.say(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text '
                     f'each ({made["bytes"]:,} in all; documents: {made["documents"]:,})')
-    train, val = (np.frombuffer(writers[split].marks, dtype=np.uint64) for split in SPLITS)
+    train, val = (np.array(writers[split].marks.numbers) for split in SPLITS)
     if n_known := np.isin(val, train).sum():
         console.say(f'of the documents in val.bin, {n_known:,} are in train.bin too: the loss on them says little')
     console.say(f'vocabulary: {packer.tokenizer.name}, {packer.tokenizer.n_vocab:,} ids, stored as {packer.dtype.name}')

@@ -5,6 +5,7 @@
     tokenizer.reference()                  is what meta.json keeps: the same, but only the name of a tiktoken vocabulary
 """
 import base64
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +39,8 @@ STATE = (  # what a tokenizer's `reference()` and `state()` may be
     {'name': str},
     {'name': {'char'}, 'characters': str, 'eot': bool},
     {'name': {'byte'}, 'eot': bool},
-    {'name': str, 'json': str},
+    {'name': str, 'json': str, 'eot?': (), 'bos?': ()},
+    {'name': str, 'json': str, 'eot': (COUNT, None), 'bos': (COUNT, None)},
     {'name': str, 'pattern': str, 'ranks': str, 'special_tokens': {str: COUNT}})
 LIBRARY = {'model': {  # a byte-pair encoding of bytes, as the library `tokenizers` keeps it
     'type': {'BPE'}, 'vocab': {str: COUNT}, 'continuing_subword_prefix?': ({''}, None),
@@ -52,11 +54,14 @@ class Unavailable(UserError):
 
 
 class Tokenizer(ABC):
-    """`pieces` holds the UTF-8 bytes of every id; `eot` is the id that ends a document, None where there is none."""
+    """`pieces` holds the UTF-8 bytes of every id; `eot` is the id that ends a document, None where there is none; `bos`
+    is the one that begins it, which is the same but in what others have made."""
 
     def __init__(self, name: str, pieces: list[bytes], eot: int | None) -> None:
-        self.name, self.pieces, self.eot = name, pieces, eot
+        self.name, self.pieces, self.eot, self.bos = name, pieces, eot, eot
         self.special = {eot}  # ids that stand for no text
+        self.may_cut = True  # a long text, as `parts_of` does
+        self.has_words = True  # so that another cut, through one of them, would change its ids
 
     @property
     def n_vocab(self) -> int:
@@ -78,6 +83,10 @@ class Tokenizer(ABC):
         for part in text.split(END_OF_TEXT):
             ids += [self.eot, *self.encode(part)]
         return ids[1:]
+
+    def parts(self, text: str) -> Iterable[str]:
+        """Return a text in parts that may be encoded one after the other."""
+        return parts_of([text]) if self.may_cut else [text]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 bytes of `ids`; a few ids may well end in the middle of a character."""
@@ -111,6 +120,7 @@ class Characters(Tokenizer):
     def __init__(self, characters: str, eot: bool) -> None:
         pieces = [character.encode('utf-8') for character in characters] + [END_OF_TEXT.encode()] * eot
         super().__init__('char', pieces, len(characters) if eot else None)
+        self.has_words = False
         self.characters = characters
         self.id_of = {character: i for i, character in enumerate(characters)}
 
@@ -144,6 +154,7 @@ class Bytes(Tokenizer):
     def __init__(self, eot: bool) -> None:
         pieces = [bytes([i]) for i in range(256)] + [END_OF_TEXT.encode()] * eot
         super().__init__('byte', pieces, 256 if eot else None)
+        self.has_words = False
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode('utf-8'))
@@ -184,16 +195,17 @@ class TrainedBPE(Tokenizer):
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
-        parts = (part for text in texts for whole in parts_of(text) for part in without_long_words(whole))
+        parts = (part for text in texts for whole in parts_of([text]) for part in without_long_words(whole))
         library.train_from_iterator(parts, trainer)
         library.add_special_tokens([END_OF_TEXT])
         return cls(name, library)
 
     def encode(self, text: str) -> list[int]:
-        return [i for part in parts_of(text) for i in self.library.encode(part).ids]
+        return [i for part in self.parts(text) for i in self.library.encode(part, add_special_tokens=False).ids]
 
     def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
-        encoded = iter(self.library.encode_batch_fast([text for text in texts if len(text) <= PART]))
+        short = [text for text in texts if len(text) <= PART]
+        encoded = iter(self.library.encode_batch_fast(short, add_special_tokens=False))
         return (np.array(next(encoded).ids if len(text) <= PART else self.encode(text), dtype=np.uint32)
                 for text in texts)
 
@@ -204,6 +216,33 @@ class TrainedBPE(Tokenizer):
         import tokenizers
 
         return tokenizers.Tokenizer.from_str(self.library.to_str())
+
+
+class ForeignBPE(TrainedBPE):
+    """Such an encoding as another project has made it. It gives the ids that transformers gives: the names of added
+    tokens, special or not, stand for these tokens in any text."""
+
+    def __init__(self, name: str, library: 'tokenizers.Tokenizer', eot: int | None, bos: int | None) -> None:
+        super().__init__(name, library)
+        library.encode_special_tokens = False
+        added = library.get_added_tokens_decoder()
+        if max(eot or 0, bos or 0) >= self.n_vocab:
+            raise ValueError('the token that begins a text, or ends one, is unknown')
+        self.eot, self.bos = eot, bos
+        self.special = {eot, *(i for i, token in added.items() if token.special)}
+        its = json.loads(library.to_str())
+        self.prefixes_space = bool(its['pre_tokenizer']['add_prefix_space'])
+        self.is_plain = not self.prefixes_space and self.special == {eot} and library.encode('').ids == []
+        reaches_out = (token for token in added.values() if token.lstrip or token.rstrip or token.single_word
+                       or re.search(r'\s', token.content))  # beyond its name, or across a cut
+        self.may_cut = not self.prefixes_space and not any(reaches_out)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids that transformers gives for a text, with those that it puts before and behind it."""
+        return list(self.library.encode(text).ids)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {'eot': self.eot, 'bos': self.bos}
 
 
 class Tiktoken(Tokenizer):
@@ -223,8 +262,8 @@ class Tiktoken(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
         for text in texts:
-            parts = parts_of(text) if self.may_cut else [text]
-            yield np.concatenate([self.library.encode_to_numpy(part, disallowed_special=()) for part in parts])
+            yield np.concatenate([self.library.encode_to_numpy(part, disallowed_special=()) for part in
+                                  self.parts(text)])
 
     def state(self) -> dict[str, Any]:
         """Return the ranks in the form of tiktoken's own files: a token in base 64 and its rank on every line."""
@@ -250,17 +289,30 @@ class Tiktoken(Tokenizer):
         return library
 
 
-def parts_of(text: str) -> Iterator[str]:
-    """Yield a long text in parts whose ids are those of the whole, one after the other, for GPT-2's pattern of words
-    and for those of CUT_ALIKE: it is cut before a space that follows anything else, and if there is none for LONGEST
-    characters, somewhere."""
-    start = 0
-    while len(text) - start > PART:
-        place = PLACE.search(text, start + PART, start + LONGEST)
-        stop = place.start() if place else start + LONGEST
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+def parts_of(blocks: Iterable[str]) -> Iterator[str]:
+    """Yield a long text, which comes in blocks, in parts whose ids are those of the whole, one after the other, for
+    GPT-2's pattern of words and for those of CUT_ALIKE: it is cut before a space that follows anything else, and if
+    there is none for LONGEST characters, somewhere."""
+    text = ''
+    for block in chain(blocks, [None]):  # None: there are no more
+        text, start = text + (block or ''), 0
+        while len(text) - start > (PART if block is None else LONGEST):
+            place = PLACE.search(text, start + PART, start + LONGEST)
+            stop = place.start() if place else start + LONGEST
+            if stop >= len(text):
+                break
+            yield text[start:stop]
+            start = stop
+        text = text[start:]
+    yield text
+
+
+def count_hard_cuts(text: str, ends: bool) -> int:
+    """Return how often `parts_of` has found no place to cut this text, or this part of one, if it does not end here."""
+    if len(text) < LONGEST:
+        return 0
+    sizes = [len(part) for part in parts_of([text])]
+    return (sizes[:-1] if ends else sizes).count(LONGEST)
 
 
 def without_long_words(text: str) -> Iterator[str]:
@@ -288,18 +340,20 @@ def is_gpt2_like(vocabulary: Tokenizer) -> bool:
     difference, since bytes stay bytes."""
     if isinstance(vocabulary, Tiktoken):
         return vocabulary.library._pat_str in GPT2_PATTERNS
-    return isinstance(vocabulary, TrainedBPE | Bytes)
+    return isinstance(vocabulary, TrainedBPE | Bytes) and not (
+        isinstance(vocabulary, ForeignBPE) and vocabulary.prefixes_space)
 
 
-def byte_level(ids: dict[str, int], merges: list[tuple[str, str]],
-               pattern: str | None = None) -> 'tokenizers.Tokenizer':
+def byte_level(ids: dict[str, int], merges: list[tuple[str, str]], pattern: str | None = None,
+               prefixes_space: bool = False, ignores_merges: bool = True) -> 'tokenizers.Tokenizer':
     """Return a byte-pair encoding on GPT-2's way to write bytes. `pattern` matches the words that are encoded each for
-    itself; '' is GPT-2's, and None takes the text as one."""
+    itself; '' is GPT-2's, and None takes the text as one. A word that is a token may be taken for it although no merges
+    lead there."""
     import tokenizers
 
-    model = tokenizers.models.BPE(vocab=ids, merges=merges, ignore_merges=pattern is not None)
+    model = tokenizers.models.BPE(vocab=ids, merges=merges, ignore_merges=ignores_merges and pattern is not None)
     library = tokenizers.Tokenizer(model)
-    bytes_of = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == '')
+    bytes_of = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefixes_space, use_regex=pattern == '')
     library.pre_tokenizer = bytes_of
     if pattern:
         words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated')
@@ -389,6 +443,8 @@ def rebuild(state: dict[str, Any]) -> Tokenizer:
             return Characters(characters, eot)
         case {'name': 'byte', 'eot': eot}:
             return Bytes(eot)
+        case {'name': name, 'json': text, 'eot': eot, 'bos': bos}:
+            return ForeignBPE(name, open_library(text), eot, bos)
         case {'name': name, 'json': text}:
             return TrainedBPE(name, open_library(text))
         case {'name': name, 'ranks': ranks, 'pattern': pattern, 'special_tokens': special}:

@@ -1,5 +1,6 @@
 """Reading texts of any kind, splitting, tokenising in several processes, and writing token files."""
 import bz2
+import codecs
 import errno
 import gzip
 import hashlib
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
 from plaingpt.corpus import documents, tokenise, tokenizer
 from plaingpt.corpus.download import download
@@ -414,6 +416,117 @@ def test_reading_never_runs_far_ahead_of_writing(monkeypatch: pytest.MonkeyPatch
     assert max(ahead) <= 2 * 2 + 1  # two for each process, and the one that groupby holds
 
 
+# ------------------------------------------------------------------------------------------------
+# Long documents, which no process holds as a whole
+
+
+ENCODINGS = {'.txt': 'utf-8', '.marked.txt': 'utf-8-sig', '.windows.txt': 'utf-16', '.txt.gz': 'utf-8'}
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are long that have more than a few hundred characters."""
+    monkeypatch.setattr(documents, 'PIECE', 300)
+    monkeypatch.setattr(documents, 'BLOCK', 101)  # which no character's size divides
+    monkeypatch.setattr(tokenise, 'PIECE', 300)
+    monkeypatch.setattr(tokenizer, 'PART', 20)
+
+
+def write_text(folder: Path, suffix: str, text: str) -> Path:
+    path = folder / f'long{suffix}'
+    content = text.encode(ENCODINGS[suffix])
+    path.write_bytes(gzip.compress(content) if suffix.endswith('.gz') else content)
+    return path
+
+
+def long_text(documents: list[str]) -> str:
+    return '\n'.join(documents) + ' é\u3000日本 🙂\r\n' * 100
+
+
+@pytest.mark.parametrize('suffix', ENCODINGS)
+@pytest.mark.parametrize('spec', ['byte', 'char', 'bpe:300', 'small'])
+@pytest.mark.usefixtures('small_parts')
+def test_a_long_text_file_gives_the_same_files_as_its_text_at_once(
+        suffix: str, spec: str, tmp_path: Path, documents: list[str], small_encoding: tiktoken.Encoding) -> None:
+    """As a document for training, or for validation, between others and at the end."""
+    text = long_text(documents)
+    path = write_text(tmp_path, suffix, text)
+    [piece] = find_pieces(path, tmp_path)
+    cut: list[tokenise.Part] = [['first', ''], piece, ['', 'middle'], piece]
+    whole: list[tokenise.Part] = [['first', '', text, '', 'middle', text]]
+    assert tokenise.count_documents(cut) == tokenise.count_documents(whole) == 6
+    learned = tokenizer.Tiktoken(small_encoding) if spec == 'small' else tokenise.build_tokenizer(
+        spec, whole, np.array([5]), True)
+    assert spec == 'small' or tokenise.build_tokenizer(spec, cut, np.array([5]), True).state() == learned.state()
+    assert len(list(tokenise.make_batches(cut, np.array([5]), may_cut=True))) > 10
+    for number, validation in enumerate(([5], [2, 0], [5, 4, 2, 1])):
+        for keep_empty, num_proc in ((True, 1), (False, 2 if number == 1 else 1)):
+            made: list[dict[str, bytes]] = []
+            for parts in (whole, cut):
+                packer = tokenise.Packer(learned, learned.eot, keep_empty)
+                folder = tmp_path / f'{number}-{keep_empty}-{len(made)}'
+                tokenise.write_corpus(folder, packer, parts, np.array(validation), 'these', num_proc)
+                made.append({file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != '.npz'})
+            assert made[0] == made[1]
+
+
+@pytest.mark.parametrize('suffix', ENCODINGS)
+@pytest.mark.usefixtures('small_parts')
+def test_a_long_text_file_is_split_by_position_as_its_text_is(
+        suffix: str, tmp_path: Path, documents: list[str]) -> None:
+    text = long_text(documents)
+    pieces = find_pieces(write_text(tmp_path, suffix, text), tmp_path)
+    for fraction in (0.1, 0.5, 0.123, 1e-9, 1 - 1e-9):
+        texts = list(tokenise.read_texts(tokenise.split_text(text, fraction)[0]))
+        parts, validation = tokenise.split_document([['', ''], *pieces], 2, fraction)
+        assert list(tokenise.read_texts(parts)) == texts
+        passages = tokenise.numbered(tokenise.read_passages(parts, may_cut=True))
+        assert [''.join(passage.text for _, passage in some)
+                for _, some in itertools.groupby(passages, lambda item: item[0])] == texts
+        assert validation.tolist() == [1]
+
+
+@pytest.mark.usefixtures('small_parts')
+def test_a_long_text_is_sent_to_no_process_and_is_known_on_both_sides_of_the_split(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = [*find_pieces(write_text(tmp_path, '.txt', 'one two ' * 500), tmp_path)] * 2
+    batches = list(tokenise.make_batches(pieces, np.array([1]), may_cut=True))
+    assert len(batches) == 28
+    assert max(len(ForkingPickler.dumps(batch)) for batch in batches) < 1000
+    write(tmp_path / 'out', [['other'], *pieces], np.array([2]))
+    assert 'of the documents in val.bin, 1 are in train.bin too' in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures('small_parts')
+def test_an_error_in_a_long_text_names_the_byte_of_the_file(tmp_path: Path) -> None:
+    good = 'é one '.encode() * 500
+    for name, content, byte in [('a.txt', good + b'\xe9 ' + good, len(good)),
+                                ('a.txt', codecs.BOM_UTF8 + good + b'\xe9 ' + good, 3 + len(good)),
+                                ('a.txt', good + b'\xc3', len(good)),
+                                ('a.txt.gz', good + b'\xe2\x82', len(good))]:
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith('.gz') else content)
+        with pytest.raises(UserError, match=f'is not UTF-8: byte {byte} is 0x{content[byte]:02x}'):
+            write(tmp_path / 'out', find_pieces(tmp_path / name, tmp_path))
+
+
+def test_a_text_that_can_only_be_cut_in_its_words_says_so_once(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    letters = 'word ' * 10 + 'x' * 2_500_000  # which is cut twice
+    path = write_text(tmp_path, '.txt', letters)
+    cases: list[tuple[str, list[tokenise.Part], int]] = [
+        ('bpe:300', [*find_pieces(path, tmp_path)], 2), ('bpe:300', [[letters]], 2),
+        ('bpe:300', [['word ' * 500_000]], 0), ('byte', [[letters]], 0)]
+    for number, (spec, parts, n_cuts) in enumerate(cases):
+        write(tmp_path / str(number), [['short'], *parts], np.array([0]), spec)
+        said = [line for line in capsys.readouterr().out.splitlines() if 'no space for' in line]
+        assert [line.rpartition(' ')[2] for line in said] == [str(n_cuts)] * (n_cuts > 0)
+    assert (tmp_path / '0/train.bin').read_bytes() == (tmp_path / '1/train.bin').read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------
+# Failures
+
+
 def test_a_failure_on_the_way_leaves_the_old_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (tokenise, documents):
         monkeypatch.setattr(module, 'PIECE', 100)
@@ -555,7 +668,8 @@ def test_how_far_it_is_can_be_read_with_and_without_a_terminal(
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: has_terminal)
     write(tmp_path, [numbered(2000)])
     out, bar = capsys.readouterr()
-    lines = re.findall(r'^tokenising: ([\d,]+)/2,000 documents, \d\d:\d\d so far, .* to go$', out, re.MULTILINE)
+    lines = re.findall(r'^tokenising: ([\d,]+)/2,000 documents, [\d.]+ k?B of text, \d\d:\d\d so far, .* to go$', out,
+                       re.MULTILINE)
     done = [int(number.replace(',', '')) for number in lines]
     assert out.count('tokenising') == len(done)
     if has_terminal:
