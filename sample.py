@@ -91,10 +91,10 @@ def find_run(out_dir: str, is_given: bool) -> str:
 
 def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> list[int]:
     """The ids to continue, of which there is at least one. An empty prompt asks for the beginning of a document."""
-    if not prompt and vocabulary.eot is None:
+    if not prompt and vocabulary.bos is None:
         raise UserError(f"--start is empty, and this model's tokenizer '{vocabulary.name}' has no token that begins a "
                         'document\ngive a text to continue, such as --start=A')
-    ids = vocabulary.encode_prompt(prompt) if prompt else [vocabulary.eot or 0]
+    ids = vocabulary.encode_prompt(prompt) if prompt else [vocabulary.bos or 0]
     if len(ids) > block_size:
         console.note(f'the prompt has {len(ids)} tokens: the model reads the last {block_size} of them')
     return ids
@@ -106,8 +106,8 @@ def encode_start(text: str, vocabulary: tokenizer.Tokenizer | None,
     cannot write gives way to the beginning of the validation text, and an empty text to the beginning of a document."""
     if vocabulary is None:
         return [], f'the tokenizer of {unseen.path} cannot be had here: no samples, and no bits per byte'
-    if not text and vocabulary.eot is not None:
-        return [vocabulary.eot], ''
+    if not text and vocabulary.bos is not None:
+        return [vocabulary.bos], ''
     try:
         ids = vocabulary.encode_prompt(text)
     except UserError:

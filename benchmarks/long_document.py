@@ -43,9 +43,9 @@ def write_document(path: Path, size: int) -> None:
 def held(pid: int) -> int:
     """Return the bytes of memory that a process and its descendants hold; pages that several share count once."""
     try:
-        rollup = Path(f'/proc/{pid}/smaps_rollup').read_text()
+        rollup = Path(f'/proc/{pid}/smaps_rollup').read_text(encoding='ascii')
         children = [child for task in Path(f'/proc/{pid}/task').iterdir()
-                    for child in (task / 'children').read_text().split()]
+                    for child in (task / 'children').read_text(encoding='ascii').split()]
     except (FileNotFoundError, ProcessLookupError):  # it has ended
         return 0
     own = next((int(line.split()[1]) for line in rollup.splitlines() if line.startswith('Pss:')), 0)

@@ -9,7 +9,7 @@ from plaingpt.corpus import tokenizer
 from plaingpt.corpus.folder import data_folder, how_to_prepare, is_prepared, read_meta
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import CHECKPOINT, DATA, UserError
-from plaingpt.formats import huggingface, llmc
+from plaingpt.formats import huggingface, huggingface_tokenizer, llmc
 from plaingpt.machines import processes
 from plaingpt.machines.processes import Process
 from plaingpt.run import checkpoint, upload
@@ -39,7 +39,7 @@ def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None 
     elif path.is_file() or path.suffix in ('.pt', '.pth'):
         state = checkpoint.load(path, answers)
     elif (path / 'config.json').exists() or may_be_on_the_hub(where):
-        return GPT.from_pretrained(where, dropout), huggingface.read_origin(path) or huggingface.read_tokenizer(where)
+        return GPT.from_pretrained(where, dropout), huggingface.read_origin(path) or huggingface_tokenizer.read(where)
     else:
         raise UserError(f'{where!r} is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2', CHECKPOINT)
     return checkpoint.model_of(state, dropout), state
@@ -195,7 +195,7 @@ def tokenizer_of(where: str) -> Tokenizer:
         return learned_tokenizer(state, state['model_args']['vocab_size'], corpus_of(state))
     if path.is_dir() and is_prepared(path):
         return tokenizer.from_state(read_meta(path)['tokenizer'])
-    state = huggingface.read_origin(path) or huggingface.read_tokenizer(where)
+    state = huggingface.read_origin(path) or huggingface_tokenizer.read(where)
     return tokenizer.from_state(state.get('tokenizer') or {'name': 'gpt2'}, CHECKPOINT)
 
 

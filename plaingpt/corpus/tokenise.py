@@ -284,6 +284,7 @@ def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generat
 
 
 def in_processes(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[Done, None, None]:
+    """Yield what came of each batch, in order; if there are few, of which this process takes care alone."""
     batches = iter(batches)
     first = list(itertools.islice(batches, SMALL))
     if num_proc == 1 or len(first) < SMALL:

@@ -232,7 +232,11 @@ class ForeignBPE(TrainedBPE):
         self.special = {eot, *(i for i, token in added.items() if token.special)}
         its = json.loads(library.to_str())
         self.prefixes_space = bool(its['pre_tokenizer']['add_prefix_space'])
-        self.is_plain = not self.prefixes_space and self.special == {eot} and library.encode('').ids == []
+        begins = library.encode('').ids  # what is put before a text, or behind it
+        names = {token.content for token in added.values()}
+        ends = {eot, bos, library.token_to_id(END_OF_TEXT)}
+        # as GPT-2's is, but for its vocabulary
+        self.is_plain = names == {END_OF_TEXT} and len(ends) == 1 and not begins and not self.prefixes_space
         reaches_out = (token for token in added.values() if token.lstrip or token.rstrip or token.single_word
                        or re.search(r'\s', token.content))  # beyond its name, or across a cut
         self.may_cut = not self.prefixes_space and not any(reaches_out)
@@ -242,7 +246,7 @@ class ForeignBPE(TrainedBPE):
         return list(self.library.encode(text).ids)
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {'eot': self.eot, 'bos': self.bos}
+        return super().state() | ({} if self.is_plain else {'eot': self.eot, 'bos': self.bos})
 
 
 class Tiktoken(Tokenizer):

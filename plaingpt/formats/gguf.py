@@ -33,6 +33,7 @@ def write(folder: Path, exported: Exported) -> None:
                         'cut a text into words and to merge bytes\ntake a model with byte, bpe:N or gpt2, or --to=hf')
     library = huggingface.tokenizer_of(vocabulary)
     merges = [' '.join(pair) for pair in json.loads(library.to_str())['model']['merges']]
+    added = library.get_added_tokens_decoder()  # which stand for themselves in any text
     end = vocabulary.pieces.index(b'\0') if vocabulary.eot is None else vocabulary.eot  # there must be one, too
     values = {  # by the names that the writer's methods have
         'name': exported.name,
@@ -47,11 +48,14 @@ def write(folder: Path, exported: Exported) -> None:
         'tokenizer_model': 'gpt2',
         'tokenizer_pre': 'gpt-2',
         'token_list': [library.id_to_token(i) or f'[unused {i}]' for i in range(vocabulary.n_vocab)],
-        'token_types': [gguf.TokenType.NORMAL if size else gguf.TokenType.CONTROL for size in vocabulary.token_sizes()],
+        'token_types': [
+            gguf.TokenType.CONTROL if not size else
+            gguf.TokenType.USER_DEFINED if i in added else gguf.TokenType.NORMAL
+            for i, size in enumerate(vocabulary.token_sizes())],
         'token_merges': merges or NO_MERGES,
-        'bos_token_id': end,
+        'bos_token_id': end if vocabulary.bos is None else vocabulary.bos,
         'eos_token_id': end,
-        'add_bos_token': False,
+        'add_bos_token': vocabulary.bos is not None and vocabulary.encode_prompt('') == [vocabulary.bos],
     }
     writer = gguf.GGUFWriter(folder / 'model.gguf', 'gpt2')
     for name, value in values.items():
@@ -66,4 +70,5 @@ def write(folder: Path, exported: Exported) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    (folder / 'Modelfile').write_text(MODELFILE.format(stop=END_OF_TEXT, config=config), encoding='utf-8')
+    stop = END_OF_TEXT if vocabulary.eot is None else vocabulary.pieces[vocabulary.eot].decode()
+    (folder / 'Modelfile').write_text(MODELFILE.format(stop=stop, config=config), encoding='utf-8')

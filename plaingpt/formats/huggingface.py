@@ -15,7 +15,7 @@ from torch import Tensor
 from model import GPTConfig
 from plaingpt import schema
 from plaingpt.corpus import tokenizer
-from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, TrainedBPE, byte_level
+from plaingpt.corpus.tokenizer import ForeignBPE, Tokenizer
 from plaingpt.errors import CHECKPOINT, UserError, refusal
 from plaingpt.formats import others
 from plaingpt.formats.exported import Exported
@@ -44,9 +44,6 @@ ORIGINS = {  # what is read of that
     'config': {'dataset?': str},
     'to': str,
     'files': ({str: str}, [str, ...])}
-TOKENIZER_FILES = ('tokenizer.json', 'vocab.json', 'merges.txt')  # the first, or the others in older folders
-BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
-GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'  # sha256 of its tokens, one on a line
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -211,43 +208,6 @@ def write_origin(folder: Path, exported: Exported, to: str) -> None:
     (folder / ORIGIN).write_text(json.dumps(origin | {'sha256': hash_of(origin)}), encoding='utf-8')
 
 
-def read_tokenizer(name_or_folder: str) -> dict[str, Any]:
-    """What a checkpoint would say of the tokenizer that others have put beside their model, or into a file of this
-    name; {} if it is GPT-2's, or if there is none. Raises UserError if it is of another kind than GPT-2's."""
-    path = Path(name_or_folder)
-    if name_or_folder.startswith('gpt2') and not path.exists():
-        return {}
-    vocab = merges = path
-    if not path.is_file():
-        with readable_errors(name_or_folder):
-            folder = folder_of(name_or_folder, *TOKENIZER_FILES)
-        path, vocab, merges = (folder / name for name in TOKENIZER_FILES)
-    if not path.is_file() and not (vocab.is_file() and merges.is_file()):
-        return {}
-    import tokenizers
-
-    try:
-        if path.is_file():
-            library = tokenizer.open_library(path.read_text(encoding='utf-8'))
-        else:
-            library = byte_level(*tokenizers.models.BPE.read_file(str(vocab), str(merges)), '')
-            library.add_special_tokens([END_OF_TEXT] if library.token_to_id(END_OF_TEXT) is not None else [])
-        library.no_truncation()
-        library.no_padding()
-        learned = TrainedBPE(f'bpe:{library.get_vocab_size()}', library)
-        says = json.loads(library.to_str())
-        if not (says['model']['type'] == 'BPE' and not says['model']['dropout'] and says['normalizer'] is None
-                and says['pre_tokenizer'] | {'trim_offsets': True} == BYTE_LEVEL and library.encode('').ids == []
-                and set(learned.pieces) >= tokenizer.BYTES):
-            raise ValueError('it is of another kind')
-    except Exception:  # of a library that reads what others have written; or it holds no bytes
-        raise UserError(f"the tokenizer of {name_or_folder} is damaged, or of another kind than GPT-2's: it is not read"
-                        "\nwithout its files, the model's tokens are taken for GPT-2's, or those of a --dataset",
-                        CHECKPOINT) from None
-    is_gpt2 = hashlib.sha256(b'\n'.join(learned.pieces)).hexdigest() == GPT2_PIECES
-    return {} if is_gpt2 else {'tokenizer': learned.state()}
-
-
 def write(folder: Path, exported: Exported) -> None:
     """Weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them, and a card. The model
     must be complete."""
@@ -266,7 +226,9 @@ def write(folder: Path, exported: Exported) -> None:
 def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
     """What each of their JSON files says."""
     config = exported.config
-    end = exported.vocabulary.eot
+    begin, end = exported.vocabulary.bos, exported.vocabulary.eot
+    names = {role: exported.vocabulary.pieces[i].decode() for role, i in (('bos_token', begin), ('eos_token', end))
+             if i is not None}
     return {
         'config.json': {
             'architectures': ['GPT2LMHeadModel'],
@@ -286,22 +248,22 @@ def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
             'attn_pdrop': config.dropout,
             'embd_pdrop': config.dropout,
             'resid_pdrop': config.dropout,
-            'bos_token_id': end,
+            'bos_token_id': begin,
             'eos_token_id': end},
         'generation_config.json': {  # as sample.py draws
             'do_sample': True,
             'temperature': 0.8,
             'top_k': min(200, config.vocab_size),
             'max_length': config.block_size,
-            'bos_token_id': end,
+            'bos_token_id': begin,
             'eos_token_id': end,
             'pad_token_id': end},
         'tokenizer_config.json': {
             'tokenizer_class': 'PreTrainedTokenizerFast',
             'model_max_length': config.block_size,
             'clean_up_tokenization_spaces': False,
-            'add_prefix_space': False,
-            **({} if end is None else {'bos_token': END_OF_TEXT, 'eos_token': END_OF_TEXT})}}
+            'add_prefix_space': isinstance(exported.vocabulary, ForeignBPE) and exported.vocabulary.prefixes_space,
+            **names}}
 
 
 def card(exported: Exported) -> str:
@@ -333,8 +295,8 @@ def tokenizer_of(vocabulary: Tokenizer) -> 'tokenizers.Tokenizer':
     text = vocabulary.decode(i for i, size in enumerate(vocabulary.token_sizes()) if size)
     try:
         library = vocabulary.to_huggingface()
-        library.encode_special_tokens = True  # as ordinary text
-        if library.encode(text).ids != vocabulary.encode(text):
+        library.encode_special_tokens = not isinstance(vocabulary, ForeignBPE)  # as ordinary text
+        if library.encode(text, add_special_tokens=False).ids != vocabulary.encode(text):
             raise ValueError('other ids')
     except ModuleNotFoundError:
         raise

@@ -1,9 +1,7 @@
 """Checkpoints of other projects: what they compute is computed here, what they do not say is asked for, and nothing in
 them runs. Their models are written again below, as far as their files tell of them."""
 import dataclasses
-import json
 import os
-import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -236,91 +233,6 @@ def test_a_model_that_only_looks_like_theirs_is_refused(tmp_path: Path, monkeypa
     for changed in odd:
         torch.save({'model': changed}, path)
         assert 'do not fit' in refused(open_model, str(path), answers={'n_head': 4}, code=errors.CHECKPOINT)
-
-
-# ------------------------------------------------------------------------------------------------
-# Tokenizers in Hugging Face folders
-
-
-def their_tokenizer(**options: Any) -> Any:
-    """A byte-level BPE as others train it, special tokens first."""
-    library = tokenizers.ByteLevelBPETokenizer(**options)
-    library.train_from_iterator([__doc__], vocab_size=300, special_tokens=['<s>', '<|endoftext|>'], show_progress=False)
-    library.enable_truncation(8)
-    return library
-
-
-def their_folder(folder: Path, vocab_size: int) -> Path:
-    transformers = pytest.importorskip('transformers')
-    config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=8, n_layer=1, n_head=2)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize('is_one_file', [True, False])
-def test_a_tokenizer_of_gpt2s_kind_is_read_from_a_folder(is_one_file: bool, tmp_path: Path) -> None:
-    folder, theirs = their_folder(tmp_path / 'theirs', 300), their_tokenizer()
-    if is_one_file:
-        theirs.save(str(folder / 'tokenizer.json'))
-    else:
-        theirs.save_model(str(folder))
-    model, state = open_model(str(folder))
-    ours = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
-    theirs.no_truncation()
-    for text in (__doc__, 'naïve café 日本語 \x00 end  of\n'):
-        assert ours.encode(text) == theirs.encode(text).ids
-        assert ours.decode(ours.encode(text)) == text
-    assert (ours.eot, ours.n_vocab, ours.pieces[0]) == (1, theirs.get_vocab_size(), b'<s>')
-    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/ours'])
-    assert open_model(f'{tmp_path}/ours')[1]['tokenizer'] == ours.state()
-    assert tokenizers.Tokenizer.from_file(f'{tmp_path}/ours/tokenizer.json').encode(__doc__).ids == ours.encode(__doc__)
-
-
-def test_a_model_of_the_hub_has_the_tokenizer_that_is_there(tmp_path: Path, run_script: Callable[..., Any]) -> None:
-    """Without network, out of the cache that a download has left."""
-    cache = tmp_path / 'hub/models--somebody--novels'
-    (cache / 'refs').mkdir(parents=True)
-    (cache / 'refs/main').write_text('0' * 40, encoding='utf-8')
-    folder = their_folder(cache / 'snapshots' / ('0' * 40), 300)
-    their_tokenizer().save(str(folder / 'tokenizer.json'))
-    arguments = ['export.py', '--init_from=somebody/novels', f'--to_dir={tmp_path}/ours']
-    result = run_script(*arguments, cwd=tmp_path, environment={'HF_HOME': str(tmp_path)})
-    assert result.returncode == 0, result.stderr
-    state = json.loads((tmp_path / 'ours/plaingpt.json').read_text(encoding='utf-8'))
-    expected = open_model(str(folder))[1]['tokenizer']
-    assert state['tokenizer'] == expected and expected['name'].startswith('bpe:')
-
-
-def test_gpt2s_tokenizer_is_known_by_its_tokens(tmp_path: Path, tiktoken_cache: Path) -> None:
-    folder = their_folder(tmp_path, 50257)
-    for name, file in (('vocab.json', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6'),
-                       ('merges.txt', '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')):
-        shutil.copy(tiktoken_cache / file, folder / name)
-    assert open_model(str(folder))[1] == {}
-    pytest.importorskip('transformers').AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
-    assert (folder / 'tokenizer.json').is_file() and open_model(str(folder))[1] == {}
-
-
-@pytest.mark.parametrize('kind', ['lowercase', 'a space first', 'a start token', 'without all bytes', 'words',
-                                  'damaged'])
-def test_a_tokenizer_of_another_kind_is_not_taken_for_gpt2s(kind: str, tmp_path: Path) -> None:
-    library = their_tokenizer(lowercase=kind == 'lowercase', add_prefix_space=kind == 'a space first')
-    if kind == 'a start token':
-        library.post_processor = tokenizers.processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 0)])
-    text = library.to_str()
-    if kind == 'without all bytes':
-        tree = json.loads(text)
-        vocab = tree['model']['vocab']
-        vocab['ĀĀ'] = vocab.pop('Ā')
-        text = json.dumps(tree)
-    if kind == 'words':
-        text = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, '')).to_str()
-    path = their_folder(tmp_path, 300) / 'tokenizer.json'
-    path.write_text('{' if kind == 'damaged' else text, encoding='utf-8')
-    message = refused(open_model, str(tmp_path), code=errors.CHECKPOINT)
-    assert f"the tokenizer of {tmp_path} is damaged, or of another kind than GPT-2's" in message
-    path.unlink()
-    assert open_model(str(tmp_path))[1] == {}, 'as it advises'
 
 
 # ------------------------------------------------------------------------------------------------

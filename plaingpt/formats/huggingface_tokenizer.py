@@ -1,0 +1,144 @@
+"""
+The tokenizer that others have put beside their GPT-2 -> ours, which gives the ids that transformers gives.
+
+    tokenizer.json                  the vocabulary, and the tokens that were added to it
+    vocab.json, merges.txt          the same in older folders, with added_tokens.json
+    tokenizer_config.json, special_tokens_map.json, config.json, generation_config.json
+                                    which tokens are special, which of them begins a text, and which ends one
+"""
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plaingpt import schema
+from plaingpt.corpus import tokenizer
+from plaingpt.corpus.tokenizer import END_OF_TEXT, ForeignBPE, byte_level
+from plaingpt.errors import CHECKPOINT, UserError
+from plaingpt.formats.huggingface import folder_of, readable_errors
+
+if TYPE_CHECKING:
+    import tokenizers
+
+VOCABULARY = ('tokenizer.json', 'vocab.json', 'merges.txt', 'added_tokens.json')
+SETTINGS = ('tokenizer_config.json', 'special_tokens_map.json', 'config.json', 'generation_config.json')
+GPT2_CLASSES = ('GPT2Tokenizer', 'GPT2TokenizerFast')
+ROLES = ('bos_token', 'eos_token', 'unk_token', 'pad_token', 'sep_token', 'cls_token', 'mask_token')
+MORE = ('additional_special_tokens', 'extra_special_tokens')
+FLAGS = ('lstrip', 'rstrip', 'single_word', 'normalized')
+TOKEN = (str, {'content': str, 'special?': bool, **{f'{flag}?': bool for flag in FLAGS}})
+ID = (None, schema.COUNT, [schema.COUNT, ...])
+SAYS = {  # what is read of SETTINGS
+    'tokenizer_class?': (str, None), 'add_prefix_space?': (bool, None),
+    **{f'{role}?': (*TOKEN, None) for role in ROLES},
+    **{f'{name}?': (None, [TOKEN, ...]) for name in MORE}, 'added_tokens_decoder?': {str: TOKEN[1]},
+    'bos_token_id?': ID, 'eos_token_id?': ID}
+GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'  # sha256 of its tokens, one on a line
+
+
+def read(name_or_folder: str) -> dict[str, Any]:
+    """Return what a checkpoint would say of the tokenizer that others have put beside their model, or into a file of
+    this name; {} if it is GPT-2's, or if there is none. Raises UserError if it is of another kind than GPT-2's."""
+    path = Path(name_or_folder)
+    if name_or_folder.startswith('gpt2') and not path.exists():
+        return {}
+    if path.is_file():
+        folder, file = path.parent, path
+    else:
+        with readable_errors(name_or_folder):
+            folder = folder_of(name_or_folder, *VOCABULARY, *SETTINGS)
+        file = folder / 'tokenizer.json'
+    if not file.is_file() and not all((folder / name).is_file() for name in VOCABULARY[1:3]):
+        return {}
+    try:
+        learned = open_files(folder, file, is_in_folder=file.name == 'tokenizer.json')
+    except ModuleNotFoundError:
+        raise
+    except Exception:  # of a library that reads what others have written; or it holds no bytes
+        raise UserError(f"the tokenizer of {name_or_folder} is damaged, or of another kind than GPT-2's: it is not read"
+                        "\nwithout its files, the model's tokens are taken for GPT-2's, or those of a --dataset",
+                        CHECKPOINT) from None
+    is_gpt2 = learned.is_plain and hashlib.sha256(b'\n'.join(learned.pieces)).hexdigest() == GPT2_PIECES
+    return {} if is_gpt2 else {'tokenizer': learned.state()}
+
+
+def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
+    """Return the tokenizer of a folder, or that of one file alone. Raises whatever its library does, and ValueError, if
+    it cannot be read as transformers reads it."""
+    says: dict[str, Any] = {}
+    for name in SETTINGS if is_in_folder else ():  # of which the later ones win
+        if (folder / name).is_file() and not (name == 'special_tokens_map.json' and 'added_tokens_decoder' in says):
+            found = schema.read_json(folder / name, SAYS, CHECKPOINT)
+            says |= {key: found[key] for key in (of.rstrip('?') for of in SAYS) if found.get(key) is not None}
+    says['is_gpt2'] = is_in_folder and says.get('tokenizer_class', GPT2_CLASSES[0]) in GPT2_CLASSES
+    library = open_json(file, says) if file.is_file() else open_pair(folder, says)
+    library.no_truncation()
+    library.no_padding()
+    known = library.get_vocab(with_added_tokens=True)
+    library.add_special_tokens([token for token in special_tokens(says) if token.content in known])
+    vocabulary = ForeignBPE(f'bpe:{library.get_vocab_size()}', library, id_of('eos_token', says, library),
+                            id_of('bos_token', says, library))
+    its = json.loads(library.to_str())
+    words = its['pre_tokenizer'] | {'trim_offsets': True}
+    if not (its['model']['type'] == 'BPE' and not its['model']['dropout'] and its['normalizer'] is None
+            and words == {'type': 'ByteLevel', 'add_prefix_space': words['add_prefix_space'], 'trim_offsets': True,
+                          'use_regex': True} and set(vocabulary.pieces) >= tokenizer.BYTES):
+        raise ValueError('it is of another kind')
+    return vocabulary
+
+
+def open_json(file: Path, says: dict[str, Any]) -> 'tokenizers.Tokenizer':
+    """Read tokenizer.json. The class that transformers has for GPT-2 takes the vocabulary and the added tokens of it,
+    and cuts words in its own way."""
+    library = tokenizer.open_library(file.read_text(encoding='utf-8'))
+    if says['is_gpt2']:
+        model = json.loads(library.to_str())['model']
+        merges = [tuple(pair) for pair in model['merges']]
+        plain = byte_level(model['vocab'], merges, '', bool(says.get('add_prefix_space')), ignores_merges=False)
+        library.model, library.pre_tokenizer, library.decoder = plain.model, plain.pre_tokenizer, plain.decoder
+    return library
+
+
+def open_pair(folder: Path, says: dict[str, Any]) -> 'tokenizers.Tokenizer':
+    """Read vocab.json and merges.txt, and the tokens that were added, in the order of their ids."""
+    import tokenizers
+
+    ids, merges = tokenizers.models.BPE.read_file(str(folder / 'vocab.json'), str(folder / 'merges.txt'))
+    library = byte_level(ids, merges, '', bool(says.get('add_prefix_space')), ignores_merges=False)
+    added = says.get('added_tokens_decoder', {})
+    if 'added_tokens_decoder' not in says and (folder / 'added_tokens.json').is_file():
+        names = schema.read_json(folder / 'added_tokens.json', {str: schema.COUNT}, CHECKPOINT)
+        special = {token.content for token in special_tokens(says)}
+        added = {str(i): {'content': name, 'special': name in special} for name, i in names.items()}
+    for _, token in sorted(added.items(), key=lambda item: int(item[0])):
+        library.add_tokens([added_token(token, token.get('special', False))])
+    return library
+
+
+def special_tokens(says: dict[str, Any]) -> Iterator['tokenizers.AddedToken']:
+    """Yield the tokens that the settings call special."""
+    tokens = dict.fromkeys(ROLES[:3], END_OF_TEXT) if says['is_gpt2'] else {}
+    tokens |= {role: says[role] for role in ROLES if role in says}
+    for token in (*tokens.values(), *(token for name in MORE for token in says.get(name, ()))):
+        yield added_token(token, True)
+
+
+def added_token(token: str | dict[str, Any], special: bool) -> 'tokenizers.AddedToken':
+    import tokenizers
+
+    known = token if isinstance(token, dict) else {'content': token}
+    flags = {flag: known[flag] for flag in FLAGS if flag in known}  # normalized: it is looked for after the others
+    return tokenizers.AddedToken(known['content'], **{'normalized': not special} | flags, special=special)
+
+
+def id_of(role: str, says: dict[str, Any], library: 'tokenizers.Tokenizer') -> int | None:
+    """Return the id of the token that begins or ends a text: the one at which transformers' `generate` stops, or else
+    the one that the tokenizer names, or <|endoftext|>."""
+    given = says.get(f'{role}_id')
+    for i in given if isinstance(given, list) else [given]:
+        if i is not None and library.id_to_token(i) is not None:
+            return i
+    token = says.get(role, END_OF_TEXT)
+    i = library.token_to_id(token if isinstance(token, str) else token['content'])
+    return library.token_to_id(END_OF_TEXT) if i is None else i

@@ -1,0 +1,274 @@
+"""Tokenizers beside the models of others: the ids, the stop and the text that transformers has."""
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+
+import export
+import sample
+from plaingpt import errors
+from plaingpt.corpus import tokenizer
+from plaingpt.init_from import corpus_of, learned_tokenizer, open_model, tokenizer_of
+from tests.comparing import refused
+
+
+def their_tokenizer(**options: Any) -> Any:
+    """A byte-level BPE as others train it, special tokens first."""
+    library = tokenizers.ByteLevelBPETokenizer(**options)
+    library.train_from_iterator([__doc__], vocab_size=300, special_tokens=['<s>', '<|endoftext|>'], show_progress=False)
+    library.enable_truncation(8)
+    return library
+
+
+def their_folder(folder: Path, vocab_size: int, **settings: Any) -> Path:
+    transformers = pytest.importorskip('transformers')
+    config = transformers.GPT2Config(
+        vocab_size=vocab_size, n_positions=64, n_embd=8, n_layer=1, n_head=2, **settings)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def learned(folder: Path) -> tokenizer.Tokenizer:
+    model, state = open_model(str(folder))
+    return learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
+
+
+def write(path: Path, **settings: Any) -> None:
+    before = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    path.write_text(json.dumps(before | settings), encoding='utf-8')
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokens that were added
+
+
+TEXTS = ['Hi<|user|>hello  mytool<|bot|> and <|endoftext|>more</s>', ' <|user|> mytools', '', ' ', 'no such token\n',
+         '<|user|><|bot|></s></s>mytool', 'naïve <|us er|> 日本語 🙂 \x00']
+ADDED = ('mytool', '<|user|>', '<|bot|>', '</s>')
+DECODER = {str(i): {'content': content, 'lstrip': False, 'normalized': False, 'rstrip': False, 'single_word': False,
+                    'special': content != 'mytool'} for i, content in enumerate(('<|endoftext|>', *ADDED), start=298)}
+GPT2, FAST = {'tokenizer_class': 'GPT2Tokenizer'}, {'tokenizer_class': 'PreTrainedTokenizerFast'}
+KINDS: dict[str, tuple[bool, dict[str, dict[str, Any]]]] = {  # whether it is tokenizer.json, and what else is there
+    'nothing said': (True, {}),
+    'a space first': (True, {'tokenizer_config.json': GPT2 | {'add_prefix_space': True}}),
+    'a space first, which their class does not look for there': (
+        True, {'tokenizer_config.json': FAST | {'add_prefix_space': True}}),
+    'eos by name': (True, {'tokenizer_config.json': FAST | {'eos_token': '</s>', 'bos_token': '<|user|>'}}),
+    'eos by an entry': (True, {'tokenizer_config.json': GPT2 | {
+        'eos_token': DECODER['302'] | {'__type': 'AddedToken'}}}),
+    'eos in the map': (True, {'special_tokens_map.json': {'eos_token': '</s>'}, 'tokenizer_config.json': GPT2}),
+    'eos by id': (True, {'config.json': {'eos_token_id': 302, 'bos_token_id': 298}}),
+    'eos to generate': (True, {'config.json': {'eos_token_id': 298}, 'generation_config.json': {
+        'eos_token_id': [301, 302], 'bos_token_id': 300}}),
+    'eos that is unknown': (True, {'config.json': {'eos_token_id': 50256, 'bos_token_id': 50256}}),
+    'two files': (False, {}),
+    'two files, special ones named': (False, {
+        'added_tokens.json': {'mytool': 299, '</s>': 302, '<|bot|>': 301, '<|user|>': 300},
+        'special_tokens_map.json': {'eos_token': '</s>', 'additional_special_tokens': ['<|user|>', '<|bot|>']}}),
+    'two files and a space first': (False, {'tokenizer_config.json': GPT2 | {
+        'added_tokens_decoder': DECODER, 'eos_token': '</s>', 'add_prefix_space': True}}),
+    'two files, which their list of added tokens outranks': (False, {
+        'special_tokens_map.json': {'eos_token': '<|bot|>'}, 'tokenizer_config.json': GPT2 | {
+            'added_tokens_decoder': DECODER, 'extra_special_tokens': ['<|user|>']}}),
+    'two files, a map that outranks the settings': (False, {
+        'special_tokens_map.json': {'eos_token': '<|bot|>'}, 'tokenizer_config.json': GPT2 | {'eos_token': '</s>'}}),
+    'two files, special in the vocabulary': (False, {'special_tokens_map.json': {'eos_token': 'e', 'unk_token': 'h'}}),
+}
+
+
+def save_tokenizer(folder: Path, is_one_file: bool, settings: dict[str, dict[str, Any]], space_first: bool) -> None:
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=space_first)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=298, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    library.train_from_iterator([*TEXTS, 'the other thing, then, there ' * 3, *['hello more and'] * 9], trainer)
+    if is_one_file:
+        library.add_special_tokens(['<|endoftext|>'])
+        library.add_tokens([tokenizers.AddedToken('mytool', normalized=False)])
+        library.add_special_tokens(list(ADDED[1:]))
+        library.save(str(folder / 'tokenizer.json'))
+    else:
+        library.model.save(str(folder))
+        ids = json.loads((folder / 'vocab.json').read_text(encoding='utf-8'))
+        write(folder / 'vocab.json', **{'<|endoftext|>': len(ids)})
+        write(folder / 'added_tokens.json', **{name: 299 + i for i, name in enumerate(ADDED)})
+    for name, content in settings.items():
+        if name == 'added_tokens.json':
+            (folder / name).unlink()
+        write(folder / name, **content)
+
+
+@pytest.mark.parametrize('space_first', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_added_tokens_are_read_as_transformers_reads_them(kind: str, space_first: bool, tmp_path: Path) -> None:
+    """The ids of texts, and the texts of ids; where a text ends, and where `generate` ends it; also after an export."""
+    transformers = pytest.importorskip('transformers')
+    is_one_file, settings = KINDS[kind]
+    folder = their_folder(tmp_path / 'theirs', 303, **settings.get('config.json', {}))
+    save_tokenizer(folder, is_one_file, settings, space_first)
+    ours = learned(folder)
+    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/ours'])
+    for path in (folder, tmp_path / 'ours'):
+        theirs = transformers.AutoTokenizer.from_pretrained(path)
+        for text in TEXTS:
+            ids = theirs(text).input_ids
+            assert ours.encode_prompt(text) == ours.encode(text) == ids
+            assert [i.tolist() for i in ours.encode_batch([text, text])] == [ids, ids]
+            assert ours.decode(ids) == theirs.decode(ids)
+        assert {i for i in ours.special if i is not None} == set(theirs.all_special_ids) | {
+            i for i, token in theirs.added_tokens_decoder.items() if token.special}
+        model = transformers.AutoModelForCausalLM.from_pretrained(path)
+        generation = model.generation_config
+        stops = [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else generation.eos_token_id
+        known = [i for i in stops if i is not None and i < len(theirs)]
+        assert ours.eot == (known or [theirs.eos_token_id or theirs.convert_tokens_to_ids('<|endoftext|>')])[0]
+        if known:
+            assert ours.bos == generation.bos_token_id
+    assert tokenizer.from_state(ours.state()).state() == ours.state() == tokenizer_of(str(folder)).state()
+    assert ours.token_sizes()[ours.pieces.index(b'mytool')] == 6
+    assert (ours.token_sizes()[302] == 0) == (302 in ours.special)
+
+
+def test_a_tokenizer_that_adds_only_the_end_of_a_text_is_one_of_ours(tmp_path: Path) -> None:
+    """So that a run that was exported, and lost its plaingpt.json, is the same again: the name in a text is text."""
+    ours = tokenizer.build('bpe:300', lambda: [__doc__ or ''], eot=True)
+    folder = their_folder(tmp_path, 300)
+    ours.to_huggingface().save(str(folder / 'tokenizer.json'))
+    assert learned(folder).state() == ours.state() == tokenizer_of(str(folder / 'tokenizer.json')).state()
+    assert learned(folder).encode('<|endoftext|>') == ours.encode('<|endoftext|>') != [ours.eot]
+
+
+def test_a_text_that_a_token_may_span_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tokens that have a space in them, or that take the spaces around them; and cut, without such tokens."""
+    transformers = pytest.importorskip('transformers')
+    monkeypatch.setattr(tokenizer, 'PART', 3)
+    for number, flags in enumerate([{}, {'lstrip': True}, {'rstrip': True}, {'single_word': True}]):
+        for name in ('mytool', 'my tool'):
+            folder = their_folder(tmp_path / f'{number}{name}', 303)
+            save_tokenizer(folder, False, {}, False)
+            (folder / 'added_tokens.json').unlink()
+            decoder = {str(i): entry for i, entry in DECODER.items() if i in ('298', '299')}
+            decoder['299'] = decoder['299'] | {'content': name} | flags
+            write(folder / 'tokenizer_config.json', **GPT2, added_tokens_decoder=decoder)
+            ours, text = learned(folder), 'then my tool and  mytool  or mytools there ' * 3
+            assert ours.encode(text) == transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids
+            assert ours.may_cut == (name == 'mytool' and not flags)
+            assert (len(list(ours.parts(text))) > 10) == ours.may_cut
+
+
+def test_a_sample_stops_at_their_token_and_ollama_learns_which_it_is(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gguf = pytest.importorskip('gguf')
+    folder = their_folder(tmp_path / 'theirs', 303, tie_word_embeddings=False)
+    save_tokenizer(folder, True, {'tokenizer_config.json': FAST | {'eos_token': '</s>'}}, False)
+    transformers = pytest.importorskip('transformers')
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():  # it always says </s>
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.ln_f.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[302] = 1.0
+    model.save_pretrained(folder)
+    sample.main([f'--init_from={folder}', '--start=<|user|>', '--stop=True', '--num_samples=1', '--temperature=0'])
+    assert capsys.readouterr().out == f'<|user|>\n{sample.RULE}\n'
+
+    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/gguf', '--to=gguf'])
+    assert 'PARAMETER stop "</s>"' in (tmp_path / 'gguf/Modelfile').read_text(encoding='utf-8')
+    fields = gguf.GGUFReader(tmp_path / 'gguf/model.gguf').fields
+    assert fields['tokenizer.ggml.eos_token_id'].contents() == 302
+    types = fields['tokenizer.ggml.token_type'].contents()
+    control, added, normal = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.NORMAL
+    assert types[297:] == [normal, control, added, control, control, control]
+
+    write(folder / 'tokenizer_config.json', **GPT2, add_prefix_space=True)
+    assert 'cannot be written as GGUF' in refused(
+        export.main, [f'--init_from={folder}', f'--to_dir={tmp_path}/2', '--to=gguf'], code=errors.COMMAND)
+
+
+def test_a_token_that_begins_every_text_begins_every_prompt(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers = pytest.importorskip('transformers')
+    folder, library = their_folder(tmp_path, 300, bos_token_id=0), their_tokenizer()
+    library.no_truncation()
+    library.post_processor = tokenizers.processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 0)])
+    library.save(str(folder / 'tokenizer.json'))
+    ours, theirs = learned(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ('', 'the ids', '<|endoftext|> of\n'):
+        assert ours.encode_prompt(text) == [0, *ours.encode(text)] == theirs(text).input_ids
+    sample.main([f'--init_from={folder}', '--start=', '--num_samples=1', '--max_new_tokens=0'])
+    assert ours.bos == 0 and capsys.readouterr().out.endswith(f'\n{sample.RULE}\n')
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize('is_one_file', [True, False])
+def test_a_tokenizer_of_gpt2s_kind_is_read_from_a_folder(is_one_file: bool, tmp_path: Path) -> None:
+    folder, theirs = their_folder(tmp_path / 'theirs', 300), their_tokenizer()
+    if is_one_file:
+        theirs.save(str(folder / 'tokenizer.json'))
+    else:
+        theirs.save_model(str(folder))
+    model, state = open_model(str(folder))
+    ours = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
+    theirs.no_truncation()
+    for text in (__doc__, 'naïve café 日本語 \x00 end  of\n'):
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+    assert (ours.eot, ours.n_vocab, ours.pieces[0]) == (1, theirs.get_vocab_size(), b'<s>')
+    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/ours'])
+    assert open_model(f'{tmp_path}/ours')[1]['tokenizer'] == ours.state()
+    assert tokenizers.Tokenizer.from_file(f'{tmp_path}/ours/tokenizer.json').encode(__doc__).ids == ours.encode(__doc__)
+
+
+def test_a_model_of_the_hub_has_the_tokenizer_that_is_there(tmp_path: Path, run_script: Callable[..., Any]) -> None:
+    """Without network, out of the cache that a download has left."""
+    cache = tmp_path / 'hub/models--somebody--novels'
+    (cache / 'refs').mkdir(parents=True)
+    (cache / 'refs/main').write_text('0' * 40, encoding='utf-8')
+    folder = their_folder(cache / 'snapshots' / ('0' * 40), 300)
+    their_tokenizer().save(str(folder / 'tokenizer.json'))
+    arguments = ['export.py', '--init_from=somebody/novels', f'--to_dir={tmp_path}/ours']
+    result = run_script(*arguments, cwd=tmp_path, environment={'HF_HOME': str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    state = json.loads((tmp_path / 'ours/plaingpt.json').read_text(encoding='utf-8'))
+    expected = open_model(str(folder))[1]['tokenizer']
+    assert state['tokenizer'] == expected and expected['name'].startswith('bpe:')
+
+
+def test_gpt2s_tokenizer_is_known_by_its_tokens(tmp_path: Path, tiktoken_cache: Path) -> None:
+    folder = their_folder(tmp_path, 50257)
+    for name, file in (('vocab.json', '6c7ea1a7e38e3a7f062df639a5b80947f075ffe6'),
+                       ('merges.txt', '6d1cbeee0f20b3d9449abfede4726ed8212e3aee')):
+        shutil.copy(tiktoken_cache / file, folder / name)
+    assert open_model(str(folder))[1] == {}
+    pytest.importorskip('transformers').AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    assert (folder / 'tokenizer.json').is_file() and open_model(str(folder))[1] == {}
+
+
+@pytest.mark.parametrize('kind', ['lowercase', 'without all bytes', 'words', 'damaged', 'odd settings'])
+def test_a_tokenizer_of_another_kind_is_not_taken_for_gpt2s(kind: str, tmp_path: Path) -> None:
+    library = their_tokenizer(lowercase=kind == 'lowercase')
+    text = library.to_str()
+    if kind == 'without all bytes':
+        tree = json.loads(text)
+        vocab = tree['model']['vocab']
+        vocab['ĀĀ'] = vocab.pop('Ā')
+        text = json.dumps(tree)
+    if kind == 'words':
+        text = tokenizers.Tokenizer(tokenizers.models.WordLevel({'a': 0}, '')).to_str()
+    path = their_folder(tmp_path, 300) / 'tokenizer.json'
+    path.write_text('{' if kind == 'damaged' else text, encoding='utf-8')
+    if kind == 'odd settings':
+        write(tmp_path / 'tokenizer_config.json', eos_token=['</s>'])
+    message = refused(open_model, str(tmp_path), code=errors.CHECKPOINT)
+    assert f"the tokenizer of {tmp_path} is damaged, or of another kind than GPT-2's" in message
+    path.unlink()
+    assert open_model(str(tmp_path))[1] == {}, 'as it advises'
