@@ -3,6 +3,7 @@ How good is a model: loss, perplexity, accuracy and bits per byte on a corpus, H
 
     python evaluate.py --out_dir=out-stdlib                          the newest checkpoint of a run, on its own corpus
     python evaluate.py --init_from='out/ckpt*.pt' --tasks=hellaswag  several, one below the other
+    python evaluate.py --out_dir=out-stdlib --dataset=book.txt       a text, in the tokens that the model has learned
     python evaluate.py --init_from=gpt2 --tasks=val,hellaswag,lambada --dataset=openwebtext     GPT-2's weights
 """
 import glob
@@ -10,6 +11,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 from model import refuse_not_finite
 from plaingpt import console, errors, files, metrics
 from plaingpt.corpus.folder import fingerprint, open_split, read_meta
+from plaingpt.corpus.unprepared import is_unprepared, open_text
 from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_reference, learned_tokenizer, open_model, shared_tokenizer
 from plaingpt.machines import processes
@@ -33,6 +36,7 @@ from plaingpt.machines.watch import Watch, explained
 from plaingpt.metrics import Predictor
 from plaingpt.published import PUBLISHED
 from plaingpt.run import upload
+from plaingpt.run.checkpoint import State
 from plaingpt.tasks import Row, is_raw, load, measure_hellaswag, measure_lambada
 
 # ------------------------------------------------------------------------------------------------
@@ -40,7 +44,7 @@ from plaingpt.tasks import Row, is_raw, load, measure_hellaswag, measure_lambada
 init_from: str = ''  # a checkpoint file, a run's folder, a glob of these, a Hugging Face folder, 'gpt2*'; '' is out_dir
 out_dir: str = 'out'  # of the run
 tasks: str = 'val'  # of 'val', 'hellaswag' and 'lambada', those to do: 'val,hellaswag'
-dataset: str = ''  # a folder in data/, or any folder; '' is the one that the model was trained on
+dataset: str = ''  # a folder in data/, any folder, or text (.txt, .jsonl, .parquet); '' is what the model has read
 split: Literal['train', 'val'] = 'val'  # of the dataset
 hellaswag: str = ''  # its validation set, a .jsonl file; '' downloads the original
 lambada: str = ''  # its test set, a .jsonl file; '' downloads OpenAI's
@@ -56,6 +60,7 @@ backend: str = 'auto'
 # Of these each process may have its own, as they say where things are: what is there is compared.
 PLACE = ('init_from', 'out_dir', 'dataset', 'hellaswag', 'lambada', 'json', 'device')
 MEASURES = {'hellaswag': measure_hellaswag, 'lambada': measure_lambada}  # the tasks beside 'val'
+SAME = '{} must be the same on all machines'
 TITLES = {
     'hellaswag_completion': 'HellaSwag in completion style, as build-nanogpt and llm.c score it',
     'hellaswag_lm_eval': 'HellaSwag as lm-eval scores it',
@@ -99,16 +104,30 @@ def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], p
     folder, n_vocab = corpus_of(state, dataset), model.config.vocab_size
     figures: dict[str, dict[str, float]] = {}
     if 'val' in names:
-        corpus = open_split(folder, split, model.config.block_size, n_vocab)
-        processes.refuse_difference(process, {split: fingerprint(corpus, read_meta(folder))},
-                                    f'{folder} must be the same on all machines')
-        learned = shared_tokenizer(learned_reference(state, n_vocab, folder, bool(dataset)), folder)
-        figures[split] = metrics.evaluate(predict, corpus, eval_iters * batch_size,
-                                          learned.token_sizes() if learned else None)
-        refuse_not_finite(math.isfinite(figures[split]['loss']))
+        figures = measure_text(state, predict) if is_unprepared(dataset) else measure_split(folder, state, predict)
+        refuse_not_finite(all(math.isfinite(row['loss']) for row in figures.values()))
     for name, rows in questions.items():
         figures |= MEASURES[name](rows, learned_tokenizer(state, n_vocab, folder, bool(dataset)), predict)
     return Measured(console.shown(where), state.get('iter_num'), folder.name if 'val' in names else '', figures)
+
+
+def measure_split(folder: Path, state: State, predict: Predictor) -> dict[str, dict[str, float]]:
+    """Measure a model on a corpus, whose tokenizer must be its own."""
+    n_vocab = predict.config.vocab_size
+    corpus = open_split(folder, split, predict.config.block_size, n_vocab)
+    processes.refuse_difference(predict.process, {split: fingerprint(corpus, read_meta(folder))}, SAME.format(folder))
+    learned = shared_tokenizer(learned_reference(state, n_vocab, folder, bool(dataset)), folder)
+    sizes = learned.token_sizes() if learned else None
+    return {split: metrics.evaluate(predict, corpus, eval_iters * batch_size, sizes)}
+
+
+def measure_text(state: State, predict: Predictor) -> dict[str, dict[str, float]]:
+    """Measure a model on text that is tokenised as it has learned it."""
+    learned = learned_tokenizer(state, predict.config.vocab_size, corpus_of(state))
+    with tempfile.TemporaryDirectory() as folder:
+        text = open_text(dataset, learned, predict.config.block_size, Path(folder))
+        processes.refuse_difference(predict.process, {'text': fingerprint(text)}, SAME.format(dataset))
+        return {'text': metrics.evaluate(predict, text, eval_iters * batch_size, learned.token_sizes())}
 
 
 def report(all_measured: Sequence[Measured], notes: dict[str, str]) -> str:

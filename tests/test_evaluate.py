@@ -229,6 +229,34 @@ def test_without_a_number_of_batches_the_whole_split_is_read(trained: Path, corp
     assert expected['bits_per_byte'] == pytest.approx(expected['loss'] / math.log(2), rel=0.01), 'one byte each'
 
 
+@pytest.mark.parametrize('is_folder', [False, True])
+def test_a_text_that_was_not_prepared_gives_the_figures_of_one_that_was(
+        is_folder: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A document; and a folder of some, one of them without text, which end with the end-of-text token."""
+    texts = ['', 'Some text: café, 日本.\n' * 9, 'and more of it'] if is_folder else ['one document, ' * 30]
+    (tmp_path / 'in').mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / f'in/{number}.txt').write_text(text, encoding='utf-8')
+    named = tmp_path / 'in' if is_folder else tmp_path / 'in/0.txt'
+    model, vocabulary = GPT(GPTConfig(T, 257, 1, 1, 8)), tokenizer.Bytes(eot=True)
+    torch.save({'model': model.state_dict(), 'tokenizer': vocabulary.state(), 'model_args': {
+        'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'block_size': T, 'vocab_size': 257, 'bias': True, 'dropout': 0.0,
+    }}, tmp_path / 'model.pt')
+    arguments = ['--device=cpu', f'--init_from={tmp_path}/model.pt', f'--json={tmp_path}/x.json', '--batch_size=3']
+    evaluate.main([*arguments, f'--dataset={named}'])
+    [found] = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))['measured']
+    assert f'text of {named.name}' in capsys.readouterr().out and found['dataset'] == named.name
+
+    ends = [256] if is_folder else []
+    ids = np.array([i for text in texts if text for i in [*vocabulary.encode(text), *ends]], dtype='<u2')
+    ids.tofile(tmp_path / 'same.bin')
+    same = token_files.TokenFile(tmp_path / 'same.bin', 'uint16')
+    assert found['text'] == measured(open_model(f'{tmp_path}/model.pt')[0], same, 0, 3, vocabulary.token_sizes())
+    (tmp_path / 'in/0.txt').write_text('short', encoding='utf-8')
+    assert 'too few for a window' in refused(
+        evaluate.main, [*arguments, f'--dataset={tmp_path}/in/0.txt'], code=errors.DATA)
+
+
 def test_checkpoints_that_a_glob_matches_are_rows_in_the_order_of_their_steps(
         trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (trained / 'a-later-copy.pt').write_bytes((trained / 'ckpt.pt').read_bytes())

@@ -52,10 +52,11 @@ def data_folder(dataset: str) -> Path:
     return DATA_ROOT / dataset if glob.glob(str(DATA_ROOT / dataset)) or not glob.glob(dataset) else Path(dataset)
 
 
-def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
+def fingerprint(tokens: TokenFile, meta: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return what tells these tokens from others, without reading all of them: how many, the ends of each file, and the
     hash of it that its maker left in `meta`, or of a sample of it."""
-    hashes = [meta['splits'].get(file.path.stem, {}).get('sha256', '') for file in tokens.files]
+    splits = meta['splits'] if meta else {}
+    hashes = [splits.get(file.path.stem, {}).get('sha256', '') for file in tokens.files]
     n_pieces = max(1, PIECES // len(hashes))
     marks = [ends_of(file.path) | {'sha256': sha256} | ({} if sha256 else {'sample': sample_of(file.path, n_pieces)})
              for file, sha256 in zip(tokens.files, hashes, strict=True)]

@@ -60,6 +60,8 @@ RUN = {
     'python evaluate.py --out_dir=out-stdlib': Run('--eval_iters=2', r'bits_per_byte\nout-stdlib, step \d+ +\d+\.\d+ '),
     'python evaluate.py --init_from="out-stdlib/ckpt*.pt"':
         Run('--eval_iters=1', r'\nout-stdlib/ckpt\.1\.pt, step \d .*\nout-stdlib/ckpt\.pt, step \d '),
+    'python evaluate.py --out_dir=out-stdlib --dataset=README.md':
+        Run('--eval_iters=1', r'\ntext of README\.md +loss .*\nout-stdlib, step \d+ +\d+\.\d+ '),
     f'{DEFAULT} --overfit_single_batch=True --max_iters=100': Run('', r'\nPASS: .* in 100 steps\n'),
     'torchrun --standalone --nproc_per_node=2 train.py config/train_stdlib.py --device=cpu --out_dir=out-two '
     '--overwrite=True':

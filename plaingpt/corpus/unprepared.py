@@ -1,0 +1,44 @@
+"""A text that no prepare.py has seen, tokenised on the spot, so that any model can be measured on it."""
+import glob
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from plaingpt import console
+from plaingpt.corpus import documents, tokenise
+from plaingpt.corpus.folder import SUFFIXES, data_folder, is_prepared
+from plaingpt.corpus.token_files import TokenFile
+from plaingpt.corpus.tokenizer import Tokenizer
+from plaingpt.errors import DATA, UserError
+
+
+def is_unprepared(dataset: str) -> bool:
+    """Return whether `dataset` names text, and no corpus: a file, a glob of files, or a folder that holds some."""
+    path = Path(dataset)
+    if not dataset or data_folder(dataset) != path or is_prepared(path) or path.suffix in SUFFIXES:
+        return False
+    if path.is_dir():
+        return any(documents.kind_of(file.name) in documents.KINDS for file in path.rglob('*'))
+    return path.exists() or bool(glob.glob(dataset))
+
+
+def open_text(dataset: str, vocabulary: Tokenizer, block_size: int, folder: Path) -> TokenFile:
+    """Return the tokens of all documents, each of which ends with the end-of-text token if there are several. They are
+    written to `folder`. Raises UserError if the text cannot be read, or is too short for one window."""
+    pieces = [piece for file in documents.find_files(dataset, folder, '--dataset')
+              for piece in documents.find_pieces(file)]
+    n_texts = len(tokenise.numbers_of_texts(pieces))
+    packer = tokenise.Packer(vocabulary, vocabulary.eot if n_texts > 1 else None, keep_empty=False)
+    batches = tokenise.make_batches(pieces, np.array([], dtype=np.int64), vocabulary.may_cut)
+    path = folder / Path(dataset).name
+    n_tokens = n_bytes = 0
+    with open(path, 'wb') as file, closing(tokenise.tokenise(batches, packer, num_proc=1)) as results:
+        for done in results:
+            n_bytes += done.train.n_bytes
+            n_tokens += file.write(done.train.tokens) // packer.dtype.itemsize
+    if n_tokens <= block_size:
+        raise UserError(f'{dataset} has {n_tokens} tokens: too few for a window of block_size + 1 = {block_size + 1}\n'
+                        'give a longer text', DATA)
+    console.say(f'{dataset}: documents {n_texts:,}, bytes {n_bytes:,}, tokens of {vocabulary.name} {n_tokens:,}')
+    return TokenFile(path, packer.dtype.name)
