@@ -17,6 +17,7 @@ from plaingpt.corpus import tiny_shakespeare
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 input: str = ''  # the text, where it is on this machine already; '' downloads it
+tokenizer: str = 'gpt2'  # nanoGPT's; or 'char', 'byte', 'bpe:N', or the path of a run or model that has one
 # ------------------------------------------------------------------------------------------------
 
 FOLDER = Path(__file__).resolve().parent
@@ -24,7 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    tiny_shakespeare.prepare(input, FOLDER, 'gpt2', 'finetune_shakespeare')
+    tiny_shakespeare.prepare(input, FOLDER, tokenizer, 'finetune_shakespeare')
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ from plaingpt.corpus import tiny_shakespeare
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 input: str = ''  # the text, where it is on this machine already; '' downloads it
+tokenizer: str = 'char'  # nanoGPT's; or 'byte', 'bpe:N', 'gpt2', or the path of a run or model that has one
 # ------------------------------------------------------------------------------------------------
 
 FOLDER = Path(__file__).resolve().parent
@@ -24,7 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    tiny_shakespeare.prepare(input, FOLDER, 'char', 'train_shakespeare_char')
+    tiny_shakespeare.prepare(input, FOLDER, tokenizer, 'train_shakespeare_char')
 
 
 if __name__ == '__main__':

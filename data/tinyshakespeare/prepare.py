@@ -15,11 +15,14 @@ import numpy as np
 
 import configurator
 from plaingpt import console, errors
-from plaingpt.corpus import documents, tiny_shakespeare, tokenise, tokenizer
+from plaingpt.corpus import documents, tiny_shakespeare, tokenise
+from plaingpt.corpus.tokenizer import build
+from plaingpt.encoder import encoder_for
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 input: str = ''  # the text, where it is on this machine already; '' downloads it
+tokenizer: str = 'gpt2'  # llm.c's; or 'char', 'byte', 'bpe:N', learned from all of it, or the path of a run or model
 # ------------------------------------------------------------------------------------------------
 
 FOLDER = Path(__file__).resolve().parent
@@ -34,14 +37,14 @@ def split_sections(text: str) -> list[str]:
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    text = tiny_shakespeare.read(input, FOLDER)
-    encoder = tokenizer.build('gpt2', list, eot=True)
+    sections = split_sections(tiny_shakespeare.read(input, FOLDER))
+    encoder = encoder_for(tokenizer, lambda: build(tokenizer, lambda: sections, eot=True))
     packer = tokenise.Packer(encoder, encoder.eot, eot_first=True)
-    ids = np.frombuffer(packer.pack(map(documents.Passage, split_sections(text))).tokens, packer.dtype)
+    ids = np.frombuffer(packer.pack(map(documents.Passage, sections)).tokens, packer.dtype)
     sizes = np.array(encoder.token_sizes())  # bytes of text
     splits = []
     for split, part in [('val', ids[:N_VALIDATION]), ('train', ids[N_VALIDATION:])]:
-        n_documents, n_bytes = int((part == encoder.eot).sum()), int(sizes[part].sum())
+        n_documents, n_bytes = int(np.isin(part, packer.end).sum()), int(sizes[part].sum())
         splits.append((split, tokenise.Packed(
             part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes, tokenise.Marks(), n_hard_cuts=0)))
     tokenise.write_files(FOLDER, packer, tiny_shakespeare.NAME, splits)

@@ -2,8 +2,9 @@
 from pathlib import Path
 
 from plaingpt import console
-from plaingpt.corpus import documents, tokenise, tokenizer
+from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.download import download
+from plaingpt.encoder import encoder_for
 from plaingpt.errors import python
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -20,8 +21,8 @@ def read(path: str, folder: Path) -> str:
 def prepare(path: str, folder: Path, spec: str, config: str) -> None:
     """Split the text by position, tokenise it as `spec` says, and name the commands that train on it and sample."""
     text = read(path, folder)
-    encoder = tokenizer.build(spec, lambda: [text], eot=False)
     parts, validation = tokenise.split_text(text, 0.1)
+    encoder = encoder_for(spec, lambda: tokenise.build_tokenizer(spec, parts, validation, eot=False))
     tokenise.write_corpus(folder, tokenise.Packer(encoder, eot=None), parts, validation, NAME)
     console.say(f'next:\n    {python()} train.py config/{config}.py\n'
                 f'    {python()} sample.py --out_dir=out-{folder.name.replace("_", "-")}')

@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pytest
 import tiktoken
 
+import configurator
 import export
 import train
 from plaingpt.corpus import tokenizer
@@ -142,6 +143,21 @@ def test_tiny_shakespeare_is_split_as_llm_c_splits_it(
     assert sum(split['documents'] for split in splits.values()) == 1 + text.count('\n\n')
 
 
+@pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char', 'tinyshakespeare'])
+def test_shakespeare_may_have_any_tokenizer(
+        name: str, tmp_path: Path, play: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its own, or that of a corpus."""
+    text = play.read_text(encoding='utf-8')
+    load('text', tmp_path, monkeypatch).main([f'--input={play}', '--tokenizer=byte', '--name=other'])
+    for spec, n_vocab in (('bpe:300', 300), ('byte', 256), (str(tmp_path / 'other'), 256)):
+        load(name, tmp_path, monkeypatch).main([f'--input={play}', f'--tokenizer={spec}'])
+        vocabulary = tokenizer_of(tmp_path / name)
+        assert vocabulary.n_vocab == n_vocab + (name == 'tinyshakespeare' and spec == 'byte')
+        splits = [read_split(tmp_path / name, split) for split in ('train', 'val')]
+        ids = [i for split in (splits[::-1] if name == 'tinyshakespeare' else splits) for i in split]
+        assert vocabulary.decode(ids).replace('<|endoftext|>', '') == text
+
+
 @pytest.mark.usefixtures('tiktoken_cache')
 def test_the_real_shakespeare_has_the_published_counts(
         tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +170,12 @@ def test_the_real_shakespeare_has_the_published_counts(
     begin = read_split(tmp_path / 'tinyshakespeare', 'val')[:6]
     assert begin == [50256, 5962, 22307, 25, 198, 8421], 'the end of text, then: First Citizen:, new line, Before'
     assert sum(split['documents'] for split in read_meta(tmp_path / 'tinyshakespeare')['splits'].values()) == 7222
+
+
+def test_every_prepare_py_may_be_given_a_tokenizer() -> None:
+    for path in (ROOT / 'data').glob('*/prepare.py'):
+        script = importlib.import_module(f'data.{path.parent.name}.prepare')
+        assert 'tokenizer' in configurator.find_settings(script), path
 
 
 # ------------------------------------------------------------------------------------------------
