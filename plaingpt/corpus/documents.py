@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
 
 class Passage(NamedTuple):
-    """A document, or a part of a long one, which is never held as a whole."""
+    """A document, or a part of a long one."""
 
     text: str
     ends: bool = True  # the document
@@ -168,21 +168,24 @@ def read_documents(pieces: Iterable[Piece]) -> Iterator[str]:
 
 def read_passages(pieces: Iterable[Piece], may_cut: bool) -> Iterator[Passage]:
     """Yield the documents of all pieces in order: the lines of a .jsonl file, the rows of a .parquet file, and any
-    other file as a whole, which comes in several passages if it is long and `may_cut`. Raises UserError that names the
-    file, and the line or byte that is wrong."""
+    other file as a whole. A long one comes in several passages if it `may_cut`: a text file is never held as a whole, a
+    line or row is while it is read. Raises UserError that names the file, and the line or byte that is wrong."""
     for piece in pieces:
         with opened(piece.name) as file:
             match kind_of(piece.name):
                 case '.jsonl' | '.ndjson':
-                    yield from map(Passage, read_lines(piece, file))
+                    texts = read_lines(piece, file)
                 case '.parquet':
-                    yield from map(Passage, read_row_groups(piece, file))
+                    texts = read_row_groups(piece, file)
                 case _:
                     ends, blocks = piece.n_documents == 1, read_blocks(piece, file)
                     yield from passages_of(blocks, ends) if may_cut else [Passage(''.join(blocks), ends)]
+                    continue
+            for text in texts:
+                yield from passages_of([text]) if may_cut and len(text) > PIECE else [Passage(text)]
 
 
-def passages_of(blocks: Iterable[str], ends: bool) -> Iterator[Passage]:
+def passages_of(blocks: Iterable[str], ends: bool = True) -> Iterator[Passage]:
     """Yield a text in passages of PIECE characters or little more, which end where a tokenizer, too, would cut it.
     Whether the last of them `ends` the document is for the caller to say."""
     waiting: list[str] = []
@@ -204,7 +207,7 @@ def cut_piece(piece: Piece) -> Iterator[Piece]:
     with opened(piece.name) as file:
         codec, start = encoding_of(file)
         start = max(start, piece.start)
-        for text, ends in passages_of(read_blocks(piece, file), ends=True):
+        for text, ends in passages_of(read_blocks(piece, file)):
             stop = piece.stop if ends else start + len(text.encode(codec))
             yield piece._replace(start=start, stop=stop, n_documents=piece.n_documents if ends else 0)
             start = stop
