@@ -257,7 +257,7 @@ def readable_decoding(name: str, offset: int) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f'{name} is not UTF-8: byte {offset + error.start} is 0x{error.object[error.start]:02x}\n'
+        raise UserError(f'{name} is not {error.encoding.upper()}: byte {offset + error.start} is 0x{error.object[error.start]:02x}\n'
                         'save it as UTF-8, for example: iconv -f latin1 -t utf-8 OLD > NEW', DATA) from None
 
 
