@@ -1,8 +1,8 @@
 """
 A corpus on disk: a folder, or a glob, of token files, and what is wrong with it.
 
-train.bin and val.bin, or shards, of which those with `val` in their name validate. meta.json says which tokenizer made
-them and what they looked like when they were made.
+train.bin and val.bin, or shards, of which those whose name says so are for validation. meta.json says which tokenizer
+made them and what they looked like when they were made.
 """
 import glob
 import hashlib
@@ -28,6 +28,7 @@ META = {  # what is read of a meta.json
     'dtype': {'uint16', 'uint32'},
     'splits': {str: {'tokens': schema.COUNT, 'largest_id': schema.COUNT, 'head': str, 'tail': str, 'sha256?': str}}}
 SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
+FOR_VALIDATION = re.compile(r'(?<![^\W\d_])(val|valid|validation)(?![^\W\d_])', re.IGNORECASE)  # between no letters
 OPTION = re.compile(r'--\w+=[\w ./:,+=*?\[\]~@%-]*')  # of a command that is shown although a file brought it
 
 
@@ -66,15 +67,17 @@ def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_for(split: str, name: str) -> bool:
-    """Return whether a file of that name is for `split`: those with `val` in it validate, all others are for
-    training."""
-    return ('val' in name) == (split == 'val')
+    """Return whether a file of that name is for `split`: for validation, if the word val, valid or validation is in it;
+    for training, if not, as in carnival_000.bin."""
+    return (FOR_VALIDATION.search(name) is not None) == (split == 'val')
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """Return the token files of a split, in the order of their names. `folder` may be a glob, too."""
-    if (folder / 'train.bin').exists():
-        return [path for path in (folder / f'{split}.bin',) if path.exists()]
+    """Return the token files of a split, in the order of their names. `folder` may be a glob, too. Beside train.bin and
+    val.bin no other file is a part of the corpus."""
+    only = folder / f'{split}.bin'
+    if only.exists() and (folder / 'train.bin').exists():
+        return [only]
     found = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(str(folder), recursive=True))
     return sorted(path for path in found
                   if path.suffix in SUFFIXES and is_for(split, path.name) and not path.name.startswith('.'))
@@ -152,8 +155,8 @@ def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> To
     listed = {name for name in meta['splits'] if is_for(split, name)}
     missing = listed - {path.stem for path in paths} if folder.is_dir() else set()
     if not paths and not folder.is_dir():
-        raise UserError(f'{folder} has no file to {split}: val in a name decides\nfirst run: {how_to_prepare(folder)}',
-                        DATA)
+        raise UserError(f'{folder} has no file for {split}: the word val, valid or validation in a name decides\n'
+                        'give a folder or a glob that has files for both', DATA)
     if missing or not paths:
         raise UserError(f'{folder / min(missing, default=split)}.bin is not there\nfirst run: {how_to_prepare(folder)}',
                         DATA)
