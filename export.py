@@ -21,7 +21,8 @@ from plaingpt.errors import UserError
 from plaingpt.formats import gguf, huggingface, llmc, others
 from plaingpt.formats.exported import Exported
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
-from plaingpt.run import checkpoint, upload
+from plaingpt.paths import is_url
+from plaingpt.run import checkpoint
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -176,7 +177,7 @@ def next_step(target: Path, exported: Exported) -> str:
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    if upload.is_url(to_dir or out_dir):
+    if is_url(to_dir or out_dir):
         raise UserError(f'{to_dir or out_dir} is no folder of this machine: give one as --to_dir')
     target = Path(to_dir).resolve() if to_dir else Path(out_dir, '' if FORMATS[to].is_run else to)
     exported = open_source()

@@ -27,7 +27,8 @@ from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.machines import processes
 from plaingpt.machines.device import name_of, pick_compile, pick_dtype
-from plaingpt.run import checkpoint, upload
+from plaingpt.paths import is_url
+from plaingpt.run import checkpoint
 
 # ------------------------------------------------------------------------------------------------
 # Settings: names, defaults and meanings are nanoGPT's wherever it has them
@@ -74,7 +75,7 @@ def read_prompt(start: str) -> str:
 
 def find_run(out_dir: str, is_given: bool) -> str:
     """out_dir, if it holds a checkpoint; if not, and nobody asked for that very one, the newest run in this folder."""
-    if upload.is_url(out_dir) or Path(out_dir).is_file() or checkpoint.holds_run(Path(out_dir)):
+    if is_url(out_dir) or Path(out_dir).is_file() or checkpoint.holds_run(Path(out_dir)):
         return out_dir
     runs = sorted((path.stat().st_mtime, path.parent.name) for path in Path().glob('out*/ckpt.pt'))
     if runs and not is_given:

@@ -12,6 +12,7 @@ from plaingpt.errors import CHECKPOINT, DATA, UserError
 from plaingpt.formats import huggingface, llmc
 from plaingpt.machines import processes
 from plaingpt.machines.processes import Process
+from plaingpt.paths import is_url
 from plaingpt.run import checkpoint, upload
 from plaingpt.run.checkpoint import SHAPE, State
 
@@ -28,7 +29,7 @@ def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None 
     Hugging Face folder, or a GPT-2 of the hub; and its checkpoint, of which the last three have little or nothing.
     `answers` are those of `checkpoint.load`."""
     path = Path(where)
-    if upload.is_url(where):
+    if is_url(where):
         with tempfile.TemporaryDirectory() as folder:
             [file] = upload.fetch(where if where.endswith('.pt') else f'{where}/ckpt.pt', Path(folder))
             state = checkpoint.load(file, answers)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGES = {'train', 'sample', 'evaluate', 'export', 'train_trivialised'}
 FLOORS: list[set[str]] = [  # from the ground up
-    {f'plaingpt.{name}' for name in ('chance', 'console', 'errors', 'files', 'lock', 'published', 'schema')},
+    {f'plaingpt.{name}' for name in ('chance', 'console', 'errors', 'files', 'lock', 'paths', 'published', 'schema')},
     {'model', 'model_trivialised', 'configurator'},
     {'plaingpt.machines'},
     {'plaingpt.corpus'},

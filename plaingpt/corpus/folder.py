@@ -4,8 +4,8 @@ A corpus on disk: a folder, or a glob, of token files, and what is wrong with it
 train.bin and val.bin, or shards, of which those whose name says so are for validation. meta.json says which tokenizer
 made them and what they looked like when they were made.
 """
-import glob
 import hashlib
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from plaingpt.corpus.order import Order
 from plaingpt.corpus.token_files import PIECES, VOCABULARIES, TokenFile, ends_of, open_files, sample_of
 from plaingpt.corpus.tokenizer import MOST_IDS, STATE, Tokenizer
 from plaingpt.errors import DATA, UserError, python
+from plaingpt.paths import matching
 
 DATA_ROOT = Path(__file__).parents[2] / 'data'
 META = {  # what is read of a meta.json
@@ -49,8 +50,10 @@ class Data:
 
 
 def data_folder(dataset: str) -> Path:
-    """Return where a corpus is: data/<dataset> beside the stages, or any other folder or glob of token files."""
-    return DATA_ROOT / dataset if glob.glob(str(DATA_ROOT / dataset)) or not glob.glob(dataset) else Path(dataset)
+    """Return where a corpus is: data/<dataset> beside the stages, or any other folder or glob of token files. What is
+    there under that very name comes before what a glob matches."""
+    places = (DATA_ROOT / dataset, Path(dataset))
+    return next(itertools.chain(filter(Path.exists, places), filter(matching, places)), places[0])
 
 
 def fingerprint(tokens: TokenFile, meta: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +81,7 @@ def files_of(folder: Path, split: str) -> list[Path]:
     only = folder / f'{split}.bin'
     if only.exists() and (folder / 'train.bin').exists():
         return [only]
-    found = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(str(folder), recursive=True))
+    found = folder.iterdir() if folder.is_dir() else matching(folder)
     return sorted(path for path in found
                   if path.suffix in SUFFIXES and is_for(split, path.name) and not path.name.startswith('.'))
 
