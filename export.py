@@ -92,7 +92,7 @@ FORMATS = {
         write_run,
         dtypes=('float32',),
         needs={},
-        next_step='{python} sample.py --out_dir={folder}',
+        next_step='{sample} --out_dir={folder}',
         is_run=True),
 }
 
@@ -170,7 +170,8 @@ def next_step(target: Path, exported: Exported) -> str:
                f"print(pipeline('text-generation', {str(target)!r})({exported.prompt!r})[0]['generated_text'])")
     is_plain = re.fullmatch(r"[\w ;(),.'/\[\]-]+", program)
     return FORMATS[to].next_step.format(
-        python=errors.python(), name=exported.name, prompt=shlex.quote(exported.prompt),
+        python=errors.python(), sample=errors.command('sample.py'), name=exported.name,
+        prompt=shlex.quote(exported.prompt),
         folder=shlex.quote(str(target)), absolute=shlex.quote(str(target.resolve())),
         pipeline=f'"{program}"' if is_plain else shlex.quote(program))
 

@@ -167,8 +167,8 @@ def learned_tokenizer(state: State, vocab_size: int, folder: Path, is_of_corpus:
     vocabulary = tokenizer.from_state(learned_reference(state, vocab_size, folder, is_of_corpus), code)
     if vocabulary.n_vocab > vocab_size:
         remedy = '' if state.get('tokenizer') else (
-            f'\nit brings none: prepare its corpus here, {how_to_prepare(folder)}; evaluate.py and export.py take any '
-            'other as --dataset=')
+            f'\nit brings none: evaluate.py and export.py take that of any corpus, as --dataset=\n'
+            f'or prepare its own: {how_to_prepare(folder)}')
         raise UserError(f'the model knows {vocab_size} tokens, and the tokenizer {vocabulary.name} has '
                         f'{vocabulary.n_vocab}: it has learned another one{remedy}', CHECKPOINT)
     return vocabulary

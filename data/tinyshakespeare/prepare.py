@@ -44,7 +44,7 @@ def main(args: list[str]) -> None:
         n_documents, n_bytes = int((part == encoder.eot).sum()), int(sizes[part].sum())
         splits.append((split, tokenise.Packed(part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes)))
     tokenise.write_files(FOLDER, packer, tiny_shakespeare.NAME, splits)
-    console.say(f'next:\n    {errors.python()} train.py config/overfit_tinyshakespeare.py')
+    console.say(f'next:\n    {errors.command("train.py", "config/overfit_tinyshakespeare.py")}')
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ from plaingpt.corpus import checksums
 from plaingpt.corpus.order import Order
 from plaingpt.corpus.token_files import PIECES, VOCABULARIES, TokenFile, ends_of, open_files, sample_of
 from plaingpt.corpus.tokenizer import MOST_IDS, STATE, Tokenizer
-from plaingpt.errors import DATA, UserError, python
+from plaingpt.errors import ALL_GPUS, DATA, UserError, command
 from plaingpt.paths import matching
 
 DATA_ROOT = Path(__file__).parents[2] / 'data'
@@ -115,8 +115,8 @@ def how_to_prepare(folder: Path) -> str:
     """Return the command that makes this corpus."""
     name = folder.parent.name if folder.suffix in SUFFIXES else folder.name
     if (DATA_ROOT / name / 'prepare.py').exists():
-        return f'{python()} data/{name}/prepare.py'
-    return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={shlex.quote(name)}'
+        return command(f'data/{name}/prepare.py')
+    return command('data/text/prepare.py', input='YOUR_TEXT', name=name)
 
 
 def how_to_go_on(folder: Path, created_by: object) -> str:
@@ -128,8 +128,18 @@ def how_to_go_on(folder: Path, created_by: object) -> str:
     name = Path(script).parent.name
     is_ours = Path(script).name == 'prepare.py' and (DATA_ROOT / name / 'prepare.py').exists()
     if is_ours and all(map(OPTION.fullmatch, options)):
-        return shlex.join([python(), f'data/{name}/prepare.py', *options])
+        return f'{command(f"data/{name}/prepare.py")} {shlex.join(options)}'
     return how_to_prepare(folder)
+
+
+def next_steps(config: str, run: str, takes_long: bool = False, **settings: str) -> str:
+    """Return what to say when a corpus is made: the commands that train on it, as config/<config>.py and these settings
+    say, and that sample the run. A training that takes long is for all GPUs of a machine."""
+    train = ('train.py', f'config/{config}.py')
+    lines = ['next:', f'    {command(*train, **settings)}', f'    {command("sample.py", out_dir=run)}']
+    if takes_long:
+        lines += ['or, to train on all GPUs of this machine:', f'    {command(*train, launcher=ALL_GPUS, **settings)}']
+    return '\n'.join(lines)
 
 
 def open_tokens(paths: Sequence[Path], name: Path, meta: dict[str, Any]) -> TokenFile:

@@ -4,7 +4,7 @@ from pathlib import Path
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise, tokenizer
 from plaingpt.corpus.download import download
-from plaingpt.errors import python
+from plaingpt.corpus.folder import next_steps
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -23,5 +23,4 @@ def prepare(path: str, folder: Path, spec: str, config: str) -> None:
     encoder = tokenizer.build(spec, lambda: [text], eot=False)
     parts, validation = tokenise.split_text(text, 0.1)
     tokenise.write_corpus(folder, tokenise.Packer(encoder, eot=None), parts, validation, NAME)
-    console.say(f'next:\n    {python()} train.py config/{config}.py\n'
-                f'    {python()} sample.py --out_dir=out-{folder.name.replace("_", "-")}')
+    console.say(next_steps(config, f'out-{folder.name.replace("_", "-")}'))
