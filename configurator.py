@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from plaingpt import console
-from plaingpt.errors import UserError
+from plaingpt.errors import UserError, command, typed
 
 T = TypeVar('T')
 Kinds = dict[str, list[Any]]  # what each setting may be: bool, int, float, str, and the texts that a Literal names
@@ -177,8 +177,8 @@ def read_option(arg: str, rest: list[str], kinds: Kinds, script: types.ModuleTyp
     name, equals, text = arg[2:].partition('=')
     name = name.replace('-', '_')
     if name not in kinds:
-        path = os.path.relpath(inspect.getfile(script))
-        raise unknown(name, kinds, f'--{brief(name)}', '--', f'python {path} --help lists the settings.')
+        lists = f'this lists the settings: {command(inspect.getfile(script))} --help'
+        raise unknown(name, kinds, f'--{brief(name)}', '--', lists)
     if not equals and (not rest or rest[0].startswith('--')):
         examples = ('True', 'False') if bool in kinds[name] else ('...',)
         raise UserError(f'--{name} has no value: type ' + ' or '.join(f'--{name}={example}' for example in examples))
@@ -356,6 +356,6 @@ def explain_missing(path: str, error: OSError) -> str:
         return f"'{path}' cannot be read as a config file: {error.strerror}; a setting is given as --name=value"
     ours = Path(__file__).with_name('config')
     files = {file.stem: file for folder in (Path(path).parent, ours) for file in folder.glob('*.py')}
-    near = [os.path.relpath(files[stem]) for stem in difflib.get_close_matches(Path(path).stem, files)]
+    near = [typed(files[stem]) for stem in difflib.get_close_matches(Path(path).stem, files)]
     there = textwrap.fill('config/ has ' + ', '.join(sorted(file.stem for file in ours.glob('*.py'))), 150)
     return f'there is no config file {path}\n' + (f'did you mean {" or ".join(near)}?' if near else there)

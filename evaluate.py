@@ -34,8 +34,8 @@ from plaingpt.machines.device import Compute, card, choose, name_of
 from plaingpt.machines.processes import Process
 from plaingpt.machines.watch import Watch, explained
 from plaingpt.metrics import Predictor
+from plaingpt.paths import is_url, matching
 from plaingpt.published import PUBLISHED
-from plaingpt.run import upload
 from plaingpt.run.checkpoint import State
 from plaingpt.tasks import Row, is_raw, load, measure_hellaswag, measure_lambada
 
@@ -86,10 +86,10 @@ def find_tasks(names: str) -> list[str]:
 
 
 def find_checkpoints(where: str) -> list[str]:
-    """What a glob matches; or `where` itself, which may also be a URL or a name of the hub."""
-    if upload.is_url(where) or Path(where).exists() or not glob.has_magic(where):
+    """Return `where` itself, if that is a file, a folder, a URL or a name of the hub; if not, what it matches."""
+    if is_url(where) or Path(where).exists() or not glob.has_magic(where):
         return [where]
-    found = sorted(glob.glob(where))
+    found = [str(path) for path in matching(Path(where))]
     if not found:
         raise UserError(f'--init_from={where} matches no file and no folder', errors.CHECKPOINT)
     return found

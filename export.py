@@ -21,7 +21,8 @@ from plaingpt.errors import UserError
 from plaingpt.formats import gguf, huggingface, llmc, others
 from plaingpt.formats.exported import Exported
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
-from plaingpt.run import checkpoint, upload
+from plaingpt.paths import is_url
+from plaingpt.run import checkpoint
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -91,7 +92,7 @@ FORMATS = {
         write_run,
         dtypes=('float32',),
         needs={},
-        next_step='{python} sample.py --out_dir={folder}',
+        next_step='{sample} --out_dir={folder}',
         is_run=True),
 }
 
@@ -169,14 +170,15 @@ def next_step(target: Path, exported: Exported) -> str:
                f"print(pipeline('text-generation', {str(target)!r})({exported.prompt!r})[0]['generated_text'])")
     is_plain = re.fullmatch(r"[\w ;(),.'/\[\]-]+", program)
     return FORMATS[to].next_step.format(
-        python=errors.python(), name=exported.name, prompt=shlex.quote(exported.prompt),
+        python=errors.python(), sample=errors.command('sample.py'), name=exported.name,
+        prompt=shlex.quote(exported.prompt),
         folder=shlex.quote(str(target)), absolute=shlex.quote(str(target.resolve())),
         pipeline=f'"{program}"' if is_plain else shlex.quote(program))
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    if upload.is_url(to_dir or out_dir):
+    if is_url(to_dir or out_dir):
         raise UserError(f'{to_dir or out_dir} is no folder of this machine: give one as --to_dir')
     target = Path(to_dir).resolve() if to_dir else Path(out_dir, '' if FORMATS[to].is_run else to)
     exported = open_source()

@@ -10,6 +10,7 @@ The samples go to stdout, and nothing else does.
 """
 import codecs
 import io
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
@@ -27,7 +28,8 @@ from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.machines import processes
 from plaingpt.machines.device import name_of, pick_compile, pick_dtype
-from plaingpt.run import checkpoint, upload
+from plaingpt.paths import is_url
+from plaingpt.run import checkpoint
 
 # ------------------------------------------------------------------------------------------------
 # Settings: names, defaults and meanings are nanoGPT's wherever it has them
@@ -74,17 +76,18 @@ def read_prompt(start: str) -> str:
 
 def find_run(out_dir: str, is_given: bool) -> str:
     """out_dir, if it holds a checkpoint; if not, and nobody asked for that very one, the newest run in this folder."""
-    if upload.is_url(out_dir) or Path(out_dir).is_file() or checkpoint.holds_run(Path(out_dir)):
+    if is_url(out_dir) or Path(out_dir).is_file() or checkpoint.holds_run(Path(out_dir)):
         return out_dir
     runs = sorted((path.stat().st_mtime, path.parent.name) for path in Path().glob('out*/ckpt.pt'))
     if runs and not is_given:
         newest = runs[-1][1]
-        console.note(f'{out_dir} holds no checkpoint: this is the newest run here, --out_dir={newest}')
+        console.note(f'{out_dir} holds no checkpoint: this is the newest run here, --out_dir={shlex.quote(newest)}')
         return newest
     names = ', '.join(name for _, name in reversed(runs[-5:]))
     remedy = f'the newest runs here: {names}' if runs else (
-        f'train a small model: make train, or {errors.python()} train.py config/train_stdlib.py\n'
-        f"or take GPT-2's weights: {errors.python()} sample.py --init_from=gpt2")
+        f'train a small model: {errors.command("data/stdlib/prepare.py")} && '
+        f'{errors.command("train.py", "config/train_stdlib.py")}\n'
+        f"or take GPT-2's weights: {errors.command('sample.py', init_from='gpt2')}")
     raise UserError(f'{out_dir} holds no checkpoint{"" if runs else ", and no other out*/ here does"}\n{remedy}',
                     errors.CHECKPOINT)
 

@@ -420,7 +420,8 @@ def finish(run: Run) -> None:
     elif run.process.is_main and not eval_only:
         run.log.line(f'peak memory: {console.short(peak_memory(run.process.device.type))} bytes')
         run.log.line(f'{run.folder} holds {", ".join(sorted(path.name for path in run.folder.glob("[!.]*")))}')
-        run.log.line(f'try next: {errors.python()} sample.py --out_dir={run.folder}')
+        if checkpoint.holds_run(run.folder):
+            run.log.line(f'try next: {errors.command("sample.py", out_dir=run.folder)}')
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ RANKS = ('RANK', 'OMPI_COMM_WORLD_RANK', 'SLURM_PROCID')  # what torchrun, mpiru
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 # What may steer a terminal, or show a line in another order than it has
 CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
-LONGEST = 500  # characters in a line of a message
+LONGEST = 1000  # characters in a line of a message, which may be a command with long paths
 
 
 def iter_line(

@@ -25,7 +25,9 @@ STOPPED = 75  # stopped after saving: run the same command again
 INTERRUPTED = 130  # Ctrl-C, as shells count it
 BROKEN_PIPE = 141  # the output has no reader any more, as shells count it
 
-REQUIREMENTS = Path(__file__).resolve().parents[1] / 'requirements.txt'  # where this is a checkout
+ROOT = Path(__file__).resolve().parents[1]  # the folder of the scripts, where this is a checkout
+REQUIREMENTS = ROOT / 'requirements.txt'
+ALL_GPUS = '-m torch.distributed.run --standalone --nproc_per_node=gpu'  # torchrun, which need not be on the PATH
 PACKAGES = ('PIL', 'datasets', 'fsspec', 'gguf', 'huggingface_hub', 'matplotlib', 'pyarrow', 's3fs', 'safetensors',
             'tiktoken', 'tokenizers', 'wandb')  # in there, and imported only where they are used
 MAKE_ROOM = 'make room, and run the same command again'
@@ -62,11 +64,28 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def typed(path: Path) -> str:
+    """Return what to type for a path in a POSIX shell, in the folder where this process was started."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
 def python() -> str:
-    """What to type for the Python that runs this: the one of this folder's virtual environment, or else `python`."""
-    here, found = Path(sys.executable), shutil.which('python')
-    is_on_path = found is not None and Path(found).parent == here.parent
-    return 'python' if is_on_path or not here.is_relative_to(Path.cwd()) else str(here.relative_to(Path.cwd()))
+    """Return what to type for the Python that runs this: its name, if a shell finds it by that, or else its path."""
+    here = Path(sys.executable)
+    for name in ('python', here.name):
+        found = shutil.which(name)
+        if found and Path(found).absolute().parent == here.parent and os.path.samefile(found, here):
+            return name
+    path = typed(here)
+    return path if '/' in path else f'./{path}'
+
+
+def command(*files: str, launcher: str = '', **settings: object) -> str:
+    """Return what to type to run one of this project's scripts, such as 'train.py', with its config files, if there are
+    any, and settings."""
+    options = (f'--{name}={shlex.quote(str(value))}' for name, value in settings.items())
+    return ' '.join([*filter(None, (python(), launcher)), *(typed(ROOT / file) for file in files), *options])
 
 
 def is_missing_package(error: BaseException) -> bool:
@@ -78,11 +97,9 @@ def missing_package(error: BaseException) -> UserError:
     cause."""
     cause = error if isinstance(error, ModuleNotFoundError) else error.__cause__
     package = (getattr(cause, 'name', None) or 'fsspec[full]').partition('.')[0]
-    path, here = REQUIREMENTS, Path.cwd()
-    path = path.relative_to(here) if path.is_relative_to(here) else path
     is_in_file = package in PACKAGES and REQUIREMENTS.is_file()
     return UserError(f'the package {package} is missing: {python()} -m pip install '
-                     f'{f"-r {shlex.quote(str(path))}" if is_in_file else package}')
+                     f'{f"-r {typed(REQUIREMENTS)}" if is_in_file else shlex.quote(package)}')
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from plaingpt.errors import CHECKPOINT, DATA, UserError
 from plaingpt.formats import huggingface, huggingface_tokenizer, llmc
 from plaingpt.machines import processes
 from plaingpt.machines.processes import Process
+from plaingpt.paths import is_url
 from plaingpt.run import checkpoint, upload
 from plaingpt.run.checkpoint import SHAPE, State
 
@@ -28,7 +29,7 @@ def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None 
     Hugging Face folder, or a GPT-2 of the hub; and its checkpoint, of which the last three have little or nothing.
     `answers` are those of `checkpoint.load`."""
     path = Path(where)
-    if upload.is_url(where):
+    if is_url(where):
         with tempfile.TemporaryDirectory() as folder:
             [file] = upload.fetch(where if where.endswith('.pt') else f'{where}/ckpt.pt', Path(folder))
             state = checkpoint.load(file, answers)
@@ -166,8 +167,8 @@ def learned_tokenizer(state: State, vocab_size: int, folder: Path, is_of_corpus:
     vocabulary = tokenizer.from_state(learned_reference(state, vocab_size, folder, is_of_corpus), code)
     if vocabulary.n_vocab > vocab_size:
         remedy = '' if state.get('tokenizer') else (
-            f'\nit brings none: prepare its corpus here, {how_to_prepare(folder)}; evaluate.py and export.py take any '
-            'other as --dataset=')
+            f'\nit brings none: evaluate.py and export.py take that of any corpus, as --dataset=\n'
+            f'or prepare its own: {how_to_prepare(folder)}')
         raise UserError(f'the model knows {vocab_size} tokens, and the tokenizer {vocabulary.name} has '
                         f'{vocabulary.n_vocab}: it has learned another one{remedy}', CHECKPOINT)
     return vocabulary

@@ -68,7 +68,8 @@ def test_a_thousand_command_lines_end_without_a_traceback(run_script: RunScript)
     ('data.text.prepare', '--seed=-1', '--seed=-1: must be 0 or more'),
     ('data.text.prepare', '--tokenizer=bpe:99999999999999', "tokenizer 'bpe:99999999999999': N of 'bpe:N' is"),
     *(('data.text.prepare', f'--input={url}', f'--input={url} cannot be opened: ') for url in (
-        'reference://x', 'zip://a.txt', 'zip://a.txt::none.zip', 'data:,x', 'hf://x', 'nosuch://x', 'jupyter://x')),
+        'reference://x', 'zip://a.txt', 'zip://a.txt::none.zip', 'hf://x', 'nosuch://x', 'jupyter://x')),
+    ('data.text.prepare', '--input=data:,x', '--input=data:,x matches no file and no folder'),
     ('data.text.prepare', '--input=http://[', 'http://[ cannot be used: Invalid IPv6 URL'),
 ])
 def test_what_no_machine_can_do_is_refused_in_words_before_it_is_tried(

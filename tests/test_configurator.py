@@ -14,7 +14,7 @@ import pytest
 
 import configurator
 import train
-from plaingpt.errors import COMMAND, UserError
+from plaingpt.errors import COMMAND, UserError, python
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = '''"""Says what its settings are."""
@@ -242,10 +242,10 @@ def test_what_is_overridden_is_printed_as_nanogpt_prints_it(
 @pytest.mark.parametrize(('args', 'answer'), [
     ('--batch_siz=3', "--batch_siz: no setting is called 'batch_siz'; did you mean --batch_size?"),
     ('--BATCH_SIZE=3', "--BATCH_SIZE: no setting is called 'BATCH_SIZE'; did you mean --batch_size?"),
-    ('--xyz=3', "--xyz: no setting is called 'xyz'; python script.py --help lists the settings."),
-    ('--=3', "--: no setting is called ''; python script.py --help lists the settings."),
-    ('--later=4', "--later: no setting is called 'later'; python script.py --help lists the settings."),
-    ('--SIZES=4', "--SIZES: no setting is called 'SIZES'; python script.py --help lists the settings."),
+    ('--xyz=3', "--xyz: no setting is called 'xyz'; this lists the settings: python script.py --help"),
+    ('--=3', "--: no setting is called ''; this lists the settings: python script.py --help"),
+    ('--later=4', "--later: no setting is called 'later'; this lists the settings: python script.py --help"),
+    ('--SIZES=4', "--SIZES: no setting is called 'SIZES'; this lists the settings: python script.py --help"),
     ('--decay_lr', '--decay_lr has no value: type --decay_lr=True or --decay_lr=False'),
     ('--decay_lr --batch_size=3', '--decay_lr has no value: type --decay_lr=True or --decay_lr=False'),
     ('--batch_size', '--batch_size has no value: type --batch_size=...'),
@@ -267,7 +267,7 @@ def test_what_is_overridden_is_printed_as_nanogpt_prints_it(
     ('.', "'.' cannot be read as a config file: Is a directory; a setting is given as --name=value"),
 ])
 def test_a_wrong_command_has_a_clear_answer(script: ModuleType, args: str, answer: str) -> None:
-    assert complaint(script, *args.split()) == answer
+    assert complaint(script, *args.split()) == answer.replace('python ', f'{python()} ')
 
 
 REMEDY = '\n' + configurator.REMEDY

@@ -22,9 +22,10 @@ import configurator
 from plaingpt import console
 from plaingpt.corpus import documents, shards, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
+from plaingpt.corpus.folder import next_steps
 from plaingpt.corpus.tokenizer import build
 from plaingpt.encoder import encoder_for
-from plaingpt.errors import COMMAND, UserError, python, run
+from plaingpt.errors import COMMAND, UserError, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -62,9 +63,7 @@ def main(args: list[str]) -> None:
     console.say(f'found: files {len(texts.files):,}')
     shards.write_shards(folder, tokenise.Packer(encoder, encoder.eot, eot_first=True), texts, shard_size,
                         input or f'{source}/{config}@{revision or "main"}', num_proc, overwrite)
-    console.say('next:\n    torchrun --standalone --nproc_per_node=gpu train.py config/train_fineweb_edu.py '
-                f'--dataset={name}\n'
-                f'    {python()} sample.py --out_dir=out-fineweb-edu')
+    console.say(next_steps('train_fineweb_edu', 'out-fineweb-edu', takes_long=True, dataset=name))
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ import configurator
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
+from plaingpt.corpus.folder import next_steps
 from plaingpt.corpus.tokenizer import build
 from plaingpt.encoder import encoder_for
 from plaingpt.errors import run
@@ -53,7 +54,7 @@ def main(args: list[str]) -> None:
     validation = tokenise.choose_validation(n_documents, val_fraction, seed)
     tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot), pieces, validation,
                         input or f'{source}@{revision or "main"}', num_proc)
-    console.say('next:\n    torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py')
+    console.say(next_steps('train_gpt2', 'out', takes_long=True))
 
 
 if __name__ == '__main__':

@@ -11,8 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
-from plaingpt import errors
-from plaingpt.corpus import tiny_shakespeare
+from plaingpt import errors, tiny_shakespeare
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.

@@ -16,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
-from plaingpt import console, errors
+from plaingpt import console
 from plaingpt.corpus import tokenise
+from plaingpt.corpus.folder import next_steps
 from plaingpt.encoder import encoder_for
+from plaingpt.errors import DATA, UserError, command, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -48,17 +50,16 @@ def main(args: list[str]) -> None:
     library = Path(sysconfig.get_paths()['stdlib'])
     files = read_sources(library)
     if not files:
-        raise errors.UserError(f'{library} holds no .py files: this Python comes without its source code\n'
-                               'prepare another text: python data/text/prepare.py --input=PATH', errors.DATA)
+        raise UserError(f'{library} holds no .py files: this Python comes without its source code\n'
+                               f'prepare another text: {command("data/text/prepare.py", input="PATH")}', DATA)
     source = f'the standard library of Python {sys.version.split()[0]}'
     console.say(f'found {len(files):,} files in {library}')
 
     texts, validation = [text for _, text in files], np.flatnonzero([is_val for is_val, _ in files])
     encoder = encoder_for(tokenizer, lambda: tokenise.build_tokenizer(tokenizer, [texts], validation, eot=True))
     tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot), [texts], validation, source)
-    console.say(f'next:\n    {errors.python()} train.py config/train_stdlib.py\n'
-                f'    {errors.python()} sample.py --out_dir=out-stdlib')
+    console.say(next_steps('train_stdlib', 'out-stdlib'))
 
 
 if __name__ == '__main__':
-    errors.run(main)
+    run(main)

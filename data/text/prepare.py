@@ -20,8 +20,9 @@ import numpy as np
 import configurator
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise
+from plaingpt.corpus.folder import next_steps
 from plaingpt.encoder import encoder_for
-from plaingpt.errors import COMMAND, DATA, UserError, python, run
+from plaingpt.errors import COMMAND, DATA, UserError, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -69,8 +70,7 @@ def main(args: list[str]) -> None:
                                                                       eot=n_train > 1 or n_val > 1))
     packer = tokenise.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
     tokenise.write_corpus(folder, packer, parts, validation, input, num_proc)
-    console.say(f'next:\n    {python()} train.py config/train_stdlib.py --dataset={name} --out_dir=out-{name}\n'
-                f'    {python()} sample.py --out_dir=out-{name}')
+    console.say(next_steps('train_stdlib', f'out-{name}', dataset=name, out_dir=f'out-{name}'))
 
 
 if __name__ == '__main__':

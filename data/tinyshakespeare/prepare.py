@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 import configurator
-from plaingpt import console, errors
-from plaingpt.corpus import documents, tiny_shakespeare, tokenise
+from plaingpt import console, errors, tiny_shakespeare
+from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.tokenizer import build
 from plaingpt.encoder import encoder_for
 
@@ -48,7 +48,7 @@ def main(args: list[str]) -> None:
         splits.append((split, tokenise.Packed(
             part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes, tokenise.Marks(), n_hard_cuts=0)))
     tokenise.write_files(FOLDER, packer, tiny_shakespeare.NAME, splits)
-    console.say(f'next:\n    {errors.python()} train.py config/overfit_tinyshakespeare.py')
+    console.say(f'next:\n    {errors.command("train.py", "config/overfit_tinyshakespeare.py")}')
 
 
 if __name__ == '__main__':

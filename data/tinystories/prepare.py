@@ -18,8 +18,9 @@ import configurator
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
+from plaingpt.corpus.folder import next_steps
 from plaingpt.encoder import encoder_for
-from plaingpt.errors import COMMAND, DATA, UserError, python, run
+from plaingpt.errors import COMMAND, DATA, UserError, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
@@ -57,8 +58,7 @@ def main(args: list[str]) -> None:
     encoder = encoder_for(tokenizer, lambda: tokenise.build_tokenizer(tokenizer, parts, validation, eot=True))
     tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot, keep_empty=False), parts, validation,
                         input or f'{source}@{revision or "main"}', num_proc)
-    console.say(f'next:\n    {python()} train.py config/train_tinystories.py\n'
-                f'    {python()} sample.py --out_dir=out-tinystories')
+    console.say(next_steps('train_tinystories', 'out-tinystories'))
 
 
 if __name__ == '__main__':

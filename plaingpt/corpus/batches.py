@@ -1,5 +1,4 @@
 """Windows of a corpus -> x and y, the tokens that a model reads and those that it should say."""
-import glob
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError
 from plaingpt.machines.device import to_device
 from plaingpt.machines.processes import Process
+from plaingpt.paths import matching
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
@@ -31,8 +31,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(source, str | Path):
             path = Path(source)
             meta = read_meta(path.parent) if path.with_name('meta.json').exists() else {'dtype': '', 'splits': {}}
-            found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-            source = open_tokens(found or [path], path, meta)
+            source = open_tokens(matching(path) or [path], path, meta)
         self.source = source
         self.block_size = block_size
         if len(self.source) <= block_size:

@@ -20,6 +20,7 @@ from plaingpt import console
 from plaingpt.corpus.download import BLOCK, download
 from plaingpt.corpus.tokenizer import parts_of
 from plaingpt.errors import DATA, UserError, missing_package, refusal
+from plaingpt.paths import matching
 from plaingpt.schema import parse
 
 KINDS = ('.txt', '.jsonl', '.ndjson', '.parquet')
@@ -58,15 +59,17 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
     """Return the files that `path` names, in a fixed order: one file, the .txt, .jsonl and .parquet files of a folder
     (packed or not), a glob, or a URL that fsspec opens. What http has is fetched into `folder` first: it is read
     twice. Hidden files, which editors and systems keep beside those of the user, count only if they are named."""
-    import fsspec
-
-    if path.startswith(('http://', 'https://')):
+    is_here = is_local(path)
+    if path.startswith(('http://', 'https://')) and not is_here:
         name = PurePosixPath(path.partition('?')[0]).name
         return [str(download(path, folder / f'{option.removeprefix("--")}-{name}', option=option))]
     try:
-        files, root = fsspec.url_to_fs(path)
+        files, root = located(path)
         is_folder = files.isdir(root)
-        names = files.find(root) or [name for name in files.glob(root) if not files.isdir(name)]
+        names = files.find(root)
+        if not names:
+            matched = map(str, matching(Path(root), hidden=True)) if is_here else files.glob(root)
+            names = [name for name in matched if not files.isdir(name)]
         of_kind = [name for name in names if kind_of(name) in KINDS or not is_folder]
         found = [name for name in of_kind if not is_hidden(name, root)]
     except ImportError as error:
@@ -78,7 +81,23 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
         raise UserError(f'{option}={path} {what}', DATA)
     if len(found) < len(of_kind):
         console.say(f'hidden files, whose names begin with a dot, are left out: {len(of_kind) - len(found)}')
-    return sorted(files.unstrip_protocol(name) if '://' in path else name for name in found)
+    return sorted(name if is_here else files.unstrip_protocol(name) for name in found)
+
+
+def is_local(path: str) -> bool:
+    """Return whether this is no URL, or looks like one and is there."""
+    return '://' not in path or os.path.exists(path)
+
+
+def located(path: str) -> tuple[Any, str]:
+    """Return the file system of a path or URL, and the path in it. In a path of this machine nothing has a meaning of
+    its own, as :: has in a URL."""
+    import fsspec
+
+    if is_local(path):
+        return fsspec.filesystem('file'), os.path.abspath(path if os.path.exists(path) else os.path.expanduser(path))
+    files, root = fsspec.url_to_fs(path)
+    return files, root
 
 
 def is_hidden(name: str, root: str) -> bool:
@@ -105,11 +124,12 @@ def is_text(name: str) -> bool:
 @contextmanager
 def opened(name: str) -> Iterator[BinaryIO]:
     """Open the bytes of a file anywhere, unpacked."""
-    import fsspec
+    from fsspec.core import OpenFile, get_compression
 
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(fsspec.open(name, 'rb', compression='infer'))
+            files, path = located(name)
+            file = stack.enter_context(OpenFile(files, path, 'rb', get_compression(path, 'infer')))
         except Exception as error:  # each file system raises errors of its own
             raise refusal(error, f'{name} cannot be opened', DATA) from error
         try:
@@ -257,7 +277,8 @@ def readable_decoding(name: str, offset: int) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f'{name} is not {error.encoding.upper()}: byte {offset + error.start} is 0x{error.object[error.start]:02x}\n'
+        encoding, byte = error.encoding.upper(), error.object[error.start]
+        raise UserError(f'{name} is not {encoding}: byte {offset + error.start} is 0x{byte:02x}\n'
                         'save it as UTF-8, for example: iconv -f latin1 -t utf-8 OLD > NEW', DATA) from None
 
 

@@ -1,11 +1,11 @@
 """
 A corpus on disk: a folder, or a glob, of token files, and what is wrong with it.
 
-train.bin and val.bin, or shards, of which those with `val` in their name validate. meta.json says which tokenizer made
-them and what they looked like when they were made.
+train.bin and val.bin, or shards, of which those whose name says so are for validation. meta.json says which tokenizer
+made them and what they looked like when they were made.
 """
-import glob
 import hashlib
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from plaingpt.corpus import checksums
 from plaingpt.corpus.order import Order
 from plaingpt.corpus.token_files import PIECES, VOCABULARIES, TokenFile, ends_of, open_files, sample_of
 from plaingpt.corpus.tokenizer import MOST_IDS, STATE, Tokenizer
-from plaingpt.errors import DATA, UserError, python
+from plaingpt.errors import ALL_GPUS, DATA, UserError, command
+from plaingpt.paths import matching
 
 DATA_ROOT = Path(__file__).parents[2] / 'data'
 META = {  # what is read of a meta.json
@@ -28,6 +29,7 @@ META = {  # what is read of a meta.json
     'dtype': {'uint16', 'uint32'},
     'splits': {str: {'tokens': schema.COUNT, 'largest_id': schema.COUNT, 'head': str, 'tail': str, 'sha256?': str}}}
 SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
+FOR_VALIDATION = re.compile(r'(?<![^\W\d_])(val|valid|validation)(?![^\W\d_])', re.IGNORECASE)  # between no letters
 OPTION = re.compile(r'--\w+=[\w ./:,+=*?\[\]~@%-]*')  # of a command that is shown although a file brought it
 
 
@@ -48,8 +50,10 @@ class Data:
 
 
 def data_folder(dataset: str) -> Path:
-    """Return where a corpus is: data/<dataset> beside the stages, or any other folder or glob of token files."""
-    return DATA_ROOT / dataset if glob.glob(str(DATA_ROOT / dataset)) or not glob.glob(dataset) else Path(dataset)
+    """Return where a corpus is: data/<dataset> beside the stages, or any other folder or glob of token files. What is
+    there under that very name comes before what a glob matches."""
+    places = (DATA_ROOT / dataset, Path(dataset))
+    return next(itertools.chain(filter(Path.exists, places), filter(matching, places)), places[0])
 
 
 def fingerprint(tokens: TokenFile, meta: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -67,16 +71,18 @@ def fingerprint(tokens: TokenFile, meta: dict[str, Any] | None = None) -> dict[s
 
 
 def is_for(split: str, name: str) -> bool:
-    """Return whether a file of that name is for `split`: those with `val` in it validate, all others are for
-    training."""
-    return ('val' in name) == (split == 'val')
+    """Return whether a file of that name is for `split`: for validation, if the word val, valid or validation is in it;
+    for training, if not, as in carnival_000.bin."""
+    return (FOR_VALIDATION.search(name) is not None) == (split == 'val')
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """Return the token files of a split, in the order of their names. `folder` may be a glob, too."""
-    if (folder / 'train.bin').exists():
-        return [path for path in (folder / f'{split}.bin',) if path.exists()]
-    found = folder.iterdir() if folder.is_dir() else map(Path, glob.glob(str(folder), recursive=True))
+    """Return the token files of a split, in the order of their names. `folder` may be a glob, too. Beside train.bin and
+    val.bin no other file is a part of the corpus."""
+    only = folder / f'{split}.bin'
+    if only.exists() and (folder / 'train.bin').exists():
+        return [only]
+    found = folder.iterdir() if folder.is_dir() else matching(folder)
     return sorted(path for path in found
                   if path.suffix in SUFFIXES and is_for(split, path.name) and not path.name.startswith('.'))
 
@@ -110,8 +116,8 @@ def how_to_prepare(folder: Path) -> str:
     """Return the command that makes this corpus."""
     name = folder.parent.name if folder.suffix in SUFFIXES else folder.name
     if (DATA_ROOT / name / 'prepare.py').exists():
-        return f'{python()} data/{name}/prepare.py'
-    return f'{python()} data/text/prepare.py --input=YOUR_TEXT --name={shlex.quote(name)}'
+        return command(f'data/{name}/prepare.py')
+    return command('data/text/prepare.py', input='YOUR_TEXT', name=name)
 
 
 def how_to_go_on(folder: Path, created_by: object) -> str:
@@ -123,8 +129,18 @@ def how_to_go_on(folder: Path, created_by: object) -> str:
     name = Path(script).parent.name
     is_ours = Path(script).name == 'prepare.py' and (DATA_ROOT / name / 'prepare.py').exists()
     if is_ours and all(map(OPTION.fullmatch, options)):
-        return shlex.join([python(), f'data/{name}/prepare.py', *options])
+        return f'{command(f"data/{name}/prepare.py")} {shlex.join(options)}'
     return how_to_prepare(folder)
+
+
+def next_steps(config: str, run: str, takes_long: bool = False, **settings: str) -> str:
+    """Return what to say when a corpus is made: the commands that train on it, as config/<config>.py and these settings
+    say, and that sample the run. A training that takes long is for all GPUs of a machine."""
+    train = ('train.py', f'config/{config}.py')
+    lines = ['next:', f'    {command(*train, **settings)}', f'    {command("sample.py", out_dir=run)}']
+    if takes_long:
+        lines += ['or, to train on all GPUs of this machine:', f'    {command(*train, launcher=ALL_GPUS, **settings)}']
+    return '\n'.join(lines)
 
 
 def open_tokens(paths: Sequence[Path], name: Path, meta: dict[str, Any]) -> TokenFile:
@@ -153,8 +169,8 @@ def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> To
     listed = {name for name in meta['splits'] if is_for(split, name)}
     missing = listed - {path.stem for path in paths} if folder.is_dir() else set()
     if not paths and not folder.is_dir():
-        raise UserError(f'{folder} has no file to {split}: val in a name decides\nfirst run: {how_to_prepare(folder)}',
-                        DATA)
+        raise UserError(f'{folder} has no file for {split}: the word val, valid or validation in a name decides\n'
+                        'give a folder or a glob that has files for both', DATA)
     if missing or not paths:
         raise UserError(f'{folder / min(missing, default=split)}.bin is not there\nfirst run: {how_to_prepare(folder)}',
                         DATA)

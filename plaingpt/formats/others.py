@@ -18,7 +18,7 @@ from torch import Tensor
 from model import GPTConfig
 from plaingpt import schema
 from plaingpt.corpus import tokenizer
-from plaingpt.errors import CHECKPOINT, UserError, is_out_of_memory, of_system, python, refusal
+from plaingpt.errors import CHECKPOINT, UserError, command, is_out_of_memory, of_system, python, refusal
 from plaingpt.formats.weights import SIDE, TABLE, TRANSPOSED, is_tensor, is_tied
 from plaingpt.schema import COUNT, EMPTY, PLAIN
 
@@ -240,11 +240,11 @@ def describe(weights: dict[str, Tensor], known: dict[str, Any], path: Path) -> S
     wte, wpe = weights[TABLE], weights.get('transformer.wpe.weight')
     if wpe is None or not wte.dim() == wpe.dim() == 2:
         raise UserError(f'{path} is another model than GPT-2: it has no table of positions', CHECKPOINT)
-    options = {'n_head': f'--n_head={max(1, wte.size(1) // 64)}', 'gelu': '--gelu=tanh'}
+    options = {'n_head': str(max(1, wte.size(1) // 64)), 'gelu': 'tanh'}
     if asked := [name for name in options if name not in known]:
-        raise UserError(f'{path} does not say {" and ".join(asked)}: {python()} export.py '
-                        f'--init_from={shlex.quote(str(path))} --to=ckpt {" ".join(options[name] for name in asked)} '
-                        'makes a checkpoint that does', CHECKPOINT)
+        answers = {name: options[name] for name in asked}
+        remedy = command('export.py', init_from=path, out_dir=f'out-{path.stem}', to='ckpt', **answers)
+        raise UserError(f'{path} does not say {" and ".join(asked)}\nmake a checkpoint that does: {remedy}', CHECKPOINT)
     args = {
         'n_layer': len({name.split('.')[2] for name in weights if name.startswith('transformer.h.')}),
         'n_head': known['n_head'],

@@ -117,8 +117,8 @@ class Deadline:
 
     def failure(self) -> UserError:
         seconds = time.monotonic() - self.begun
-        return UserError(f'{self.complaint} in {seconds:.0f} s: {self.reason}\nwere all of them started (with '
-                         'Slurm: srun python train.py), and can they reach that address?', PEER_LOST)
+        return UserError(f'{self.complaint} in {seconds:.0f} s: {self.reason}\nwere all of them started, with '
+                         'Slurm by srun, and can they reach that address?', PEER_LOST)
 
     def insist(self, attempt: Callable[[], T]) -> T:
         """Return what succeeds at last: another machine may not be ready yet, or not even have a name."""

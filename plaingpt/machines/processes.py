@@ -68,7 +68,7 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
     os.environ.update(launch.variables)
     rank, local_rank, world_size = (int(launch.variables[name]) for name in meeting.RANKS)
     if kind == 'mps':
-        raise UserError('several processes cannot share mps: run `python train.py`, or give --device=cpu')
+        raise UserError('several processes cannot share mps: run one, without torchrun, or give --device=cpu')
     if kind == 'cuda':
         # srun --gpus-per-task=1 shows a process its own card and no other.
         number = 0 if 'SLURM_LOCALID' in os.environ and torch.cuda.device_count() == 1 else local_rank

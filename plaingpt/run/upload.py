@@ -14,6 +14,7 @@ from typing import Any
 
 from plaingpt import console, files
 from plaingpt.errors import CHECKPOINT, COMMAND, UserError, first_line, missing_package, refusal
+from plaingpt.paths import is_url
 
 PAUSES = (1.0, 5.0, 25.0)  # seconds between one attempt to upload a file and the next
 OBJECT_STORES = ('s3://', 's3a://', 'gs://', 'gcs://', 'abfs://', 'abfss://', 'az://')
@@ -21,11 +22,6 @@ CHECKPOINTS = re.compile(r'ckpt(\.\d+)?\.pt|best\.pt')
 UPLOADING = '.uploading'  # how the name of a copy ends that waits
 SECRETS = re.compile(r'SECRET|TOKEN|PASSWORD|KEY|CONNECTION_STRING')  # in the names of environment variables
 SHORTEST_SECRET = 8  # characters; what is shorter may be a part of any word
-
-
-def is_url(where: str) -> bool:
-    """Return whether this is s3://..., file://... and the like, rather than a path (C:\\... is one)."""
-    return re.match(r'[a-zA-Z][\w.+-]+://', where) is not None
 
 
 def reason(error: BaseException) -> str:
@@ -48,7 +44,7 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
     this code for a path, a URL with a password, a protocol that is unknown, and if the package of one is missing."""
     import fsspec
     if not is_url(url):
-        raise UserError(f'{url!r} is no URL: write s3://bucket/folder, or {Path(url).absolute().as_uri()}', code)
+        raise UserError(f'{url!r} is no URL: write s3://bucket/folder, or file://{Path(url).absolute()}', code)
     if re.search(r'://[^/]*:[^/]*@', url):
         raise UserError(f'{url} was given with a password, which checkpoints and logs would show: leave it out, '
                         'and put it into the environment', code)

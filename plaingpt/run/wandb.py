@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from plaingpt import console
+from plaingpt.errors import python
 
 SECRET = re.compile(r'key|secret|password|token(?!s|iz)', re.IGNORECASE)  # in the name of a setting
 NAMES = {'loss': 'train/loss', 'train_loss': 'train/loss_evaluated'}  # of a row, as nanoGPT has them
@@ -23,7 +24,7 @@ class Wandb:
         import wandb
 
         if wandb.setup().settings.mode == 'online' and not wandb.login(prompt=False):
-            raise RuntimeError('there is no API key (run `wandb login`, or set WANDB_MODE=offline)')
+            raise RuntimeError(f'there is no API key (run `{python()} -m wandb login`, or set WANDB_MODE=offline)')
         typed, sys.argv = sys.argv, [*map(console.shown, sys.argv)]  # wandb keeps the command line
         self.run = wandb.init(
             project=project,

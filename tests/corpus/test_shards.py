@@ -354,7 +354,7 @@ def test_fineweb_edus_shards_are_build_nanogpts_sequence_from_local_files_and_fr
         result = subprocess.run([sys.executable, str(fineweb), f'--name={name}', '--shard_size=1_000', *arguments],
                                 capture_output=True, text=True, encoding='utf-8', check=False)
         assert result.returncode == 0, result.stderr
-        assert f'train.py config/train_fineweb_edu.py --dataset={name}\n' in result.stdout
+        assert f'train.py {tmp_path}/config/train_fineweb_edu.py --dataset={name}\n' in result.stdout
         train, val = (open_split(tmp_path / f'data/{name}', split, 64, 50257) for split in ('train', 'val'))
         assert len(val) == 1000
         assert np.concatenate([val.read(0, len(val)), train.read(0, len(train))]).tolist() == ids

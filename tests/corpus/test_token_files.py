@@ -222,10 +222,38 @@ def test_a_shard_that_shrinks_while_it_is_read_ends_in_a_message(shards: Path) -
 
 
 def test_splits_that_are_not_there_say_how_names_decide(shards: Path) -> None:
-    assert f'{shards}/*_train_* has no file to val: val in a name decides' in refused(
+    assert f'{shards}/*_train_* has no file for val: the word val, valid or validation in a name decides' in refused(
         open_split, shards / '*_train_*', 'val', 16, 50304)
     assert 'holds no prepared corpus' in refused(read_meta, shards / '*_val_*')
     assert 'holds no prepared corpus' in refused(read_meta, shards / '*.jsonl')
+
+
+@pytest.mark.parametrize('name', [
+    'val.bin', 'fineweb_val_000000.bin', 'val-00.npy', 'edufineweb_val_000000.npy', 'x.valid.bin', 'validation_1.bin',
+    'VAL_1.bin', 'Validation.bin', 'val2.bin', '2val.bin', 'my val.bin', 'tiny_shakespeare_val.bin'])
+def test_a_file_is_for_validation_if_its_name_has_a_word_for_that(name: str, shards: Path) -> None:
+    (shards / 'x_val_000000.bin').rename(shards / name)
+    assert open_split(shards, 'val', 16, 50304).read(0, 40).tolist() == list(range(500, 540))
+    assert len(open_split(shards, 'train', 16, 50304)) == 100
+
+
+@pytest.mark.parametrize('name', [
+    'carnival_000.bin', 'interval_3.bin', 'valley.bin', 'validé.bin', 'invalid_1.bin', 'evaluation.bin',
+    'trainVal.bin', 'naval_validated.bin', 'Ovala.npy'])
+def test_a_file_in_whose_name_that_is_a_part_of_another_word_is_for_training(name: str, shards: Path) -> None:
+    (shards / 'x_train_000004.bin').rename(shards / name)
+    assert len(open_split(shards, 'train', 16, 50304)) == 100
+    assert open_split(shards, 'val', 16, 50304).read(0, 40).tolist() == list(range(500, 540))
+
+
+def test_beside_train_bin_and_val_bin_no_other_file_is_read(shards: Path) -> None:
+    for name, first in (('train.bin', 1000), ('validation.bin', 2000), ('val.bin', 3000)):
+        (shards / name).write_bytes(u16(list(range(first, first + 30))))
+    assert open_split(shards, 'train', 16, 50304).read(0, 30).tolist() == list(range(1000, 1030))
+    assert open_split(shards, 'val', 16, 50304).read(0, 30).tolist() == list(range(3000, 3030))
+    (shards / 'val.bin').unlink()
+    (shards / 'x_val_000000.bin').unlink()
+    assert open_split(shards, 'val', 16, 50304).read(0, 30).tolist() == list(range(2000, 2030))
 
 
 def test_the_fingerprint_of_shards_sees_each_of_them(shards: Path) -> None:

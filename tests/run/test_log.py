@@ -473,8 +473,9 @@ def test_without_the_packages_the_run_goes_on(of_pictures: str, tmp_path: Path) 
 
 def test_without_a_key_nobody_is_asked_and_the_run_goes_on(tmp_path: Path) -> None:
     lines, errors = run_with_wandb(tmp_path, 0, 3)
+    remedy = f'run `{python()} -m wandb login`, or set WANDB_MODE=offline'
     assert lines == [
-        'wandb is off: there is no API key (run `wandb login`, or set WANDB_MODE=offline); the run goes on',
+        f'wandb is off: there is no API key ({remedy}); the run goes on',
         '=== step 2 ===', 'import os',
     ]
     assert errors == ''

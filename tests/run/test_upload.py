@@ -345,8 +345,3 @@ def test_without_a_url_nothing_happens(tmp_path: Path) -> None:
     uploader.close(PATIENT)
     assert uploader.missing == []
     assert kinds(tmp_path) == {'ckpt.pt'}
-
-
-def test_urls_are_told_from_paths() -> None:
-    assert [upload.is_url(url) for url in ('s3://bucket/a', 'file:///a', 'memory://a', 'abfs://a@b/c')] == [True] * 4
-    assert [upload.is_url(path) for path in ('out', '/a//b', 'C:\\a', 'C:/a', './s3:/a', '', 'a b://c')] == [False] * 7

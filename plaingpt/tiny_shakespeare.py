@@ -4,8 +4,8 @@ from pathlib import Path
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.download import download
+from plaingpt.corpus.folder import next_steps
 from plaingpt.encoder import encoder_for
-from plaingpt.errors import python
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -24,5 +24,4 @@ def prepare(path: str, folder: Path, spec: str, config: str) -> None:
     parts, validation = tokenise.split_text(text, 0.1)
     encoder = encoder_for(spec, lambda: tokenise.build_tokenizer(spec, parts, validation, eot=False))
     tokenise.write_corpus(folder, tokenise.Packer(encoder, eot=None), parts, validation, NAME)
-    console.say(f'next:\n    {python()} train.py config/{config}.py\n'
-                f'    {python()} sample.py --out_dir=out-{folder.name.replace("_", "-")}')
+    console.say(next_steps(config, f'out-{folder.name.replace("_", "-")}'))

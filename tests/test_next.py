@@ -1,0 +1,191 @@
+"""The commands that scripts print, for their readers to type next: each works as it is printed, where it is printed."""
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from plaingpt import errors
+from tests.waiting import PATIENT
+
+ROOT = Path(__file__).parents[1]
+PYTHON = shlex.quote(sys.executable)  # as messages have it: here no virtual environment is on the PATH
+TRAIN = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2',
+         '--max_iters=2', '--gradient_accumulation_steps=1', '--eval_iters=1', '--sample_tokens=3']  # a short run
+SAMPLE = ['--device=cpu', '--num_samples=1', '--max_new_tokens=3']
+TEXT = "it's mine.txt"
+
+
+class Place:
+    """A folder in which a user stands, and a clone, which may be another one."""
+
+    def __init__(self, clone: Path, folder: Path, text: str) -> None:
+        self.clone, self.folder = clone, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TEXT).write_text(text, encoding='utf-8')
+
+    def follow(self, command: str, *more: str, code: int = 0) -> str:
+        """What a command prints in a shell, with more settings at its end, if it ends with this code."""
+        ours = str(Path(sys.executable).parent)
+        path = os.pathsep.join(folder for folder in os.environ['PATH'].split(os.pathsep) if folder != ours)
+        line = f'{command} {shlex.join(more)}'
+        result = subprocess.run(['sh', '-c', line], cwd=self.folder, stdin=subprocess.DEVNULL, timeout=PATIENT,
+                                env={**os.environ, 'PATH': path}, capture_output=True, text=True, encoding='utf-8')
+        assert result.returncode == code, f'{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}'
+        assert 'Traceback' not in result.stderr, result.stderr
+        return result.stdout + result.stderr
+
+    def run(self, script: str, *arguments: str, code: int = 0) -> list[str]:
+        """The commands that a script prints, each of which ends its line."""
+        said = self.follow(shlex.join([sys.executable, str(self.clone / script), *arguments]), code=code)
+        return [line[line.index(PYTHON):] for line in said.splitlines() if PYTHON in line]
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In a folder whose name a shell would take apart."""
+    folder = tmp_path_factory.mktemp('next') / "my clone's copy"
+    for pattern in ('*.py', 'plaingpt/**/*.py', 'config/*.py', 'data/*/prepare.py'):
+        for file in ROOT.glob(pattern):
+            (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder / file.relative_to(ROOT))
+    return folder
+
+
+@pytest.fixture(params=['in the clone', 'elsewhere'])
+def place(request: pytest.FixtureRequest, clone: Path, tmp_path: Path, tiny_text: str) -> Place:
+    return Place(clone, clone if request.param == 'in the clone' else tmp_path / 'some & where', tiny_text)
+
+
+@pytest.fixture
+def elsewhere(clone: Path, tmp_path: Path, tiny_text: str) -> Place:
+    return Place(clone, tmp_path / 'some & where', tiny_text)
+
+
+@pytest.mark.slow
+def test_from_a_text_to_samples_each_command_names_the_next(place: Place) -> None:
+    name = 'here' if place.folder == place.clone else 'there'
+    train, sample = place.run('data/text/prepare.py', f'--input={TEXT}', '--tokenizer=char', f'--name={name}')
+    place.follow(train, *TRAIN)
+    place.follow(sample, *SAMPLE)
+    [sample] = place.run('train.py', f'--dataset={name}', '--out_dir=out my run', *TRAIN)
+    place.follow(sample, *SAMPLE)
+    [sample] = place.run('export.py', '--out_dir=out my run', '--to=ckpt', "--to_dir=it's (a) copy")
+    place.follow(sample, *SAMPLE)
+
+
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_names_no_command_that_samples_it(elsewhere: Place, tiny_dataset: Path) -> None:
+    for setting in ('--max_iters=0', '--eval_only=True'):
+        assert elsewhere.run('train.py', f'--dataset={tiny_dataset}', *TRAIN, setting) == []
+
+
+@pytest.mark.slow
+def test_what_a_message_says_to_run_repairs_what_is_wrong(elsewhere: Place) -> None:
+    [settings] = elsewhere.run('train.py', '--xyz=1', code=errors.COMMAND)
+    assert "\nout_dir: str = 'out'" in elsewhere.follow(settings)
+    wrong = shlex.join([sys.executable, str(elsewhere.clone / 'train.py'), 'config/train_stdlbi.py'])
+    said = elsewhere.follow(wrong, code=errors.COMMAND)
+    nearest = said.strip().partition('did you mean ')[2].removesuffix('?')
+    assert shlex.split(nearest)[0] == str(elsewhere.clone / 'config/train_stdlib.py')
+
+    train, gpt2 = elsewhere.run('sample.py', code=errors.CHECKPOINT)
+    elsewhere.follow(train, *TRAIN)
+    assert "'gpt2'" in elsewhere.follow(gpt2, code=errors.CHECKPOINT), 'there is no network'
+    (elsewhere.folder / 'out-stdlib').rename(elsewhere.folder / 'out; newest')
+    said = elsewhere.follow(shlex.join([sys.executable, str(elsewhere.clone / 'sample.py')]), *SAMPLE)
+    assert "--out_dir='out; newest'\n" in said
+
+    [prepare] = elsewhere.run('train.py', '--dataset=new', code=errors.DATA)
+    elsewhere.follow(prepare.replace('YOUR_TEXT', shlex.quote(TEXT)), '--tokenizer=byte')
+    assert elsewhere.run('train.py', '--dataset=new', '--plan=True') == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('gpt2_stand_in')
+def test_what_a_message_says_to_run_takes_the_weights_of_others(elsewhere: Place) -> None:
+    weights = GPT(GPTConfig(16, 50304, 1, 1, 64)).state_dict()
+    torch.save(weights, elsewhere.folder / 'their weights.pt')
+    [convert] = elsewhere.run('sample.py', '--init_from=their weights.pt', code=errors.CHECKPOINT)
+    said = elsewhere.follow(convert)
+    elsewhere.follow(said[said.index(PYTHON):].strip(), *SAMPLE)
+    torch.save(weights, elsewhere.folder / "it's old.pt", _use_new_zipfile_serialization=False)
+    [convert] = elsewhere.run('sample.py', "--init_from=it's old.pt", code=errors.CHECKPOINT)
+    elsewhere.follow(convert)
+    assert elsewhere.run('sample.py', "--init_from=it's old.converted.pt", code=errors.CHECKPOINT)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('gpt2_stand_in')
+def test_every_prepare_script_names_a_training_on_what_it_has_made(elsewhere: Place) -> None:
+    for name, text in (('a row.jsonl', '{"text": "to be or not to be: that is the question"}\n' * 3000),
+                       ('a play.txt', 'To be or not to be:\nthat is the question.\n\n' * 4000)):
+        (elsewhere.folder / name).write_text(text, encoding='utf-8')
+    rows, play = '--input=a row.jsonl', '--input=a play.txt'
+    given = {'text': [rows, '--name=rows'], 'openwebtext': [rows], 'fineweb_edu': [rows, '--shard_size=9999'],
+             'tinystories': [rows, '--val_input=a row.jsonl', '--tokenizer=byte'], 'stdlib': ['--tokenizer=byte']}
+    for script in sorted(elsewhere.clone.glob('data/*/prepare.py')):
+        name = script.parent.name
+        train, *others = elsewhere.run(f'data/{name}/prepare.py', *given.get(name, [play]))
+        for command in (train, *(other for other in others if 'torch.distributed.run' in other)):
+            said = elsewhere.follow(command.replace('--nproc_per_node=gpu', '--nproc_per_node=2'), '--plan=True')
+            assert ' tokens to train on, ' in said
+
+
+def test_a_command_is_quoted_and_found_from_where_its_reader_stands(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = "a b'c\"d$e`f;g&h|i*j?k[l]m(n)o#p!q~r\\s"
+    monkeypatch.chdir(ROOT)
+    assert errors.command('train.py').endswith(' train.py')
+    monkeypatch.chdir(tmp_path)
+    for settings in ({'out_dir': odd}, {'out_dir': '', 'start': '~'}, {'init_from': tmp_path / odd}):
+        line = errors.command('train.py', 'config/train_gpt2.py', **settings)
+        shown = subprocess.run(['sh', '-c', f"printf '%s\\n' {line}"], capture_output=True, text=True, check=True)
+        python, *words = shown.stdout.splitlines()
+        assert shutil.which(python) == shutil.which(sys.executable)
+        assert words == [f'{ROOT}/train.py', f'{ROOT}/config/train_gpt2.py',
+                         *(f'--{name}={value}' for name, value in settings.items())]
+
+
+@pytest.mark.parametrize('where', ['on the PATH', 'under another name', 'another one is', 'nowhere', 'in this folder'])
+def test_the_python_that_is_named_is_the_one_that_runs(
+        where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other = tmp_path / 'my bin', tmp_path / 'other'
+    folder.mkdir()
+    other.mkdir()
+    for name in ('python', 'python3'):
+        (folder / name).symlink_to(sys.executable)
+    for name in ('python', 'python3'):
+        (other / name).write_text('#!/bin/sh\nexit 1\n', encoding='utf-8')
+        (other / name).chmod(0o755)
+    if where == 'under another name':
+        (folder / 'python').unlink()
+    monkeypatch.setattr(sys, 'executable', str(folder / 'python3'))
+    monkeypatch.chdir(folder if where == 'in this folder' else tmp_path)
+    first = {'on the PATH': [folder], 'under another name': [folder], 'another one is': [other, folder]}
+    monkeypatch.setenv('PATH', os.pathsep.join(map(str, [*first.get(where, []), '/bin'])))
+    expected = {'on the PATH': 'python', 'under another name': 'python3', 'in this folder': './python3'}
+    assert errors.python() == expected.get(where, "'my bin/python3'")
+    subprocess.run(['sh', '-c', f'{errors.python()} -c 0'], check=True)
+
+
+COMMAND = re.compile(r'\b(train|sample|evaluate|export|prepare)\.py [-c]|\bpython[\d.]* [-\w./]')
+
+
+def test_no_message_spells_out_a_command_itself() -> None:
+    """errors.command does: from any folder, and with quotes. Docstrings are no messages."""
+    found = set()
+    for path in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('data/*/prepare.py')):
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        docs = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node not in docs]
+        found |= {f'{path.relative_to(ROOT)}: {node.value}' for node in texts
+                  if isinstance(node.value, str) and COMMAND.search(node.value)}
+    assert found == set()
