@@ -170,6 +170,54 @@ class Transformer(nn.Module):
         return self.ln_f(x)
 
 
+# fast: the plain file stores all logits, (B, T, V), and their gradient
+MOST_LOGITS = 2**26  # in training, a larger table of them is never whole
+CHUNK = 2**25  # logits that are there at a time instead
+
+
+class ChunkedNats(torch.autograd.Function):
+    """The cross-entropy of a head, a few tokens at a time. Forward computes their gradient at once, which backward
+    scales: so their logits need not be kept, nor be computed a second time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """x (N, C), the weight of the head (V, C) and targets (N,) -> the sum of the nats of those that are not -1"""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype  # of the products
+        precise = torch.promote_types(dtype, torch.float32)
+        dx, dw = torch.empty_like(x, dtype=precise), torch.zeros_like(weight, dtype=precise)
+        nats = x.new_zeros((), dtype=precise)
+        rows = max(1, CHUNK // len(weight))
+        with torch.autocast(device, enabled=False):
+            head = weight.to(dtype)
+            for part, target, gradient in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
+                part, is_real, target = part.to(dtype), (target != -1)[:, None], target.clamp(min=0)[:, None]  # (n, 1)
+                z = (part @ head.T).to(precise)  # (n, V)
+                z -= z.amax(dim=-1, keepdim=True)
+                chosen = z.gather(-1, target)
+                total = z.exp_().sum(dim=-1, keepdim=True)
+                nats += ((total.log() - chosen) * is_real).sum()
+                # the gradient of a target's nats: the softmax, less 1 for the target itself
+                z /= total
+                z.scatter_add_(-1, target, torch.full_like(total, -1.0))
+                z *= is_real
+                dz = z.to(dtype)
+                gradient.copy_(dz @ head)
+                dw.addmm_(dz.T, part) if dtype == precise else dw.add_(dz.T @ part)
+                del z, dz  # before the next ones come
+        ctx.save_for_backward(dx, dw)
+        ctx.dtype = x.dtype
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx, dw = ctx.saved_tensors
+        return dx.mul_(grad).to(ctx.dtype), dw.mul_(grad).to(ctx.dtype), None
+
+
+chunked_nats: Callable[[Tensor, Tensor, Tensor], Tensor] = ChunkedNats.apply
+
+
 class GPT(nn.Module):
     """The language model: from a sequence of tokens to a prediction of each next one."""
 
@@ -205,12 +253,14 @@ class GPT(nn.Module):
             if logits == 'last':
                 x = x[:, -1:]  # fast: the last position is all that is needed to continue a text
             return (None if logits == 'none' else self.lm_head(x)), None
+        count = (targets != -1).sum().clamp(min=1)
+        if logits == 'none' and torch.is_grad_enabled() and targets.numel() * self.config.vocab_size > MOST_LOGITS:
+            return None, chunked_nats(x.flatten(0, 1), self.lm_head.weight, targets.flatten()) / count
         scores = self.lm_head(x)  # (B, T, V)
         # fast: one kernel for the logarithm of the softmax, in float32 at least, and the choice of each target
         precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
         nats = F.cross_entropy(precise.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum')
-        loss = nats / (targets != -1).sum().clamp(min=1)
-        return {'all': scores, 'last': scores[:, -1:], 'none': None}[logits], loss
+        return {'all': scores, 'last': scores[:, -1:], 'none': None}[logits], nats / count
 
     # more: temperature, top-k, top-p, stop token, seed
     @torch.no_grad()

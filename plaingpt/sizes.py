@@ -4,7 +4,7 @@ AdamW's two moments are float32, 4 bytes each; the rest depends on the batch.
 """
 from typing import NamedTuple
 
-from model import GPT, GPTConfig
+from model import CHUNK, GPT, MOST_LOGITS, GPTConfig
 from plaingpt.machines import strategies
 
 GPT2 = {  # Radford et al. 2019, table 2; their vocabulary is 50257 tokens, their windows 1024
@@ -72,7 +72,8 @@ class Activations(NamedTuple):
     blocks: int  # kept by all of them
     inputs: int  # kept by all of them with activation checkpointing: what goes into each
     around: int  # kept before and after the blocks
-    loss: int  # the logits' log-probabilities, their gradient, and the logits' own: most often the moment of the most
+    kept: int  # of the loss, from there on: its log-probabilities, or the gradients of the head and of what it is given
+    loss: int  # all there is at the loss: also the gradient of logits and log-probabilities; or a part of the logits
     within: int  # made and dropped while a block goes back
 
 
@@ -89,10 +90,16 @@ def activations(config: GPTConfig, batch_size: int, width: int) -> Activations:
     token += 2 * C * (config.dropout > 0)
     casts = 12 * C * C * width * (width < FLOAT)  # the weights of the products, as bfloat16
     block = n * token + casts
-    # ln_f keeps its input, lm_head what it multiplies; x, y and which targets count are int64
-    around = n * (C * (FLOAT + width) + 2 * FLOAT + 3 * 8) + C * V * width * (width < FLOAT)
-    return Activations(block, config.n_layer * block, config.n_layer * n * C * FLOAT, around, loss=3 * FLOAT * n * V,
-                       within=n * C * (2 * FLOAT + 4 * width))  # gradients: of the residual stream, of GELU
+    within = n * C * (2 * FLOAT + 4 * width)  # gradients: of the residual stream, of GELU
+    around = n * (C * FLOAT + 2 * FLOAT + 3 * 8)  # ln_f keeps its input; x, y and which targets count are int64
+    half = width * (width < FLOAT)  # of what autocast makes in addition
+    if n * V <= MOST_LOGITS:
+        around += n * C * width + V * C * half  # lm_head keeps what it multiplies
+        kept, loss = FLOAT * n * V, 3 * FLOAT * n * V
+    else:  # ChunkedNats keeps gradients; it holds its input, a part of the logits, and with autocast head and gradient
+        kept = FLOAT * (n + V) * C
+        loss = kept + n * C * FLOAT + min(CHUNK, n * V) * (FLOAT + half) + 2 * V * C * half
+    return Activations(block, config.n_layer * block, config.n_layer * n * C * FLOAT, around, kept, loss, within)
 
 
 def peak(config: GPTConfig, held: Held, needs: Activations, accumulates: bool, recomputes: bool) -> int:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import model as gpt
 from model import GPT, Attention, GPTConfig
 from plaingpt import errors
 from plaingpt.formats import huggingface
@@ -467,6 +468,87 @@ def test_a_loss_in_half_precision_is_summed_in_float32() -> None:
     assert loss.dtype == torch.float32
     expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), x[:, 1:].flatten())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)  # of 96 terms; bfloat16 would leave 1e-3
+
+
+def in_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
+    """Have the loss of a model in training computed for as many tokens at a time."""
+    patch.setattr(gpt, 'MOST_LOGITS', 0)
+    patch.setattr(gpt, 'CHUNK', rows * V)
+
+
+@pytest.mark.parametrize('tie_weights', [True, False])
+@pytest.mark.parametrize('rows', [1, 7, 1000])
+@pytest.mark.parametrize('missing', ['none', 'some', 'all'])
+def test_a_loss_in_chunks_is_the_same_and_so_is_each_gradient(
+        tie_weights: bool, rows: int, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that divide the tokens and others; the gradient that comes from above; two micro-batches added up."""
+    model = random_gpt(tie_weights=tie_weights).double()
+    x = random_tokens(3, BLOCK + 1)
+    x, y = x[:, :-1], x[:, 1:].clone()
+    y[0, 5:] = y[2] = -1 if missing != 'none' else y[0, 0]
+    y[:] = -1 if missing == 'all' else y
+
+    def learn() -> list[Tensor | None]:
+        model.zero_grad()
+        losses = [model(ids, targets, logits='none')[1] for ids, targets in ((x, y), (x[1:], y[1:]))]
+        sum(0.7 * loss**2 for loss in losses).backward()
+        return [*(loss.detach() for loss in losses), *(p.grad for p in model.parameters())]
+
+    expected = learn()
+    in_chunks(monkeypatch, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, 'cross_entropy', None)  # which is not called
+        found = learn()
+    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+    if missing == 'all':
+        assert all(not tensor.any() for tensor in found if tensor is not None)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_loss_in_chunks_is_for_training_alone(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation computes no gradient, nor does one who asks for logits."""
+    model, x = random_gpt(bias=bias), random_tokens(2, BLOCK)
+    in_chunks(monkeypatch, 7)
+    monkeypatch.setattr(gpt.ChunkedNats, 'forward', None)
+    with torch.no_grad():
+        model(x, x, logits='none')
+    model(x, x, logits='all')
+    with pytest.raises(TypeError):
+        model(x, x, logits='none')
+
+
+@pytest.mark.parametrize(('dtype', 'scale'), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
+def test_a_loss_in_chunks_is_as_exact_as_a_whole_one_in_half_precision(
+        dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many tokens and a vocabulary so wide that the gradient of one logit is too small for float16, but for the
+    scale of the loss, which comes after all is computed."""
+    torch.manual_seed(0)
+    head, states = torch.randn(20_000, 32) * 0.05, torch.randn(1024, 32)
+    targets = torch.randint(20_000, (1024,))
+
+    def gradients(scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        x, weight = states.clone().requires_grad_(), head.clone().requires_grad_()
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            nats = gpt.chunked_nats(x, weight, targets)
+        assert nats.dtype == torch.float32
+        (nats / len(targets) * scale).backward()
+        assert x.grad is not None and weight.grad is not None
+        return nats, x.grad / scale, weight.grad / scale
+
+    exact = gradients(1.0, torch.float32)
+    x, weight = states.double().requires_grad_(), head.double().requires_grad_()
+    whole = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction='sum')
+    (whole / len(targets)).backward()
+    for one, other in zip(exact, (whole, x.grad, weight.grad), strict=True):
+        assert distance(one, other) < 1e-5
+    for one, other in zip(gradients(scale, dtype), exact, strict=True):
+        assert distance(one, other) < 4 * torch.finfo(dtype).eps
+
+
+def distance(one: Tensor, other: Tensor | None) -> float:
+    """How far apart two tensors are, relative to their size."""
+    assert other is not None
+    return float((one.detach().double() - other.detach().double()).norm() / other.detach().double().norm())
 
 
 @pytest.mark.parametrize('tie_weights', [True, False])
