@@ -30,7 +30,7 @@ out_dir: str = 'out'  # of the run
 init_from: str = ''  # a checkpoint file, a run's folder, a Hugging Face folder, llm.c's model or 'gpt2*'; '' is out_dir
 to: Literal['hf', 'gguf', 'llmc', 'ckpt'] = 'hf'  # Hugging Face; llama.cpp and Ollama; llm.c; a checkpoint of our own
 to_dir: str = ''  # the folder to write; '' is out_dir/hf, out_dir/gguf or out_dir/llmc, and for 'ckpt' out_dir itself
-dtype: Literal['float32', 'float16', 'bfloat16'] = 'float32'  # of the weights there
+dtype: Literal['float32', 'float16', 'bfloat16', 'q8_0'] = 'float32'  # of the weights there; 'q8_0' is 8 bits, in GGUF
 overwrite: bool = False  # write into a folder that holds other files, over those of the same names
 # what a checkpoint of another project may not say
 n_head: int = 0  # 0 is what it says
@@ -75,7 +75,7 @@ FORMATS = {
         next_step='{python} -c {pipeline}'),
     'gguf': Format(
         gguf.write,
-        dtypes=('float32', 'float16'),
+        dtypes=('float32', 'float16', 'q8_0'),
         needs={'gelu': ('tanh', f'llama.cpp {BY_TANH}')},
         next_step='ollama create {name} -f {folder}/Modelfile && ollama run {name} {prompt}'),
     'llmc': Format(
@@ -121,7 +121,7 @@ def open_source() -> Exported:
         config=config,
         weights=model.state_dict(),
         learned=learned,
-        dtype=getattr(torch, dtype),
+        dtype=dtype,
         state=state)
 
 

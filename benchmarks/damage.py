@@ -230,7 +230,7 @@ def write_models(folder: Path, vocabulary: tokenizer.Tokenizer) -> Iterator[Kind
     torch.save(model.state_dict(), folder / 'bare.pth')
     yield Kind('bare weights {}', folder / 'bare.pth', of_bare, codes, load=of_torch, dump=as_torch)
 
-    exported = Exported('x', model.config, model.state_dict(), vocabulary, torch.float32, ours).complete()
+    exported = Exported('x', model.config, model.state_dict(), vocabulary, 'float32', ours).complete()
     (folder / 'hf').mkdir()
     (folder / 'llmc').mkdir()
     huggingface.write(folder / 'hf', exported)

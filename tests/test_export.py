@@ -305,13 +305,13 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any
             {tensor.name: tensor.data for tensor in reader.tensors})
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'q8_0'])
 @pytest.mark.parametrize(('bias', 'tied', 'spec'), [(False, True, 'bpe:300'), (True, False, 'gpt2')])
 @pytest.mark.usefixtures('gpt2_stand_in')
 def test_gguf_reads_back_every_weight(bias: bool, tied: bool, spec: str, dtype: str, tmp_path: Path) -> None:
     vocabulary = build(spec)
     n_vocab = vocabulary.n_vocab
-    model = random_model(replace(SHAPE, vocab_size=n_vocab + 47, bias=bias, tie_weights=tied))
+    model = random_model(replace(SHAPE, n_embd=64, vocab_size=n_vocab + 47, bias=bias, tie_weights=tied))
     folder = run(write_run(tmp_path, model, vocabulary), to='gguf', dtype=dtype)
     settings, tensors = read_gguf(folder / 'model.gguf')
     expected = {their_name(name): tensor for name, tensor in model.state_dict().items()}
@@ -322,14 +322,28 @@ def test_gguf_reads_back_every_weight(bias: bool, tied: bool, spec: str, dtype: 
     assert tensors.keys() == expected.keys() | {f'{module}.bias' for module in modules - without_bias}
     for name, data in tensors.items():
         is_vector = data.ndim == 1 or name == 'position_embd.weight'
-        assert data.dtype == ('float32' if is_vector else dtype), name
         ours = expected.get(name, torch.zeros(data.shape))[:n_vocab if name.startswith(('token', 'output.')) else None]
-        assert np.array_equal(data, ours.numpy().astype(data.dtype)), name
-    assert settings['general.file_type'] == {'float32': 0, 'float16': 1}[dtype]
+        if dtype == 'q8_0' and not is_vector:
+            weights, scales = from_q8_0(data)
+            assert (np.abs(weights - ours.numpy()) < 0.57 * scales).all(), 'half a unit, and what rounds the scale'
+            assert 0.99 < np.abs(ours.numpy()).max() / (127 * scales.max()) < 1.01
+        else:
+            assert data.dtype == ('float32' if is_vector else dtype), name
+            assert np.array_equal(data, ours.numpy().astype(data.dtype)), name
+    assert settings['general.file_type'] == {'float32': 0, 'float16': 1, 'q8_0': 7}[dtype]
     assert settings['gpt2.context_length'] == 16 and settings['gpt2.attention.head_count'] == 2
-    assert settings['gpt2.block_count'] == 2 and settings['gpt2.embedding_length'] == 8
-    assert settings['gpt2.feed_forward_length'] == 32
+    assert settings['gpt2.block_count'] == 2 and settings['gpt2.embedding_length'] == 64
+    assert settings['gpt2.feed_forward_length'] == 256
     assert settings['gpt2.attention.layer_norm_epsilon'] == pytest.approx(1e-5)
+
+
+def from_q8_0(data: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What llama.cpp's q8_0 holds in blocks of 34 bytes: the scale of 32 weights, float16, and how many times each of
+    these has it, int8. The weights, and their scales."""
+    blocks = data.reshape(len(data), -1, 34)
+    scales = np.repeat(blocks[..., :2].copy().view('<f2').astype('<f4'), 32, axis=-1)
+    weights = scales * blocks[..., 2:].view(np.int8)
+    return weights.reshape(len(data), -1), scales.reshape(len(data), -1)
 
 
 def test_its_tokenizer_is_gpt2s_kind(tiny_text: str, tmp_path: Path) -> None:
@@ -352,19 +366,25 @@ def test_its_tokenizer_is_gpt2s_kind(tiny_text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('spec', 'eot', 'bias', 'tied'), [('byte', False, False, True), ('byte', True, True, True),
-                                                           ('bpe:300', True, False, False), ('gpt2', True, True, True)])
+@pytest.mark.parametrize(('spec', 'eot', 'bias', 'tied', 'dtype'), [
+    ('byte', False, False, True, 'float32'), ('byte', True, True, True, 'float16'), ('byte', True, True, True, 'q8_0'),
+    ('bpe:300', True, False, False, 'q8_0'), ('gpt2', True, True, True, 'float32')])
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_llama_cpp_reads_the_same_tokens_and_predicts_the_same(spec: str, eot: bool, bias: bool, tied: bool,
-                                                               documents: list[str], tmp_path: Path) -> None:
-    """llama.cpp itself, which lends a server to this process."""
+def test_llama_cpp_reads_the_same_tokens_and_predicts_the_same(
+        spec: str, eot: bool, bias: bool, tied: bool, dtype: str, documents: list[str], tmp_path: Path) -> None:
+    """llama.cpp itself, which lends a server to this process. In q8_0 it is compared with the weights of the file."""
     llama = pytest.importorskip('xllamacpp', reason='needs llama.cpp: pip install xllamacpp')
     texts = [text.replace('\0', '') for text in (*documents, *EDGES)]
     vocabulary = build(spec, eot, tuple(texts))
     n_vocab = vocabulary.n_vocab
     config = replace(SHAPE, n_embd=64, vocab_size=n_vocab + 47, bias=bias, tie_weights=tied)
     model = random_model(config)
-    folder = run(write_run(tmp_path, model, vocabulary), to='gguf')
+    folder = run(write_run(tmp_path, model, vocabulary), to='gguf', dtype=dtype)
+    if dtype == 'q8_0':
+        _, tensors = read_gguf(folder / 'model.gguf')
+        for name, p in model.named_parameters():
+            if (data := tensors.get(their_name(name), np.empty(0))).dtype == np.uint8:
+                p.data[:len(data)] = torch.from_numpy(from_q8_0(data)[0])  # a table has more rows here
     settings = llama.CommonParams()
     settings.model.path, settings.n_ctx, settings.warmup = str(folder / 'model.gguf'), 256, False
     settings.n_parallel = settings.cpuparams.n_threads = 1
@@ -389,8 +409,9 @@ def test_llama_cpp_reads_the_same_tokens_and_predicts_the_same(spec: str, eot: b
     top = answer['completion_probabilities'][0]['top_logprobs']
     assert len(top) == 50 and top[0]['id'] == expected.argmax()
     theirs = torch.tensor([token['logprob'] for token in top])
-    # it looks GELU up in a table of float16
-    torch.testing.assert_close(theirs, expected[[token['id'] for token in top]], rtol=0, atol=2e-2)
+    # it looks GELU up in a table of float16; and with q8_0, what is multiplied has 8 bits, too
+    torch.testing.assert_close(theirs, expected[[token['id'] for token in top]], rtol=0,
+                               atol=0.3 if dtype == 'q8_0' else 2e-2)
 
 
 def test_what_gguf_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -505,7 +526,7 @@ def test_a_new_format_is_one_entry_in_the_table(tmp_path: Path, monkeypatch: pyt
         folder = run(source, to='gguf', dtype='bfloat16')
         assert sorted(path.name for path in folder.iterdir()) == ['plaingpt.json', 'toy.txt']
     text = (folder / 'toy.txt').read_text(encoding='utf-8')
-    assert text == "run torch.bfloat16 257 ['transformer.ln_f.bias'] byte"
+    assert text == "run bfloat16 257 ['transformer.ln_f.bias'] byte"
     assert capsys.readouterr().out.endswith(f'next:\n    cat {folder}/toy.txt\n')
     deep = write_run(tmp_path / 'deep', random_model(replace(SHAPE, vocab_size=300, n_layer=3)), build('byte'))
     assert 'a toy has two layers' in refused(run, deep, to='gguf', dtype='bfloat16', code=errors.COMMAND)
@@ -631,7 +652,8 @@ def test_a_damaged_origin_is_one_line(damage: str | bytes, tmp_path: Path) -> No
 def test_wrong_commands_are_answered_in_a_line_or_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     assert 'has 2: leave it out' in refused(run, folder, n_head=4, code=errors.COMMAND)
-    assert 'float32 or float16' in refused(run, folder, to='gguf', dtype='bfloat16', code=errors.COMMAND)
+    assert 'float16 or q8_0' in refused(run, folder, to='gguf', dtype='bfloat16', code=errors.COMMAND)
+    assert 'no multiple of 32' in refused(run, folder, to='gguf', dtype='q8_0', code=errors.COMMAND)
     assert 'float32 or bfloat16' in refused(run, folder, to='llmc', dtype='float16', code=errors.COMMAND)
     assert 'to must be' in refused(run, folder, to='onnx', code=errors.COMMAND)
     assert '--to_dir' in refused(export.main, ['--out_dir=s3://bucket/run'], code=errors.COMMAND)

@@ -78,7 +78,7 @@ def test_lm_eval_gives_the_same_figures(tmp_path: Path) -> None:
     run = tmp_path / 'run'
     model = learn()
     export.write_run(run, Exported('run', model.config, model.state_dict(), tokenizer.load_tiktoken('gpt2'),
-                                   torch.float32, {}))
+                                   'float32', {}))
     evaluate.main([f'--out_dir={run}', '--tasks=hellaswag,lambada', '--device=cpu', '--dtype=float32',
                    *(f'--{name}={path}' for name, path in FILES.items())])
     ours, = json.loads((run / 'evaluation.json').read_text(encoding='utf-8'))['measured']

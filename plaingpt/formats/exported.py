@@ -7,6 +7,7 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from plaingpt.corpus.tokenizer import Tokenizer
+from plaingpt.machines.device import DTYPES
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,18 @@ class Exported:
     config: GPTConfig
     weights: dict[str, Tensor]  # under GPT-2's names
     learned: Tokenizer | None  # None only on the way to a checkpoint of our own
-    dtype: torch.dtype  # of the weights there
+    dtype: str  # of the weights there: a name of torch's, or 'q8_0'
     state: dict[str, Any]  # the checkpoint that the model comes from; {} if another project's file says no more
 
     @property
     def vocabulary(self) -> Tokenizer:
         assert self.learned, 'open_source has refused a model without a tokenizer'
         return self.learned
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type of the weights in a format that has torch's types."""
+        return DTYPES[self.dtype]
 
     @property
     def prompt(self) -> str:

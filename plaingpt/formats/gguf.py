@@ -2,13 +2,12 @@
 import json
 from pathlib import Path
 
-import torch
-
 from plaingpt.corpus.tokenizer import END_OF_TEXT, is_gpt2_like
 from plaingpt.errors import UserError
 from plaingpt.formats import huggingface
 from plaingpt.formats.exported import Exported
 
+BLOCK = 32  # weights that have one scale in q8_0
 NO_MERGES = ['Ā Ā']  # there must be one: two NULs, which no text has, would be merged, and cut again, being no token
 MODELFILE = '''# ollama create NAME -f Modelfile && ollama run NAME
 FROM ./model.gguf
@@ -24,13 +23,21 @@ PARAMETER top_k 200
 def write(folder: Path, exported: Exported) -> None:
     """The whole model, and a Modelfile. As llama.cpp wants it, vectors and positions are float32 always, and a tied
     head is left out. The model must have biases and the tanh GELU. Raises UserError for a tokenizer that llama.cpp
-    cannot say: it knows the pattern of words of each by name, and no characters."""
+    cannot say: it knows the pattern of words of each by name, and no characters; and for a width that q8_0 cannot have,
+    8 bits for each weight and a scale for 32 of them."""
     import gguf
+    from gguf.quants import quantize
 
     config, vocabulary = exported.config, exported.vocabulary
     if not is_gpt2_like(vocabulary):
         raise UserError(f"the tokenizer '{vocabulary.name}' cannot be written as GGUF: llama.cpp knows GPT-2's way to "
                         'cut a text into words and to merge bytes\ntake a model with byte, bpe:N or gpt2, or --to=hf')
+    if exported.dtype == 'q8_0' and config.n_embd % BLOCK:
+        raise UserError(f'n_embd={config.n_embd} is no multiple of {BLOCK}, as q8_0 needs it: give --dtype=float16')
+    file_type, kind = {
+        'float32': (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
+        'float16': (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
+        'q8_0': (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0)}[exported.dtype]
     library = huggingface.tokenizer_of(vocabulary)
     merges = [' '.join(pair) for pair in json.loads(library.to_str())['model']['merges']]
     added = library.get_added_tokens_decoder()  # which stand for themselves in any text
@@ -44,7 +51,7 @@ def write(folder: Path, exported: Exported) -> None:
         'head_count': config.n_head,
         'layer_norm_eps': 1e-5,
         'vocab_size': config.vocab_size,
-        'file_type': gguf.LlamaFileType.MOSTLY_F16 if exported.dtype == torch.float16 else gguf.LlamaFileType.ALL_F32,
+        'file_type': file_type,
         'tokenizer_model': 'gpt2',
         'tokenizer_pre': 'gpt-2',
         'token_list': [library.id_to_token(i) or f'[unused {i}]' for i in range(vocabulary.n_vocab)],
@@ -63,9 +70,10 @@ def write(folder: Path, exported: Exported) -> None:
 
     name_of = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     for name, tensor in exported.weights.items():
-        module, _, kind = name.rpartition('.')
-        dtype = exported.dtype if tensor.dim() == 2 and module != 'transformer.wpe' else torch.float32
-        writer.add_tensor(f'{name_of[module]}.{kind}', tensor.to(dtype).numpy())
+        module, _, role = name.rpartition('.')
+        is_exact = tensor.dim() == 1 or module == 'transformer.wpe'
+        own = gguf.GGMLQuantizationType.F32 if is_exact else kind
+        writer.add_tensor(f'{name_of[module]}.{role}', quantize(tensor.float().numpy(), own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -213,7 +213,7 @@ def write(folder: Path, exported: Exported) -> None:
     must be complete."""
     import safetensors.torch
 
-    theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(exported.dtype).contiguous()
+    theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(exported.torch_dtype).contiguous()
               for name, p in exported.weights.items()}
     safetensors.torch.save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
     tokenizer_of(exported.vocabulary).save(str(folder / 'tokenizer.json'))
@@ -233,7 +233,7 @@ def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
         'config.json': {
             'architectures': ['GPT2LMHeadModel'],
             'model_type': 'gpt2',
-            'dtype': str(exported.dtype).removeprefix('torch.'),
+            'dtype': exported.dtype,
             'vocab_size': config.vocab_size,
             'n_positions': config.block_size,
             'n_ctx': config.block_size,

@@ -73,7 +73,7 @@ def write(folder: Path, exported: Exported) -> None:
     The model must be llm.c's: tanh GELU, a tied head, biases."""
     config = exported.config
     vocabulary = exported.vocabulary
-    [version] = [version for version, dtype in DTYPES.items() if dtype == exported.dtype]
+    [version] = [version for version, dtype in DTYPES.items() if dtype == exported.torch_dtype]
     rows = -(-config.vocab_size // 128) * 128
     weights = exported.weights | {
         TABLE: torch.nn.functional.pad(exported.weights[TABLE], (0, 0, 0, rows - config.vocab_size))}
@@ -81,7 +81,7 @@ def write(folder: Path, exported: Exported) -> None:
         file.write(header(MODEL, version, config.block_size, config.vocab_size, config.n_layer, config.n_head,
                           config.n_embd, rows))
         for name, _ in tensors(config.block_size, rows, config.n_layer, config.n_embd):
-            file.write(weights[name].to(exported.dtype).contiguous().view(torch.uint8).numpy().tobytes())
+            file.write(weights[name].to(exported.torch_dtype).contiguous().view(torch.uint8).numpy().tobytes())
     if vocabulary.eot is not None and all(0 < len(piece) < 256 for piece in vocabulary.pieces):
         (folder / 'tokenizer.bin').write_bytes(b''.join([
             header(TOKENS, 2, vocabulary.n_vocab, vocabulary.eot),

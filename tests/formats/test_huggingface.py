@@ -27,7 +27,7 @@ def theirs(tmp_path: Path) -> Path:
     model = GPT(GPTConfig(16, vocabulary.n_vocab, 2, 2, 8))
     folder = tmp_path / 'theirs'
     folder.mkdir()
-    exported = Exported('theirs', model.config, model.state_dict(), vocabulary, torch.float32, {})
+    exported = Exported('theirs', model.config, model.state_dict(), vocabulary, 'float32', {})
     huggingface.write(folder, exported.complete())
     return folder
 
