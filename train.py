@@ -32,7 +32,7 @@ from plaingpt.corpus.order import Order
 from plaingpt.errors import UserError
 from plaingpt.init_from import Origin, begin, shared_tokenizer
 from plaingpt.machines import processes, strategies
-from plaingpt.machines.device import choose, peak_memory
+from plaingpt.machines.device import advice, choose, peak_memory
 from plaingpt.machines.processes import Process
 from plaingpt.machines.stop import Stop, StopAsked
 from plaingpt.machines.watch import Watch, explained
@@ -146,7 +146,8 @@ def open_data(origin: Origin, process: Process) -> Data:
 def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) -> Learner:
     """The model on its device, divided among the processes, and its optimizer; as a checkpoint left them, if the run is
     resumed, and at its place in the data, unless these are others."""
-    raw_model, compute = origin.model, choose(process.device, dtype, compile)
+    raw_model, before = origin.model, origin.state.get('compute') if origin.is_resumed else None
+    compute = choose(process.device, dtype, compile, before)
     blocks = raw_model.transformer.h
     raw_model.transformer.recomputes = activation_checkpointing
     for block in blocks if compute.compiles else ():
@@ -249,6 +250,9 @@ def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
     work, T, epoch = run.work, data.order.block_size, data.order.epoch
     run.log.line(f'{processes.describe(run.process)}; {learner.compute.line}\n'
                  f'{console.parameter_lines(learner.optimizer.param_groups)}')
+    if run.process.is_main and run.process.device.type == 'cpu' and dtype != 'float32' and not eval_only:
+        for line in advice(learner.compute.dtype, batch_size * T, learner.raw_model.config.n_embd):
+            run.log.line(line)
     if not eval_only:
         run.log.line(f'tokens per iteration will be: {work.n_windows * T:,} = {work.n_windows} windows of {T}, in '
                      f'micro-batches of {batch_size}, {work.n_parts} for each process\n'

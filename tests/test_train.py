@@ -28,6 +28,7 @@ from plaingpt.corpus import token_files
 from plaingpt.corpus.batches import Part, parts_of
 from plaingpt.corpus.folder import open_split
 from plaingpt.corpus.order import Integers, Order
+from plaingpt.machines import device
 from plaingpt.machines.device import pick_dtype
 from plaingpt.plan import RunSettings, windows_in_step
 from plaingpt.run import checkpoint, wandb
@@ -196,7 +197,7 @@ def test_gradients_add_up_over_micro_batches_with_a_loss_scale_and_without(tiny_
         torch.testing.assert_close(p.grad, gradient, atol=ROUNDING, rtol=0)
 
 
-def test_float16_and_bfloat16_on_a_machine_that_lacks_them_fall_back_and_say_so(
+def test_float16_on_a_machine_that_lacks_it_falls_back_and_says_so(
         run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = run(tmp_path / 'a', max_iters=2)
     half = run(tmp_path / 'b', max_iters=2, dtype='float16')
@@ -204,7 +205,47 @@ def test_float16_and_bfloat16_on_a_machine_that_lacks_them_fall_back_and_say_so(
     assert 'float32, float16 was asked for, and is for cuda alone' in capsys.readouterr().out
     assert last(tmp_path / 'b')['scaler'] == {}
     assert pick_dtype('auto', 'cpu')[0] == torch.float32
-    assert pick_dtype('bfloat16', 'mps')[0] == torch.bfloat16
+    assert pick_dtype('bfloat16', 'cpu')[0] == pick_dtype('bfloat16', 'mps')[0] == torch.bfloat16
+
+
+@pytest.mark.parametrize(('dtype', 'part', 'words'), [
+    ('auto', 0.55, 'bfloat16 would take about 0.6 of the time of the matrix products here: --dtype=bfloat16'),
+    ('auto', 0.9, ''), ('auto', 400.0, ''), ('float32', 0.5, ''), ('bfloat16', 0.5, ''), ('bfloat16', 1.1, ''),
+    ('bfloat16', 400.0, 'bfloat16 takes 400.0 times as long as float32 for the matrix products here: --dtype=float32')])
+def test_a_cpu_that_multiplies_faster_in_another_precision_is_said_to_and_decides_nothing(
+        dtype: str, part: float, words: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    assert 0 < device.time_in_bfloat16(64, 32) < math.inf, 'it is measured'
+    monkeypatch.setattr(device, 'time_in_bfloat16', lambda rows, width: part)
+    run(tmp_path, max_iters=1, dtype=dtype)
+    said = [line for line in capsys.readouterr().out.splitlines() if 'matrix products' in line]
+    assert said == [words] * bool(words)
+    precision = 'bfloat16' if dtype == 'bfloat16' else 'float32'
+    assert last(tmp_path)['compute'] == {'device': 'cpu', 'dtype': precision}
+
+
+def test_a_run_that_goes_on_keeps_its_precision_on_the_same_type_of_device(
+        run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends with the bits of one that was never interrupted; what is asked for, or another device, comes first."""
+    run(tmp_path / 'whole', max_iters=4, dtype='bfloat16')
+    run(tmp_path / 'parts', max_iters=2, dtype='bfloat16')
+    shutil.copytree(tmp_path / 'parts', tmp_path / 'other')
+    shutil.copytree(tmp_path / 'parts', tmp_path / 'moved')
+    capsys.readouterr()
+    run(tmp_path / 'parts', max_iters=4, init_from='resume')
+    said = capsys.readouterr().out
+    assert 'bfloat16, as before' in said and '(was bfloat16)' not in said
+    for part in ('model', 'optimizer'):
+        assert differences(last(tmp_path / 'parts')[part], last(tmp_path / 'whole')[part]) == []
+
+    run(tmp_path / 'other', max_iters=4, init_from='resume', dtype='float32')
+    assert 'float32, as asked' in capsys.readouterr().out
+    assert last(tmp_path / 'other')['compute']['dtype'] == 'float32'
+
+    path = tmp_path / 'moved/ckpt.pt'
+    torch.save(torch.load(path) | {'compute': {'device': 'cuda', 'dtype': 'float16'}}, path)
+    run(tmp_path / 'moved', max_iters=4, init_from='resume')
+    assert 'float32, which is sound on every cpu (it was float16 on cuda)' in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@ import os
 import re
 import shutil
 import sys
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -51,11 +53,10 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """The precision of the matrix products, and why: 'auto' takes the fastest that trains soundly on this type of
     device."""
     is_cuda = device == 'cuda'
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) if is_cuda else (
-        device == 'mps' or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    has_bfloat16 = not is_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
     why_float32 = {
         'auto': '' if is_cuda else f'which is sound on every {device}',
-        'bfloat16': '' if has_bfloat16 else f'bfloat16 was asked for, and this {device} is not known to multiply it',
+        'bfloat16': '' if has_bfloat16 else 'bfloat16 was asked for, and this card does not multiply it',
         'float16': '' if is_cuda else 'float16 was asked for, and is for cuda alone',
         'float32': 'as asked',
     }[name]
@@ -94,9 +95,15 @@ class Compute(NamedTuple):
         return torch.compiler.set_stance('force_eager') if self.compiles else nullcontext()
 
 
-def choose(device: torch.device, dtype: str, compile: bool | str) -> Compute:
-    """What the settings `dtype` and `compile` come to on this device."""
-    precision, why_precision = pick_dtype(dtype, device.type)
+def choose(device: torch.device, dtype: str, compile: bool | str, before: dict[str, str] | None = None) -> Compute:
+    """What the settings `dtype` and `compile` come to on this device. A run that is resumed has had a type of device,
+    and a dtype there, `before`: 'auto' keeps that on the same type of device."""
+    is_kept = dtype == 'auto' and before is not None and before['device'] == device.type
+    precision, why_precision = pick_dtype(before['dtype'] if is_kept and before else dtype, device.type)
+    if is_kept:
+        why_precision = 'as before'
+    elif before and dtype == 'auto':
+        why_precision += f' (it was {before["dtype"]} on {before["device"]})'
     compiles, why_compile = pick_compile(compile, device.type)
     return Compute(
         dtype=precision,
@@ -105,6 +112,42 @@ def choose(device: torch.device, dtype: str, compile: bool | str) -> Compute:
         peak=peak_flops(card(device), name_of(precision)),
         line=f'{name_of(precision)}, {why_precision}; {"compiled" if compiles else "not compiled"}, {why_compile}',
     )
+
+
+def advice(dtype: torch.dtype, rows: int, width: int) -> Iterator[str]:
+    """Yield a line for people if this CPU multiplies matrices of that size faster in another `dtype`. It is advice
+    alone: a measurement must not decide what a run computes."""
+    part = time_in_bfloat16(rows, width)
+    if dtype == torch.float32 and part < 0.8:
+        yield f'bfloat16 would take about {part:.1f} of the time of the matrix products here: --dtype=bfloat16'
+    if dtype == torch.bfloat16 and part > 1.2:
+        yield f'bfloat16 takes {part:.1f} times as long as float32 for the matrix products here: --dtype=float32'
+
+
+def time_in_bfloat16(rows: int, width: int) -> float:
+    """Return how much of float32's time a product (rows, width) x (width, 4 width) takes in bfloat16 on this CPU, on
+    one thread, as threads wait for other programs. It takes milliseconds: a large product is made smaller, and where
+    bfloat16 is very slow, so is the answer to that alone."""
+    columns, n_threads = min(4 * width, 1024), torch.get_num_threads()
+
+    def ratio(rows: int) -> float:
+        best = []
+        for dtype in (torch.bfloat16, torch.float32):
+            x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(width, columns, dtype=dtype)
+            times = []
+            for _ in range(4):  # the first of them prepares what the others use
+                began = time.perf_counter()
+                x @ weight
+                times.append(time.perf_counter() - began)
+            best.append(min(times))
+        return best[0] / best[1]
+
+    torch.set_num_threads(1)
+    try:
+        few = ratio(min(rows, 4))
+        return few if few > 20 else ratio(min(rows, 128))
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:

@@ -232,9 +232,10 @@ def refuse_other_data(state: State, data: dict[str, Any], folder: Path) -> None:
 
 
 def describe(state: State, settings: dict[str, Any]) -> str:
-    """Where a run goes on, and which settings are different from before."""
+    """Where a run goes on, and which settings are different from before. A dtype of 'auto' keeps the one before."""
     changed = [f'{name}={value} (was {state["config"][name]})' for name, value in settings.items()
-               if state['config'].get(name, value) != value and name not in ('init_from', 'overwrite', *SHAPE)]
+               if state['config'].get(name, value) != value and name not in ('init_from', 'overwrite', *SHAPE)
+               and (name, value) != ('dtype', 'auto')]
     return f'resuming at step {state["iter_num"]}' + (f', with {", ".join(changed)}' if changed else '')
 
 

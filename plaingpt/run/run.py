@@ -13,7 +13,7 @@ from model import GPT
 from plaingpt import console
 from plaingpt.corpus.folder import Data
 from plaingpt.machines import processes, strategies
-from plaingpt.machines.device import Compute, peak_memory
+from plaingpt.machines.device import Compute, name_of, peak_memory
 from plaingpt.machines.processes import Process, Progress
 from plaingpt.machines.stop import Stop, StopAsked
 from plaingpt.machines.watch import Watch
@@ -152,4 +152,5 @@ class Run:
             'scaler': learner.scaler.state_dict(),
             'wandb_run_id': self.wandb_run_id,
             'data': data.fingerprint,
+            'compute': {'device': self.process.device.type, 'dtype': name_of(learner.compute.dtype)},
         })

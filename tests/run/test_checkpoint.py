@@ -300,7 +300,7 @@ def test_other_formats_are_named_with_the_way_in(ours: Path, tmp_path: Path) -> 
 def test_a_checkpoint_holds_tensors_and_plain_values_and_nothing_else(ours: Path) -> None:
     state = torch.load(ours, weights_only=True)
     assert state.keys() == {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer',
-                            'scaler', 'wandb_run_id', 'data', 'versions', 'best', 'skipped', 'windows',
+                            'scaler', 'wandb_run_id', 'data', 'versions', 'compute', 'best', 'skipped', 'windows',
                             'windows_before', 'tokens'}
     for name, value in leaves(state):
         assert type(value) in (Tensor, str, int, float, bool, bytes, type(None)), name
