@@ -361,19 +361,6 @@ def test_a_run_without_updates_evaluates_and_leaves(run: Run, tmp_path: Path) ->
     assert not (tmp_path / 'ckpt.pt').exists()
 
 
-def test_the_learning_rate_of_each_step_is_the_schedules(run: Run, tmp_path: Path) -> None:
-    rows = run(tmp_path, max_iters=12, lr_decay_iters=10, eval_interval=100)
-    assert losses(rows, 'lr') == [train.lr_at(step, 10) for step in range(12)]
-    rows = run(tmp_path / 'constant', max_iters=5, eval_interval=100, decay_lr=False)
-    assert losses(rows, 'lr') == [1e-2] * 5
-
-
-def test_max_iters_does_not_move_the_schedule(run: Run, tmp_path: Path) -> None:
-    """nanoGPT's meaning: lr_decay_iters alone says where the rate ends, so that a run can be cut and continued."""
-    rows = run(tmp_path, max_iters=5, lr_decay_iters=100, eval_interval=100)
-    assert losses(rows, 'lr') == [train.lr_at(step, 100) for step in range(5)]
-
-
 def test_max_epochs_ends_the_run_and_the_schedule(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
     order = Order(len(open_split(tiny_dataset, 'train', 16, 128)), 16, 1337)
     steps = math.ceil(0.02 * order.epoch / 8)
