@@ -31,6 +31,7 @@ from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_reference, learned_tokenizer, open_model, shared_tokenizer
 from plaingpt.machines import processes
 from plaingpt.machines.device import Compute, card, choose, name_of
+from plaingpt.machines.int8 import quantise
 from plaingpt.machines.processes import Process
 from plaingpt.machines.watch import Watch, explained
 from plaingpt.metrics import Predictor
@@ -53,7 +54,7 @@ limit: int = 0  # examples of hellaswag and lambada, from the first on; 0 is all
 batch_size: int = 8  # sequences at a time; lower it when memory runs out
 json: str = ''  # a file for all figures; '' is evaluation.json beside the checkpoint, written anew each time
 device: str = 'auto'
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the matrix products
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the matrix products
 backend: str = 'auto'
 # ------------------------------------------------------------------------------------------------
 
@@ -100,6 +101,8 @@ def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], p
     """Do all tasks with one checkpoint. Every process must call it."""
     model, state = open_model(where)
     model.to(process.device)
+    if compute.dtype == torch.int8:
+        quantise(model)
     predict = Predictor(model, model.config, process, compute, batch_size)
     folder, n_vocab = corpus_of(state, dataset), model.config.vocab_size
     figures: dict[str, dict[str, float]] = {}

@@ -28,6 +28,7 @@ from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.machines import processes
 from plaingpt.machines.device import name_of, pick_compile, pick_dtype
+from plaingpt.machines.int8 import quantise
 from plaingpt.paths import is_url
 from plaingpt.run import checkpoint
 
@@ -46,7 +47,8 @@ top_k: int = 200  # draw from so many of the likeliest tokens; 0 draws from all
 top_p: float = 1.0  # draw from the likeliest tokens that together have this probability; 1.0 draws from all
 seed: int = 1337  # the same seed gives the same texts
 device: str = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' is the first of these that the machine has
-dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # of the weights and of what is computed with them
+# of the weights and of what is computed with them; 'int8' is the fastest on a CPU, and 'auto' exact there
+dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'
 compile: bool | Literal['auto'] = 'auto'  # 'auto' is off: compiling takes longer than it saves
 # ------------------------------------------------------------------------------------------------
 
@@ -232,7 +234,10 @@ def sample(source: str, prompt: str) -> None:
                      'document ends')
     console.note(f'{source}; {processes.describe(process)}; {name_of(precision)}, {why_precision}')
 
-    model.to(process.device, precision).eval()  # fast: every token reads all weights, and smaller ones are read sooner
+    # fast: every token reads all weights, and smaller ones are read sooner
+    model.to(process.device, torch.float32 if precision == torch.int8 else precision).eval()
+    if precision == torch.int8:
+        quantise(model)
     compiles, why = pick_compile(compile is True, process.device.type)
     if compile is True and not compiles:
         console.note(f'not compiled, {why}')

@@ -317,7 +317,7 @@ def test_the_checkpoint_alone_is_enough_and_stdout_holds_the_samples_alone(
     ('--top_k=-1', errors.COMMAND, r'--top_k=-1: must be 0 or more'),
     ('--top_p=1.1', errors.COMMAND, r'--top_p=1.1: must be a probability'),
     ('--device=tpu', errors.COMMAND, r"--device=tpu: expected 'auto'"),
-    ('--dtype=int8', errors.COMMAND, r"dtype must be 'auto' or 'float32'"),
+    ('--dtype=int4', errors.COMMAND, r"dtype must be 'auto' or 'float32'"),
     ('--tempreature=1', errors.COMMAND, r'did you mean --temperature\?'),
 ])
 def test_each_mistake_has_its_line_and_its_exit_code(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plaingpt.errors import UserError
+from plaingpt.machines.int8 import why_not
 
 # Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets and architecture white papers (which
 # often print twice as much, for sparse matrices). The words of a line all stand in the name that the driver gives; the
@@ -30,7 +31,7 @@ PEAK_FLOPS = {
 FLOAT16_ONLY = {'V100S', 'V100', 'T4'}  # before Ampere: neither bfloat16 nor TF32
 OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a card, or a smaller chip under the same name
 COMPILERS = {'win32': 'cl', 'darwin': 'clang++'}  # that torch.compile calls for a CPU, unless CXX names one
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
 
 
 def pick_device(name: str) -> tuple[str, str]:
@@ -58,6 +59,7 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
         'auto': '' if is_cuda else f'which is sound on every {device}',
         'bfloat16': '' if has_bfloat16 else 'bfloat16 was asked for, and this card does not multiply it',
         'float16': '' if is_cuda else 'float16 was asked for, and is for cuda alone',
+        'int8': why_not(device) if name == 'int8' else '',
         'float32': 'as asked',
     }[name]
     if why_float32:
@@ -151,8 +153,8 @@ def time_in_bfloat16(rows: int, width: int) -> float:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Matrix products in `dtype`; weights, sums and the loss stay in float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+    """Matrix products in `dtype`; weights, sums and the loss stay in float32. What has 8 bits sees to that itself."""
+    return nullcontext() if dtype in (torch.float32, torch.int8) else torch.autocast(device.type, dtype=dtype)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -1,0 +1,98 @@
+"""8 bits: what is computed is what plain whole numbers give, row by row, and a model loses next to nothing by it."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import evaluate
+import sample
+from model import GPT, GPTConfig
+from plaingpt.machines.device import pick_dtype
+from plaingpt.machines.int8 import Int8Linear, quantise
+
+OLD_RUN = Path(__file__).parents[1] / 'data/run_0.1.0'
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('n_rows', [1, 2, 17])
+def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool) -> None:
+    """Of rows that differ a thousandfold in size; one of them is 0."""
+    torch.manual_seed(1)
+    linear = nn.Linear(24, 40, bias=bias)
+    x = torch.randn(n_rows, 24) * 10.0 ** torch.arange(n_rows)[:, None].remainder(4)
+    x[1:2] = 0
+    found = Int8Linear(linear)(x[None])
+    assert found.shape == (1, n_rows, 40)
+
+    def whole(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        scales = np.array([[max(max(abs(float(number)) for number in row), 1e-30) / 127] for row in rows])
+        return np.rint(rows / scales).astype(np.int64), scales
+
+    weights, of_channel = whole(linear.weight.detach().numpy().astype(np.float64))
+    numbers, of_row = whole(x.numpy().astype(np.float64))
+    assert np.abs(weights).max() == np.abs(numbers).max() == 127
+    expected = (numbers @ weights.T) * of_row * of_channel.T + (linear.bias.detach().numpy() if bias else 0)
+    np.testing.assert_allclose(found[0].detach().numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    exact = linear(x).detach()
+    assert ((found[0] - exact).norm(dim=1) <= 0.02 * exact.norm(dim=1) + 1e-6).all()
+
+
+def test_a_text_does_not_depend_on_those_beside_it() -> None:
+    """Ten texts at once are each of them alone, although one of them has numbers that are a hundred times larger."""
+    torch.manual_seed(2)
+    model = GPT(GPTConfig(32, 300, 2, 2, 32)).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight[7] *= 100
+    quantise(model)
+    x = torch.randint(300, (10, 20))
+    x[3] = 7
+    with torch.no_grad():
+        together = model(x)[0]
+        for row in range(10):
+            torch.testing.assert_close(together[row:row + 1], model(x[row:row + 1])[0], rtol=0, atol=1e-4)
+    assert torch.equal(model.generate(x, 12, temperature=0.0), torch.cat(
+        [model.generate(row[None], 12, temperature=0.0) for row in x]))
+
+
+@pytest.mark.parametrize('tie_weights', [True, False])
+def test_every_product_has_8_bits_and_the_table_its_own_numbers(tie_weights: bool) -> None:
+    model = GPT(GPTConfig(32, 300, 2, 2, 32, tie_weights=tie_weights)).eval()
+    before = model.transformer.wte.weight.clone()
+    quantise(model)
+    assert not [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert sum(isinstance(module, Int8Linear) for module in model.modules()) == 2 * 4 + 1
+    assert torch.equal(model.transformer.wte.weight, before)
+
+
+def test_the_loss_is_nearly_that_of_float32(tmp_path: Path) -> None:
+    figures = {}
+    for dtype in ('float32', 'int8'):
+        evaluate.main([f'--init_from={OLD_RUN}/ckpt.pt', f'--dataset={OLD_RUN}/corpus', f'--dtype={dtype}',
+                       f'--json={tmp_path}/{dtype}.json', '--device=cpu'])
+        told = json.loads((tmp_path / f'{dtype}.json').read_text(encoding='utf-8'))
+        assert told['dtype'] == dtype
+        figures[dtype] = told['measured'][0]['val']['loss']
+    assert 0 < abs(figures['int8'] - figures['float32']) < 0.01
+
+
+def test_samples_are_written_with_8_bits_or_it_is_said_why_not(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [f'--init_from={OLD_RUN}/ckpt.pt', '--device=cpu', '--num_samples=2', '--max_new_tokens=9',
+                 '--start=the', '--temperature=0']
+
+    def written(dtype: str) -> tuple[str, str]:
+        sample.main([*arguments, f'--dtype={dtype}'])
+        return capsys.readouterr()
+
+    exact, _ = written('float32')
+    text, notes = written('int8')
+    assert 'int8, as asked' in notes and text.startswith('the') and text.count(sample.RULE) == 2
+    monkeypatch.delattr(torch, '_int_mm')
+    text, notes = written('int8')
+    assert 'float32, torch' in notes and 'has no _int_mm for this CPU' in notes and text == exact
+    monkeypatch.undo()
+    assert pick_dtype('int8', 'cpu') == (torch.int8, 'as asked')
+    assert pick_dtype('int8', 'mps') == (torch.float32, 'int8 is for a CPU, and this is mps')
