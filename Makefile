@@ -25,8 +25,11 @@ lint: .venv/test  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy .
 
-bench: .venv/test  ## measure the speed against peers and limits (benchmarks/kills.py, which takes an hour, apart)
-	@for script in $(filter-out benchmarks/kills.py,$(wildcard benchmarks/*.py)); do echo "$(PY) $$script"; $(PY) $$script || exit; done
+# kills.py takes an hour, damage.py half of one: they are called by name
+measured = benchmarks/peers.py $(filter-out %/peers.py %/kills.py %/damage.py,$(wildcard benchmarks/*.py))
+bench: .venv/test  ## measure speed and memory against peers (NANOGPT=FOLDER, a clone) and limits: many minutes
+	@for script in $(measured); do echo "$(PY) $$script"; case $$script in */peers.py|*/start.py) \
+	$(PY) $$script $(if $(NANOGPT),--nanogpt=$(NANOGPT));; *) $(PY) $$script;; esac || exit; done
 
 # ------------------------------------------------------------------------------------------------
 # The set-up. It runs again when the requirements have changed, the Python of .venv is gone, or one was interrupted.

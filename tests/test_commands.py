@@ -93,3 +93,14 @@ def test_a_dataset_that_the_hub_does_not_give_is_one_message_and_nothing_before_
                       environment={'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '0'})
     assert done.returncode == 3
     assert done.stderr.startswith('nobody/nothing cannot be downloaded: ') and done.stderr.count('\n') == 2, done.stderr
+
+
+@pytest.mark.slow
+def test_the_table_beside_peers_has_a_row_for_each_question(tmp_path: Path, run_script: RunScript) -> None:
+    """Of tiny models, and of those peers that are installed."""
+    result = run_script('benchmarks/peers.py', '--size=tiny', '--rounds=1', '--threads=1', f'--to={tmp_path}/table.md',
+                        '--rows=step,memory,write,load,save')
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(r'^\| (.+?), (?:s|GB) \| 1 \| (\S+) \|', (tmp_path / 'table.md').read_text(encoding='utf-8'),
+                      re.MULTILINE)
+    assert len(rows) == 7 and all(float(number) > 0 for _, number in rows)

@@ -1,0 +1,376 @@
+"""
+plainGPT beside what a user would take instead, in one run on one machine: a table of seconds, bytes and ratios.
+
+    python benchmarks/peers.py
+    python benchmarks/peers.py --nanogpt=FOLDER --to=docs/measured.md     with a clone of nanoGPT; that page is made so
+
+All take turns, so that a busy moment of the machine hits all of them; a first round does not count. A cell is a median,
+and in brackets the median of the rounds' ratios: how much of that peer's time, or memory, plainGPT takes. On one thread
+the seconds are those of the CPU, which a busy machine hardly changes; on all of them, those of the clock. What is not
+installed, or was not asked for, is a blank cell: transformers, xllamacpp (llama.cpp), tiktoken's files of GPT-2.
+"""
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from copy import deepcopy
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configurator
+import train
+from model import GPT, GPTConfig
+from plaingpt import console
+from plaingpt.corpus import documents, tokenise, tokenizer
+from plaingpt.errors import UserError, run
+from plaingpt.formats import gguf
+from plaingpt.formats.exported import Exported
+from plaingpt.init_from import open_model
+from plaingpt.machines import device
+from plaingpt.machines.int8 import quantise
+from plaingpt.machines.processes import Process
+from plaingpt.machines.strategies import gather
+from plaingpt.run import checkpoint
+from plaingpt.run.upload import Uploader
+
+# ------------------------------------------------------------------------------------------------
+# Settings: the annotated names from here to the next rule. Nothing below assigns to them.
+nanogpt: str = ''  # the folder of a clone of https://github.com/karpathy/nanoGPT; '' leaves it out
+rounds: int = 3
+threads: str = '1,all'  # of torch and llama.cpp
+rows: str = 'step,memory,write,load,save,prepare'  # which to measure
+size: str = 'gpt2'  # of the models that write, load and save: 'gpt2' is 124M, 'tiny' shows that this script works
+to: str = ''  # the file to write the table to, beside the terminal
+# ------------------------------------------------------------------------------------------------
+
+OURS, OURS_LESS = 'plainGPT', 'plainGPT, fewer bits'
+COLUMNS = (OURS, OURS_LESS, 'nanoGPT', 'transformers', 'llama.cpp F32', 'llama.cpp F16', 'llama.cpp Q8_0', 'tiktoken')
+Runs = dict[str, Callable[[], object]]  # by column: what is measured
+SHAPES = {  # of training steps: windows, and a model; the first is that of nanoGPT's README for a CPU
+    'nanoGPT for a CPU, 12 x 64 tokens': (12, GPTConfig(64, 65, 4, 4, 128, bias=False)),
+    "make train's, 16 x 64 tokens": (16, GPTConfig(64, 1024, 4, 4, 128, bias=False)),
+    '124M, 1 x 256 tokens': (1, GPTConfig(256, 50304, bias=False))}
+TINY = GPTConfig(128, 50257, 1, 2, 64, bias=False)
+PROMPT, NEW = 64, 64  # tokens
+Cell = tuple[float, float | None]  # a median, and that of the ratios
+
+
+def take_turns(runs: Runs, clock: Callable[[], float]) -> dict[str, Cell]:
+    """Time all runs in turn. A run that returns a number has measured itself."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, one in runs.items():
+            began = clock()
+            result = one()
+            if number:
+                seconds[name].append(result if isinstance(result, float) else clock() - began)
+    return {name: (median(each), median(a / b for a, b in zip(seconds[OURS], each, strict=True)))
+            for name, each in seconds.items()}
+
+
+def load_nanogpt() -> ModuleType | None:
+    """Its model.py, under another name than ours."""
+    if not nanogpt:
+        return None
+    spec = importlib.util.spec_from_file_location('nanogpt_model', Path(nanogpt, 'model.py'))
+    if spec is None or spec.loader is None or not Path(nanogpt, 'model.py').is_file():
+        raise UserError(f'--nanogpt={nanogpt}: no model.py is there')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['nanogpt_model'] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def their_gpt(module: ModuleType, config: GPTConfig) -> nn.Module:
+    names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+    model: nn.Module = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names}))
+    return model
+
+
+def their_transformer(config: GPTConfig) -> nn.Module | None:
+    """transformers' GPT-2 of that shape, if it is installed."""
+    if importlib.util.find_spec('transformers') is None:
+        return None
+    import transformers
+
+    shape = transformers.GPT2Config(
+        n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, vocab_size=config.vocab_size,
+        n_positions=config.block_size, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model: nn.Module = transformers.GPT2LMHeadModel(shape)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+
+def steps_of(windows: int, config: GPTConfig) -> Runs:
+    """A step of each: forward, backward, clip, update."""
+    x = torch.randint(config.vocab_size, (windows, config.block_size))
+    y = torch.randint(config.vocab_size, (windows, config.block_size))
+    runs: Runs = {}
+
+    def add(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]) -> None:
+        def step() -> None:
+            loss_of().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        runs[name] = step
+
+    for name, dtype in ((OURS, torch.float32), (OURS_LESS, torch.bfloat16)):
+        ours, context = GPT(config), device.autocast(torch.device('cpu'), dtype)
+
+        def our_loss(ours: GPT = ours, context: Any = context) -> Any:
+            with context:
+                return ours(x, y, logits='none')[1]
+
+        add(name, ours, train.make_optimizer(ours), our_loss)
+    if module := load_nanogpt():
+        with redirect_stdout(io.StringIO()):
+            theirs: Any = their_gpt(module, config)
+            optimizer = theirs.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu')
+        add('nanoGPT', theirs, optimizer, lambda: theirs(x, y)[1])
+    if other := their_transformer(config):
+        add('transformers', other, torch.optim.AdamW(other.parameters(), fused=True),
+            lambda: other(input_ids=x, labels=y).loss)
+    return runs
+
+
+def peak_bytes(step: Callable[[], object], model_bytes: int) -> float:
+    """The most bytes of tensors in a step, of which weights and moments are there before."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    changes = sorted((event.start_ns(), event.nbytes()) for event in profiler.profiler.kineto_results.events()
+                     if event.name() == '[memory]')
+    held = most = model_bytes
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return float(most)
+
+
+def memory_of_steps() -> Iterator[tuple[str, dict[str, Cell]]]:
+    """Two layers suffice: the logits are what differs."""
+    windows, config = (12, GPTConfig(1024, 50304, 2, bias=False)) if size == 'gpt2' else (4, TINY)
+    model_bytes = 12 * sum(p.numel() for p in GPT.on_meta(config).parameters())
+    most = {name: peak_bytes(step, model_bytes) for name, step in steps_of(windows, config).items()}
+    yield (f'most memory in a step, {config.n_layer} layers, {windows} x {config.block_size} tokens, GB',
+           {name: (number / 1e9, most[OURS] / number) for name, number in most.items()})
+
+
+# ------------------------------------------------------------------------------------------------
+# Writing
+
+
+def writers(batch: int, n_threads: int, folder: Path) -> Runs:
+    """The same prompt and number of tokens for each, greedy."""
+    model = GPT(GPTConfig(vocab_size=50257) if size == 'gpt2' else TINY).eval()
+    few_bits = deepcopy(model)
+    quantise(few_bits)
+    prompt = torch.randint(256, (batch, PROMPT if size == 'gpt2' else 8))
+    runs: Runs = {OURS: lambda: model.generate(prompt, NEW, temperature=0.0),
+                  OURS_LESS: lambda: few_bits.generate(prompt, NEW, temperature=0.0)}
+    if theirs := their_transformer(model.config):
+        other: Any = theirs.eval()
+        runs['transformers'] = lambda: other.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+                                                      pad_token_id=0)
+    if batch == 1 and importlib.util.find_spec('xllamacpp'):
+        for name, dtype in (('F32', 'float32'), ('F16', 'float16'), ('Q8_0', 'q8_0')):
+            if (path := folder / dtype).exists() or write_gguf(path, model, dtype):
+                runs[f'llama.cpp {name}'] = llama_writer(path / 'model.gguf', prompt[0].tolist(), n_threads)
+    return runs
+
+
+def write_gguf(folder: Path, model: GPT, dtype: str) -> bool:
+    """Return whether GPT-2's tokenizer, without which the format cannot be, is at hand."""
+    try:
+        vocabulary = tokenizer.load_tiktoken('gpt2')
+    except tokenizer.Unavailable:
+        return False
+    folder.mkdir()
+    gguf.write(folder, Exported('random', model.config, model.state_dict(), vocabulary, dtype, {}).complete())
+    return True
+
+
+def llama_writer(path: Path, prompt: list[int], n_threads: int) -> Callable[[], object]:
+    import urllib.request
+
+    llama = importlib.import_module('xllamacpp')
+    settings = llama.CommonParams()
+    settings.model.path, settings.n_ctx, settings.warmup, settings.n_parallel = str(path), 256, False, 1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = n_threads
+    server = llama.Server(settings)
+    question = json.dumps({'prompt': prompt, 'n_predict': NEW, 'temperature': 0, 'ignore_eos': True,
+                           'cache_prompt': False}).encode()
+
+    def write() -> None:
+        request = urllib.request.Request(f'{server.listening_address}/completion', question,
+                                         {'Content-Type': 'application/json'})
+        with urllib.request.urlopen(request) as answer:
+            assert json.load(answer)['tokens_predicted'] == NEW
+
+    return write
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+def loaders(folder: Path) -> Runs:
+    """From a file to a model that is ready."""
+    model = GPT(GPTConfig(bias=False) if size == 'gpt2' else TINY)
+    optimizer = train.make_optimizer(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    path = folder / 'ckpt.pt'
+    torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': 1,
+                'model_args': checkpoint.model_args(model.config), 'best_val_loss': 1.0, 'config': {}}, path)
+    runs: Runs = {OURS: lambda: open_model(str(path))}
+    if module := load_nanogpt():
+        def load() -> None:
+            with redirect_stdout(io.StringIO()):
+                theirs = their_gpt(module, model.config)
+                theirs.load_state_dict(torch.load(path, map_location='cpu')['model'])
+
+        runs['nanoGPT'] = load
+    if importlib.util.find_spec('transformers'):
+        import transformers
+
+        theirs: Any = their_transformer(model.config)
+        theirs.save_pretrained(folder / 'hf')
+        runs['transformers'] = lambda: transformers.GPT2LMHeadModel.from_pretrained(folder / 'hf')
+    return runs
+
+
+def savers(folder: Path) -> Runs:
+    """How long training waits for a checkpoint with weights and moments: ours is written while it goes on."""
+    model = GPT(GPTConfig(bias=False) if size == 'gpt2' else TINY)
+    optimizer = train.make_optimizer(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    alone = Process(0, 1, torch.device('cpu'), '')
+    saver = checkpoint.Saver(folder / 'ours', 1, Uploader('', print), lambda: None)
+
+    def save() -> float:
+        began = time.perf_counter()
+        weights, moments = gather(model, optimizer, alone)
+        saver.save(False, {'model': weights, 'optimizer': moments})
+        seconds = time.perf_counter() - began
+        saver.wait()
+        return seconds
+
+    def save_as_nanogpt() -> float:
+        began = time.perf_counter()
+        torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, folder / 'theirs.pt')
+        return time.perf_counter() - began
+
+    return {OURS: save, 'nanoGPT': save_as_nanogpt}
+
+
+def preparers(folder: Path) -> Runs:
+    """From text to token files, in one process; tiktoken alone only encodes, and writes nothing."""
+    try:
+        gpt2 = tokenizer.load_tiktoken('gpt2')
+    except tokenizer.Unavailable:
+        return {}
+    sources = [path.read_text(encoding='utf-8') for path in sorted(Path(os.__file__).parent.glob('*.py'))]
+    path = folder / 'texts.jsonl'
+    path.write_text('\n'.join(json.dumps({'text': text}) for text in sources), encoding='utf-8')
+
+    def prepare() -> None:
+        pieces = list(documents.find_pieces(str(path)))
+        validation = tokenise.choose_validation(len(sources), 0.1, 1)
+        with redirect_stdout(io.StringIO()):
+            tokenise.write_corpus(folder / 'corpus', tokenise.Packer(gpt2, gpt2.eot), pieces, validation, 'texts', 1)
+
+    return {OURS: prepare, 'tiktoken': lambda: [gpt2.library.encode_ordinary(text) for text in sources]}
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+
+
+def measure(n_threads: int, folder: Path) -> Iterator[tuple[str, dict[str, Cell]]]:
+    """Yield each row: what was measured, in which unit, and the cells by column."""
+    torch.set_num_threads(n_threads)
+    clock = time.process_time if n_threads == 1 else time.perf_counter
+    asked = rows.split(',')
+    if 'step' in asked:
+        for what, (windows, config) in SHAPES.items():
+            if size == 'gpt2' or config.vocab_size < 2000:
+                yield f'a training step, {what}, s', take_turns(steps_of(windows, config), clock)
+    for batch in (1, 10) if 'write' in asked else ():
+        yield f'writing {batch} x {NEW} tokens, {size}, s', take_turns(writers(batch, n_threads, folder), clock)
+    if n_threads > 1:
+        return
+    if 'memory' in asked:
+        yield from memory_of_steps()
+    for word, what, runs_of in (('load', f'loading a checkpoint, {size}, s', loaders),
+                                ('save', f'how long a checkpoint keeps training, {size}, s', savers),
+                                ('prepare', 'preparing text in one process, s', preparers)):
+        if word in asked and (runs := runs_of(folder)):
+            yield what, take_turns(runs, clock)
+
+
+def cell(cells: dict[str, Cell], column: str) -> str:
+    if column not in cells:
+        return ''
+    number, ratio = cells[column]
+    return f'{number:.3g}' if column == OURS else f'{number:.3g} ({ratio:.2f})'
+
+
+def versions() -> str:
+    names = ('torch', 'transformers', 'xllamacpp', 'tiktoken')
+    found = [f'{name} {importlib.metadata.version(name)}' for name in names if importlib.util.find_spec(name)]
+    return ', '.join([f'Python {platform.python_version()}', *found])
+
+
+def machine() -> str:
+    """The CPU's name, its cores, and how fast it multiplies."""
+    try:
+        text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
+        name = next(line.partition(': ')[2] for line in text.splitlines() if line.startswith('model name'))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    part = device.time_in_bfloat16(256, 768)
+    return f'{name}, {os.cpu_count()} cores; a matrix product in bfloat16 takes {part:.2f} of the time of float32'
+
+
+def main(args: list[str]) -> None:
+    configurator.configure(sys.modules[__name__], args)
+    table = []
+    for n_threads in [os.cpu_count() or 1 if name == 'all' else int(name) for name in threads.split(',')]:
+        with tempfile.TemporaryDirectory() as folder:
+            for what, cells in measure(n_threads, Path(folder)):
+                line = ' | '.join(cell(cells, column) for column in COLUMNS)
+                table.append(f'| {what} | {n_threads} | {line} |')
+                console.say(table[-1])
+    head = f'| | threads | {" | ".join(COLUMNS)} |\n|---|---|{"---|" * len(COLUMNS)}'
+    text = f'{machine()}; {versions()}; medians of {rounds}\n\n{head}\n' + '\n'.join(table)
+    console.say(f'\n{text}')
+    if to:
+        Path(to).write_text(f'# Measured\n\n{(__doc__ or "").strip()}\n\n{text}\n', encoding='utf-8')
+
+
+if __name__ == '__main__':
+    run(main)
