@@ -24,6 +24,7 @@ import configurator
 from model import GPT
 from plaingpt import console, errors
 from plaingpt.corpus import documents, token_files, tokenizer
+from plaingpt.corpus.folder import data_folder, how_to_prepare, is_prepared
 from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.machines import processes
@@ -87,11 +88,16 @@ def find_run(out_dir: str, is_given: bool) -> str:
         return newest
     names = ', '.join(name for _, name in reversed(runs[-5:]))
     remedy = f'the newest runs here: {names}' if runs else (
-        f'train a small model: {errors.command("data/stdlib/prepare.py")} && '
-        f'{errors.command("train.py", "config/train_stdlib.py")}\n'
+        f"train a small model: {how_to_train()}\n"
         f"or take GPT-2's weights: {errors.command('sample.py', init_from='gpt2')}")
     raise UserError(f'{out_dir} holds no checkpoint{"" if runs else ", and no other out*/ here does"}\n{remedy}',
                     errors.CHECKPOINT)
+
+
+def how_to_train() -> str:
+    """Return the command that makes a first run, or the corpus of it, which names the other when it is done."""
+    folder = data_folder('stdlib')
+    return errors.command('train.py', 'config/train_stdlib.py') if is_prepared(folder) else how_to_prepare(folder)
 
 
 def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> list[int]:

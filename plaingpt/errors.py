@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -64,28 +64,37 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def typed(path: Path) -> str:
-    """Return what to type for a path in a POSIX shell, in the folder where this process was started."""
-    here = Path.cwd()
+def typed(path: Path, folder: Path | None = None) -> str:
+    """Return what to type for a path in a POSIX shell in `folder`, or else where this process was started."""
+    here = folder or Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
-def python() -> str:
-    """Return what to type for the Python that runs this: its name, if a shell finds it by that, or else its path."""
+def python(folder: Path | None = None) -> str:
+    """Return what to type there for the Python that runs this: its name, if a shell finds it by that, or its path."""
     here = Path(sys.executable)
     for name in ('python', here.name):
         found = shutil.which(name)
         if found and Path(found).absolute().parent == here.parent and os.path.samefile(found, here):
             return name
-    path = typed(here)
+    path = typed(here, folder)
     return path if '/' in path else f'./{path}'
 
 
-def command(*files: str, launcher: str = '', **settings: object) -> str:
+def command(*files: str, **settings: object) -> str:
     """Return what to type to run one of this project's scripts, such as 'train.py', with its config files, if there are
     any, and settings."""
+    return command_of(files, settings)
+
+
+def command_of(files: Sequence[str], settings: Mapping[str, object], launcher: str = '',
+               folder: Path | None = None) -> str:
+    """Return what `command` does, with a launcher between Python and the script, or in another folder than the current
+    one, where the paths in the settings start."""
     options = (f'--{name}={shlex.quote(str(value))}' for name, value in settings.items())
-    return ' '.join([*filter(None, (python(), launcher)), *(typed(ROOT / file) for file in files), *options])
+    words = (python(folder), launcher, *(typed(ROOT / file, folder) for file in files), *options)
+    line = ' '.join(filter(None, words))
+    return f'(cd {shlex.quote(str(folder))} && {line})' if folder else line
 
 
 def is_missing_package(error: BaseException) -> bool:

@@ -24,4 +24,5 @@ def prepare(path: str, folder: Path, spec: str, config: str) -> None:
     parts, validation = tokenise.split_text(text, 0.1)
     encoder = encoder_for(spec, lambda: tokenise.build_tokenizer(spec, parts, validation, eot=False))
     tokenise.write_corpus(folder, tokenise.Packer(encoder, eot=None), parts, validation, NAME)
-    console.say(next_steps(config, f'out-{folder.name.replace("_", "-")}'))
+    dataset = config.partition('_')[2]
+    console.say(next_steps(folder, config, dataset, f'out-{dataset.replace("_", "-")}'))

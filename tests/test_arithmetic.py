@@ -256,10 +256,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     known += 3 * [row['text'] for row in read_lines(DATA / 'lambada.jsonl')[:10]]
     for name, texts in (('seen', known), ('unseen', unseen)):
         write_lines(folder / f'{name}.jsonl', [{'text': text} for text in texts])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('data.text.prepare.DATA_FOLDER', folder)
-        run('data.text.prepare', f'--input={folder}/seen.jsonl', f'--val_input={folder}/unseen.jsonl', '--name=mine',
-            '--tokenizer=bpe:400')
+    run('data.text.prepare', f'--input={folder}/seen.jsonl', f'--val_input={folder}/unseen.jsonl',
+        f'--to_dir={folder}/mine', '--tokenizer=bpe:400')
     return Corpus(folder / 'mine', unseen)
 
 
@@ -443,9 +441,7 @@ def rate_at(schedule: str, it: int, warmup: int, end: int) -> float:
 def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepare a short text as bytes."""
     folder = tmp_path_factory.mktemp('play')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('data.text.prepare.DATA_FOLDER', folder)
-        run('data.text.prepare', f'--input={DATA}/play.txt', '--name=mine', '--tokenizer=byte')
+    run('data.text.prepare', f'--input={DATA}/play.txt', f'--to_dir={folder}/mine', '--tokenizer=byte')
     return folder / 'mine'
 
 

@@ -535,9 +535,9 @@ def test_the_image_has_a_fixed_base_and_its_process_is_python_and_not_root() -> 
 
 
 @pytest.mark.slow
-def test_what_the_image_holds_is_enough_to_train(tmp_path: Path) -> None:
-    """Every file is where COPY puts it, and none is missing: the command that the image runs by default, and torchrun's
-    stand-in, import all of them."""
+def test_what_the_image_holds_is_enough_to_prepare_and_to_train(tmp_path: Path) -> None:
+    """Every file is where COPY puts it, and none is missing: the command that the image runs by default, a preparation,
+    and torchrun's stand-in import all of them."""
     for sources, target in copies():
         for source in sources:
             for file in sent_files(source):
@@ -546,6 +546,8 @@ def test_what_the_image_holds_is_enough_to_train(tmp_path: Path) -> None:
                 shutil.copy(file, tmp_path / target / inner)
     modules = ', '.join(sorted(path.stem for path in tmp_path.glob('*.py')))
     for command in (json.loads(only(r'^CMD (.*)$', dockerfile())), ['-c', f'import {modules}'],
+                    ['data/openwebtext/prepare.py', f'--input={ROOT}/tests/data/documents.jsonl', '--to_dir=volume',
+                     '--tokenizer=byte', '--val_fraction=0.1'],
                     ['launch/torchrun.py', '--standalone', 'train.py', 'config/train_gpt2.py', '--learning_rte=1']):
         result = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
                                 encoding='utf-8', timeout=PATIENT)

@@ -1,12 +1,15 @@
 """The commands that scripts print, for their readers to type next: each works as it is printed, where it is printed."""
 import ast
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +29,8 @@ TEXT = "it's mine.txt"
 class Place:
     """A folder in which a user stands, and a clone, which may be another one."""
 
-    def __init__(self, clone: Path, folder: Path, text: str) -> None:
-        self.clone, self.folder = clone, folder
+    def __init__(self, clone: Path, folder: Path, text: str, launcher: Sequence[str] = ()) -> None:
+        self.clone, self.folder, self.launcher = clone, folder, launcher
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TEXT).write_text(text, encoding='utf-8')
 
@@ -36,16 +39,21 @@ class Place:
         ours = str(Path(sys.executable).parent)
         path = os.pathsep.join(folder for folder in os.environ['PATH'].split(os.pathsep) if folder != ours)
         line = f'{command} {shlex.join(more)}'
-        result = subprocess.run(['sh', '-c', line], cwd=self.folder, stdin=subprocess.DEVNULL, timeout=PATIENT,
-                                env={**os.environ, 'PATH': path}, capture_output=True, text=True, encoding='utf-8')
+        result = subprocess.run([*self.launcher, 'sh', '-c', f'cd {shlex.quote(str(self.folder))} && {line}'],
+                                stdin=subprocess.DEVNULL, timeout=PATIENT, env={**os.environ, 'PATH': path},
+                                capture_output=True, text=True, encoding='utf-8')
         assert result.returncode == code, f'{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}'
         assert 'Traceback' not in result.stderr, result.stderr
         return result.stdout + result.stderr
 
     def run(self, script: str, *arguments: str, code: int = 0) -> list[str]:
-        """The commands that a script prints, each of which ends its line."""
-        said = self.follow(shlex.join([sys.executable, str(self.clone / script), *arguments]), code=code)
-        return [line[line.index(PYTHON):] for line in said.splitlines() if PYTHON in line]
+        """The commands that a script prints."""
+        return commands_in(self.follow(shlex.join([sys.executable, str(self.clone / script), *arguments]), code=code))
+
+
+def commands_in(text: str) -> list[str]:
+    """Each ends its line."""
+    return re.findall(rf'(?:\(cd .*? && )?{re.escape(PYTHON)} .*', text)
 
 
 @pytest.fixture(scope='module')
@@ -96,9 +104,11 @@ def test_what_a_message_says_to_run_repairs_what_is_wrong(elsewhere: Place) -> N
     nearest = said.strip().partition('did you mean ')[2].removesuffix('?')
     assert shlex.split(nearest)[0] == str(elsewhere.clone / 'config/train_stdlib.py')
 
-    train, gpt2 = elsewhere.run('sample.py', code=errors.CHECKPOINT)
-    elsewhere.follow(train, *TRAIN)
+    prepare, gpt2 = elsewhere.run('sample.py', code=errors.CHECKPOINT)
     assert "'gpt2'" in elsewhere.follow(gpt2, code=errors.CHECKPOINT), 'there is no network'
+    train, _ = commands_in(elsewhere.follow(prepare, '--tokenizer=byte'))
+    assert elsewhere.run('sample.py', code=errors.CHECKPOINT) == [train, gpt2]
+    elsewhere.follow(train, *TRAIN)
     (elsewhere.folder / 'out-stdlib').rename(elsewhere.folder / 'out; newest')
     said = elsewhere.follow(shlex.join([sys.executable, str(elsewhere.clone / 'sample.py')]), *SAMPLE)
     assert "--out_dir='out; newest'\n" in said
@@ -109,13 +119,60 @@ def test_what_a_message_says_to_run_repairs_what_is_wrong(elsewhere: Place) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('to_dir', ['', "it's there"])
+def test_a_corpus_is_made_anew_by_the_command_that_a_message_names(to_dir: str, place: Place, tmp_path: Path) -> None:
+    """From the folder where it was made, and from another, in which the relative path of the text means nothing."""
+    given = [f'--input={TEXT}', '--tokenizer=byte', f'--to_dir={to_dir}'] + ['--name=again'] * (not to_dir)
+    place.run('data/text/prepare.py', *given)
+    corpus = place.folder / to_dir if to_dir else place.clone / 'data/again'
+    other = Place(place.clone, tmp_path / 'far (away)', 'another text')
+    whole = contents(corpus)
+    for user in (place, other):
+        for name, damaged in (('train.bin', whole['train.bin'][:-4]), ('meta.json', b'{"unfinished": true')):
+            meta = (corpus / 'meta.json').read_bytes()
+            (corpus / name).write_bytes(damaged if name == 'train.bin' else meta.replace(b'{', damaged + b',', 1))
+            [again] = user.run('train.py', f'--dataset={corpus}', '--device=cpu', code=errors.DATA)
+            user.follow(again)
+            assert contents(corpus) == whole
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What the files of a corpus hold, but for the command that has made them."""
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != 'prepare.py'}
+    meta = json.loads(found['meta.json'])
+    return found | {'meta.json': {name: value for name, value in meta.items() if not name.startswith('created')}}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('gpt2_stand_in')
+def test_shards_are_made_anew_and_gone_on_with_by_the_command_that_a_message_names(elsewhere: Place) -> None:
+    folder = elsewhere.folder / 'the shards'
+    given = [f'--input={TEXT}', f'--to_dir={folder.name}', '--tokenizer=byte', '--shard_size=9999']
+    train, *_ = elsewhere.run('data/fineweb_edu/prepare.py', *given)
+    whole, made = contents(folder), json.loads((folder / 'meta.json').read_bytes())
+    place = {'file': 0, 'before': 0, 'document': 0, 'tokens': 9999}
+    first = {'val_000000': made['splits']['val_000000']}
+    begun = {'unfinished': True, 'splits': first, 'next': place, 'documents': 0, 'bytes': 0}
+    for name, damaged in (('train_000002.bin', whole['train_000002.bin'][:-1] + b'\1'), ('train_000002.bin', b''),
+                          ('meta.json', json.dumps(made | {'vocab_size': 'many'}).encode()),
+                          ('meta.json', json.dumps(made | begun).encode())):
+        (folder / name).write_bytes(damaged)
+        if not damaged:
+            (folder / name).unlink()
+        [again] = commands_in(elsewhere.follow(train, '--device=cpu', code=errors.DATA))
+        assert ('--overwrite=True' in again) == (b'unfinished' not in damaged)
+        elsewhere.follow(again)
+        assert contents(folder) == whole
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures('gpt2_stand_in')
 def test_what_a_message_says_to_run_takes_the_weights_of_others(elsewhere: Place) -> None:
     weights = GPT(GPTConfig(16, 50304, 1, 1, 64)).state_dict()
     torch.save(weights, elsewhere.folder / 'their weights.pt')
     [convert] = elsewhere.run('sample.py', '--init_from=their weights.pt', code=errors.CHECKPOINT)
-    said = elsewhere.follow(convert)
-    elsewhere.follow(said[said.index(PYTHON):].strip(), *SAMPLE)
+    [sample] = commands_in(elsewhere.follow(convert))
+    elsewhere.follow(sample, *SAMPLE)
     torch.save(weights, elsewhere.folder / "it's old.pt", _use_new_zipfile_serialization=False)
     [convert] = elsewhere.run('sample.py', "--init_from=it's old.pt", code=errors.CHECKPOINT)
     elsewhere.follow(convert)
@@ -139,6 +196,51 @@ def test_every_prepare_script_names_a_training_on_what_it_has_made(elsewhere: Pl
             assert ' tokens to train on, ' in said
 
 
+@pytest.fixture(params=['a mount', 'permissions'])
+def read_only(request: pytest.FixtureRequest, clone: Path, tmp_path: Path, tiny_text: str) -> Iterator[Place]:
+    """A clone that nobody may write to, and a user who stands in it."""
+    copy = tmp_path / 'fixed clone'
+    shutil.copytree(clone, copy, ignore=shutil.ignore_patterns('*.bin', '*.npz', 'meta.json', 'out*', '__pycache__'))
+    where = shlex.quote(str(copy))
+    mount = f'mount --bind {where} {where} && mount -o remount,bind,ro {where} && exec "$@"'
+    launcher = ['unshare', '-m' if os.geteuid() == 0 else '-rm', 'sh', '-c', mount, 'sh']
+    user = Place(copy, copy, tiny_text, launcher)
+    if request.param == 'permissions':  # which root may ignore, unless it gives up that capability
+        for path in (copy, *copy.rglob('*')):
+            path.chmod(path.stat().st_mode & ~0o222)
+        user.launcher = ['setpriv', '--bounding-set=-dac_override', '--inh-caps=-dac_override'] * (os.geteuid() == 0)
+    if subprocess.run([*user.launcher, 'true'], capture_output=True).returncode:
+        pytest.skip(f'needs the right to {shlex.join(user.launcher[:2])}')
+    yield user
+    for path in (copy, *copy.rglob('*')):
+        path.chmod(path.stat().st_mode | 0o200)
+
+
+@pytest.mark.slow
+def test_a_clone_that_cannot_be_written_to_prepares_trains_and_samples_elsewhere(
+        read_only: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('TMPDIR', str(tmp_path / 'for all'))
+    (tmp_path / 'for all').mkdir()
+    read_only.follow('touch x', code=1)
+    before = sorted(read_only.clone.rglob('*'))
+    said = read_only.follow(f'{PYTHON} data/stdlib/prepare.py', code=errors.COMMAND)
+    assert said.endswith('data/stdlib cannot be written to\nname another folder: --to_dir=FOLDER\n')
+
+    run = [f'--out_dir={tmp_path}/run', '--device=cpu']
+    [prepare] = read_only.run('train.py', 'config/train_stdlib.py', *run, code=errors.DATA)
+    train, sample = commands_in(read_only.follow(prepare, '--tokenizer=byte'))
+    read_only.follow(train, *TRAIN)
+    read_only.follow(sample, *SAMPLE)
+    assert {'out-stdlib', 'stdlib'} <= {path.name for path in (tmp_path / 'for all').iterdir()}
+
+    folder = tmp_path / 'my corpora' / 'of mine'
+    train, sample = read_only.run('data/text/prepare.py', f'--input={TEXT}', '--tokenizer=char', f'--to_dir={folder}')
+    read_only.follow(train, *TRAIN)
+    read_only.follow(sample, *SAMPLE)
+    assert sorted(path.name for path in folder.parent.iterdir()) == ['of mine', 'out-of mine']
+    assert sorted(read_only.clone.rglob('*')) == before
+
+
 def test_a_command_is_quoted_and_found_from_where_its_reader_stands(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = "a b'c\"d$e`f;g&h|i*j?k[l]m(n)o#p!q~r\\s"
@@ -154,26 +256,31 @@ def test_a_command_is_quoted_and_found_from_where_its_reader_stands(
                          *(f'--{name}={value}' for name, value in settings.items())]
 
 
-@pytest.mark.parametrize('where', ['on the PATH', 'under another name', 'another one is', 'nowhere', 'in this folder'])
+@pytest.mark.parametrize(('path', 'python', 'folder', 'expected'), [
+    (['my bin'], 'same', '.', 'python'),
+    (['my bin'], 'none', '.', 'python3'),
+    (['my bin'], 'other', '.', 'python3'),
+    (['of the system', 'my bin'], 'same', '.', "'my bin/python3'"),
+    (['another', 'my bin'], 'same', '.', "'my bin/python3'"),
+    ([], 'same', '.', "'my bin/python3'"),
+    ([], 'same', 'my bin', './python3'),
+])
 def test_the_python_that_is_named_is_the_one_that_runs(
-        where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, other = tmp_path / 'my bin', tmp_path / 'other'
-    folder.mkdir()
-    other.mkdir()
-    for name in ('python', 'python3'):
-        (folder / name).symlink_to(sys.executable)
-    for name in ('python', 'python3'):
-        (other / name).write_text('#!/bin/sh\nexit 1\n', encoding='utf-8')
-        (other / name).chmod(0o755)
-    if where == 'under another name':
-        (folder / 'python').unlink()
-    monkeypatch.setattr(sys, 'executable', str(folder / 'python3'))
-    monkeypatch.chdir(folder if where == 'in this folder' else tmp_path)
-    first = {'on the PATH': [folder], 'under another name': [folder], 'another one is': [other, folder]}
-    monkeypatch.setenv('PATH', os.pathsep.join(map(str, [*first.get(where, []), '/bin'])))
-    expected = {'on the PATH': 'python', 'under another name': 'python3', 'in this folder': './python3'}
-    assert errors.python() == expected.get(where, "'my bin/python3'")
-    subprocess.run(['sh', '-c', f'{errors.python()} -c 0'], check=True)
+        path: list[str], python: str, folder: str, expected: str, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a virtual environment, `my bin`, is a link to one of the system, which has not its packages."""
+    for place in ('my bin', 'of the system', 'another'):
+        (tmp_path / place).mkdir()
+        for name in ('python', 'python3'):
+            is_other = place == 'another' or (place == 'my bin' and name == 'python' and python == 'other')
+            (tmp_path / place / name).symlink_to('/bin/false' if is_other else sys.executable)
+    if python == 'none':
+        (tmp_path / 'my bin/python').unlink()
+    monkeypatch.setattr(sys, 'executable', str(tmp_path / 'my bin/python3'))
+    monkeypatch.chdir(tmp_path / folder)
+    monkeypatch.setenv('PATH', os.pathsep.join([*(str(tmp_path / place) for place in path), '/bin']))
+    assert errors.python() == expected
+    subprocess.run(['sh', '-c', f'{expected} -c 0'], check=True)
 
 
 COMMAND = re.compile(r'\b(train|sample|evaluate|export|prepare)\.py [-c]|\bpython[\d.]* [-\w./]')

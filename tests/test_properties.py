@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from tiktoken import registry
 
+from plaingpt.corpus import folder as corpora
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.folder import open_split, read_meta
 from plaingpt.errors import DATA, UserError
@@ -137,7 +138,7 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Have corpora written elsewhere than in data/; they are hundreds, and none waits until the disk has it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('os.fsync', lambda _: None)
-        patch.setattr(prepare, 'DATA_FOLDER', tmp_path_factory.mktemp('data'))
+        patch.setattr(corpora, 'DATA_ROOT', tmp_path_factory.mktemp('data'))
         yield
 
 
@@ -147,7 +148,7 @@ def prepared(some: Sequence[File], *arguments: str, num_proc: int = 1) -> Path:
         for number, file in enumerate(some):
             file.write(Path(source), number)
         prepare.main([f'--input={source}', '--name=it', f'--num_proc={num_proc}', *arguments])
-    return Path(prepare.DATA_FOLDER, 'it')
+    return corpora.DATA_ROOT / 'it'
 
 
 def read(folder: Path) -> Corpus:

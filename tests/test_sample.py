@@ -309,7 +309,7 @@ def test_the_checkpoint_alone_is_enough_and_stdout_holds_the_samples_alone(
     ('--init_from=here/gone', errors.CHECKPOINT, r'here/gone.* no run'),
     ('--init_from=latin1.txt', errors.CHECKPOINT, r'latin1.txt is damaged, or not a checkpoint'),
     ('--init_from=cut.pt', errors.CHECKPOINT, r'cut.pt is damaged'),
-    ('--out_dir=here', errors.CHECKPOINT, r'here holds no checkpoint(.|\n)* here does\n.*train.py(.|\n)*=gpt2'),
+    ('--out_dir=here', errors.CHECKPOINT, r'here holds no checkpoint(.|\n)* here does\n.*(train|prepare)(.|\n)*=gpt2'),
     ('--num_samples=0', errors.COMMAND, r'--num_samples=0: must be 1 or more'),
     ('--batch_size=0', errors.COMMAND, r'--batch_size=0: must be 1 or more'),
     ('--max_new_tokens=-1', errors.COMMAND, r'--max_new_tokens=-1: must be 0 or more'),
@@ -341,9 +341,9 @@ def test_without_any_run_the_command_that_makes_one_is_said(run_script: Run, tmp
     assert (result.returncode, result.stdout) == (errors.CHECKPOINT, '')
     first, *others = result.stderr.splitlines()
     assert first == 'out holds no checkpoint, and no other out*/ here does'
-    python = sys.executable if shutil.which('python') != sys.executable else 'python'
-    train = f'{python} {ROOT}/data/stdlib/prepare.py && {python} {ROOT}/train.py {ROOT}/config/train_stdlib.py'
-    assert [line.partition(': ')[2] for line in others] == [train, f'{python} {ROOT}/sample.py --init_from=gpt2']
+    train, sample = (line.partition(': ')[2] for line in others)
+    assert train.endswith((f' {ROOT}/data/stdlib/prepare.py', f' {ROOT}/train.py {ROOT}/config/train_stdlib.py'))
+    assert sample.endswith(f' {ROOT}/sample.py --init_from=gpt2')
 
 
 @pytest.mark.usefixtures('gpt2_stand_in')

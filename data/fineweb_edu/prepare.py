@@ -22,7 +22,7 @@ import configurator
 from plaingpt import console
 from plaingpt.corpus import documents, shards, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
-from plaingpt.corpus.folder import next_steps
+from plaingpt.corpus.folder import folder_for, next_steps
 from plaingpt.corpus.tokenizer import build
 from plaingpt.encoder import encoder_for
 from plaingpt.errors import COMMAND, UserError, run
@@ -37,11 +37,10 @@ column: str = 'text'  # where the text stands in them
 tokenizer: str = 'gpt2'  # or another name of tiktoken's, 'byte', or the path of a run or model that has one
 shard_size: int = 10**8  # tokens in a file
 name: str = 'fineweb_edu'  # the shards are written to data/<name>
+to_dir: str = ''  # the folder to write; '' is data/<name>
 num_proc: int = 0  # processes that tokenise; 0 is one for each core
 overwrite: bool = False  # delete what other settings or files have made, and start over
 # ------------------------------------------------------------------------------------------------
-
-DATA_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def fetch(name: str) -> str:
@@ -54,7 +53,7 @@ def main(args: list[str]) -> None:
     if tokenizer == 'char' or tokenizer.startswith('bpe:'):
         raise UserError(f'--tokenizer={tokenizer} would have to read the whole corpus first: take gpt2, another of '
                         "tiktoken's, or byte\nor let data/text/prepare.py do it, which writes no shards", COMMAND)
-    folder = tokenise.folder_named(name, DATA_FOLDER, 'fineweb_edu')
+    folder = folder_for('fineweb_edu', to_dir, name)
     encoder = encoder_for(tokenizer, lambda: build(tokenizer, list, eot=True))
     if input:
         texts = shards.Source(documents.find_files(input, folder), str, column)
@@ -63,7 +62,7 @@ def main(args: list[str]) -> None:
     console.say(f'found: files {len(texts.files):,}')
     shards.write_shards(folder, tokenise.Packer(encoder, encoder.eot, eot_first=True), texts, shard_size,
                         input or f'{source}/{config}@{revision or "main"}', num_proc, overwrite)
-    console.say(next_steps('train_fineweb_edu', 'out-fineweb-edu', takes_long=True, dataset=name))
+    console.say(next_steps(folder, 'train_fineweb_edu', 'fineweb_edu', 'out-fineweb-edu', takes_long=True))
 
 
 if __name__ == '__main__':

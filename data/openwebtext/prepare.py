@@ -20,7 +20,7 @@ import configurator
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
-from plaingpt.corpus.folder import next_steps
+from plaingpt.corpus.folder import folder_for, next_steps
 from plaingpt.corpus.tokenizer import build
 from plaingpt.encoder import encoder_for
 from plaingpt.errors import run
@@ -35,16 +35,16 @@ tokenizer: str = 'gpt2'  # or another name of tiktoken's, 'byte', or the path of
 val_fraction: float = 0.0005  # of the documents, set aside for validation
 seed: int = 2357  # decides which documents these are
 num_proc: int = 0  # processes that tokenise; 0 is one for each core
+to_dir: str = ''  # the folder to write; '' is data/openwebtext
 # ------------------------------------------------------------------------------------------------
-
-FOLDER = Path(__file__).resolve().parent
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
+    folder = folder_for('openwebtext', to_dir)
     encoder = encoder_for(tokenizer, lambda: build(tokenizer, list, eot=True))
     if input:
-        files = documents.find_files(input, FOLDER)
+        files = documents.find_files(input, folder)
     else:
         files = fetch_hub_files(find_hub_files(source, '', revision))
     pieces = [piece for file in files for piece in documents.find_pieces(file, column)]
@@ -52,9 +52,9 @@ def main(args: list[str]) -> None:
     console.say(f'found: files {len(files):,}, documents {n_documents:,}')
 
     validation = tokenise.choose_validation(n_documents, val_fraction, seed)
-    tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot), pieces, validation,
+    tokenise.write_corpus(folder, tokenise.Packer(encoder, encoder.eot), pieces, validation,
                         input or f'{source}@{revision or "main"}', num_proc)
-    console.say(next_steps('train_gpt2', 'out', takes_long=True))
+    console.say(next_steps(folder, 'train_gpt2', 'openwebtext', 'out', takes_long=True))
 
 
 if __name__ == '__main__':

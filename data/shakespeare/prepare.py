@@ -12,19 +12,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import configurator
 from plaingpt import errors, tiny_shakespeare
+from plaingpt.corpus.folder import folder_for
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 input: str = ''  # the text, where it is on this machine already; '' downloads it
 tokenizer: str = 'gpt2'  # nanoGPT's; or 'char', 'byte', 'bpe:N', or the path of a run or model that has one
+to_dir: str = ''  # the folder to write; '' is data/shakespeare
 # ------------------------------------------------------------------------------------------------
-
-FOLDER = Path(__file__).resolve().parent
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    tiny_shakespeare.prepare(input, FOLDER, tokenizer, 'finetune_shakespeare')
+    tiny_shakespeare.prepare(input, folder_for('shakespeare', to_dir), tokenizer, 'finetune_shakespeare')
 
 
 if __name__ == '__main__':

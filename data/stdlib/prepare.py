@@ -18,16 +18,16 @@ import numpy as np
 import configurator
 from plaingpt import console
 from plaingpt.corpus import tokenise
-from plaingpt.corpus.folder import next_steps
+from plaingpt.corpus.folder import folder_for, next_steps
 from plaingpt.encoder import encoder_for
 from plaingpt.errors import DATA, UserError, command, run
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 tokenizer: str = 'bpe:1024'  # a byte-pair encoding of so many ids, trained on this text; or 'char', 'byte', 'gpt2', ...
+to_dir: str = ''  # the folder to write; '' is data/stdlib
 # ------------------------------------------------------------------------------------------------
 
-FOLDER = Path(__file__).resolve().parent
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'encodings'}
 ONE_IN = 20  # files that are for validation
 
@@ -47,6 +47,7 @@ def read_sources(library: Path) -> list[tuple[bool, str]]:
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
+    folder = folder_for('stdlib', to_dir)
     library = Path(sysconfig.get_paths()['stdlib'])
     files = read_sources(library)
     if not files:
@@ -57,8 +58,8 @@ def main(args: list[str]) -> None:
 
     texts, validation = [text for _, text in files], np.flatnonzero([is_val for is_val, _ in files])
     encoder = encoder_for(tokenizer, lambda: tokenise.build_tokenizer(tokenizer, [texts], validation, eot=True))
-    tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot), [texts], validation, source)
-    console.say(next_steps('train_stdlib', 'out-stdlib'))
+    tokenise.write_corpus(folder, tokenise.Packer(encoder, encoder.eot), [texts], validation, source)
+    console.say(next_steps(folder, 'train_stdlib', 'stdlib', 'out-stdlib'))
 
 
 if __name__ == '__main__':

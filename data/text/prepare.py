@@ -20,7 +20,7 @@ import numpy as np
 import configurator
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise
-from plaingpt.corpus.folder import next_steps
+from plaingpt.corpus.folder import folder_for, next_steps
 from plaingpt.encoder import encoder_for
 from plaingpt.errors import COMMAND, DATA, UserError, run
 
@@ -35,17 +35,16 @@ column: str = 'text'  # where the text stands in .jsonl and .parquet files
 # model's folder or a tokenizer.json that has one
 tokenizer: str = 'gpt2'
 name: str = 'text'  # the corpus is written to data/<name>
+to_dir: str = ''  # the folder to write; '' is data/<name>
 num_proc: int = 0  # processes that tokenise; 0 is one for each core
 # ------------------------------------------------------------------------------------------------
-
-DATA_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if not input:
         raise UserError('which text? give --input=PATH: a file, a folder, a glob or a URL', COMMAND)
-    folder = tokenise.folder_named(name, DATA_FOLDER, 'text')
+    folder = folder_for('text', to_dir, name)
     train_files = documents.find_files(input, folder)
     val_files = documents.find_files(val_input, folder, '--val_input') if val_input else []
     train, val = ([piece for file in files for piece in documents.find_pieces(file, column)]
@@ -70,7 +69,7 @@ def main(args: list[str]) -> None:
                                                                       eot=n_train > 1 or n_val > 1))
     packer = tokenise.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
     tokenise.write_corpus(folder, packer, parts, validation, input, num_proc)
-    console.say(next_steps('train_stdlib', f'out-{name}', dataset=name, out_dir=f'out-{name}'))
+    console.say(next_steps(folder, 'train_stdlib', 'stdlib', 'out-stdlib', run=f'out-{folder.absolute().name}'))
 
 
 if __name__ == '__main__':

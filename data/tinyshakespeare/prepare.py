@@ -16,6 +16,7 @@ import numpy as np
 import configurator
 from plaingpt import console, errors, tiny_shakespeare
 from plaingpt.corpus import documents, tokenise
+from plaingpt.corpus.folder import folder_for, next_steps
 from plaingpt.corpus.tokenizer import build
 from plaingpt.encoder import encoder_for
 
@@ -23,9 +24,9 @@ from plaingpt.encoder import encoder_for
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 input: str = ''  # the text, where it is on this machine already; '' downloads it
 tokenizer: str = 'gpt2'  # llm.c's; or 'char', 'byte', 'bpe:N', learned from all of it, or the path of a run or model
+to_dir: str = ''  # the folder to write; '' is data/tinyshakespeare
 # ------------------------------------------------------------------------------------------------
 
-FOLDER = Path(__file__).resolve().parent
 N_VALIDATION = 32768  # tokens
 
 
@@ -37,7 +38,8 @@ def split_sections(text: str) -> list[str]:
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    sections = split_sections(tiny_shakespeare.read(input, FOLDER))
+    folder = folder_for('tinyshakespeare', to_dir)
+    sections = split_sections(tiny_shakespeare.read(input, folder))
     encoder = encoder_for(tokenizer, lambda: build(tokenizer, lambda: sections, eot=True))
     packer = tokenise.Packer(encoder, encoder.eot, eot_first=True)
     ids = np.frombuffer(packer.pack(map(documents.Passage, sections)).tokens, packer.dtype)
@@ -47,8 +49,8 @@ def main(args: list[str]) -> None:
         n_documents, n_bytes = int(np.isin(part, packer.end).sum()), int(sizes[part].sum())
         splits.append((split, tokenise.Packed(
             part.tobytes(), int(part.max(initial=0)), n_documents, n_bytes, tokenise.Marks(), n_hard_cuts=0)))
-    tokenise.write_files(FOLDER, packer, tiny_shakespeare.NAME, splits)
-    console.say(f'next:\n    {errors.command("train.py", "config/overfit_tinyshakespeare.py")}')
+    tokenise.write_files(folder, packer, tiny_shakespeare.NAME, splits)
+    console.say(next_steps(folder, 'overfit_tinyshakespeare', 'tinyshakespeare', 'out-tinyshakespeare', samples=False))
 
 
 if __name__ == '__main__':

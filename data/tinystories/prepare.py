@@ -18,7 +18,7 @@ import configurator
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise
 from plaingpt.corpus.download import fetch_hub_files, find_hub_files
-from plaingpt.corpus.folder import next_steps
+from plaingpt.corpus.folder import folder_for, next_steps
 from plaingpt.encoder import encoder_for
 from plaingpt.errors import COMMAND, DATA, UserError, run
 
@@ -31,24 +31,25 @@ val_input: str = ''  # the same, for validation
 column: str = 'text'  # where the text stands in them
 tokenizer: str = 'bpe:4096'  # learned from the training stories; or 'byte', 'char', 'gpt2', another name of tiktoken's
 num_proc: int = 0  # processes that tokenise; 0 is one for each core
+to_dir: str = ''  # the folder to write; '' is data/tinystories
 # ------------------------------------------------------------------------------------------------
 
-FOLDER = Path(__file__).resolve().parent
 
-
-def find_files() -> tuple[list[str], list[str]]:
-    """For training and for validation."""
+def find_files(folder: Path) -> tuple[list[str], list[str]]:
+    """For training and for validation. What comes from a URL is kept in `folder`."""
     if input:
-        return documents.find_files(input, FOLDER), documents.find_files(val_input, FOLDER, '--val_input')
+        return documents.find_files(input, folder), documents.find_files(val_input, folder, '--val_input')
     train, val = (find_hub_files(source, '', revision, split) for split in ('train', 'validation'))
     return fetch_hub_files(train), fetch_hub_files(val)
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
+    folder = folder_for('tinystories', to_dir)
     if bool(input) != bool(val_input):
         raise UserError('give --input=PATH and --val_input=PATH together; without them both are downloaded', COMMAND)
-    train, val = ([piece for file in files for piece in documents.find_pieces(file, column)] for files in find_files())
+    train, val = ([piece for file in files for piece in documents.find_pieces(file, column)]
+                  for files in find_files(folder))
     n_train, n_val = tokenise.count_documents(train), tokenise.count_documents(val)
     console.say(f'found: stories {n_train:,}, for validation {n_val:,}')
     if not n_train or not n_val:
@@ -56,9 +57,9 @@ def main(args: list[str]) -> None:
 
     parts, validation = [*train, *val], np.arange(n_train, n_train + n_val)
     encoder = encoder_for(tokenizer, lambda: tokenise.build_tokenizer(tokenizer, parts, validation, eot=True))
-    tokenise.write_corpus(FOLDER, tokenise.Packer(encoder, encoder.eot, keep_empty=False), parts, validation,
+    tokenise.write_corpus(folder, tokenise.Packer(encoder, encoder.eot, keep_empty=False), parts, validation,
                         input or f'{source}@{revision or "main"}', num_proc)
-    console.say(next_steps('train_tinystories', 'out-tinystories'))
+    console.say(next_steps(folder, 'train_tinystories', 'tinystories', 'out-tinystories'))
 
 
 if __name__ == '__main__':

@@ -1,13 +1,17 @@
 """
-A corpus on disk: a folder, or a glob, of token files, and what is wrong with it.
+A corpus on disk: a folder, or a glob, of token files, what makes it, and what is wrong with it.
 
 train.bin and val.bin, or shards, of which those whose name says so are for validation. meta.json says which tokenizer
 made them and what they looked like when they were made.
 """
+import glob
 import hashlib
 import itertools
+import os
 import re
 import shlex
+import tempfile
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +23,8 @@ from plaingpt.corpus import checksums
 from plaingpt.corpus.order import Order
 from plaingpt.corpus.token_files import PIECES, VOCABULARIES, TokenFile, ends_of, open_files, sample_of
 from plaingpt.corpus.tokenizer import MOST_IDS, STATE, Tokenizer
-from plaingpt.errors import ALL_GPUS, DATA, UserError, command
-from plaingpt.paths import matching
+from plaingpt.errors import ALL_GPUS, DATA, UserError, command, command_of
+from plaingpt.paths import is_url, matching
 
 DATA_ROOT = Path(__file__).parents[2] / 'data'
 META = {  # what is read of a meta.json
@@ -30,7 +34,8 @@ META = {  # what is read of a meta.json
     'splits': {str: {'tokens': schema.COUNT, 'largest_id': schema.COUNT, 'head': str, 'tail': str, 'sha256?': str}}}
 SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
 FOR_VALIDATION = re.compile(r'(?<![^\W\d_])(val|valid|validation)(?![^\W\d_])', re.IGNORECASE)  # between no letters
-OPTION = re.compile(r'--\w+=[\w ./:,+=*?\[\]~@%-]*')  # of a command that is shown although a file brought it
+SHOWN = re.compile(r'[\w ./:,+=*?\[\]~@%\'"()&!#{}-]*')  # in a command that is shown although a file brought it
+RESERVED = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)  # names of devices on Windows
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     paths = files_of(folder, 'train')
     if isinstance(meta, dict) and meta.get('unfinished'):
         raise UserError(f'{folder} is not complete: a preparation was interrupted, or is at work\n'
-                        f'go on with: {how_to_go_on(folder, meta.get("created_by"))}', DATA)
+                        f'go on with: {how_to_prepare(folder)}', DATA)
     if not paths:
-        raise UserError(f'{folder} holds no prepared corpus\nfirst run: {how_to_prepare(folder)}', DATA)
+        is_glob = glob.has_magic(str(folder)) and not folder.exists()
+        remedy = 'give a folder, or a glob of .bin or .npy' if is_glob else f'first run: {how_to_prepare(folder)}'
+        raise UserError(f'{folder} holds no prepared corpus\n{remedy}', DATA)
     if path.exists():
         return schema.read_json(path, META, DATA, f'rebuild the corpus: {how_to_prepare(folder)}')
     if path.with_suffix('.pkl').exists():
@@ -112,43 +119,142 @@ def is_prepared(folder: Path) -> bool:
     return bool(files_of(folder, 'train')) or any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
 
 
+# ------------------------------------------------------------------------------------------------
+# Making it
+
+
+def is_plain(name: str) -> bool:
+    """Return whether data/<name> may be a corpus: letters, digits, '_', '.' and '-', as every system takes them."""
+    is_fine = all(unicodedata.category(character)[0] in 'LMN' or character in '_.-' for character in name)
+    return is_fine and name[:1] not in ('', '.', '-') and not RESERVED.fullmatch(name)
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether a folder can be written to, or made."""
+    return os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK)
+
+
+def folder_for(script: str, to_dir: str, name: str | None = None) -> Path:
+    """Return what data/<script>/prepare.py is to write: to_dir or, if that is '', data/<name>. Raise UserError for what
+    is no plain name, for the folder of another prepare.py, and for one that cannot be written."""
+    name = script if name is None else name
+    if is_url(to_dir):
+        raise UserError(f'--to_dir={to_dir} is no folder of this machine')
+    if not to_dir and not is_plain(name):
+        raise UserError(f"--name={name} becomes the folder data/<name>: letters, digits, '_', '.' and '-', and neither "
+                        'of the last two comes first; --to_dir= takes any folder')
+    if to_dir and name != script:
+        console.say('name has no effect: to_dir decides')
+    folder = Path(to_dir) if to_dir else DATA_ROOT / name
+    if (folder / 'prepare.py').exists() and folder.resolve() != (DATA_ROOT / script).resolve():
+        given = f'--to_dir={to_dir}' if to_dir else f'--name={name}'
+        raise UserError(f'{given}: that folder is for the corpus of data/{folder.resolve().name}/prepare.py: give '
+                        'another one')
+    if not is_writable(folder):
+        raise UserError(f'{folder} cannot be written to\nname another folder: --to_dir=FOLDER')
+    return folder
+
+
 def how_to_prepare(folder: Path) -> str:
-    """Return the command that makes this corpus."""
-    name = folder.parent.name if folder.suffix in SUFFIXES else folder.name
-    if (DATA_ROOT / name / 'prepare.py').exists():
-        return command(f'data/{name}/prepare.py')
-    return command('data/text/prepare.py', input='YOUR_TEXT', name=name)
+    """Return the command that makes the corpus in a folder, or makes it anew: the one that its meta.json names, if that
+    is one of this project's, or one that would do."""
+    home = folder if folder.is_dir() or not matching(folder) else folder.parent
+    meta = files.read_json(home / 'meta.json')
+    meta = meta if isinstance(meta, dict) else {}
+    script, settings = recorded_command(meta.get('created_by')) or guessed_command(home.absolute().name)
+    started = folder_of_paths(meta.get('created_in'), settings)
+    name, _ = settings.pop('name', script), settings.pop('to_dir', '')
+    place = home.absolute() if is_writable(home) else place_for(home.absolute().name, Path(tempfile.gettempdir()))
+    if place.resolve() != (DATA_ROOT / name).resolve() or not is_plain(name):
+        settings['to_dir'] = str(place.absolute())
+    elif name != script:
+        settings['name'] = name
+    if is_begun(home) and not meta.get('unfinished') and takes_overwrite(script):
+        settings['overwrite'] = 'True'
+    return command_of([f'data/{script}/prepare.py'], settings, folder=started)
 
 
-def how_to_go_on(folder: Path, created_by: object) -> str:
-    """Return the command that has begun this corpus, if that is one of this project's; or one that makes it anew."""
+def is_begun(folder: Path) -> bool:
+    """Return whether there is anything of a corpus."""
+    return (folder / 'meta.json').exists() or any(folder.glob('*.bin'))
+
+
+def takes_overwrite(script: str) -> bool:
+    """Return whether data/<script>/prepare.py goes on with what is there, unless it is told to start over."""
+    path = DATA_ROOT / script / 'prepare.py'
+    return path.exists() and '\noverwrite: bool' in path.read_text(encoding='utf-8')
+
+
+def recorded_command(created_by: object) -> tuple[str, dict[str, str]] | None:
+    """Return which prepare.py of this project a command runs, and its settings; None for any other command."""
     try:
-        _, script, *options = shlex.split(str(created_by))
+        _, script, *words = shlex.split(str(created_by))
     except ValueError:  # too few words, or a quote too many
-        return how_to_prepare(folder)
-    name = Path(script).parent.name
+        return None
+    settings, name = dict[str, str](), Path(script).parent.name
+    while words:
+        option, equals, value = words.pop(0).partition('=')
+        value = value if equals or not words else words.pop(0)
+        if not re.fullmatch(r'--[\w-]+', option) or not SHOWN.fullmatch(value):
+            return None
+        settings[option[2:].replace('-', '_')] = value
     is_ours = Path(script).name == 'prepare.py' and (DATA_ROOT / name / 'prepare.py').exists()
-    if is_ours and all(map(OPTION.fullmatch, options)):
-        return f'{command(f"data/{name}/prepare.py")} {shlex.join(options)}'
-    return how_to_prepare(folder)
+    return (name, settings) if is_ours else None
 
 
-def next_steps(config: str, run: str, takes_long: bool = False, **settings: str) -> str:
-    """Return what to say when a corpus is made: the commands that train on it, as config/<config>.py and these settings
-    say, and that sample the run. A training that takes long is for all GPUs of a machine."""
+def guessed_command(name: str) -> tuple[str, dict[str, str]]:
+    """Return which prepare.py makes a corpus of that name, and its settings."""
+    has_its_own = name != 'text' and (DATA_ROOT / name / 'prepare.py').exists()
+    return (name, {}) if has_its_own else ('text', {'input': 'YOUR_TEXT', 'name': name})
+
+
+def folder_of_paths(created_in: object, settings: dict[str, str]) -> Path | None:
+    """Return the folder in which a command was typed, if that is another one than this, and some of its settings are
+    paths, or globs, that start there."""
+    folder = Path(str(created_in))
+    if not SHOWN.fullmatch(str(folder)) or not folder.is_absolute() or folder == Path.cwd() or not folder.is_dir():
+        return None
+    starts = [value.partition('/')[0] for value in settings.values()]
+    return folder if any(start and (glob.has_magic(start) or (folder / start).exists()) for start in starts) else None
+
+
+def dataset_of(folder: Path) -> str:
+    """Return what --dataset= calls a folder."""
+    names = (folder.name, str(folder), str(folder.absolute()))
+    return next(name for name in names if data_folder(name).resolve() == folder.resolve())
+
+
+def place_for(name: str, *others: Path) -> Path:
+    """Return where a folder of that name can be made: in this folder, or else in the first of the others that can be
+    written to."""
+    return next((place for place in (Path(), *others) if os.access(place, os.W_OK)), Path()) / name
+
+
+def next_steps(folder: Path, config: str, dataset: str, out_dir: str, run: str = '', takes_long: bool = False,
+               samples: bool = True) -> str:
+    """Return what to say when the corpus in `folder` is made: the commands that train on it as config/<config>.py says,
+    which has this dataset and out_dir, and that sample the run, which may be another one. A training that takes long is
+    for all GPUs of a machine."""
+    usual = {'dataset': dataset, 'out_dir': out_dir}
+    given = {'dataset': dataset_of(folder), 'out_dir': str(place_for(run or out_dir, folder.absolute().parent, folder))}
+    settings = {name: value for name, value in given.items() if value != usual[name]}
     train = ('train.py', f'config/{config}.py')
-    lines = ['next:', f'    {command(*train, **settings)}', f'    {command("sample.py", out_dir=run)}']
+    lines = ['next:', f'    {command(*train, **settings)}']
+    lines += [f'    {command("sample.py", out_dir=given["out_dir"])}'] if samples else []
     if takes_long:
-        lines += ['or, to train on all GPUs of this machine:', f'    {command(*train, launcher=ALL_GPUS, **settings)}']
+        lines += ['or, to train on all GPUs of this machine:', f'    {command_of(train, settings, launcher=ALL_GPUS)}']
     return '\n'.join(lines)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading it
 
 
 def open_tokens(paths: Sequence[Path], name: Path, meta: dict[str, Any]) -> TokenFile:
     """Open the files of one folder as `open_files` does. What is read of them is compared with their checksums, if
     their maker has left some."""
     tokens, folder = open_files(paths, name, meta['dtype']), paths[0].parent
-    command = how_to_go_on(folder, meta.get('created_by'))
-    remedy = f'rebuild the corpus: {command}{" --overwrite=True" * ("made_with" in meta)}'
+    remedy = f'rebuild the corpus: {how_to_prepare(folder)}'
     sums = checksums.read(folder, remedy)
     for file in tokens.files:
         sha256 = meta['splits'].get(file.path.stem, {}).get('sha256', '')

@@ -14,12 +14,10 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shlex
 import signal
 import sys
 import threading
-import unicodedata
 from array import array
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -45,7 +43,6 @@ Numbers = npt.NDArray[np.int64]  # of documents
 
 SPLITS = ('train', 'val')
 CHUNK = 1 << 18  # characters that a tokenizer is given at once
-RESERVED = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)  # names of devices on Windows
 MOST_PROCESSES = 1024
 SMALL = 4  # batches that one process has done before others would have started
 
@@ -409,6 +406,7 @@ def in_turn(results: Iterable[Done], validation: Numbers, progress: console.Prog
 def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tuple[str, Packed]]) -> None:
     """Make folder/train.bin and val.bin of what was packed for each split, with their meta.json, or leave no trace."""
     sums: dict[str, checksums.Sums] = {}
+    meta = describe(packer, source)
     with alone_in(folder):
         with ExitStack() as stack:
             writers = {split: Writer(stack.enter_context(files.written_whole(folder / f'{split}.bin')))
@@ -419,9 +417,9 @@ def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tupl
             empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
             if empty:
                 raise UserError(f'{source} holds no text for {empty[0]}.bin', DATA)
-            write_meta(folder, {'format': 1, 'unfinished': True})  # so that half of it is not taken for the whole
+            write_meta(folder, meta | {'unfinished': True})  # so that half of it is not taken for the whole
         checksums.write(folder, sums)
-        write_meta(folder, describe(packer, source) | {'splits': splits})
+        write_meta(folder, meta | {'splits': splits})
     for split, made in splits.items():
         console.say(f'{split + ":":6} {made["tokens"]:,} tokens, {made["bytes"] / made["tokens"]:.2f} bytes of text '
                     f'each ({made["bytes"]:,} in all; documents: {made["documents"]:,})')
@@ -436,25 +434,12 @@ def describe(packer: Packer, source: str) -> dict[str, Any]:
     """Return what meta.json says about a corpus as a whole. Secrets of a URL stay out of it."""
     return {'format': 1, 'tokenizer': packer.tokenizer.reference(), 'vocab_size': packer.tokenizer.n_vocab,
             'dtype': packer.dtype.name, 'source': console.shown(source),
-            'created_by': shlex.join(['python', *map(console.shown, sys.argv)])}
+            'created_by': shlex.join(['python', *map(console.shown, sys.argv)]), 'created_in': os.getcwd()}
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     with files.written_whole(folder / 'meta.json') as file:
         file.write(json.dumps(meta, indent=1).encode())
-
-
-def folder_named(name: str, data: Path, script: str) -> Path:
-    """Return data/<name>, which data/<script>/prepare.py is asked to write. Raise UserError for what is no plain name,
-    and for the folder of another prepare.py."""
-    is_plain = all(unicodedata.category(character)[0] in 'LMN' or character in '_.-' for character in name)
-    if not name or not is_plain or name[0] in '.-' or RESERVED.fullmatch(name):
-        raise UserError(f"--name={name} becomes the folder data/<name>: letters, digits, '_', '.' and '-', and neither "
-                        "of the last two comes first", COMMAND)
-    if name != script and (data / name / 'prepare.py').exists():
-        raise UserError(f'--name={name}: that folder is for the corpus of data/{name}/prepare.py: give another name',
-                        COMMAND)
-    return data / name
 
 
 @contextmanager

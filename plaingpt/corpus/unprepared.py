@@ -1,5 +1,4 @@
 """A text that no prepare.py has seen, tokenised on the spot, so that any model can be measured on it."""
-import glob
 from contextlib import closing
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from plaingpt.corpus.folder import SUFFIXES, data_folder, is_prepared
 from plaingpt.corpus.token_files import TokenFile
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError
+from plaingpt.paths import matching
 
 
 def is_unprepared(dataset: str) -> bool:
@@ -20,7 +20,7 @@ def is_unprepared(dataset: str) -> bool:
         return False
     if path.is_dir():
         return any(documents.kind_of(file.name) in documents.KINDS for file in path.rglob('*'))
-    return path.exists() or bool(glob.glob(dataset))
+    return bool(matching(path))
 
 
 def open_text(dataset: str, vocabulary: Tokenizer, block_size: int, folder: Path) -> TokenFile:

@@ -22,7 +22,7 @@ from plaingpt import errors
 from plaingpt.chance import draw
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.batches import Windows, parts_of, read_batch
-from plaingpt.corpus.folder import data_folder, fingerprint, open_split, read_meta
+from plaingpt.corpus.folder import DATA_ROOT, data_folder, dataset_of, fingerprint, open_split, read_meta
 from plaingpt.corpus.order import Order, fixed_starts, shuffle
 from plaingpt.corpus.token_files import TokenFile
 from plaingpt.errors import DATA
@@ -259,6 +259,18 @@ def test_a_corpus_is_a_name_in_data_or_any_folder(tiny_dataset: Path) -> None:
     assert data_folder(str(tiny_dataset)) == tiny_dataset
 
 
+def test_a_folder_is_called_by_the_shortest_name_that_means_it_and_no_corpus_in_data(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ('stdlib', 'mine', 'a/b'):
+        (tmp_path / name).mkdir(parents=True)
+    for folder, name in ((DATA_ROOT / 'stdlib', 'stdlib'), (DATA_ROOT / 'none', 'none'), (Path('mine'), 'mine'),
+                         (tmp_path / 'mine', 'mine'), (Path('a/b'), 'a/b'), (Path('stdlib'), f'{tmp_path}/stdlib'),
+                         (tmp_path / 'a/b', f'{tmp_path}/a/b'), (Path(), str(tmp_path))):
+        assert dataset_of(folder) == name
+        assert data_folder(name).absolute() == folder.absolute()
+
+
 @pytest.mark.parametrize(('n_tokens', 'T', 'count'), [(1000, 16, 10), (1000, 16, 62), (1000, 16, 100), (17, 16, 5)])
 def test_evaluation_reads_windows_that_are_spread_evenly_and_never_one_twice(n_tokens: int, T: int, count: int) -> None:
     starts = fixed_starts(n_tokens, T, count)
@@ -353,11 +365,16 @@ def test_a_file_that_shrinks_while_it_is_read_ends_in_a_message(tmp_path: Path) 
 
 
 def test_a_corpus_that_is_not_prepared_names_the_command_that_does_it(tmp_path: Path) -> None:
-    for name, command in [('openwebtext', 'python data/openwebtext/prepare.py'),
-                          ('stdlib', 'python data/stdlib/prepare.py'),
-                          ('mine', 'python data/text/prepare.py --input=YOUR_TEXT --name=mine')]:
-        command = command.replace('python', errors.python(), 1)
-        assert refused(read_meta, tmp_path / name).endswith(f'first run: {command}')
+    for place, name, command in [
+            (DATA_ROOT, 'no-corpus', 'data/text/prepare.py --input=YOUR_TEXT --name=no-corpus'),
+            (DATA_ROOT, 'my corpus', f"data/text/prepare.py --input=YOUR_TEXT --to_dir='{DATA_ROOT}/my corpus'"),
+            (DATA_ROOT, 'text', 'data/text/prepare.py --input=YOUR_TEXT'),
+            (tmp_path, 'openwebtext', f'data/openwebtext/prepare.py --to_dir={tmp_path}/openwebtext'),
+            (tmp_path, 'stdlib', f'data/stdlib/prepare.py --to_dir={tmp_path}/stdlib'),
+            (tmp_path, "it's mine", f"""data/text/prepare.py --input=YOUR_TEXT --to_dir='{tmp_path}/it'"'"'s mine'""")]:
+        assert refused(read_meta, place / name).endswith(f'first run: {errors.python()} {command}')
+    for pattern in ('no*.bin', 'no[1]', '*/*.bin'):
+        assert refused(read_meta, tmp_path / pattern).endswith('\ngive a folder, or a glob of .bin or .npy')
 
 
 def test_a_meta_pkl_is_refused_and_never_opened(copy: Path, tmp_path: Path) -> None:

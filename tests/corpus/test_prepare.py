@@ -4,12 +4,14 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,12 +38,8 @@ TEXTS = ROOT / 'tests/data'
 
 def load(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """data/<name>/prepare.py, which writes below `folder` instead of data/."""
-    module = importlib.import_module(f'data.{name}.prepare')
-    if name == 'text':
-        monkeypatch.setattr(module, 'DATA_FOLDER', folder)
-    else:
-        monkeypatch.setattr(module, 'FOLDER', folder / name)
-    return module
+    monkeypatch.setattr('plaingpt.corpus.folder.DATA_ROOT', folder)
+    return importlib.import_module(f'data.{name}.prepare')
 
 
 def read_split(folder: Path, split: str) -> list[int]:
@@ -551,25 +549,76 @@ def test_a_script_ends_with_the_documented_codes_and_no_traceback(tmp_path: Path
         assert 'Traceback' not in answer.stderr and len(answer.stderr.splitlines()) <= 3
 
 
+@contextmanager
+def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The host, with its port, of a web server that has this folder."""
+    monkeypatch.setattr(SimpleHTTPRequestHandler, 'log_message', lambda *_: None)  # what it logs is the server's
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(SimpleHTTPRequestHandler, directory=str(folder))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f'127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
 def test_what_is_secret_in_the_url_of_an_input_is_neither_printed_nor_kept(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(TEXTS / 'play.txt', tmp_path)
     prepare = load('text', tmp_path / 'data', monkeypatch)
-    monkeypatch.setattr(SimpleHTTPRequestHandler, 'log_message', lambda *_: None)  # what it logs is the server's
-    with ThreadingHTTPServer(('127.0.0.1', 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        host = f'127.0.0.1:{server.server_port}'
+    with serving(tmp_path, monkeypatch) as host:
         args = [f'--input=http://{host}/play.txt?signature=Hush!', '--tokenizer=byte', '--name=play']
         monkeypatch.setattr(sys, 'argv', ['data/text/prepare.py', *args])
         prepare.main(args)
         with pytest.raises(UserError, match=r'http://\*\*\*@.* was given with a password') as refused:
             prepare.main([f'--input=http://me:Hush!@{host}/play.txt', '--tokenizer=byte'])
-        server.shutdown()
     said = ''.join([*capsys.readouterr(), str(refused.value)])
     assert f'http://{host}/play.txt?***' in said
     assert 'created_by' in (tmp_path / 'data/play/meta.json').read_text(encoding='utf-8')
     everything = said.encode() + b''.join(path.read_bytes() for path in tmp_path.rglob('*') if path.is_file())
     assert b'Hush!' not in everything
+
+
+@pytest.mark.parametrize('name', sorted(path.parent.name for path in ROOT.glob('data/*/prepare.py')))
+@pytest.mark.usefixtures('gpt2_stand_in')
+def test_every_corpus_is_written_where_to_dir_says_and_nothing_elsewhere(
+        name: str, play: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """What comes from a URL is kept there, too."""
+    prepare, folder = load(name, tmp_path / 'data', monkeypatch), tmp_path / "my [1] corpora/it's here"
+    (tmp_path / 'rows.jsonl').write_text('{"text": "to be or not to be"}\n' * 3000, encoding='utf-8')
+    kind = play.name if 'shakespeare' in name else 'rows.jsonl'
+    given = [] if name == 'stdlib' else [f'--input=URL/{kind}']
+    given += {'stdlib': ['--tokenizer=byte'], 'fineweb_edu': ['--shard_size=9999'],
+              'tinystories': [f'--val_input={tmp_path}/rows.jsonl', '--tokenizer=byte']}.get(name, [])
+    before = sorted(tmp_path.iterdir())
+    with serving(tmp_path, monkeypatch) as host:
+        prepare.main([*(argument.replace('URL', f'http://{host}') for argument in given), f'--to_dir={folder}'])
+    assert sorted(tmp_path.iterdir()) == sorted([*before, folder.parent])
+    assert {path.name for path in folder.iterdir()} >= {'meta.json', 'checksums.npz', *(
+        [] if name == 'stdlib' else [f'input-{kind}'])}
+    assert read_split(folder, 'train') and read_split(folder, 'val')
+    train = next(line for line in capsys.readouterr().out.partition('next:\n')[2].splitlines())
+    assert f'--dataset={folder}' in shlex.split(train)
+
+
+@pytest.mark.parametrize(('argument', 'message'), [
+    ('--to_dir=s3://bucket/corpus', '--to_dir=s3://bucket/corpus is no folder of this machine'),
+    ('--to_dir=data/stdlib', '--to_dir=data/stdlib: that folder is for the corpus of data/stdlib/prepare.py: give an'),
+])
+def test_a_folder_that_cannot_be_the_corpus_is_refused_before_any_text_is_read(
+        argument: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as caught:
+        importlib.import_module('data.text.prepare').main(['--input=nowhere', argument])
+    assert str(caught.value).startswith(message) and caught.value.code == COMMAND
+
+
+def test_a_name_that_decides_nothing_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    main = load('text', tmp_path / 'data', monkeypatch).main
+    given = [f'--input={TEXTS}/play.txt', '--tokenizer=byte', f'--to_dir={tmp_path}/it']
+    for more, count in (([], 0), (['--name=mine'], 1)):
+        main([*given, *more])
+        assert capsys.readouterr().out.count('name has no effect: to_dir decides\n') == count
+    assert [path.name for path in tmp_path.iterdir()] == ['it']
 
 
 @pytest.mark.parametrize('name', ['text', 'mine', 'a.b_c-2', 'Bücher', '日本語', 'हिन्दी', 'ไทย', 'com10'])

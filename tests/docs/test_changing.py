@@ -22,9 +22,10 @@ class TensorBoard:
 '''
 CORPUS = """import sys
 from pathlib import Path
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from plaingpt.corpus import tokenise, tokenizer
+from plaingpt.corpus.folder import folder_for
+to_dir = ''
 text = 100 * 'Simple is better than complex.'
 if True:
 """  # and the lines of the page

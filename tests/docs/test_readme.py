@@ -61,7 +61,7 @@ RUN = {
     'python evaluate.py --init_from="out-stdlib/ckpt*.pt"':
         Run('--eval_iters=1', r'\nout-stdlib/ckpt\.1\.pt, step \d .*\nout-stdlib/ckpt\.pt, step \d '),
     'python evaluate.py --out_dir=out-stdlib --dataset=README.md':
-        Run('--eval_iters=1', r'\ntext of README\.md +loss .*\nout-stdlib, step \d+ +\d+\.\d+ '),
+        Run('--eval_iters=1', r'\ntext of README\.md\n +loss .*\nout-stdlib, step \d+ +\d+\.\d+ '),
     f'{DEFAULT} --overfit_single_batch=True --max_iters=100': Run('', r'\nPASS: .* in 100 steps\n'),
     'torchrun --standalone --nproc_per_node=2 train.py config/train_stdlib.py --device=cpu --out_dir=out-two '
     '--overwrite=True':
@@ -189,7 +189,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a clone of the repository would hold, with a .venv as README makes it, and the packages that these tests
     run on in it."""
     folder = tmp_path_factory.mktemp('clone')
-    for pattern in ('*.py', 'plaingpt/**/*.py', '*.txt', 'Makefile', 'benchmarks/*.py', 'config/*.py',
+    for pattern in ('*.py', 'plaingpt/**/*.py', '*.txt', 'README.md', 'Makefile', 'benchmarks/*.py', 'config/*.py',
                     'data/*/prepare.py'):
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
