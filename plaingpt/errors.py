@@ -113,7 +113,8 @@ def missing_package(error: BaseException) -> UserError:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """On cards PyTorch has a class for it; in main memory it is a RuntimeError."""
-    words = ('out of memory', "can't allocate memory", 'not enough memory')
+    words = ('out of memory', "can't allocate memory", 'not enough memory', 'CUBLAS_STATUS_ALLOC_FAILED',
+             'CUDNN_STATUS_ALLOC_FAILED')
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
@@ -31,15 +32,19 @@ PEAK_FLOPS = {
 FLOAT16_ONLY = {'V100S', 'V100', 'T4'}  # before Ampere: neither bfloat16 nor TF32
 OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a card, or a smaller chip under the same name
 COMPILERS = {'win32': 'cl', 'darwin': 'clang++'}  # that torch.compile calls for a CPU, unless CXX names one
+C_COMPILERS = ('gcc', 'clang', 'cc')  # with one of which Triton builds what starts its code, unless CC names another
+TRITON_SINCE = (8, 0)  # the generation of cards that it is made for
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
 
 
 def pick_device(name: str) -> tuple[str, str]:
-    """'auto' takes the first of cuda, mps and cpu that this machine has. Returns the device's type, and why."""
-    there = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    """'auto' takes the first of cuda, mps and cpu that this machine has. Returns the device's type, and why. Raises
+    UserError, too, if there is a card that this build of torch cannot use: it must not train on the CPU instead."""
+    kind, colon, number = name.partition(':')
+    asks_for_cuda = kind in ('auto', 'cuda')
+    there = {'cuda': asks_for_cuda and has_cuda(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
         return next(device for device in there if there[device]), f'the first of {", ".join(there)} that is here'
-    kind, colon, number = name.partition(':')
     if kind not in there or (colon and not number.isdecimal()):
         raise UserError(f"--device={name}: expected 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
     if not there[kind]:
@@ -48,6 +53,35 @@ def pick_device(name: str) -> tuple[str, str]:
     if kind == 'cuda' and colon and int(number) >= torch.cuda.device_count():
         raise UserError(f'--device={name}: the last card here is cuda:{torch.cuda.device_count() - 1}')
     return name, 'as asked'
+
+
+def has_cuda() -> bool:
+    """Return whether there is a card that this build of torch can use. Raises UserError if there is one and it cannot:
+    the driver is too old for the build, or the build has no code for the card."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        is_there = torch.cuda.is_available()
+    complaint = next((str(warning.message) for warning in caught if 'too old' in str(warning.message)), '')
+    if complaint and not is_there:
+        version = re.search(r'found version (\d+)', complaint)
+        raise UserError(f"this machine's NVIDIA driver{f' ({version[1]})' if version else ''} is too old for torch "
+                        f'{torch.__version__}, which is built for CUDA {torch.version.cuda}\nupdate the driver, '
+                        'install a build of torch for an older CUDA, or give --device=cpu to train there all the same')
+    builds = torch.cuda.get_arch_list() if is_there else []
+    if is_there and not any(runs_on(built, torch.cuda.get_device_capability()) for built in builds):
+        major, minor = torch.cuda.get_device_capability()
+        raise UserError(f'torch {torch.__version__} has no code for this card, {torch.cuda.get_device_name()}, which '
+                        f'is sm_{major}{minor}: it has {", ".join(builds)}\ninstall a build of torch for an older CUDA '
+                        '(12.6 has sm_70), or give --device=cpu')
+    return is_there
+
+
+def runs_on(built: str, capability: tuple[int, int]) -> bool:
+    """Return whether code that was built for 'sm_80' or 'compute_80' runs on a card: machine code runs on the same
+    generation, not older, and what is compiled on the spot (PTX) on all that are not older."""
+    kind, _, number = built.partition('_')
+    major, minor = divmod(int(re.sub(r'\D', '', number)), 10)
+    return (major, minor) <= capability and (kind == 'compute' or major == capability[0])
 
 
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
@@ -79,8 +113,13 @@ def pick_compile(choice: bool | str, device: str) -> tuple[bool, str]:
         return bool(choice), 'as asked'
     if device != 'cuda':
         return False, 'which rarely pays off cuda'
-    compiles = find_spec('triton') is not None and torch.cuda.get_device_capability() >= (7, 0)
-    return compiles, 'which pays on cuda' if compiles else 'for want of Triton, or of a newer card'
+    wanting = {
+        'Triton': find_spec('triton') is None,
+        'a newer card': torch.cuda.get_device_capability() < TRITON_SINCE,
+        f'a C compiler, {" or ".join(C_COMPILERS)}': not ('CC' in os.environ or any(map(shutil.which, C_COMPILERS)))}
+    if missing := [what for what, is_wanting in wanting.items() if is_wanting]:
+        return False, f'for want of {missing[0]}'
+    return True, 'which pays on cuda'
 
 
 class Compute(NamedTuple):
