@@ -46,7 +46,8 @@ init_from: str = ''  # a checkpoint file, a run's folder, a glob of these, a Hug
 out_dir: str = 'out'  # of the run
 tasks: str = 'val'  # of 'val', 'hellaswag' and 'lambada', those to do: 'val,hellaswag'
 dataset: str = ''  # a folder in data/, any folder, or text (.txt, .jsonl, .parquet); '' is what the model has read
-split: Literal['train', 'val'] = 'val'  # of the dataset
+split: Literal['train', 'val'] = 'val'  # of the dataset, unless that is text
+column: str = 'text'  # where the text stands in .jsonl and .parquet files, if the dataset is some of these
 hellaswag: str = ''  # its validation set, a .jsonl file; '' downloads the original
 lambada: str = ''  # its test set, a .jsonl file; '' downloads OpenAI's
 eval_iters: int = 0  # batches of the dataset to evaluate on; 0 is the whole split
@@ -104,14 +105,17 @@ def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], p
     if compute.dtype == torch.int8:
         quantise(model)
     predict = Predictor(model, model.config, process, compute, batch_size)
-    folder, n_vocab = corpus_of(state, dataset), model.config.vocab_size
+    is_text = is_unprepared(dataset)
+    corpus = '' if is_text else dataset
+    folder, n_vocab = corpus_of(state, corpus), model.config.vocab_size
     figures: dict[str, dict[str, float]] = {}
     if 'val' in names:
-        figures = measure_text(state, predict) if is_unprepared(dataset) else measure_split(folder, state, predict)
+        figures = measure_text(state, predict) if is_text else measure_split(folder, state, predict)
         refuse_not_finite(all(math.isfinite(row['loss']) for row in figures.values()))
     for name, rows in questions.items():
-        figures |= MEASURES[name](rows, learned_tokenizer(state, n_vocab, folder, bool(dataset)), predict)
-    return Measured(console.shown(where), state.get('iter_num'), folder.name if 'val' in names else '', figures)
+        figures |= MEASURES[name](rows, learned_tokenizer(state, n_vocab, folder, bool(corpus)), predict)
+    read = Path(dataset).name if is_text else folder.name
+    return Measured(console.shown(where), state.get('iter_num'), read if 'val' in names else '', figures)
 
 
 def measure_split(folder: Path, state: State, predict: Predictor) -> dict[str, dict[str, float]]:
@@ -128,7 +132,7 @@ def measure_text(state: State, predict: Predictor) -> dict[str, dict[str, float]
     """Measure a model on text that is tokenised as it has learned it."""
     learned = learned_tokenizer(state, predict.config.vocab_size, corpus_of(state))
     with tempfile.TemporaryDirectory() as folder:
-        text = open_text(dataset, learned, predict.config.block_size, Path(folder))
+        text = open_text(dataset, column, learned, predict.config.block_size, Path(folder))
         processes.refuse_difference(predict.process, {'text': fingerprint(text)}, SAME.format(dataset))
         return {'text': metrics.evaluate(predict, text, eval_iters * batch_size, learned.token_sizes())}
 

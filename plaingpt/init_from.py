@@ -197,6 +197,11 @@ def tokenizer_of(where: str) -> Tokenizer:
     if path.is_dir() and is_prepared(path):
         return tokenizer.from_state(read_meta(path)['tokenizer'])
     state = huggingface.read_origin(path) or huggingface_tokenizer.read(where)
+    if path.is_dir() and not state and not huggingface_tokenizer.is_in(path):
+        config = huggingface.read_config(where, 0.0)[0] if (path / 'config.json').is_file() else None
+        if config is None or config.vocab_size not in GPT2_SIZES:
+            raise UserError(f'--tokenizer={where}: in this folder there is no run, no corpus and no tokenizer',
+                            CHECKPOINT)
     return tokenizer.from_state(state.get('tokenizer') or {'name': 'gpt2'}, CHECKPOINT)
 
 

@@ -18,11 +18,15 @@ def read(path: str, folder: Path) -> str:
     return next(documents.read_documents(documents.find_pieces(documents.find_files(path, folder)[0])))
 
 
-def prepare(path: str, folder: Path, spec: str, config: str) -> None:
-    """Split the text by position, tokenise it as `spec` says, and name the commands that train on it and sample."""
+def prepare(path: str, folder: Path, spec: str, usual: str, config: str) -> None:
+    """Split the text by position, tokenise it as `spec` says, and name the commands that train on it and sample. The
+    `config` is for a corpus in the `usual` tokens; one in others is trained on from scratch."""
     text = read(path, folder)
     parts, validation = tokenise.split_text(text, 0.1)
     encoder = encoder_for(spec, lambda: tokenise.build_tokenizer(spec, parts, validation, eot=False))
     tokenise.write_corpus(folder, tokenise.Packer(encoder, eot=None), parts, validation, NAME)
     dataset = config.partition('_')[2]
-    console.say(next_steps(folder, config, dataset, f'out-{dataset.replace("_", "-")}'))
+    run = f'out-{dataset.replace("_", "-")}'
+    steps = next_steps(folder, config, dataset, run) if spec == usual else next_steps(
+        folder, 'train_stdlib', 'stdlib', 'out-stdlib', run)
+    console.say(steps)

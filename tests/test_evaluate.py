@@ -257,6 +257,16 @@ def test_a_text_that_was_not_prepared_gives_the_figures_of_one_that_was(
         evaluate.main, [*arguments, f'--dataset={tmp_path}/in/0.txt'], code=errors.DATA)
 
 
+def test_a_text_is_read_from_the_column_that_is_named(trained: Path, tmp_path: Path) -> None:
+    letters = ''.join(piece.decode() for piece in tokenizer.from_state(
+        open_model(str(trained))[1]['tokenizer']).pieces if piece.isalpha()) * 2
+    (tmp_path / 'a.jsonl').write_text(json.dumps({'body': letters}), encoding='utf-8')
+    arguments = [f'--out_dir={trained}', f'--dataset={tmp_path}/a.jsonl', '--device=cpu']
+    assert '--column=' in refused(evaluate.main, arguments, code=errors.DATA)
+    evaluate.main([*arguments, '--column=body'])
+    assert figures(trained)['measured'][0]['dataset'] == 'a.jsonl'
+
+
 def test_checkpoints_that_a_glob_matches_are_rows_in_the_order_of_their_steps(
         trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (trained / 'a-later-copy.pt').write_bytes((trained / 'ckpt.pt').read_bytes())

@@ -194,6 +194,8 @@ def test_every_prepare_script_names_a_training_on_what_it_has_made(elsewhere: Pl
         for command in (train, *(other for other in others if 'torch.distributed.run' in other)):
             said = elsewhere.follow(command.replace('--nproc_per_node=gpu', '--nproc_per_node=2'), '--plan=True')
             assert ' tokens to train on, ' in said
+    train, *_ = elsewhere.run('data/shakespeare/prepare.py', play, '--tokenizer=byte')  # which no GPT-2 has learned
+    assert ' tokens to train on, ' in elsewhere.follow(train, '--plan=True') and 'finetune' not in train
 
 
 @pytest.fixture(params=['a mount', 'permissions'])

@@ -24,7 +24,7 @@ to_dir: str = ''  # the folder to write; '' is data/shakespeare
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    tiny_shakespeare.prepare(input, folder_for('shakespeare', to_dir), tokenizer, 'finetune_shakespeare')
+    tiny_shakespeare.prepare(input, folder_for('shakespeare', to_dir), tokenizer, 'gpt2', 'finetune_shakespeare')
 
 
 if __name__ == '__main__':

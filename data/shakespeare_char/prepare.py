@@ -24,7 +24,7 @@ to_dir: str = ''  # the folder to write; '' is data/shakespeare_char
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    tiny_shakespeare.prepare(input, folder_for('shakespeare_char', to_dir), tokenizer, 'train_shakespeare_char')
+    tiny_shakespeare.prepare(input, folder_for('shakespeare_char', to_dir), tokenizer, 'char', 'train_shakespeare_char')
 
 
 if __name__ == '__main__':

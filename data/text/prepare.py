@@ -67,6 +67,8 @@ def main(args: list[str]) -> None:
 
     encoder = encoder_for(tokenizer, lambda: tokenise.build_tokenizer(tokenizer, parts, validation,
                                                                       eot=n_train > 1 or n_val > 1))
+    if (n_train > 1 or n_val > 1) and encoder.eot is None:
+        console.say(f"the tokenizer '{encoder.name}' has no token that ends a document: they follow each other without")
     packer = tokenise.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
     tokenise.write_corpus(folder, packer, parts, validation, input, num_proc)
     console.say(next_steps(folder, 'train_stdlib', 'stdlib', 'out-stdlib', run=f'out-{folder.absolute().name}'))

@@ -7,6 +7,7 @@ Planning looks at every file once, and so knows how many documents there are and
 read by any process without the others, so that no text has to be sent to it.
 """
 import codecs
+import io
 import itertools
 import os
 import re
@@ -148,7 +149,7 @@ def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:
     with opened(name) as file:
         match kind_of(name):
             case '.jsonl' | '.ndjson':
-                yield from find_lines(name, column, file)
+                yield from find_lines(name, column, in_utf8(name, file))
             case '.parquet':
                 yield from find_row_groups(name, column, file)
             case _:
@@ -156,9 +157,25 @@ def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:
                 yield Piece(name, column, 0, size, 1, is_apart=PIECE < size < sys.maxsize)
 
 
+def in_utf8(name: str, file: BinaryIO) -> BinaryIO:
+    """Return a file whose bytes are UTF-8: itself or, if its byte order mark says UTF-16, as Windows writes it, what is
+    made of it, in memory."""
+    codec, start = encoding_of(file)
+    file.seek(0)
+    if codec == 'utf-8':
+        return file
+    content = file.read()[start:]
+    with readable_decoding(name, start):
+        return Recoded(content.decode(codec).encode())
+
+
+class Recoded(io.BytesIO):
+    """What a file says, in UTF-8."""
+
+
 def find_lines(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
     """Yield pieces of a .jsonl file that begin and end with a line. Blank lines are no documents."""
-    is_apart, start, stop, n_documents = not name.endswith(PACKED), 0, 0, 0
+    is_apart, start, stop, n_documents = not (name.endswith(PACKED) or isinstance(file, Recoded)), 0, 0, 0
     for line in file:
         stop += len(line)
         n_documents += not line.isspace()
@@ -194,7 +211,7 @@ def read_passages(pieces: Iterable[Piece], may_cut: bool) -> Iterator[Passage]:
         with opened(piece.name) as file:
             match kind_of(piece.name):
                 case '.jsonl' | '.ndjson':
-                    texts = read_lines(piece, file)
+                    texts = read_lines(piece, in_utf8(piece.name, file))
                 case '.parquet':
                     texts = read_row_groups(piece, file)
                 case _:
@@ -278,8 +295,9 @@ def readable_decoding(name: str, offset: int) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         encoding, byte = error.encoding.upper(), error.object[error.start]
+        was = 'latin1' if encoding == 'UTF-8' else encoding
         raise UserError(f'{name} is not {encoding}: byte {offset + error.start} is 0x{byte:02x}\n'
-                        'save it as UTF-8, for example: iconv -f latin1 -t utf-8 OLD > NEW', DATA) from None
+                        f'save it as UTF-8, for example: iconv -f {was} -t utf-8 OLD > NEW', DATA) from None
 
 
 def decode(name: str, text: bytes, offset: int) -> str:

@@ -187,7 +187,7 @@ class Marks:
     def extend(self, numbers: Sequence[int], is_open: bool) -> None:
         """Add the marks of the text that follows; the last document of which does not end if it `is_open`."""
         if self.is_open and numbers:
-            self.numbers[-1] ^= numbers[0]
+            self.numbers[-1] = (self.numbers[-1] + numbers[0]) % 2**64
         self.numbers.extend(numbers[self.is_open:])
         self.is_open = is_open if numbers else self.is_open
 
@@ -276,8 +276,8 @@ def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generat
             n_hard_cuts += sum(packed.n_hard_cuts for packed in (done.train, *done.val.values()))
             yield done
     if n_hard_cuts:
-        console.say(f'a text that has no space for {LONGEST:,} characters is cut where it may have other tokens; cuts: '
-                    f'{n_hard_cuts:,}')
+        console.say(f'words, or white space, of more than {LONGEST:,} characters are cut, and have other tokens there; '
+                    f'cuts: {n_hard_cuts:,}')
 
 
 def in_processes(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[Done, None, None]:
@@ -416,7 +416,8 @@ def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tupl
             splits = {split: writer.finish(packer.dtype, sums) for split, writer in writers.items()}
             empty = [split for split in SPLITS if splits[split]['bytes'] == 0]
             if empty:
-                raise UserError(f'{source} holds no text for {empty[0]}.bin', DATA)
+                raise UserError(f'{source} holds no text for {empty[0]}.bin\ngive more text, or set another part of it '
+                                'aside for validation', DATA)
             write_meta(folder, meta | {'unfinished': True})  # so that half of it is not taken for the whole
         checksums.write(folder, sums)
         write_meta(folder, meta | {'splits': splits})

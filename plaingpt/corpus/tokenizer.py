@@ -29,7 +29,7 @@ GPT2_PATTERNS = (  # two ways to write it: the published one, and tiktoken's, wh
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
 )
-CUT_ALIKE = ('cl100k_base', 'o200k_base')  # whose patterns, like GPT-2's, join no word with the space after it
+CUT_ALIKE = ('cl100k_base', 'o200k_base', 'o200k_harmony')  # whose patterns, as GPT-2's, join no word with a next space
 PART = 1 << 18  # characters of a text that a library is given at once, or a few more
 LONGEST = 1_000_000  # characters: tiktoken panics over a longer run of spaces, and the memory of a library is not free
 LEARNED = 1000  # characters of a word that a vocabulary learns from: the time that it takes grows with their square
@@ -229,7 +229,8 @@ class ForeignBPE(TrainedBPE):
         if max(eot or 0, bos or 0) >= self.n_vocab:
             raise ValueError('the token that begins a text, or ends one, is unknown')
         self.eot, self.bos = eot, bos
-        self.special = {eot, *(i for i, token in added.items() if token.special)}
+        self.special = {i for i, token in added.items() if token.special}
+        self.names = {i: token.content for i, token in added.items()}
         its = json.loads(library.to_str())
         self.prefixes_space = bool(its['pre_tokenizer']['add_prefix_space'])
         begins = library.encode('').ids  # what is put before a text, or behind it
@@ -240,6 +241,11 @@ class ForeignBPE(TrainedBPE):
         reaches_out = (token for token in added.values() if token.lstrip or token.rstrip or token.single_word
                        or re.search(r'\s', token.content))  # beyond its name, or across a cut
         self.may_cut = not self.prefixes_space and not any(reaches_out)
+
+    def token_sizes(self) -> list[int]:
+        """Return what it does for others: but here the names of special tokens may stand in a text, and count."""
+        ends = {self.eot, self.bos} & self.special
+        return [0 if i in ends else len(piece) for i, piece in enumerate(self.pieces)]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids that transformers gives for a text, with those that it puts before and behind it."""
@@ -266,8 +272,16 @@ class Tiktoken(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
         for text in texts:
-            yield np.concatenate([self.library.encode_to_numpy(part, disallowed_special=()) for part in
-                                  self.parts(text)])
+            yield np.concatenate([self.encode_part(part) for part in self.parts(text)])
+
+    def encode_part(self, text: str) -> npt.NDArray[np.uint32]:
+        try:
+            return self.library.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:
+            if type(error).__name__ != 'PanicException' and not isinstance(error, ValueError):
+                raise
+            raise UserError(f"the tokenizer '{self.name}' cannot encode a text of {len(text):,} characters, perhaps a "
+                            f'long run of spaces in it: {first_line(error)}', DATA) from None
 
     def state(self) -> dict[str, Any]:
         """Return the ranks in the form of tiktoken's own files: a token in base 64 and its rank on every line."""
@@ -296,7 +310,7 @@ class Tiktoken(Tokenizer):
 def parts_of(blocks: Iterable[str]) -> Iterator[str]:
     """Yield a long text, which comes in blocks, in parts whose ids are those of the whole, one after the other, for
     GPT-2's pattern of words and for those of CUT_ALIKE: it is cut before a space that follows anything else, and if
-    there is none for LONGEST characters, somewhere."""
+    there is none for LONGEST characters, after these."""
     text = ''
     for block in chain(blocks, [None]):  # None: there are no more
         text, start = text + (block or ''), 0
@@ -305,6 +319,8 @@ def parts_of(blocks: Iterable[str]) -> Iterator[str]:
             stop = place.start() if place else start + LONGEST
             if stop >= len(text):
                 break
+            if not place:  # what comes is long: it may begin with the last place before it
+                stop = max((place.start() for place in PLACE.finditer(text, start + 1, start + PART)), default=stop)
             yield text[start:stop]
             start = stop
         text = text[start:]

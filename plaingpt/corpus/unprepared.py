@@ -23,11 +23,11 @@ def is_unprepared(dataset: str) -> bool:
     return bool(matching(path))
 
 
-def open_text(dataset: str, vocabulary: Tokenizer, block_size: int, folder: Path) -> TokenFile:
+def open_text(dataset: str, column: str, vocabulary: Tokenizer, block_size: int, folder: Path) -> TokenFile:
     """Return the tokens of all documents, each of which ends with the end-of-text token if there are several. They are
     written to `folder`. Raises UserError if the text cannot be read, or is too short for one window."""
     pieces = [piece for file in documents.find_files(dataset, folder, '--dataset')
-              for piece in documents.find_pieces(file)]
+              for piece in documents.find_pieces(file, column)]
     n_texts = len(tokenise.numbers_of_texts(pieces))
     packer = tokenise.Packer(vocabulary, vocabulary.eot if n_texts > 1 else None, keep_empty=False)
     batches = tokenise.make_batches(pieces, np.array([], dtype=np.int64), vocabulary.may_cut)

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from plaingpt.corpus.tokenizer import END_OF_TEXT, is_gpt2_like
+from plaingpt.corpus.tokenizer import END_OF_TEXT, Tokenizer, is_gpt2_like
 from plaingpt.errors import UserError
 from plaingpt.formats import huggingface
 from plaingpt.formats.exported import Exported
@@ -13,8 +13,7 @@ MODELFILE = '''# ollama create NAME -f Modelfile && ollama run NAME
 FROM ./model.gguf
 # It continues a text, and has no notion of a conversation.
 TEMPLATE """{{{{ .Prompt }}}}"""
-PARAMETER stop "{stop}"
-PARAMETER num_ctx {config.block_size}
+{stop}PARAMETER num_ctx {config.block_size}
 PARAMETER temperature 0.8
 PARAMETER top_k 200
 '''
@@ -56,7 +55,7 @@ def write(folder: Path, exported: Exported) -> None:
         'tokenizer_pre': 'gpt-2',
         'token_list': [library.id_to_token(i) or f'[unused {i}]' for i in range(vocabulary.n_vocab)],
         'token_types': [
-            gguf.TokenType.CONTROL if not size else
+            gguf.TokenType.CONTROL if not size or i in vocabulary.special else
             gguf.TokenType.USER_DEFINED if i in added else gguf.TokenType.NORMAL
             for i, size in enumerate(vocabulary.token_sizes())],
         'token_merges': merges or NO_MERGES,
@@ -78,5 +77,12 @@ def write(folder: Path, exported: Exported) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    stop = END_OF_TEXT if vocabulary.eot is None else vocabulary.pieces[vocabulary.eot].decode()
-    (folder / 'Modelfile').write_text(MODELFILE.format(stop=stop, config=config), encoding='utf-8')
+    (folder / 'Modelfile').write_text(MODELFILE.format(stop=stop_of(vocabulary), config=config), encoding='utf-8')
+
+
+def stop_of(vocabulary: Tokenizer) -> str:
+    """Return the line of a Modelfile that ends a text at the token's name, which an ordinary token does not have."""
+    if vocabulary.eot is None:
+        return f'PARAMETER stop "{END_OF_TEXT}"\n'
+    is_name = vocabulary.eot in vocabulary.special
+    return f'PARAMETER stop "{vocabulary.pieces[vocabulary.eot].decode()}"\n' if is_name else ''

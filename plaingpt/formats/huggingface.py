@@ -228,7 +228,7 @@ def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
     config = exported.config
     begin, end = exported.vocabulary.bos, exported.vocabulary.eot
     names = {role: exported.vocabulary.pieces[i].decode() for role, i in (('bos_token', begin), ('eos_token', end))
-             if i is not None}
+             if i is not None and i in exported.vocabulary.special}  # an ordinary token would become another one
     return {
         'config.json': {
             'architectures': ['GPT2LMHeadModel'],

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plaingpt import schema
+from plaingpt import console, schema
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.tokenizer import END_OF_TEXT, ForeignBPE, byte_level
 from plaingpt.errors import CHECKPOINT, UserError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 VOCABULARY = ('tokenizer.json', 'vocab.json', 'merges.txt', 'added_tokens.json')
 SETTINGS = ('tokenizer_config.json', 'special_tokens_map.json', 'config.json', 'generation_config.json')
 GPT2_CLASSES = ('GPT2Tokenizer', 'GPT2TokenizerFast')
-ROLES = ('bos_token', 'eos_token', 'unk_token', 'pad_token', 'sep_token', 'cls_token', 'mask_token')
+ROLES = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')  # in their order
 MORE = ('additional_special_tokens', 'extra_special_tokens')
 FLAGS = ('lstrip', 'rstrip', 'single_word', 'normalized')
 TOKEN = (str, {'content': str, 'special?': bool, **{f'{flag}?': bool for flag in FLAGS}})
@@ -32,8 +32,8 @@ ID = (None, schema.COUNT, [schema.COUNT, ...])
 SAYS = {  # what is read of SETTINGS
     'tokenizer_class?': (str, None), 'add_prefix_space?': (bool, None),
     **{f'{role}?': (*TOKEN, None) for role in ROLES},
-    **{f'{name}?': (None, [TOKEN, ...]) for name in MORE}, 'added_tokens_decoder?': {str: TOKEN[1]},
-    'bos_token_id?': ID, 'eos_token_id?': ID}
+    **{f'{name}?': (None, [TOKEN, ...], {str: TOKEN}) for name in MORE}, 'added_tokens_decoder?': {str: TOKEN[1]},
+    'bos_token_id?': ID, 'eos_token_id?': ID, 'vocab_size?': schema.COUNT}
 GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'  # sha256 of its tokens, one on a line
 
 
@@ -49,7 +49,7 @@ def read(name_or_folder: str) -> dict[str, Any]:
         with readable_errors(name_or_folder):
             folder = folder_of(name_or_folder, *VOCABULARY, *SETTINGS)
         file = folder / 'tokenizer.json'
-    if not file.is_file() and not all((folder / name).is_file() for name in VOCABULARY[1:3]):
+    if not file.is_file() and not is_in(folder):
         return {}
     try:
         learned = open_files(folder, file, is_in_folder=file.name == 'tokenizer.json')
@@ -61,6 +61,11 @@ def read(name_or_folder: str) -> dict[str, Any]:
                         CHECKPOINT) from None
     is_gpt2 = learned.is_plain and hashlib.sha256(b'\n'.join(learned.pieces)).hexdigest() == GPT2_PIECES
     return {} if is_gpt2 else {'tokenizer': learned.state()}
+
+
+def is_in(folder: Path) -> bool:
+    """Return whether a folder has the files of a tokenizer."""
+    return (folder / VOCABULARY[0]).is_file() or all((folder / name).is_file() for name in VOCABULARY[1:3])
 
 
 def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
@@ -75,8 +80,7 @@ def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
     library = open_json(file, says) if file.is_file() else open_pair(folder, says)
     library.no_truncation()
     library.no_padding()
-    known = library.get_vocab(with_added_tokens=True)
-    library.add_special_tokens([token for token in special_tokens(says) if token.content in known])
+    add_special(library, says)
     vocabulary = ForeignBPE(f'bpe:{library.get_vocab_size()}', library, id_of('eos_token', says, library),
                             id_of('bos_token', says, library))
     its = json.loads(library.to_str())
@@ -86,6 +90,25 @@ def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
                           'use_regex': True} and set(vocabulary.pieces) >= tokenizer.BYTES):
         raise ValueError('it is of another kind')
     return vocabulary
+
+
+def add_special(library: 'tokenizers.Tokenizer', says: dict[str, Any]) -> None:
+    """Make special what the settings call so. What the vocabulary lacks is added, as far as the model has ids for it.
+    A token that was added before keeps its flags."""
+    for _, token in sorted(says.get('added_tokens_decoder', {}).items(), key=lambda item: int(item[0])):
+        if library.token_to_id(token['content']) is None and has_room(library, says):
+            library.add_tokens([added_token(token, token.get('special', False))])
+    for token in special_tokens(says):
+        before = {known.content: known for known in library.get_added_tokens_decoder().values()}.get(token.content)
+        if before is not None:
+            before.special = True
+        if before is not None or library.token_to_id(token.content) is not None or has_room(library, says):
+            library.add_special_tokens([before or token])
+
+
+def has_room(library: 'tokenizers.Tokenizer', says: dict[str, Any]) -> bool:
+    """Return whether the model has an id for one more token."""
+    return bool(library.get_vocab_size() < says.get('vocab_size', 0))
 
 
 def open_json(file: Path, says: dict[str, Any]) -> 'tokenizers.Tokenizer':
@@ -120,7 +143,9 @@ def special_tokens(says: dict[str, Any]) -> Iterator['tokenizers.AddedToken']:
     """Yield the tokens that the settings call special."""
     tokens = dict.fromkeys(ROLES[:3], END_OF_TEXT) if says['is_gpt2'] else {}
     tokens |= {role: says[role] for role in ROLES if role in says}
-    for token in (*tokens.values(), *(token for name in MORE for token in says.get(name, ()))):
+    more = (says.get(name, ()) for name in MORE)
+    listed = (token for some in more for token in (some.values() if isinstance(some, dict) else some))
+    for token in (*tokens.values(), *listed):
         yield added_token(token, True)
 
 
@@ -136,9 +161,11 @@ def id_of(role: str, says: dict[str, Any], library: 'tokenizers.Tokenizer') -> i
     """Return the id of the token that begins or ends a text: the one at which transformers' `generate` stops, or else
     the one that the tokenizer names, or <|endoftext|>."""
     given = says.get(f'{role}_id')
-    for i in given if isinstance(given, list) else [given]:
-        if i is not None and library.id_to_token(i) is not None:
-            return i
+    known = [i for i in (given if isinstance(given, list) else [given]) if i is not None and library.id_to_token(i)]
+    if known[1:]:
+        console.note(f'{role}_id: {known}; of these, at each of which transformers stops, only {known[0]} is taken')
+    if known:
+        return int(known[0])
     token = says.get(role, END_OF_TEXT)
     i = library.token_to_id(token if isinstance(token, str) else token['content'])
     return library.token_to_id(END_OF_TEXT) if i is None else i

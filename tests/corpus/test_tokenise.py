@@ -157,6 +157,18 @@ def test_folders_globs_and_urls_give_the_same_documents_in_the_same_order(tmp_pa
     assert read('memory://in/*.txt', tmp_path) == ['a.txt', 'b.txt']
 
 
+def test_lines_of_json_may_be_utf16(tmp_path: Path) -> None:
+    """As PowerShell writes them; a line separator within a text ends no line."""
+    texts = [*TEXTS, 'a\u2028b\x85c 🙂']
+    lines = '\r\n'.join(json.dumps({'text': text}, ensure_ascii=False) for text in texts)
+    for encoding in ('utf-16', 'utf-8-sig'):
+        (tmp_path / 'a.jsonl').write_bytes(lines.encode(encoding))
+        assert read(tmp_path / 'a.jsonl', tmp_path) == texts
+    (tmp_path / 'a.jsonl').write_bytes(lines.encode('utf-16')[:-1])
+    with pytest.raises(UserError, match=r'is not UTF-16-LE: byte \d+ .*\n.*iconv -f UTF-16-LE'):
+        read(tmp_path / 'a.jsonl', tmp_path)
+
+
 def test_half_a_surrogate_pair_is_replaced_as_tiktoken_replaces_it(tmp_path: Path) -> None:
     (tmp_path / 'a.jsonl').write_text(r'{"text": "a\ud83db \ud83d\ude42 \uD83D"}', encoding='utf-8')
     assert read(tmp_path / 'a.jsonl', tmp_path) == ['a\ufffdb 🙂 \ufffd']
@@ -513,14 +525,16 @@ def test_a_text_that_can_only_be_cut_in_its_words_says_so_once(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     letters = 'word ' * 10 + 'x' * 2_500_000  # which is cut twice
     path = write_text(tmp_path, '.txt', letters)
+    lines = 'word ' * 60_000 + 'x' * 900_000 + ' end'  # a run that fits into a part, if that begins with it
     cases: list[tuple[str, list[tokenise.Part], int]] = [
+        ('bpe:300', [[lines]], 0),
         ('bpe:300', [*find_pieces(path, tmp_path)], 2), ('bpe:300', [[letters]], 2),
         ('bpe:300', [['word ' * 500_000]], 0), ('byte', [[letters]], 0)]
     for number, (spec, parts, n_cuts) in enumerate(cases):
         write(tmp_path / str(number), [['short'], *parts], np.array([0]), spec)
-        said = [line for line in capsys.readouterr().out.splitlines() if 'no space for' in line]
+        said = [line for line in capsys.readouterr().out.splitlines() if 'white space, of more than' in line]
         assert [line.rpartition(' ')[2] for line in said] == [str(n_cuts)] * (n_cuts > 0)
-    assert (tmp_path / '0/train.bin').read_bytes() == (tmp_path / '1/train.bin').read_bytes()
+    assert (tmp_path / '1/train.bin').read_bytes() == (tmp_path / '2/train.bin').read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -77,6 +77,9 @@ KINDS: dict[str, tuple[bool, dict[str, dict[str, Any]]]] = {  # whether it is to
             'added_tokens_decoder': DECODER, 'extra_special_tokens': ['<|user|>']}}),
     'two files, a map that outranks the settings': (False, {
         'special_tokens_map.json': {'eos_token': '<|bot|>'}, 'tokenizer_config.json': GPT2 | {'eos_token': '</s>'}}),
+    'special with flags that the settings do not repeat': (True, {'tokenizer_config.json': GPT2 | {
+        'eos_token': '</s>', 'added_tokens_decoder': DECODER | {'302': DECODER['302'] | {'lstrip': True}}}}),
+    'a dict of more': (True, {'tokenizer_config.json': FAST | {'extra_special_tokens': {'tool_token': 'mytool'}}}),
     'two files, special in the vocabulary': (False, {'special_tokens_map.json': {'eos_token': 'e', 'unk_token': 'h'}}),
 }
 
@@ -132,7 +135,8 @@ def test_added_tokens_are_read_as_transformers_reads_them(kind: str, space_first
             assert ours.bos == generation.bos_token_id
     assert tokenizer.from_state(ours.state()).state() == ours.state() == tokenizer_of(str(folder)).state()
     assert ours.token_sizes()[ours.pieces.index(b'mytool')] == 6
-    assert (ours.token_sizes()[302] == 0) == (302 in ours.special)
+    without_text = {i for i, n_bytes in enumerate(ours.token_sizes()) if not n_bytes}
+    assert without_text == {ours.eot, ours.bos} & ours.special
 
 
 def test_a_tokenizer_that_adds_only_the_end_of_a_text_is_one_of_ours(tmp_path: Path) -> None:
@@ -189,6 +193,71 @@ def test_a_sample_stops_at_their_token_and_ollama_learns_which_it_is(
     write(folder / 'tokenizer_config.json', **GPT2, add_prefix_space=True)
     assert 'cannot be written as GGUF' in refused(
         export.main, [f'--init_from={folder}', f'--to_dir={tmp_path}/2', '--to=gguf'], code=errors.COMMAND)
+
+
+def test_a_special_token_keeps_the_flags_that_it_was_added_with(tmp_path: Path) -> None:
+    transformers = pytest.importorskip('transformers')
+    folder = their_folder(tmp_path, 303)
+    save_tokenizer(folder, True, {'tokenizer_config.json': FAST | {'eos_token': '</s>'}}, False)
+    its = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
+    its['added_tokens'][-1] |= {'lstrip': True, 'rstrip': True}
+    write(folder / 'tokenizer.json', added_tokens=its['added_tokens'])
+    ours, theirs = learned(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    text = 'hello </s> there </s>'
+    assert ours.encode(text) == theirs(text).input_ids and ours.eot == 302
+    assert not ours.may_cut
+
+
+def test_an_eos_that_is_an_ordinary_token_gets_no_name(tmp_path: Path) -> None:
+    """As GPT2Config's 50256 is in a larger vocabulary; even if it is half a character."""
+    pytest.importorskip('gguf')
+    transformers = pytest.importorskip('transformers')
+    for number, eos in enumerate((125, 261)):
+        folder = their_folder(tmp_path / f'theirs{number}', 303, eos_token_id=eos, bos_token_id=eos)
+        save_tokenizer(folder, True, {'tokenizer_config.json': FAST}, False)
+        ours = learned(folder)
+        assert ours.eot == eos and ours.token_sizes()[eos] > 0
+        for to in ('hf', 'gguf'):
+            export.main([f'--init_from={folder}', f'--to={to}', f'--to_dir={tmp_path}/{number}{to}'])
+        assert 'stop' not in (tmp_path / f'{number}gguf/Modelfile').read_text(encoding='utf-8').split('"""')[2]
+        before, after = map(transformers.AutoTokenizer.from_pretrained, (folder, tmp_path / f'{number}hf'))
+        assert len(after) == len(before) == 303
+        assert [after(text).input_ids for text in TEXTS] == [before(text).input_ids for text in TEXTS]
+
+
+def test_a_special_token_that_only_the_settings_name_is_added_if_the_model_has_an_id_for_it(tmp_path: Path) -> None:
+    transformers = pytest.importorskip('transformers')
+    for n_vocab, added in ((320, ['<a>', '<b>', '<c>']), (304, ['<a>']), (303, [])):
+        folder = their_folder(tmp_path / str(n_vocab), n_vocab)
+        save_tokenizer(folder, True, {'tokenizer_config.json': FAST | {
+            'eos_token': '<a>', 'pad_token': '<b>', 'additional_special_tokens': ['<c>']}}, False)
+        ours, theirs = learned(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        text = 'one<a>two' if added else 'one two'
+        assert ours.encode(text) == theirs(text).input_ids and ours.n_vocab == 303 + len(added)
+        assert [piece.decode() for piece in ours.pieces[303:]] == added
+        assert ours.eot == (303 if added else 298)
+
+
+def test_of_several_tokens_that_end_a_text_it_is_said_which_one_does(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = their_folder(tmp_path, 303)
+    save_tokenizer(folder, True, {'generation_config.json': {'eos_token_id': [301, 302]}}, False)
+    assert learned(folder).eot == 301
+    assert 'eos_token_id: [301, 302]; of these' in capsys.readouterr().err
+
+
+def test_names_of_special_tokens_in_a_text_count_as_text(tmp_path: Path) -> None:
+    """So that bits per byte are those of the whole text."""
+    folder = their_folder(tmp_path, 303)
+    save_tokenizer(folder, True, {'tokenizer_config.json': FAST | {'eos_token': '</s>'}}, False)
+    ours, text = learned(folder), 'hello<|user|> and<|bot|>mytool'
+    assert sum(ours.token_sizes()[i] for i in ours.encode(text)) == len(text.encode())
+
+
+def test_a_folder_without_a_tokenizer_is_not_taken_for_gpt2s(tmp_path: Path) -> None:
+    (tmp_path / 'empty').mkdir()
+    for folder in (tmp_path / 'empty', their_folder(tmp_path / 'small', 420)):
+        assert 'no run, no corpus and no tokenizer' in refused(tokenizer_of, str(folder), code=errors.CHECKPOINT)
 
 
 def test_a_token_that_begins_every_text_begins_every_prompt(
