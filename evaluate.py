@@ -130,6 +130,8 @@ def measure_split(folder: Path, state: State, predict: Predictor) -> dict[str, d
 
 def measure_text(state: State, predict: Predictor) -> dict[str, dict[str, float]]:
     """Measure a model on text that is tokenised as it has learned it."""
+    if split != 'val':
+        raise UserError(f'--split={split}: {dataset} is text, which has no splits: leave it out')
     learned = learned_tokenizer(state, predict.config.vocab_size, corpus_of(state))
     with tempfile.TemporaryDirectory() as folder:
         text = open_text(dataset, column, learned, predict.config.block_size, Path(folder))

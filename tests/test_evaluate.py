@@ -263,6 +263,10 @@ def test_a_text_is_read_from_the_column_that_is_named(trained: Path, tmp_path: P
     (tmp_path / 'a.jsonl').write_text(json.dumps({'body': letters}), encoding='utf-8')
     arguments = [f'--out_dir={trained}', f'--dataset={tmp_path}/a.jsonl', '--device=cpu']
     assert '--column=' in refused(evaluate.main, arguments, code=errors.DATA)
+    assert 'has no splits' in refused(evaluate.main, [*arguments, '--split=train'], code=errors.COMMAND)
+    for missing in (f'{tmp_path}/missing.txt', 'missing.txt', 'memory://missing.txt'):
+        message = refused(evaluate.main, [arguments[0], f'--dataset={missing}', '--device=cpu'], code=errors.DATA)
+        assert f'--dataset={missing} matches no file' in message
     evaluate.main([*arguments, '--column=body'])
     assert figures(trained)['measured'][0]['dataset'] == 'a.jsonl'
 

@@ -10,17 +10,19 @@ from plaingpt.corpus.folder import SUFFIXES, data_folder, is_prepared
 from plaingpt.corpus.token_files import TokenFile
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError
-from plaingpt.paths import matching
+from plaingpt.paths import is_url, matching
 
 
 def is_unprepared(dataset: str) -> bool:
-    """Return whether `dataset` names text, and no corpus: a file, a glob of files, or a folder that holds some."""
-    path = Path(dataset)
-    if not dataset or data_folder(dataset) != path or is_prepared(path) or path.suffix in SUFFIXES:
+    """Return whether `dataset` names text, and no corpus: a file, a glob, a folder that holds some, or a URL."""
+    path, of_data = Path(dataset), data_folder(dataset)
+    if is_url(dataset):
+        return True
+    if not dataset or path.suffix in SUFFIXES or is_prepared(path) or (of_data != path and of_data.exists()):
         return False
     if path.is_dir():
         return any(documents.kind_of(file.name) in documents.KINDS for file in path.rglob('*'))
-    return bool(matching(path))
+    return bool(matching(path)) or documents.kind_of(dataset) in documents.KINDS
 
 
 def open_text(dataset: str, column: str, vocabulary: Tokenizer, block_size: int, folder: Path) -> TokenFile:
@@ -31,7 +33,7 @@ def open_text(dataset: str, column: str, vocabulary: Tokenizer, block_size: int,
     n_texts = len(tokenise.numbers_of_texts(pieces))
     packer = tokenise.Packer(vocabulary, vocabulary.eot if n_texts > 1 else None, keep_empty=False)
     batches = tokenise.make_batches(pieces, np.array([], dtype=np.int64), vocabulary.may_cut)
-    path = folder / Path(dataset).name
+    path = folder / 'text'
     n_tokens = n_bytes = 0
     with open(path, 'wb') as file, closing(tokenise.tokenise(batches, packer, num_proc=1)) as results:
         for done in results:
