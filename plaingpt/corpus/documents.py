@@ -31,6 +31,7 @@ MARKS = {codecs.BOM_UTF8: 'utf-8', codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_
 PACKED = ('.gz', '.xz', '.bz2')
 PIECE = 1 << 21  # bytes of text that a process reads and tokenises at a time, or little more
 LARGEST = 1 << 25  # bytes of a row group that a process reads at once
+LONGEST_ROW = 1 << 28  # bytes of a line or row, which is read as a whole: eight times as many in memory
 
 
 class Piece(NamedTuple):
@@ -176,7 +177,7 @@ class Recoded(io.BytesIO):
 def find_lines(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
     """Yield pieces of a .jsonl file that begin and end with a line. Blank lines are no documents."""
     is_apart, start, stop, n_documents = not (name.endswith(PACKED) or isinstance(file, Recoded)), 0, 0, 0
-    for line in file:
+    for line in lines_of(name, file):
         stop += len(line)
         n_documents += not line.isspace()
         if is_apart and stop - start >= PIECE:
@@ -186,13 +187,29 @@ def find_lines(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
         yield Piece(name, column, start, stop, n_documents, is_apart)
 
 
+def lines_of(name: str, file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file. Raises UserError for one that memory might not hold."""
+    while line := file.readline(LONGEST_ROW + 1):
+        if len(line) > LONGEST_ROW:
+            raise too_long(name)
+        yield line
+
+
+def too_long(name: str) -> UserError:
+    return UserError(f'{name} has a text of more than {console.size(LONGEST_ROW)} in one line or row, which would be '
+                     'read as a whole\nsave that text as a .txt file: it is read in pieces, whatever its length', DATA)
+
+
 def find_row_groups(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
     """Yield pieces of a .parquet file: whole row groups, since none can be read from its middle."""
     groups = open_parquet(name, column, file).metadata
     start = n_documents = size = 0
     for stop in range(1, groups.num_row_groups + 1):
-        n_documents += groups.row_group(stop - 1).num_rows
-        size += groups.row_group(stop - 1).total_byte_size
+        group = groups.row_group(stop - 1)
+        if group.total_byte_size > LONGEST_ROW * max(1, group.num_rows):
+            raise too_long(name)
+        n_documents += group.num_rows
+        size += group.total_byte_size
         if size >= PIECE or stop == groups.num_row_groups:
             yield Piece(name, column, start, stop, n_documents, size <= LARGEST and not name.endswith(PACKED))
             start, n_documents, size = stop, 0, 0
@@ -312,7 +329,7 @@ def read_lines(piece: Piece, file: BinaryIO) -> Iterator[str]:
     """Yield the field `column` of every line that is not blank."""
     name, column, offset, stop = piece[:4]
     file.seek(offset)
-    for line in file:
+    for line in lines_of(name, file):
         if offset >= stop:
             break
         if not line.isspace():

@@ -169,6 +169,24 @@ def test_lines_of_json_may_be_utf16(tmp_path: Path) -> None:
         read(tmp_path / 'a.jsonl', tmp_path)
 
 
+@pytest.mark.parametrize('suffix', ['.jsonl', '.jsonl.gz', '.parquet'])
+def test_a_row_that_memory_might_not_hold_is_refused_with_the_way_in(
+        suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, 'LONGEST_ROW', 8000)
+    for length in (900, 9000):
+        path = tmp_path / f'a{suffix}'
+        if suffix == '.parquet':
+            write_parquet(path, [''.join(map(chr, range(40, 40 + length)))])  # which does not shrink
+        else:
+            line = json.dumps({'text': 'x' * length}).encode()
+            path.write_bytes(gzip.compress(line) if suffix.endswith('.gz') else line)
+        if length == 900:
+            assert len(read(path, tmp_path)) == 1
+            continue
+        with pytest.raises(UserError, match=r'more than 8 kB in one line or row.*\nsave that text as a \.txt file'):
+            read(path, tmp_path)
+
+
 def test_half_a_surrogate_pair_is_replaced_as_tiktoken_replaces_it(tmp_path: Path) -> None:
     (tmp_path / 'a.jsonl').write_text(r'{"text": "a\ud83db \ud83d\ude42 \uD83D"}', encoding='utf-8')
     assert read(tmp_path / 'a.jsonl', tmp_path) == ['a\ufffdb 🙂 \ufffd']
