@@ -265,30 +265,31 @@ class GPT(nn.Module):
     # more: temperature, top-k, top-p, stop token, seed
     @torch.no_grad()
     def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-               top_p: float | None = None, stop: int | None = None, seed: int | None = None,
+               top_p: float | None = None, stop: int | Sequence[int] | None = None, seed: int | None = None,
                n_vocab: int | None = None, use_cache: bool = True, first: int = 0) -> Generator[Tensor]:
         """Continue each row of idx (B, T), T > 0; yield one token for each row, (B,), at a time, until all rows have
-        said `stop` (a row that has goes on repeating it). Temperature 0 takes the likeliest token. Ids from n_vocab on
-        are never drawn: they pad the vocabulary to a round size. The rows are samples number `first`, first + 1, ...:
-        the same seed gives the same text to a sample of the same number, cached or not, whatever else is in the batch.
-        """
+        said `stop`, or one of several (a row that has goes on repeating it). Temperature 0 takes the likeliest token.
+        Ids from n_vocab on are never drawn: they pad the vocabulary to a round size. The rows are samples number
+        `first`, first + 1, ...: the same seed gives the same text to a sample of the same number, cached or not,
+        whatever else is in the batch."""
         block_size = self.config.block_size
         # fast: each token is read once, and its keys and values kept; the plain file reads all of them every time
         idx = unread = idx[:, -block_size:]
         room = min(block_size, idx.size(1) + max_new_tokens)
         caches = [Cache(room) for _ in self.transformer.h] if use_cache else None
         stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)  # (B,)
+        stops = None if stop is None else torch.tensor(stop, device=idx.device).flatten()
         for number in range(max_new_tokens):
             if seed is None:
                 seed = int(torch.randint(2**62, ()))
             scores = self.score_next(unread, caches)  # (B, V)
             draws = [draw(seed, first + row, number) for row in range(len(scores))]
             token = choose(scores[:, :n_vocab].float(), temperature, top_k, top_p, draws)  # (B,)
-            if stop is not None:
-                token = torch.where(stopped, stop, token)
-                stopped |= token == stop
+            if stops is not None:
+                token = torch.where(stopped, idx[:, -1], token)
+                stopped |= torch.isin(token, stops)
             yield token
-            if stop is not None and stopped.all():
+            if stops is not None and stopped.all():
                 return
             if idx.size(1) == block_size:
                 caches = None  # the window slides: positions are absolute, so every token moves and is read anew
@@ -307,7 +308,7 @@ class GPT(nn.Module):
             self.train()
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, stop: int | None = None, seed: int | None = None,
+                 top_p: float | None = None, stop: int | Sequence[int] | None = None, seed: int | None = None,
                  n_vocab: int | None = None, use_cache: bool = True, first: int = 0) -> Tensor:
         """idx (B, T) and what `stream` makes of it, in one tensor (B, <= T + max_new_tokens)."""
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed, n_vocab, use_cache, first)

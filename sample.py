@@ -12,7 +12,7 @@ import codecs
 import io
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Literal
@@ -136,7 +136,7 @@ def continue_text(model: GPT, prompt: list[int], vocabulary: tokenizer.Tokenizer
 
 
 def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokenizer.Tokenizer,
-          stop: int | None) -> Iterator[str]:
+          stops: Sequence[int]) -> Iterator[str]:
     """What to show, piece by piece, while `stream` gives the samples a token each (count,) at a time: the first sample
     as it grows; once it has ended, what there is of the second, and so on. Characters are whole, lines end in \\n."""
     decoders = [io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')('replace'), translate=True)
@@ -148,7 +148,7 @@ def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokeniz
     unseen[0] = ''
     for ids in stream:
         for row, token in enumerate(ids.tolist()):
-            has_ended[row] = token == stop  # and stays: a row that has stopped repeats the stop id
+            has_ended[row] = token in stops  # and stays: a row that has stopped repeats that id
             if not has_ended[row]:
                 unseen[row] += decoders[row].decode(vocabulary.decode_bytes([token]))
         while shown < count - 1 and has_ended[shown]:
@@ -170,12 +170,12 @@ def show(pieces: Iterable[str]) -> None:
 def continued(model: GPT, idx: Tensor, vocabulary: tokenizer.Tokenizer, first: int) -> Iterator[Tensor]:
     """Yield a token (B,) at a time of the samples number `first`, first + 1, ... which continue idx (B, T)."""
     return model.stream(idx, max_new_tokens, temperature, top_k or None, top_p if top_p < 1 else None,
-                        end_of(vocabulary), seed, vocabulary.n_vocab, first=first)
+                        ends_of(vocabulary) or None, seed, vocabulary.n_vocab, first=first)
 
 
-def end_of(vocabulary: tokenizer.Tokenizer) -> int | None:
-    """Return the id that ends a sample, if there is one."""
-    return vocabulary.eot if stop else None
+def ends_of(vocabulary: tokenizer.Tokenizer) -> tuple[int, ...]:
+    """Return the ids that end a sample."""
+    return vocabulary.stops if stop else ()
 
 
 def write_samples(model: GPT, prompt: str, ids: list[int], vocabulary: tokenizer.Tokenizer,
@@ -185,7 +185,7 @@ def write_samples(model: GPT, prompt: str, ids: list[int], vocabulary: tokenizer
         count = min(batch_size, num_samples - first)
         idx = torch.tensor([ids] * count, device=device)  # (B, T)
         show(texts(continued(model, idx, vocabulary, first), count, prompt, vocabulary,
-                   end_of(vocabulary)))
+                   ends_of(vocabulary)))
 
 
 def converse(model: GPT, context: list[int], vocabulary: tokenizer.Tokenizer, device: torch.device) -> None:
@@ -200,7 +200,7 @@ def converse(model: GPT, context: list[int], vocabulary: tokenizer.Tokenizer, de
                 console.note(f'the context is longer than {block_size} tokens: the model reads the last of them')
                 context = context[-block_size:]
             stream = continued(model, torch.tensor([context], device=device), vocabulary, number)
-            show(texts(noted(stream, context), 1, '', vocabulary, end_of(vocabulary)))
+            show(texts(noted(stream, context), 1, '', vocabulary, ends_of(vocabulary)))
         except KeyboardInterrupt:
             show([f'\n{RULE}\n'])
         except UserError as error:

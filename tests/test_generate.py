@@ -144,6 +144,17 @@ def test_a_row_that_has_stopped_repeats_the_stop_token_and_all_stopped_ends() ->
         assert (row[end:] == stop).all()
 
 
+def test_each_row_stops_at_the_first_of_several_tokens_and_repeats_that() -> None:
+    model = random_gpt()
+    free = model.generate(prompt(3, 4), 40, seed=7)[:, 4:]
+    stops = [int(free[0, 5]), int(free[1, 9])]
+    text = model.generate(prompt(3, 4), 40, seed=7, stop=stops)[:, 4:]
+    for row, without_stop in zip(text, free, strict=True):
+        end = next((i for i, token in enumerate(without_stop.tolist()) if token in stops), 39)
+        assert torch.equal(row[:end + 1], without_stop[:len(row)][:end + 1])
+        assert (row[end:] == without_stop[end]).all()
+
+
 def test_a_stop_token_in_the_prompt_stops_nothing() -> None:
     model = random_gpt()
     free = model.generate(prompt(1, 4), 10, seed=7)

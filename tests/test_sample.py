@@ -400,11 +400,12 @@ def streamed(*rows: str) -> Iterator[Tensor]:
 
 def test_the_first_sample_is_shown_as_it_grows_and_the_others_in_their_turn() -> None:
     vocabulary = tokenizer.build('byte', list, eot=False)
-    pieces = list(sample.texts(streamed('abc', 'xyz'), 2, '>', vocabulary, None))
+    pieces = list(sample.texts(streamed('abc', 'xyz'), 2, '>', vocabulary, ()))
     assert [piece for piece in pieces if piece] == ['>', 'a', 'b', 'c', f'\n{RULE}\n', f'>xyz\n{RULE}\n']
 
     # . ends a sample: the second grows before our eyes once the first has ended, and the third after both
-    pieces = list(sample.texts(streamed('ab......', 'xyz.....', 'k.......', 'stuvwxyz'), 4, '>', vocabulary, ord('.')))
+    stream = streamed('ab......', 'xyz.....', 'k.......', 'stuvwxyz')
+    pieces = list(sample.texts(stream, 4, '>', vocabulary, [ord('.')]))
     assert pieces[:4] == ['>', 'a', 'b', f'\n{RULE}\n']
     assert [piece for piece in pieces[4:] if piece] == [
         '>xyz', f'\n{RULE}\n', f'>k\n{RULE}\n', '>stuv', 'w', 'x', 'y', 'z', f'\n{RULE}\n']
@@ -412,10 +413,10 @@ def test_the_first_sample_is_shown_as_it_grows_and_the_others_in_their_turn() ->
 
 def test_characters_are_never_torn_and_line_ends_are_plain() -> None:
     vocabulary = tokenizer.build('byte', list, eot=False)
-    pieces = list(sample.texts(streamed('é€\r\n\U0001f600\rz'), 1, 'ü\r\n', vocabulary, None))
+    pieces = list(sample.texts(streamed('é€\r\n\U0001f600\rz'), 1, 'ü\r\n', vocabulary, ()))
     assert [piece for piece in pieces if piece] == ['ü\n', 'é', '€', '\n', '\U0001f600', '\nz', f'\n{RULE}\n']
     torn = [torch.tensor([byte]) for byte in '\U0001f600'.encode()[:3]]
-    assert ''.join(sample.texts(torn, 1, '', vocabulary, None)) == f'\ufffd\n{RULE}\n'
+    assert ''.join(sample.texts(torn, 1, '', vocabulary, ())) == f'\ufffd\n{RULE}\n'
 
 
 def test_every_piece_leaves_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

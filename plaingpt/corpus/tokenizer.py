@@ -8,7 +8,7 @@ import base64
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ STATE = (  # what a tokenizer's `reference()` and `state()` may be
     {'name': {'char'}, 'characters': str, 'eot': bool},
     {'name': {'byte'}, 'eot': bool},
     {'name': str, 'json': str, 'eot?': (), 'bos?': ()},
-    {'name': str, 'json': str, 'eot': (COUNT, None), 'bos': (COUNT, None)},
+    {'name': str, 'json': str, 'eot': (COUNT, None), 'bos': (COUNT, None), 'stops?': [COUNT, ...]},
     {'name': str, 'pattern': str, 'ranks': str, 'special_tokens': {str: COUNT}})
 LIBRARY = {'model': {  # a byte-pair encoding of bytes, as the library `tokenizers` keeps it
     'type': {'BPE'}, 'vocab': {str: COUNT}, 'continuing_subword_prefix?': ({''}, None),
@@ -83,6 +83,11 @@ class Tokenizer(ABC):
         for part in text.split(END_OF_TEXT):
             ids += [self.eot, *self.encode(part)]
         return ids[1:]
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids at which a text may end: others than `eot`, too, in what others have made."""
+        return () if self.eot is None else (self.eot,)
 
     def parts(self, text: str) -> Iterable[str]:
         """Return a text in parts that may be encoded one after the other."""
@@ -222,11 +227,13 @@ class ForeignBPE(TrainedBPE):
     """Such an encoding as another project has made it. It gives the ids that transformers gives: the names of added
     tokens, special or not, stand for these tokens in any text."""
 
-    def __init__(self, name: str, library: 'tokenizers.Tokenizer', eot: int | None, bos: int | None) -> None:
+    def __init__(self, name: str, library: 'tokenizers.Tokenizer', eot: int | None, bos: int | None,
+                 more: Sequence[int] = ()) -> None:
         super().__init__(name, library)
+        self.more = tuple(more)  # ids that end a text as well
         library.encode_special_tokens = False
         added = library.get_added_tokens_decoder()
-        if max(eot or 0, bos or 0) >= self.n_vocab:
+        if max(eot or 0, bos or 0, *self.more) >= self.n_vocab:
             raise ValueError('the token that begins a text, or ends one, is unknown')
         self.eot, self.bos = eot, bos
         self.special = {i for i, token in added.items() if token.special}
@@ -237,7 +244,7 @@ class ForeignBPE(TrainedBPE):
         names = {token.content for token in added.values()}
         ends = {eot, bos, library.token_to_id(END_OF_TEXT)}
         # as GPT-2's is, but for its vocabulary
-        self.is_plain = names == {END_OF_TEXT} and len(ends) == 1 and not begins and not self.prefixes_space
+        self.is_plain = names == {END_OF_TEXT} and len({*ends, *more}) == 1 and not begins and not self.prefixes_space
         reaches_out = (token for token in added.values() if token.lstrip or token.rstrip or token.single_word
                        or re.search(r'\s', token.content))  # beyond its name, or across a cut
         self.may_cut = not self.prefixes_space and not any(reaches_out)
@@ -247,12 +254,17 @@ class ForeignBPE(TrainedBPE):
         ends = {self.eot, self.bos} & self.special
         return [0 if i in ends else len(piece) for i, piece in enumerate(self.pieces)]
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        return (*super().stops, *self.more)
+
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids that transformers gives for a text, with those that it puts before and behind it."""
         return list(self.library.encode(text).ids)
 
     def state(self) -> dict[str, Any]:
-        return super().state() | ({} if self.is_plain else {'eot': self.eot, 'bos': self.bos})
+        more = {'stops': list(self.stops)} if self.more else {}
+        return super().state() | ({} if self.is_plain else {'eot': self.eot, 'bos': self.bos} | more)
 
 
 class Tiktoken(Tokenizer):
@@ -464,7 +476,7 @@ def rebuild(state: dict[str, Any]) -> Tokenizer:
         case {'name': 'byte', 'eot': eot}:
             return Bytes(eot)
         case {'name': name, 'json': text, 'eot': eot, 'bos': bos}:
-            return ForeignBPE(name, open_library(text), eot, bos)
+            return ForeignBPE(name, open_library(text), eot, bos, state.get('stops', [])[1:])
         case {'name': name, 'json': text}:
             return TrainedBPE(name, open_library(text))
         case {'name': name, 'ranks': ranks, 'pattern': pattern, 'special_tokens': special}:

@@ -81,8 +81,7 @@ def write(folder: Path, exported: Exported) -> None:
 
 
 def stop_of(vocabulary: Tokenizer) -> str:
-    """Return the line of a Modelfile that ends a text at the token's name, which an ordinary token does not have."""
-    if vocabulary.eot is None:
-        return f'PARAMETER stop "{END_OF_TEXT}"\n'
-    is_name = vocabulary.eot in vocabulary.special
-    return f'PARAMETER stop "{vocabulary.pieces[vocabulary.eot].decode()}"\n' if is_name else ''
+    """Return the lines of a Modelfile that end a text at the names of tokens, which ordinary ones do not have."""
+    names = [vocabulary.pieces[i].decode() for i in vocabulary.stops if i in vocabulary.special]
+    names += [END_OF_TEXT] * (not vocabulary.stops)
+    return ''.join(f'PARAMETER stop "{name}"\n' for name in names)

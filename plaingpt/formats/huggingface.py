@@ -226,7 +226,7 @@ def write(folder: Path, exported: Exported) -> None:
 def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
     """What each of their JSON files says."""
     config = exported.config
-    begin, end = exported.vocabulary.bos, exported.vocabulary.eot
+    begin, end, ends = exported.vocabulary.bos, exported.vocabulary.eot, exported.vocabulary.stops
     names = {role: exported.vocabulary.pieces[i].decode() for role, i in (('bos_token', begin), ('eos_token', end))
              if i is not None and i in exported.vocabulary.special}  # an ordinary token would become another one
     return {
@@ -249,14 +249,14 @@ def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
             'embd_pdrop': config.dropout,
             'resid_pdrop': config.dropout,
             'bos_token_id': begin,
-            'eos_token_id': end},
+            'eos_token_id': list(ends) if ends[1:] else end},
         'generation_config.json': {  # as sample.py draws
             'do_sample': True,
             'temperature': 0.8,
             'top_k': min(200, config.vocab_size),
             'max_length': config.block_size,
             'bos_token_id': begin,
-            'eos_token_id': end,
+            'eos_token_id': list(ends) if ends[1:] else end,
             'pad_token_id': end},
         'tokenizer_config.json': {
             'tokenizer_class': 'PreTrainedTokenizerFast',

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plaingpt import console, schema
+from plaingpt import schema
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.tokenizer import END_OF_TEXT, ForeignBPE, byte_level
 from plaingpt.errors import CHECKPOINT, UserError
@@ -81,8 +81,8 @@ def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
     library.no_truncation()
     library.no_padding()
     add_special(library, says)
-    vocabulary = ForeignBPE(f'bpe:{library.get_vocab_size()}', library, id_of('eos_token', says, library),
-                            id_of('bos_token', says, library))
+    (eot, *more), (bos, *_) = (ids_of(role, says, library) for role in ('eos_token', 'bos_token'))
+    vocabulary = ForeignBPE(f'bpe:{library.get_vocab_size()}', library, eot, bos, more)
     its = json.loads(library.to_str())
     words = its['pre_tokenizer'] | {'trim_offsets': True}
     if not (its['model']['type'] == 'BPE' and not its['model']['dropout'] and its['normalizer'] is None
@@ -157,15 +157,11 @@ def added_token(token: str | dict[str, Any], special: bool) -> 'tokenizers.Added
     return tokenizers.AddedToken(known['content'], **{'normalized': not special} | flags, special=special)
 
 
-def id_of(role: str, says: dict[str, Any], library: 'tokenizers.Tokenizer') -> int | None:
-    """Return the id of the token that begins or ends a text: the one at which transformers' `generate` stops, or else
-    the one that the tokenizer names, or <|endoftext|>."""
+def ids_of(role: str, says: dict[str, Any], library: 'tokenizers.Tokenizer') -> list[Any]:
+    """Return the ids of the tokens that begin or end a text: those at which transformers' `generate` stops, or else the
+    one that the tokenizer names, or <|endoftext|>; [None] if there is none."""
     given = says.get(f'{role}_id')
     known = [i for i in (given if isinstance(given, list) else [given]) if i is not None and library.id_to_token(i)]
-    if known[1:]:
-        console.note(f'{role}_id: {known}; of these, at each of which transformers stops, only {known[0]} is taken')
-    if known:
-        return int(known[0])
     token = says.get(role, END_OF_TEXT)
-    i = library.token_to_id(token if isinstance(token, str) else token['content'])
-    return library.token_to_id(END_OF_TEXT) if i is None else i
+    named = library.token_to_id(token if isinstance(token, str) else token['content'])
+    return list(dict.fromkeys(known)) or [library.token_to_id(END_OF_TEXT) if named is None else named]

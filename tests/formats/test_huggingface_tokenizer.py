@@ -238,12 +238,32 @@ def test_a_special_token_that_only_the_settings_name_is_added_if_the_model_has_a
         assert ours.eot == (303 if added else 298)
 
 
-def test_of_several_tokens_that_end_a_text_it_is_said_which_one_does(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = their_folder(tmp_path, 303)
+def test_a_text_may_end_at_any_of_several_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `generate` ends it; also after an export."""
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('gguf')
+    folder = their_folder(tmp_path / 'theirs', 303, tie_word_embeddings=False)
     save_tokenizer(folder, True, {'generation_config.json': {'eos_token_id': [301, 302]}}, False)
-    assert learned(folder).eot == 301
-    assert 'eos_token_id: [301, 302]; of these' in capsys.readouterr().err
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():  # it always says </s>, which is the second of them
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.ln_f.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[302] = 1.0
+    model.save_pretrained(folder)
+    for path in (folder, tmp_path / 'hf'):
+        ours = learned(path)
+        assert (ours.eot, ours.stops) == (301, (301, 302))
+        assert tokenizer.from_state(ours.state()).stops == ours.stops
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+        assert len(theirs.generate(torch.tensor([[5]]), do_sample=False, max_new_tokens=9)[0]) == 2
+        capsys.readouterr()
+        sample.main([f'--init_from={path}', '--start=<|user|>', '--stop=True', '--num_samples=1', '--temperature=0'])
+        assert capsys.readouterr().out == f'<|user|>\n{sample.RULE}\n'
+        export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/hf', '--overwrite=True'])
+    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/gguf', '--to=gguf'])
+    modelfile = (tmp_path / 'gguf/Modelfile').read_text(encoding='utf-8')
+    assert 'PARAMETER stop "<|bot|>"\nPARAMETER stop "</s>"\n' in modelfile
 
 
 def test_names_of_special_tokens_in_a_text_count_as_text(tmp_path: Path) -> None:
