@@ -94,7 +94,7 @@ weight_decay: float = 1e-1  # of matrices; vectors have none
 beta1: float = 0.9
 beta2: float = 0.95
 grad_clip: float = 1.0  # the longest gradient, as one vector; 0 allows any
-overfit_single_batch: bool = False  # a check: learn one batch by heart, or exit 1; writes to out_dir/overfit
+overfit_single_batch: bool = False  # a check: overfit one batch, or exit 1; writes to out_dir/overfit
 # learning rate
 decay_lr: bool = True  # False: learning_rate at every step
 schedule: Literal['cosine', 'linear', 'constant', 'wsd'] = 'cosine'  # after the warm-up; 'wsd' is constant, then linear

@@ -234,13 +234,19 @@ def llama_writer(path: Path, prompt: list[int], n_threads: int) -> Callable[[], 
 # Files
 
 
-def loaders(folder: Path) -> Runs:
-    """From a file to a model that is ready."""
+def trained() -> tuple[GPT, torch.optim.Optimizer]:
+    """Return a model, and an optimizer that has moments of it."""
     model = GPT(GPTConfig(bias=False) if size == 'gpt2' else TINY)
     optimizer = train.make_optimizer(model)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
+    return model, optimizer
+
+
+def loaders(folder: Path) -> Runs:
+    """From a file to a model that is ready."""
+    model, optimizer = trained()
     path = folder / 'ckpt.pt'
     torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': 1,
                 'model_args': checkpoint.model_args(model.config), 'best_val_loss': 1.0, 'config': {}}, path)
@@ -262,12 +268,9 @@ def loaders(folder: Path) -> Runs:
 
 
 def savers(folder: Path) -> Runs:
-    """How long training waits for a checkpoint with weights and moments: ours is written while it goes on."""
-    model = GPT(GPTConfig(bias=False) if size == 'gpt2' else TINY)
-    optimizer = train.make_optimizer(model)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
+    """How long, by the clock, training waits for a checkpoint with weights and moments, which plainGPT writes while it
+    continues; nanoGPT calls torch.save, as here."""
+    model, optimizer = trained()
     alone = Process(0, 1, torch.device('cpu'), '')
     saver = checkpoint.Saver(folder / 'ours', 1, Uploader('', print), lambda: None)
 

@@ -10,7 +10,7 @@ wandb_log = False
 wandb_project = 'shakespeare-char'
 wandb_run_name = 'mini-gpt'
 
-# so small a text is soon learnt by heart: evaluate often, and keep only what improved
+# so small a text is soon overfit: evaluate often, and keep only what improved
 eval_interval = 250
 eval_iters = 200
 log_interval = 10

@@ -36,7 +36,7 @@ LENGTH = 64  # tokens of the window
 SCANNED = 1_000_000  # tokens of each split whose ids are looked at
 NEAR = 0.5  # nats from what is expected of new weights
 SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # nats that rounding may make of a loss
-LEARNED = 0.5  # of the first loss: learning one window by heart gets below it
+LEARNED = 0.5  # of the first loss: overfitting one window gets below it
 STEPS = 200  # at most, to get there
 STILL = 10  # steps after which a loss that has not come down at all will not
 
@@ -234,7 +234,7 @@ def same_weights(trial: Trial) -> Result:
 
 
 def overfit(trial: Trial) -> Result:
-    """A model that cannot learn one window by heart learns nothing else."""
+    """A model that cannot overfit one window learns nothing else."""
     if trial.is_stuck:
         return Result('overfit', None, 'there is no gradient')
     with dropout_of(trial.model, 0.0):

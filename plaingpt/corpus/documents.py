@@ -150,7 +150,8 @@ def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:
     with opened(name) as file:
         match kind_of(name):
             case '.jsonl' | '.ndjson':
-                yield from find_lines(name, column, in_utf8(name, file))
+                lines = in_utf8(name, file)
+                yield from find_lines(name, column, lines, is_apart=lines is file and not name.endswith(PACKED))
             case '.parquet':
                 yield from find_row_groups(name, column, file)
             case _:
@@ -167,16 +168,13 @@ def in_utf8(name: str, file: BinaryIO) -> BinaryIO:
         return file
     content = file.read()[start:]
     with readable_decoding(name, start):
-        return Recoded(content.decode(codec).encode())
+        return io.BytesIO(content.decode(codec).encode())
 
 
-class Recoded(io.BytesIO):
-    """What a file says, in UTF-8."""
-
-
-def find_lines(name: str, column: str, file: BinaryIO) -> Iterator[Piece]:
-    """Yield pieces of a .jsonl file that begin and end with a line. Blank lines are no documents."""
-    is_apart, start, stop, n_documents = not (name.endswith(PACKED) or isinstance(file, Recoded)), 0, 0, 0
+def find_lines(name: str, column: str, file: BinaryIO, is_apart: bool) -> Iterator[Piece]:
+    """Yield pieces of a .jsonl file that begin and end with a line, or all of it, if these could not be read apart.
+    Blank lines are no documents."""
+    start = stop = n_documents = 0
     for line in lines_of(name, file):
         stop += len(line)
         n_documents += not line.isspace()

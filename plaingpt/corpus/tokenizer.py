@@ -237,9 +237,7 @@ class ForeignBPE(TrainedBPE):
             raise ValueError('the token that begins a text, or ends one, is unknown')
         self.eot, self.bos = eot, bos
         self.special = {i for i, token in added.items() if token.special}
-        self.names = {i: token.content for i, token in added.items()}
-        its = json.loads(library.to_str())
-        self.prefixes_space = bool(its['pre_tokenizer']['add_prefix_space'])
+        self.prefixes_space = bool(json.loads(library.to_str())['pre_tokenizer']['add_prefix_space'])
         begins = library.encode('').ids  # what is put before a text, or behind it
         names = {token.content for token in added.values()}
         ends = {eot, bos, library.token_to_id(END_OF_TEXT)}

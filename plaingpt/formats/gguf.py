@@ -83,5 +83,6 @@ def write(folder: Path, exported: Exported) -> None:
 def stop_of(vocabulary: Tokenizer) -> str:
     """Return the lines of a Modelfile that end a text at the names of tokens, which ordinary ones do not have."""
     names = [vocabulary.pieces[i].decode() for i in vocabulary.stops if i in vocabulary.special]
-    names += [END_OF_TEXT] * (not vocabulary.stops)
+    if not vocabulary.stops:
+        names = [END_OF_TEXT]
     return ''.join(f'PARAMETER stop "{name}"\n' for name in names)

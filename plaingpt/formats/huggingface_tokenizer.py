@@ -75,7 +75,8 @@ def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
     for name in SETTINGS if is_in_folder else ():  # of which the later ones win
         if (folder / name).is_file() and not (name == 'special_tokens_map.json' and 'added_tokens_decoder' in says):
             found = schema.read_json(folder / name, SAYS, CHECKPOINT)
-            says |= {key: found[key] for key in (of.rstrip('?') for of in SAYS) if found.get(key) is not None}
+            names = (name.rstrip('?') for name in SAYS)
+            says |= {name: found[name] for name in names if found.get(name) is not None}
     says['is_gpt2'] = is_in_folder and says.get('tokenizer_class', GPT2_CLASSES[0]) in GPT2_CLASSES
     library = open_json(file, says) if file.is_file() else open_pair(folder, says)
     library.no_truncation()
@@ -83,9 +84,9 @@ def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
     add_special(library, says)
     (eot, *more), (bos, *_) = (ids_of(role, says, library) for role in ('eos_token', 'bos_token'))
     vocabulary = ForeignBPE(f'bpe:{library.get_vocab_size()}', library, eot, bos, more)
-    its = json.loads(library.to_str())
-    words = its['pre_tokenizer'] | {'trim_offsets': True}
-    if not (its['model']['type'] == 'BPE' and not its['model']['dropout'] and its['normalizer'] is None
+    content = json.loads(library.to_str())
+    words = content['pre_tokenizer'] | {'trim_offsets': True}
+    if not (content['model']['type'] == 'BPE' and not content['model']['dropout'] and content['normalizer'] is None
             and words == {'type': 'ByteLevel', 'add_prefix_space': words['add_prefix_space'], 'trim_offsets': True,
                           'use_regex': True} and set(vocabulary.pieces) >= tokenizer.BYTES):
         raise ValueError('it is of another kind')

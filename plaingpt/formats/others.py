@@ -20,7 +20,6 @@ from plaingpt import schema
 from plaingpt.corpus import tokenizer
 from plaingpt.errors import CHECKPOINT, UserError, command, is_out_of_memory, of_system, python, refusal
 from plaingpt.formats.weights import SIDE, TABLE, TRANSPOSED, is_tensor, is_tied
-from plaingpt.machines.device import DTYPES
 from plaingpt.schema import COUNT, EMPTY, PLAIN
 
 State = dict[str, Any]
@@ -66,7 +65,7 @@ CONTENT: dict[str, Any] = {  # what is read of one; others than ours lack some o
                  '_growth_tracker': COUNT}, EMPTY),
     'wandb_run_id?': str,
     'data?': ({'train': SPLIT, 'val': SPLIT}, EMPTY),
-    'compute?': {'device': str, 'dtype': {*DTYPES}},
+    'compute?': {'device': str, 'dtype': {'float32', 'bfloat16', 'float16'}},
     'optimizer?': {'state': {int: {'step': (is_tensor, float), 'exp_avg': is_tensor, 'exp_avg_sq': is_tensor}},
                     'param_groups': [{'params': [COUNT, ...]}, ...]}}
 

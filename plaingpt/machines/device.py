@@ -167,8 +167,8 @@ def advice(dtype: torch.dtype, rows: int, width: int) -> Iterator[str]:
 
 def time_in_bfloat16(rows: int, width: int) -> float:
     """Return how much of float32's time a product (rows, width) x (width, 4 width) takes in bfloat16 on this CPU, on
-    one thread, as threads wait for other programs. It takes milliseconds: a large product is made smaller, and where
-    bfloat16 is very slow, so is the answer to that alone."""
+    one thread, since several would wait for other programs. It takes milliseconds: a large product is made smaller, and
+    if bfloat16 is very slow, a few rows show it."""
     columns, n_threads = min(4 * width, 1024), torch.get_num_threads()
 
     def ratio(rows: int) -> float:
