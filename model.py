@@ -12,7 +12,7 @@ the weights.
 """
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -42,10 +42,19 @@ class GPTConfig:
     bias: bool = True  # in the Linear layers and LayerNorms, as in GPT-2
     gelu: Literal['tanh', 'exact'] = 'tanh'  # GPT-2's approximation, or the function itself, as in nanoGPT
     tie_weights: bool = True  # one table embeds a token and predicts it
+    arch: Literal['gpt2', 'modern'] = 'gpt2'  # the model of this file, or of model_modern.py
+    shortcuts: bool = False  # in the modern one, from the first layer to all others
 
     def __post_init__(self) -> None:
         if self.n_head < 1 or self.n_embd % self.n_head:
             raise UserError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: heads are equally wide')
+        if self.arch == 'modern':
+            if self.bias or self.tie_weights or self.dropout:
+                raise UserError('the modern model has no biases, no dropout and an untied head: give --bias=False '
+                                '--dropout=0 --tie_weights=False, as config/train_modern.py does')
+            if self.n_embd // self.n_head % 2:
+                raise UserError(f'n_embd={self.n_embd} / n_head={self.n_head} must be even: the modern model turns the '
+                                'channels of a head in pairs')
         parameters = self.n_embd * (self.vocab_size + self.block_size + 12 * self.n_layer * self.n_embd)
         if self.n_layer > MOST_LAYERS or parameters > MOST_PARAMETERS:
             raise UserError(f'n_layer={self.n_layer}, n_embd={self.n_embd}, vocab_size={self.vocab_size}, block_size='
@@ -54,7 +63,8 @@ class GPTConfig:
 
 # more: generation
 class Cache:
-    """The keys and values of the tokens that one layer has read, so that the next token need not read them again."""
+    """The keys and values of the tokens that one layer has read, so that the next token need not read them again. If
+    there are more than it has room for, a new one takes the place of the oldest."""
 
     def __init__(self, room: int) -> None:
         self.room = room  # tokens
@@ -62,15 +72,16 @@ class Cache:
         self.k = self.v = torch.empty(0)  # (B, H, room, D) from the first call on
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the k and v (B, H, T, D) of T more tokens; return those of all tokens, (B, H, length, D)."""
+        """Add the k and v (B, H, T, D) of T more tokens; return those of all that have room, (B, H, <= length, D)."""
         if self.length == 0:
             B, H, _, D = k.shape
             self.k, self.v = k.new_empty(B, H, self.room, D), v.new_empty(B, H, self.room, D)
         assert self.length == 0 or k.size(2) == 1, 'after the first tokens, the mask allows for one at a time'
-        new = slice(self.length, self.length + k.size(2))
+        first = self.length % self.room
+        new = slice(first, first + k.size(2))
         self.k[:, :, new], self.v[:, :, new] = k, v
-        self.length = new.stop
-        return self.k[:, :, :new.stop], self.v[:, :, :new.stop]
+        self.length += k.size(2)
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
 # more: models without numbers
@@ -180,8 +191,9 @@ class ChunkedNats(torch.autograd.Function):
     scales: so their logits need not be kept, nor be computed a second time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """x (N, C), the weight of the head (V, C) and targets (N,) -> the sum of the nats of those that are not -1"""
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+        """x (N, C), the weight of the head (V, C) and targets (N,) -> the sum of the nats of those that are not -1. A
+        `cap` makes of each logit z cap * tanh(z / cap)."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype  # of the products
         precise = torch.promote_types(dtype, torch.float32)
@@ -192,7 +204,11 @@ class ChunkedNats(torch.autograd.Function):
             head = weight.to(dtype)
             for part, target, gradient in zip(x.split(rows), targets.split(rows), dx.split(rows), strict=True):
                 part, is_real, target = part.to(dtype), (target != -1)[:, None], target.clamp(min=0)[:, None]  # (n, 1)
-                z = (part @ head.T).to(precise)  # (n, V)
+                z, slope = (part @ head.T).to(precise), None  # (n, V)
+                if cap is not None:
+                    z = z.div_(cap).tanh_()
+                    slope = z.square().neg_().add_(1)  # of the tanh
+                    z *= cap
                 z -= z.amax(dim=-1, keepdim=True)
                 chosen = z.gather(-1, target)
                 total = z.exp_().sum(dim=-1, keepdim=True)
@@ -201,30 +217,36 @@ class ChunkedNats(torch.autograd.Function):
                 z /= total
                 z.scatter_add_(-1, target, torch.full_like(total, -1.0))
                 z *= is_real
+                if slope is not None:
+                    z *= slope
                 dz = z.to(dtype)
                 gradient.copy_(dz @ head)
                 dw.addmm_(dz.T, part) if dtype == precise else dw.add_(dz.T @ part)
-                del z, dz  # before the next ones come
+                del z, dz, slope  # before the next ones come
         ctx.save_for_backward(dx, dw)
         ctx.dtype = x.dtype
         return nats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dx, dw = ctx.saved_tensors
-        return dx.mul_(grad).to(ctx.dtype), dw.mul_(grad).to(ctx.dtype), None
+        return dx.mul_(grad).to(ctx.dtype), dw.mul_(grad).to(ctx.dtype), None, None
 
 
-chunked_nats: Callable[[Tensor, Tensor, Tensor], Tensor] = ChunkedNats.apply
+chunked_nats: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] = ChunkedNats.apply
 
 
 class GPT(nn.Module):
     """The language model: from a sequence of tokens to a prediction of each next one."""
 
+    # more: places for what the modern model has
+    body: type[Transformer] = Transformer
+    cap: float | None = None  # what no logit exceeds
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Transformer(config)
+        self.transformer = self.body(config)  # more: another body
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:  # more: an untied head
             self.lm_head.weight = self.transformer.wte.weight
@@ -252,15 +274,20 @@ class GPT(nn.Module):
         if targets is None:
             if logits == 'last':
                 x = x[:, -1:]  # fast: the last position is all that is needed to continue a text
-            return (None if logits == 'none' else self.lm_head(x)), None
+            return (None if logits == 'none' else self.score(x)), None
         count = (targets != -1).sum().clamp(min=1)
         if logits == 'none' and torch.is_grad_enabled() and targets.numel() * self.config.vocab_size > MOST_LOGITS:
-            return None, chunked_nats(x.flatten(0, 1), self.lm_head.weight, targets.flatten()) / count
-        scores = self.lm_head(x)  # (B, T, V)
+            return None, chunked_nats(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.cap) / count
+        scores = self.score(x)  # (B, T, V)
         # fast: one kernel for the logarithm of the softmax, in float32 at least, and the choice of each target
         precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
         nats = F.cross_entropy(precise.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum')
         return {'all': scores, 'last': scores[:, -1:], 'none': None}[logits], nats / count
+
+    # more: a place for what the modern model does otherwise
+    def score(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> logits (B, T, V)"""
+        return self.lm_head(x)
 
     # more: temperature, top-k, top-p, stop token, seed
     @torch.no_grad()
@@ -291,10 +318,15 @@ class GPT(nn.Module):
             yield token
             if stops is not None and stopped.all():
                 return
-            if idx.size(1) == block_size:
-                caches = None  # the window slides: positions are absolute, so every token moves and is read anew
-            idx = torch.cat([idx, token[:, None]], dim=1)[:, -block_size:]
+            idx = torch.cat([idx, token[:, None]], dim=1)
+            if idx.size(1) > block_size:
+                idx, caches = self.go_beyond_the_block(idx, caches)
             unread = idx if caches is None else token[:, None]
+
+    def go_beyond_the_block(self, idx: Tensor, caches: list[Cache] | None) -> tuple[Tensor, list[Cache] | None]:
+        """What a text idx (B, T) that is longer than the block becomes, and its caches: GPT-2's positions are absolute,
+        so every token moves, and is read anew."""
+        return idx[:, -self.config.block_size:], None
 
     def score_next(self, idx: Tensor, caches: list[Cache] | None) -> Tensor:
         """The logits (B, V) of what follows idx (B, T), without dropout. The mode is restored before anybody else sees
@@ -346,10 +378,9 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise UserError(f'block_size={block_size} is longer than the {self.config.block_size} positions that this '
                             f'model has learned: give --block_size={self.config.block_size} or less')
-        config = GPTConfig(**{**vars(self.config), 'block_size': block_size})
-        weights = self.state_dict()
-        weights['transformer.wpe.weight'] = weights['transformer.wpe.weight'][:block_size].clone()
-        return GPT.from_weights(config, weights)
+        weights = {name: p[:block_size].clone() if name.endswith('wpe.weight') else p
+                   for name, p in self.state_dict().items()}
+        return self.from_weights(replace(self.config, block_size=block_size), weights)
 
     def flops_per_token(self) -> int:
         """Floating-point operations to train on one token: 6 for each weight of a matrix product (2 forward and

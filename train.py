@@ -7,7 +7,7 @@ Train a GPT: on a laptop, on one card, or on many.
 """
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,12 @@ import configurator  # before PyTorch, which reads a variable that plaingpt/__in
 # isort: split
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 import sample
-from plaingpt import console, errors, lock, metrics, tasks
+from model import GPT
+from plaingpt import console, errors, lock, metrics, muon, sizes, tasks
 from plaingpt.chance import draw
 from plaingpt.check import run_checks
 from plaingpt.corpus.batches import Part, parts_of
@@ -36,6 +36,7 @@ from plaingpt.machines.device import advice, choose, peak_memory
 from plaingpt.machines.processes import Process
 from plaingpt.machines.stop import Stop, StopAsked
 from plaingpt.machines.watch import Watch, explained
+from plaingpt.machines.zero import Zero
 from plaingpt.plan import RunSettings, amount, show_plan
 from plaingpt.run import checkpoint, wandb
 from plaingpt.run.log import Log, Pace
@@ -86,12 +87,14 @@ dropout: float = 0.0  # 0 to pretrain; 0.1 or more to fine-tune, or on little te
 bias: bool = False  # in the Linear layers and LayerNorms
 gelu: Literal['tanh', 'exact'] = 'tanh'  # GPT-2's, or nanoGPT's
 tie_weights: bool = True  # one table embeds a token and predicts it
-# AdamW
+arch: Literal['gpt2', 'modern'] = 'gpt2'  # model.py, or model_modern.py, which learns with Muon: config/train_modern.py
+shortcuts: bool = True  # in the modern model, from its first layer to all others; Hugging Face's has none
+# the optimizer: AdamW, or for 'modern' Muon, whose rate and decay these are; what AdamW has there keeps a ratio to them
 learning_rate: float = 6e-4  # the highest
 max_iters: int = 600000  # steps
 max_epochs: float = 0.0  # passes over the corpus, where they end before max_iters; 0 sets no such end
 weight_decay: float = 1e-1  # of matrices; vectors have none
-beta1: float = 0.9
+beta1: float = 0.9  # of AdamW
 beta2: float = 0.95
 grad_clip: float = 1.0  # the longest gradient, as one vector; 0 allows any
 overfit_single_batch: bool = False  # a check: overfit one batch, or exit 1; writes to out_dir/overfit
@@ -155,7 +158,7 @@ def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) ->
     model = strategies.distribute(raw_model, blocks, process, strategy, compute.dtype, reshard_after_forward,
                                   cpu_offload)
     watch.follow(raw_model, () if compute.compiles else blocks)  # a compiled block is one operation
-    optimizer = make_optimizer(raw_model, strategy == 'zero1' and process.world_size > 1)
+    optimizer = make_optimizer(raw_model, process, compute.dtype)
     scaler = torch.amp.GradScaler(process.device.type, enabled=compute.dtype == torch.float16)
     learner = Learner(raw_model, model, optimizer, scaler, process, compute)
     if origin.is_resumed:
@@ -168,25 +171,56 @@ def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) ->
     return learner
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: GPT) -> list[dict[str, Any]]:
     """The parameters that are treated alike, and how. Matrices are pulled towards zero; vectors, which are biases and
     LayerNorm gains, are not. `scale` times the schedule's is the learning rate of a group."""
+    if model.config.arch == 'modern':
+        return groups_of_modern(model)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     return [{'params': matrices, 'weight_decay': weight_decay, 'scale': 1.0},
             {'params': vectors, 'weight_decay': 0.0, 'scale': 1.0}]
 
 
-def make_optimizer(model: nn.Module, shards: bool = False) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2017). If it `shards`, each process updates a part of the weights, and sends it to
-    the others (Rajbhandari et al. 2020: ZeRO, stage 1)."""
+def groups_of_modern(model: GPT) -> list[dict[str, Any]]:
+    """The parameters of the modern model: Muon is for the matrices that lie between vectors of the residual stream, in
+    `parts` that are one matrix each, as those of q, k and v are; what only looks up or predicts tokens is AdamW's."""
+    inner = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() >= 2}
+    groups: list[dict[str, Any]] = [
+        {'params': [p for name, p in inner.items() if 'c_attn' in name], 'parts': 3},
+        {'params': [p for name, p in inner.items() if 'c_attn' not in name], 'parts': 1},
+        {'params': [model.transformer.wte.weight], 'decay': 0.02, 'scale': 28.0},
+        {'params': [model.lm_head.weight], 'decay': 0.02, 'scale': 0.16},
+        {'params': [p for p in model.parameters() if p.dim() < 2], 'decay': 0.0, 'scale': 0.6}]
+    return [{'scale': 1.0, 'momentum': muon.LAST, **group, 'weight_decay': weight_decay * group.get('decay', 1.0)}
+            for group in groups if group['params']]
+
+
+def make_optimizer(model: GPT, process: Process | None = None,
+                   precision: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2017), or for the modern model Muon. With several processes and 'zero1' each updates
+    a part of the weights, and sends it to the others; so it does with what Muon updates, unless fsdp has divided it."""
     groups, betas = parameter_groups(model), (beta1, beta2)
     # fast: one kernel for all weights; the plain file writes AdamW out
-    if shards:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # it takes half a second
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = partial(
+        torch.optim.AdamW, lr=learning_rate, betas=betas, fused=True)
+    if model.config.arch == 'modern':
+        make = partial(muon.Muon, lr=learning_rate, betas=betas,
+                       dtype=torch.bfloat16 if precision == torch.bfloat16 else None)
+    divided = groups if strategy == 'zero1' else [group for group in groups if 'parts' in group]
+    if process is None or process.world_size == 1 or strategy == 'fsdp' or not divided:
+        return make(groups)
+    return Zero(groups, divided, make, process)
 
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=learning_rate, betas=betas, fused=True)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int) -> float:
+    """Give each group of the optimizer its learning rate, and Muon its momentum. Return the rate of the schedule."""
+    rate = lr_at(step, total)
+    for group in optimizer.param_groups:
+        group['lr'] = rate * group['scale']
+        if 'parts' in group:
+            group['momentum'] = muon.momentum_at(step)
+    return rate
 
 
 def lr_at(step: int, total: int) -> float:
@@ -227,7 +261,8 @@ def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: S
     process, folder = learner.process, run_folder()
     if process.is_main and not eval_only:
         is_best = bool(learner.best) and learner.best['loss'][1] == learner.step > 0
-        checkpoint.make_ready(folder, overwrite and not overfit_single_batch, is_best, learner.raw_model, keep)
+        n_bytes = sizes.tensor_bytes(learner.raw_model, [*map(sizes.Group.of, learner.optimizer.param_groups)])
+        checkpoint.make_ready(folder, overwrite and not overfit_single_batch, is_best, n_bytes, keep)
     is_kept = process.is_main and not (eval_only or overfit_single_batch)
     uploader = Uploader(upload_to if is_kept else '', console.say)
     log = Log(None if eval_only else folder, process.is_main, learner.step, work.last_step, uploader)
@@ -356,9 +391,7 @@ def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | 
         part_of_loss = accumulate_gradient(learner, shown)
 
         # update
-        rate = lr_at(learner.step, run.work.decay_steps)
-        for group in optimizer.param_groups:
-            group['lr'] = rate * group['scale']
+        rate = set_rates(optimizer, learner.step, run.work.decay_steps)
         scaler.unscale_(optimizer)
         grad_norm = strategies.clip(learner.raw_model.parameters(), grad_clip)
         loss = processes.total(part_of_loss).item()
@@ -449,16 +482,31 @@ def refuse_mistakes(given: set[str]) -> None:
                         'give --min_lr=0, or a tenth of the learning rate')
     if overwrite and init_from in ('resume', 'auto'):
         raise UserError(f'--overwrite=True starts over; --init_from={init_from} goes on: give one of them')
+    if arch == 'modern':
+        refuse_rates_of_gpt2(given)
+        if init_from in sizes.GPT2:
+            raise UserError(f'--arch=modern is another model than {init_from}: leave one of them out')
     without_effect = {
         'gradient_accumulation_steps': 'total_batch_size' if total_batch_size else '',
         'schedule': '' if decay_lr else 'decay_lr=False',
         'hellaswag': '' if hellaswag_interval else 'hellaswag_interval=0',
         'hellaswag_limit': '' if hellaswag_interval else 'hellaswag_interval=0',
         'reshard_after_forward': '' if strategy == 'fsdp' else f'strategy={strategy}',
+        'gelu': 'arch=modern' if arch == 'modern' else '',
+        'shortcuts': '' if arch == 'modern' else f'arch={arch}',
     }
     for name, reason in without_effect.items():
         if name in given and reason:
             console.say(f'{name} has no effect: {reason} decides')
+
+
+def refuse_rates_of_gpt2(given: set[str]) -> None:
+    """Refuse to train the modern model with the defaults of this file, which are GPT-2's, as are its schedule, warm-up
+    and clipping."""
+    if 'learning_rate' not in given and not eval_only:
+        raise UserError(f'--learning_rate={learning_rate} is for GPT-2, and so are all defaults of the optimizer here\n'
+                        'the modern model has its own in config/train_modern.py: give that file, or another of '
+                        'config/train_modern*.py')
 
 
 def less_memory() -> str:
@@ -478,6 +526,8 @@ def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any]
     wanted = configurator.pick(RunSettings, sys.modules[__name__], given=frozenset(given))
     may_share_folder = overwrite or eval_only or check or overfit_single_batch
     origin = begin(wanted, read_meta(data_folder(dataset))['vocab_size'], may_share_folder, process)
+    if origin.model.config.arch == 'modern':  # by its checkpoint, perhaps
+        refuse_rates_of_gpt2(given)
     data = open_data(origin, process)
     learner = build_learner(origin, data, watch, process)
     if check:

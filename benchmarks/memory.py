@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 import configurator
@@ -54,8 +53,7 @@ def tensors_of(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]
         yield p.data
         if p.grad is not None:
             yield p.grad
-    inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer  # its part
-    yield from (value for moments in inner.state.values() for value in moments.values())
+    yield from (value for moments in optimizer.state.values() for value in moments.values())
 
 
 def measure(strategy: strategies.Strategy, process: processes.Process) -> float:
@@ -64,7 +62,8 @@ def measure(strategy: strategies.Strategy, process: processes.Process) -> float:
     model = GPT(config)
     n_parameters = sum(p.numel() for p in model.parameters())
     wrapped = strategies.distribute(model, model.transformer.h, process, strategy, torch.float32, True, False)
-    optimizer = train.make_optimizer(model, strategy == 'zero1' and process.world_size > 1)
+    train.strategy = strategy
+    optimizer = train.make_optimizer(model, process)
     ids = torch.randint(1024, (2, 65))
     _, loss = wrapped(ids[:, :-1], ids[:, 1:], logits='none')
     loss.backward()

@@ -10,6 +10,7 @@ from plaingpt.corpus.folder import data_folder, how_to_prepare, is_prepared, rea
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import CHECKPOINT, DATA, UserError
 from plaingpt.formats import huggingface, huggingface_tokenizer, llmc
+from plaingpt.formats.weights import gpt_class
 from plaingpt.machines import processes
 from plaingpt.machines.processes import Process
 from plaingpt.paths import is_url
@@ -72,6 +73,8 @@ class ModelSettings:
     bias: bool
     gelu: Literal['tanh', 'exact']
     tie_weights: bool
+    arch: Literal['gpt2', 'modern']
+    shortcuts: bool
 
     @property
     def answers(self) -> dict[str, Any]:
@@ -87,7 +90,8 @@ class ModelSettings:
     def new_config(self, n_vocab: int) -> GPTConfig:
         """The shape of a new model, for a tokenizer of n_vocab ids."""
         return GPTConfig(self.block_size, self.vocab_size or tokenizer.model_vocab_size(n_vocab), self.n_layer,
-                         self.n_head, self.n_embd, self.dropout, self.bias, self.gelu, self.tie_weights)
+                         self.n_head, self.n_embd, self.dropout, self.bias, self.gelu, self.tie_weights, self.arch,
+                         self.shortcuts and self.arch == 'modern')
 
     def refuse_other_shape(self, config: GPTConfig) -> None:
         """Weights decide the shape of their model: raise UserError where a setting that the user gave says otherwise.
@@ -122,7 +126,8 @@ def begin(settings: ModelSettings, n_vocab: int, may_share_folder: bool, process
         raise UserError(f'{run} holds a run already: --init_from=resume continues it, --overwrite=True starts over,\n'
                         'another --out_dir leaves it alone')
     if not is_resumed and settings.is_new:
-        return Origin(GPT(settings.new_config(n_vocab)), {}, is_new=True)
+        config = settings.new_config(n_vocab)
+        return Origin(gpt_class(config)(config), {}, is_new=True)
     if is_resumed:
         model = checkpoint.model_of(state, settings.dropout)
     else:

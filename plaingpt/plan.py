@@ -24,6 +24,7 @@ from plaingpt.corpus import token_files
 from plaingpt.corpus.folder import data_folder, files_of, fingerprint, read_meta
 from plaingpt.corpus.order import Order
 from plaingpt.errors import DATA, UserError
+from plaingpt.formats.weights import gpt_class
 from plaingpt.init_from import ModelSettings, open_model
 from plaingpt.machines import meeting, strategies
 from plaingpt.machines.device import peak_flops
@@ -143,7 +144,7 @@ class Plan:
 
     settings: RunSettings
     model: GPT  # on the meta device
-    groups: list[list[int]]  # the sizes of the parameters that the optimizer treats alike
+    groups: list[sizes.Group]
     corpus: Corpus
     epoch: int  # windows; 0 if that is not known
     place: checkpoint.Place  # from which it goes on
@@ -166,7 +167,7 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """What checkpoint.make_ready asks for."""
-        return checkpoint.bytes_needed(sizes.n_parameters(self.model), self.settings.keep)
+        return checkpoint.bytes_needed(sizes.tensor_bytes(self.model, self.groups), self.settings.keep)
 
     def held(self, strategy: strategies.Strategy, n: int, width: int = 4) -> sizes.Held:
         return sizes.held(self.model, self.groups, strategy, n, width, not self.settings.reshard_after_forward)
@@ -207,7 +208,7 @@ def about_the_work(plan: Plan) -> Iterator[str]:
            f'{flops:,} a token')
     if plan.place.step:
         yield f'it goes on at step {plan.place.step}'
-    file = sizes.checkpoint_bytes(plan.model, plan.corpus.tokenizer_bytes)
+    file = sizes.checkpoint_bytes(plan.model, plan.groups, plan.corpus.tokenizer_bytes)
     yield (f'a checkpoint: {size(file)}; {settings.out_dir} needs {size(plan.disk_bytes)}, for '
            f'keep={settings.keep} of them, the best and a new one; {size(free_bytes(settings.out_dir))} are free')
 
@@ -296,8 +297,8 @@ def describe(settings: RunSettings, grouped: Grouping, world_size: int) -> Itera
     config, state = shape_of(settings, corpus.n_vocab)
     n_tokens = corpus.prints['train']['tokens'] if corpus.prints else 0
     order = Order(n_tokens, config.block_size, settings.seed)
-    model = GPT.on_meta(config)
-    groups = [[p.numel() for p in group['params']] for group in grouped(model)]
+    model = gpt_class(config).on_meta(config)
+    groups = [sizes.Group.of(group) for group in grouped(model)]
     place = checkpoint.place_of(state, corpus.prints, config.block_size) if state else checkpoint.Place()
     plan = Plan(settings, model, groups, corpus, order.epoch if corpus.prints else 0, place, world_size)
     yield from about_the_model(plan)

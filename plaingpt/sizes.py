@@ -1,11 +1,12 @@
 """
 What a model takes: parameters, and the bytes that a process which trains it holds, and when. A weight, its gradient and
-AdamW's two moments are float32, 4 bytes each; the rest depends on the batch.
+AdamW's two moments, or Muon's one, are float32, 4 bytes each; the rest depends on the batch.
 """
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from model import CHUNK, GPT, MOST_LOGITS, GPTConfig
 from plaingpt.machines import strategies
+from plaingpt.machines.zero import deal, names_of
 
 GPT2 = {  # Radford et al. 2019, table 2; their vocabulary is 50257 tokens, their windows 1024
     'gpt2': GPTConfig(vocab_size=50257), 'gpt2-medium': GPTConfig(vocab_size=50257, n_layer=24, n_head=16, n_embd=1024),
@@ -18,8 +19,8 @@ REST = 4000  # bytes that it takes for settings and the like
 
 def parts_of(model: GPT) -> dict[str, int]:
     """The parameters of each part; they add up to those of the model."""
-    labels = {'wte': 'token table', 'wpe': 'position table', '.attn.': 'attention', '.mlp.': 'MLPs',
-              'ln_': 'LayerNorms', 'lm_head': 'head'}
+    labels = {'wte': 'token table', 'wpe': 'position table', '.mix': 'shortcuts', '.attn.': 'attention',
+              '.mlp.': 'MLPs', 'ln_': 'LayerNorms', 'lm_head': 'head'}
     sizes = dict.fromkeys(labels.values(), 0)
     for name, p in model.named_parameters():  # tied weights are one, and have the first name
         sizes[next(label for word, label in labels.items() if word in name)] += p.numel()
@@ -30,9 +31,32 @@ def n_parameters(model: GPT) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def checkpoint_bytes(model: GPT, tokenizer_bytes: int) -> int:
-    """A file with each weight and AdamW's two moments of it, all float32, and the tokenizer."""
-    return 3 * FLOAT * n_parameters(model) + 3 * RECORD * len(list(model.parameters())) + REST + tokenizer_bytes
+class Group(NamedTuple):
+    """The parameters that an optimizer treats alike."""
+
+    sizes: list[int]  # of the parameters
+    n_moments: int  # numbers that it keeps for each of theirs
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Self:
+        """Return what counts of an optimizer's group."""
+        return cls([p.numel() for p in group['params']], sum(name != 'step' for name in names_of(group)))
+
+
+def moments(groups: list[Group]) -> int:
+    """The bytes of what an optimizer keeps of all parameters."""
+    return sum(FLOAT * group.n_moments * sum(group.sizes) for group in groups)
+
+
+def tensor_bytes(model: GPT, groups: list[Group]) -> int:
+    """The bytes of all weights and their moments."""
+    return FLOAT * n_parameters(model) + moments(groups)
+
+
+def checkpoint_bytes(model: GPT, groups: list[Group], tokenizer_bytes: int) -> int:
+    """A file with each weight and its moments, all float32, and the tokenizer."""
+    tensors = sum((1 + group.n_moments) * len(group.sizes) for group in groups)
+    return tensor_bytes(model, groups) + RECORD * tensors + REST + tokenizer_bytes
 
 
 class Held(NamedTuple):
@@ -41,28 +65,29 @@ class Held(NamedTuple):
 
     weights: int
     gradients: int
-    moments: int  # AdamW's two
+    moments: int  # of AdamW and Muon
     gathered: int = 0
 
 
-def held(model: GPT, groups: list[list[int]], strategy: strategies.Strategy, n: int, width: int,
+def held(model: GPT, groups: list[Group], strategy: strategies.Strategy, n: int, width: int,
          keeps_blocks: bool = False) -> Held:
-    """What the fullest of `n` processes holds. The optimizer has `groups` of parameters of these sizes. Weights travel
-    in `width` bytes; `keeps_blocks` is fsdp without reshard_after_forward."""
+    """What the fullest of `n` processes holds. The optimizer has these `groups` of parameters. Weights travel in
+    `width` bytes; `keeps_blocks` is fsdp without reshard_after_forward."""
     whole = FLOAT * n_parameters(model)
-    if n == 1 or strategy == 'ddp':
-        return Held(whole, whole, 2 * whole)
-    if strategy == 'zero1':  # whole tensors are dealt out, the largest first, each to who has least
+    if n == 1:
+        return Held(whole, whole, moments(groups))
+    if strategy != 'fsdp':  # machines/zero.py deals whole tensors out; with ddp those of Muon
+        divided = [(size, group.n_moments) for group in groups if strategy == 'zero1' or group.n_moments == 1
+                   for size in group.sizes]
         shares = [0] * n
-        for group in groups:
-            for size in sorted(group, reverse=True):
-                shares[shares.index(min(shares))] += size
-        return Held(whole, whole, 2 * FLOAT * max(shares))
+        for (size, count), owner in zip(divided, deal([size for size, _ in divided], n), strict=True):
+            shares[owner] += FLOAT * count * size
+        return Held(whole, whole, moments(groups) - sum(shares) + max(shares))
     block = sum(p.numel() for p in model.transformer.h[0].parameters())
     blocks = block * len(model.transformer.h)
     tables = n_parameters(model) - blocks  # complete, with their gradient, from the forward pass to the end
     at_once = width * (blocks if keeps_blocks else 2 * block) + FLOAT * block  # this block, the next, a gradient
-    return Held(whole // n, whole // n, 2 * whole // n, 2 * FLOAT * tables + at_once)
+    return Held(whole // n, whole // n, moments(groups) // n, 2 * FLOAT * tables + at_once)
 
 
 class Activations(NamedTuple):
@@ -77,35 +102,47 @@ class Activations(NamedTuple):
     within: int  # made and dropped while a block goes back
 
 
+def kept_of_token(config: GPTConfig, width: int) -> int:
+    """Bytes that a block keeps of each token."""
+    C, H = config.n_embd, config.n_head
+    # The first norm keeps x and the second x + attention: 2 C of the residual stream. Each product keeps what it
+    # multiplies: c_attn C, attention's c_proj C, c_fc C, the MLP's c_proj 4 C. Attention keeps q, k and v, 3 C, and
+    # GELU, or ReLU squared, its input, 4 C.
+    token = 2 * C * FLOAT + 14 * C * width
+    if config.arch == 'gpt2':  # the softmaxes' denominators; mean and 1/std of each LayerNorm; which are dropped
+        return token + (H + 4) * FLOAT + 2 * C * (config.dropout > 0)
+    # Beside v, its product gives q and k, which are kept before they are turned, and under autocast in float32.
+    token += 3 * C * width + 2 * C * FLOAT * (width < FLOAT) + (3 * H + 2) * FLOAT
+    # Shortcuts keep x before it is mixed, and what is mixed into v, whose own numbers may then go.
+    return token + config.shortcuts * C * (FLOAT + 2 * width - 3 * width * (width < FLOAT))
+
+
 def activations(config: GPTConfig, batch_size: int, width: int) -> Activations:
-    """The tensors that model.py's forward keeps, where matrix products have numbers of `width` bytes: 4, or 2 under
+    """The tensors that a model's forward keeps, where matrix products have numbers of `width` bytes: 4, or 2 under
     autocast, which leaves the residual stream, statistics and the loss in float32. With dropout a card keeps a byte for
     each number that may be dropped; a CPU keeps 4, and attention's (T, T) tables, which are not counted here."""
-    n, C, H, V = batch_size * config.block_size, config.n_embd, config.n_head, config.vocab_size
-    # For each token, ln_1 keeps x and ln_2 keeps x + attention: 2 C of the residual stream. Each product keeps what it
-    # multiplies: c_attn C, attention's c_proj C, c_fc C, the MLP's c_proj 4 C. Attention keeps q, k and v, 3 C, and
-    # GELU its input, 4 C.
-    token = 2 * C * FLOAT + 14 * C * width
-    token += (H + 4) * FLOAT  # the softmaxes' denominators; mean and 1/std of each LayerNorm
-    token += 2 * C * (config.dropout > 0)
+    n, C, V, is_modern = batch_size * config.block_size, config.n_embd, config.vocab_size, config.arch == 'modern'
     casts = 12 * C * C * width * (width < FLOAT)  # the weights of the products, as bfloat16
-    block = n * token + casts
-    within = n * C * (2 * FLOAT + 4 * width)  # gradients: of the residual stream, of GELU
-    around = n * (C * FLOAT + 2 * FLOAT + 3 * 8)  # ln_f keeps its input; x, y and which targets count are int64
+    block = n * kept_of_token(config, width) + casts
+    within = n * C * (2 * FLOAT + (4 + 8 * is_modern) * width)  # gradients: of the residual stream, of GELU or ReLU^2
+    # the norm at the end, and the modern one at the beginning, keep what they are given; x, y and which targets count
+    # are int64
+    around = n * ((1 + is_modern) * C * FLOAT + 2 * FLOAT + 3 * 8)
     half = width * (width < FLOAT)  # of what autocast makes in addition
     if n * V <= MOST_LOGITS:
         around += n * C * width + V * C * half  # lm_head keeps what it multiplies
-        kept, loss = FLOAT * n * V, 3 * FLOAT * n * V
+        kept, loss = ((1 + is_modern) * FLOAT * n * V, (3 + is_modern) * FLOAT * n * V)  # the cap keeps them once more
     else:  # ChunkedNats keeps gradients; it holds its input, a part of the logits, and with autocast head and gradient
         kept = FLOAT * (n + V) * C
-        loss = kept + n * C * FLOAT + min(CHUNK, n * V) * (FLOAT + half) + 2 * V * C * half
+        loss = kept + n * C * FLOAT + min(CHUNK, n * V) * ((1 + is_modern) * FLOAT + half) + 2 * V * C * half
     return Activations(block, config.n_layer * block, config.n_layer * n * C * FLOAT, around, kept, loss, within)
 
 
 def peak(config: GPTConfig, held: Held, needs: Activations, accumulates: bool, recomputes: bool) -> int:
     """The most bytes of tensors that a process holds in a step: at the loss, in the last block on the way back, or at
-    the end. The gradients of a step that `accumulates` are there all the time, and so are those of several processes;
-    others come as activations go. With activation checkpointing one block at a time `recomputes` what it keeps."""
+    the end, before and in the update. The gradients of a step that `accumulates` are there all the time, and so are
+    those of several processes; others come as activations go. With activation checkpointing one block at a time
+    `recomputes` what it keeps."""
     base = held.weights + held.moments + held.gathered + held.gradients * accumulates
     base += needs.inputs if recomputes else needs.blocks
     at_loss = base + needs.around + needs.loss
@@ -113,5 +150,7 @@ def peak(config: GPTConfig, held: Held, needs: Activations, accumulates: bool, r
     at_end = held.weights + held.moments + held.gathered + held.gradients
     # The last gradient is that of the token table. A new one is added to what is there; that of a tied table is the sum
     # of two, since it is the head as well, and for a moment all three are there.
-    at_end += FLOAT * config.vocab_size * config.n_embd * (accumulates + 2 * config.tie_weights)
-    return max(at_loss, in_block, at_end)
+    at_table = at_end + FLOAT * config.vocab_size * config.n_embd * (accumulates + 2 * config.tie_weights)
+    # Muon has all matrices of one shape, a third of those of the blocks, in six forms at once.
+    at_update = at_end + 6 * FLOAT * 4 * config.n_layer * config.n_embd**2 * (config.arch == 'modern')
+    return max(at_loss, in_block, at_table, at_update)

@@ -119,7 +119,7 @@ def plant_early_optimizer(patch: Patch) -> None:
     """The optimizer is built before the model is divided."""
     distribute, make_optimizer, early = strategies.distribute, train.make_optimizer, list[torch.optim.Optimizer]()
 
-    def distribute_late(raw_model: nn.Module, *arguments: Any) -> nn.Module:
+    def distribute_late(raw_model: model.GPT, *arguments: Any) -> nn.Module:
         early.append(make_optimizer(raw_model))
         return distribute(raw_model, *arguments)
 
@@ -161,8 +161,8 @@ def plant_ascent(patch: Patch) -> None:
     """Steps go up the gradient."""
     make_optimizer = train.make_optimizer
 
-    def make_climber(raw_model: nn.Module, shards: bool) -> torch.optim.Optimizer:
-        optimizer = make_optimizer(raw_model, shards)
+    def make_climber(*arguments: Any) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(*arguments)
         for group in optimizer.param_groups:
             group['maximize'] = True
         return optimizer

@@ -163,9 +163,10 @@ def test_each_config_file_opens_with_its_command_and_is_understood(train: Module
     settings, given = configurator.configure(train, [str(path)])
     name_of_run = {'wandb_run_name': settings['wandb_run_name']} if '{time}' in source else {}
     assert {key: settings[key] for key in given} == executed(source) | name_of_run
-    dataset = ROOT / 'data' / settings['dataset'] / 'prepare.py'
-    assert dataset.exists(), 'the text that it trains on can be prepared'
-    assert f'python data/{settings["dataset"]}/prepare.py' in comment.group()
+    prepare = re.search(r'python data/(\w+)/prepare\.py(?: .*--name=(\w+))?', comment.group())
+    assert prepare, 'it says how its text is prepared'
+    assert (ROOT / 'data' / prepare[1] / 'prepare.py').exists()
+    assert settings['dataset'] == (prepare[2] or prepare[1])
 
 
 def test_the_folders_that_configs_write_to_differ(train: ModuleType) -> None:

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 STAGES = {'train', 'sample', 'evaluate', 'export', 'train_trivialised'}
 FLOORS: list[set[str]] = [  # from the ground up
     {f'plaingpt.{name}' for name in ('chance', 'console', 'errors', 'files', 'lock', 'paths', 'published', 'schema')},
-    {'model', 'model_trivialised', 'configurator'},
-    {'plaingpt.machines'},
+    {'model', 'model_modern', 'model_trivialised', 'model_modern_trivialised', 'configurator'},
+    {'plaingpt.machines', 'plaingpt.muon'},
     {'plaingpt.corpus'},
     {'plaingpt.formats'},
     {'plaingpt.run', 'plaingpt.metrics', 'plaingpt.tasks'},

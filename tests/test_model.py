@@ -529,7 +529,7 @@ def test_a_loss_in_chunks_is_as_exact_as_a_whole_one_in_half_precision(
     def gradients(scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
         x, weight = states.clone().requires_grad_(), head.clone().requires_grad_()
         with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-            nats = gpt.chunked_nats(x, weight, targets)
+            nats = gpt.chunked_nats(x, weight, targets, None)
         assert nats.dtype == torch.float32
         (nats / len(targets) * scale).backward()
         assert x.grad is not None and weight.grad is not None

@@ -19,6 +19,7 @@ from plaingpt.console import duration
 from plaingpt.corpus import token_files
 from plaingpt.corpus.batches import Part
 from plaingpt.errors import UserError
+from plaingpt.formats.weights import gpt_class
 from plaingpt.machines import processes, strategies
 from plaingpt.machines.device import autocast
 from plaingpt.plan import Plan, RunSettings, describe, look_at, shape_of
@@ -37,8 +38,14 @@ def settings_of(*arguments: str) -> RunSettings:
     return configurator.pick(RunSettings, train, given=frozenset(given))
 
 
-def groups_of(model: GPT) -> list[list[int]]:
-    return [[p.numel() for p in group['params']] for group in train.parameter_groups(model)]
+def groups_of(model: GPT) -> list[sizes.Group]:
+    return [*map(sizes.Group.of, train.parameter_groups(model))]
+
+
+def modern(block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: int,
+           shortcuts: bool = True) -> GPTConfig:
+    return GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=False, tie_weights=False, arch='modern',
+                     shortcuts=shortcuts)
 
 
 def lines_of(*arguments: str, world_size: int = 1) -> list[str]:
@@ -86,7 +93,7 @@ def test_no_part_of_a_planned_model_takes_memory() -> None:
 def counted_peak(config: GPTConfig, batch_size: int, n_parts: int, recomputes: bool) -> int:
     """The most bytes of tensors in a step of training, weights and moments included, as PyTorch's profiler counts what
     is allocated and freed. An earlier step has made the moments."""
-    model = GPT(config)
+    model = gpt_class(config)(config)
     model.transformer.recomputes = recomputes
     give(train)
     learner = learner_of(model, train.make_optimizer(model))
@@ -129,17 +136,23 @@ def counted_peak(config: GPTConfig, batch_size: int, n_parts: int, recomputes: b
     (GPTConfig(16, 1000, 4, 4, 256), 1, 1, False),  # little text: the most is at the end, gradients and moments
     (GPTConfig(16, 5000, 1, 4, 64), 1, 2, False),
     (GPTConfig(16, 5000, 1, 4, 64, tie_weights=False), 1, 2, False),
+    (modern(64, 65, 4, 4, 128), 8, 3, False),
+    (modern(64, 20000, 2, 2, 64), 8, 1, False),
+    (modern(128, 20000, 2, 4, 128, shortcuts=False), 32, 1, False),
+    (modern(128, 1000, 12, 4, 64), 4, 1, True),
+    (modern(16, 1000, 4, 4, 256), 1, 1, False),  # the most is in Muon's step
 ])
 def test_the_predicted_peak_is_what_a_profiler_counts(config: GPTConfig, batch_size: int, n_parts: int,
                                                       recomputes: bool) -> None:
-    held, needs = sizes.held(GPT.on_meta(config), [], 'ddp', 1, 4), sizes.activations(config, batch_size, 4)
+    model = gpt_class(config).on_meta(config)
+    held, needs = sizes.held(model, groups_of(model), 'ddp', 1, 4), sizes.activations(config, batch_size, 4)
     predicted = sizes.peak(config, held, needs, n_parts > 1, recomputes)
     assert predicted == pytest.approx(counted_peak(config, batch_size, n_parts, recomputes), rel=0.05)
 
 
 def saved_bytes(config: GPTConfig, width: int) -> int:
     """What autograd keeps of a forward pass, parameters apart, each storage once."""
-    model = GPT(config)
+    model = gpt_class(config)(config)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -160,7 +173,9 @@ def saved_bytes(config: GPTConfig, width: int) -> int:
 
 
 @pytest.mark.parametrize('width', [4, 2])
-@pytest.mark.parametrize('config', [GPTConfig(64, 300, 3, 2, 64), GPTConfig(1024, 20_000, 1, 2, 64)])
+@pytest.mark.parametrize('config', [
+    GPTConfig(64, 300, 3, 2, 64), GPTConfig(1024, 20_000, 1, 2, 64), modern(64, 300, 6, 2, 64),
+    modern(1024, 20_000, 1, 2, 64, shortcuts=False)])
 def test_what_the_forward_pass_keeps_is_what_autograd_saves(config: GPTConfig, width: int) -> None:
     needs = sizes.activations(config, 4, width)
     assert needs.blocks + needs.around + needs.kept == pytest.approx(saved_bytes(config, width), rel=0.05)
@@ -195,7 +210,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Pat
 
 def test_a_checkpoint_is_as_large_as_planned(run_dir: Path, tiny_dataset: Path) -> None:
     config = checkpoint.config_of(checkpoint.load(run_dir / 'ckpt.pt'))
-    planned = sizes.checkpoint_bytes(GPT.on_meta(config), look_at(str(tiny_dataset)).tokenizer_bytes)
+    model = GPT.on_meta(config)
+    planned = sizes.checkpoint_bytes(model, groups_of(model), look_at(str(tiny_dataset)).tokenizer_bytes)
     assert planned == pytest.approx((run_dir / 'ckpt.pt').stat().st_size, rel=0.01)
 
 
@@ -203,14 +219,15 @@ def test_the_disk_that_is_planned_is_what_a_run_asks_for(tiny_dataset: Path, tmp
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(*TINY, f'--dataset={tiny_dataset}', '--keep=3')
     config, _ = shape_of(settings, 65)
-    planned = Plan(settings, GPT.on_meta(config), [], look_at(str(tiny_dataset)), 1, checkpoint.Place(), 1).disk_bytes
+    model, corpus = GPT.on_meta(config), look_at(str(tiny_dataset))
+    planned = Plan(settings, model, groups_of(model), corpus, 1, checkpoint.Place(), 1).disk_bytes
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: real._replace(free=planned - 1))
     with pytest.raises(UserError, match=f' needs {planned:,} bytes '):
-        checkpoint.make_ready(tmp_path / 'new', False, False, GPT(config), 3)
+        checkpoint.make_ready(tmp_path / 'new', False, False, 12 * sizes.n_parameters(GPT(config)), 3)
     assert 'the disk has no room' in warnings_of(*TINY, f'--dataset={tiny_dataset}', '--keep=3')
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: real._replace(free=planned))
-    checkpoint.make_ready(tmp_path / 'new', False, False, GPT(config), 3)
+    checkpoint.make_ready(tmp_path / 'new', False, False, 12 * sizes.n_parameters(GPT(config)), 3)
 
 
 def test_steps_tokens_and_epochs_are_those_that_the_run_prints(run_dir: Path, tiny_dataset: Path, tmp_path: Path,

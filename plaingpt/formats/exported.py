@@ -5,8 +5,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPTConfig
 from plaingpt.corpus.tokenizer import Tokenizer
+from plaingpt.formats.weights import gpt_class
 from plaingpt.machines.device import DTYPES
 
 
@@ -40,8 +41,8 @@ class Exported:
     def complete(self) -> Self:
         """The same function in the form that others expect: with biases, which may be zero, without the rows that pad
         the vocabulary, and without a head if the table of tokens is one."""
-        config = replace(self.config, bias=True, vocab_size=self.vocabulary.n_vocab)
-        shapes = {name: p.shape for name, p in GPT.on_meta(config).named_parameters()}
+        config = replace(self.config, bias=self.config.arch == 'gpt2', vocab_size=self.vocabulary.n_vocab)
+        shapes = {name: p.shape for name, p in gpt_class(config).on_meta(config).named_parameters()}
         weights = {name: p[:shapes[name][0]] for name, p in self.weights.items() if name in shapes}
         biases = {name: torch.zeros(shape) for name, shape in shapes.items() if name not in weights}
         return replace(self, config=config, weights=weights | biases)

@@ -55,6 +55,8 @@ CONTENT: dict[str, Any] = {  # what is read of one; others than ours lack some o
         str: PLAIN,
         'gelu': {'tanh', 'exact'},
         'tie_weights': bool,
+        'arch?': {'gpt2', 'modern'},
+        'shortcuts?': bool,
         'dataset?': str,
         **dict.fromkeys(('total_batch_size?', 'gradient_accumulation_steps?', 'batch_size?', 'block_size?'), COUNT)},
     **dict.fromkeys(('iter_num?', 'windows?', 'windows_before?', 'tokens?', 'skipped?'), COUNT),
@@ -66,7 +68,8 @@ CONTENT: dict[str, Any] = {  # what is read of one; others than ours lack some o
     'wandb_run_id?': str,
     'data?': ({'train': SPLIT, 'val': SPLIT}, EMPTY),
     'compute?': {'device': str, 'dtype': {'float32', 'bfloat16', 'float16'}},
-    'optimizer?': {'state': {int: {'step': (is_tensor, float), 'exp_avg': is_tensor, 'exp_avg_sq': is_tensor}},
+    'optimizer?': {'state': {int: ({'step': (is_tensor, float), 'exp_avg': is_tensor, 'exp_avg_sq': is_tensor},
+                                   {'momentum_buffer': is_tensor})},
                     'param_groups': [{'params': [COUNT, ...]}, ...]}}
 
 

@@ -15,6 +15,15 @@ TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'ml
 SIDE = range(1, 2**28)  # of a matrix whose bytes PyTorch can count
 
 
+def gpt_class(config: GPTConfig) -> type[GPT]:
+    """Return the class of such a model. The file of the modern one is read where it is needed."""
+    if config.arch == 'gpt2':
+        return GPT
+    import model_modern
+
+    return model_modern.GPT
+
+
 def is_tensor(value: object) -> TypeGuard[Tensor]:
     """Return whether it is a tensor of ordinary numbers in main memory, whatever else torch.load may make."""
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == 'cpu'
@@ -35,7 +44,8 @@ def fitting(config: GPTConfig, weights: dict[str, Tensor], path: str | Path) -> 
     of them is missing, has another shape, or is no finite number."""
     if config.n_layer > len(weights):  # before all of them are built
         raise UserError(f'{path} has {len(weights)} weights, too few for n_layer={config.n_layer}', CHECKPOINT)
-    shapes = {name: p.shape for name, p in GPT.on_meta(config).named_parameters()}
+    kind = {'gpt2': 'a GPT-2', 'modern': 'the modern model'}[config.arch]
+    shapes = {name: p.shape for name, p in gpt_class(config).on_meta(config).named_parameters()}
     for name, shape in shapes.items():
         p = weights.get(name)
         fault = ('is missing' if p is None else
@@ -44,6 +54,6 @@ def fitting(config: GPTConfig, weights: dict[str, Tensor], path: str | Path) -> 
                  '' if p.sum(dtype=torch.promote_types(p.dtype, torch.float32)).isfinite() else
                  'has numbers that are infinite or NaN')
         if fault:
-            raise UserError(f'the weights in {path} do not fit a GPT-2: {name} {fault}', CHECKPOINT)
+            raise UserError(f'the weights in {path} do not fit {kind}: {name} {fault}', CHECKPOINT)
     fit = {name: weights[name].to(torch.get_default_dtype()) for name in shapes}
     return fit | ({HEAD: fit[TABLE]} if config.tie_weights else {})

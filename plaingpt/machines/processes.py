@@ -21,7 +21,7 @@ from plaingpt.machines import meeting
 from plaingpt.machines.device import card, pick_device
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ('configurator', 'evaluate', 'export', 'model', 'sample', 'train')  # beside the package
+SOURCES = ('configurator', 'evaluate', 'export', 'model', 'model_modern', 'sample', 'train')  # beside the package
 Progress = Callable[[Iterable[int], int, str, str], Iterable[int]]  # a bar around items: how many, what, in which unit
 
 
@@ -143,14 +143,19 @@ def wait_for_all(process: Process) -> None:
     total(torch.zeros(1, device=process.device)).item()
 
 
+def tell_all(process: Process, value: Any) -> list[Any]:
+    """What each process says, in JSON. Every process must call it."""
+    process.store.set(f'said/{process.rank}', json.dumps(value))
+    wait_for_all(process)
+    found = list(map(json.loads, process.store.multi_get([f'said/{rank}' for rank in range(process.world_size)])))
+    wait_for_all(process)  # before one of them writes again, or ends and takes the store with it
+    return found
+
+
 def refuse_difference(process: Process, values: dict[str, Any], remedy: str) -> None:
     """Every process must have the same value under each name. All of them must call it. Raises UserError on all of
     them, with the remedy, if some have different ones."""
-    process.store.set(f'equal/{process.rank}', json.dumps(values))
-    wait_for_all(process)
-    found = list(map(json.loads, process.store.multi_get([f'equal/{rank}' for rank in range(process.world_size)])))
-    wait_for_all(process)  # before one of them writes again, or ends and takes the store with it
-    faults = []
+    found, faults = tell_all(process, values), []
     for name in dict.fromkeys(key for one in found for key in one):
         ranks: dict[str, list[int]] = {}  # that have each value
         for rank, one in enumerate(found):

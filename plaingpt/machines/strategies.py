@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from plaingpt.errors import UserError
 from plaingpt.machines.processes import Process
+from plaingpt.machines.zero import Zero
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -47,8 +48,9 @@ def distribute(model: nn.Module, blocks: Iterable[nn.Module], process: Process, 
     offload = CPUOffloadPolicy(pin_memory=process.device.type == 'cuda') if cpu_offload else OffloadPolicy()
     # Weights travel in `dtype`, gradients are added in float32, and autocast sees to the rest as it does for ddp. But a
     # CPU's autocast cannot give bfloat16 gains to float32 numbers: there a block gets bfloat16, and returns float32.
+    has_gains = any(isinstance(module, nn.LayerNorm) for module in model.modules())
     precision = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(
-        dtype, torch.float32, torch.float32, cast_forward_inputs=process.device.type == 'cpu')
+        dtype, torch.float32, torch.float32, cast_forward_inputs=has_gains and process.device.type == 'cpu')
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
     fully_shard(model, mesh=mesh, offload_policy=offload)
@@ -86,20 +88,16 @@ def gather(model: nn.Module, optimizer: Optimizer, process: Process) -> tuple[di
     memory, so that training can go on. Every process must call it; those that are not the main one get nothing."""
     if dist.is_initialized():
         from torch.distributed.fsdp import FSDPModule
-        from torch.distributed.optim import ZeroRedundancyOptimizer
 
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # evaluation may have left it complete
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            optimizer.consolidate_state_dict(to=0)
-            if not process.is_main:
-                return {}, {}  # nothing else is divided
     state = optimizer.state_dict()
     copies = {p: whole_copy(p, process) for p in model.parameters()}  # tied weights are one tensor, and stay it
     weights = {name: copies[p] for name, p in model.named_parameters(remove_duplicate=False)}
-    moments = {number: {name: whole_copy(tensor, process) for name, tensor in tensors.items()}
-               for number, tensors in state['state'].items()}
+    moments = optimizer.gather() if isinstance(optimizer, Zero) else {
+        number: {name: whole_copy(tensor, process) for name, tensor in tensors.items()}
+        for number, tensors in state['state'].items()}
     return (weights, state | {'state': moments}) if process.is_main else ({}, {})
 
 
@@ -112,11 +110,12 @@ def whole_copy(tensor: Tensor, process: Process) -> Tensor:
 def load_optimizer(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
     """Give the optimizer the state of each weight, whole as `gather` made it; a process keeps its part. Learning rates
     and the like stay as they are."""
-    groups = Optimizer.state_dict(optimizer)['param_groups']  # ZeRO's own would ask for the parts of all processes
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
-    ours = {number: {name: shard_like(tensor, parameters[number]) for name, tensor in moments.items()}
-            for number, moments in state.items()}
-    optimizer.load_state_dict({'state': ours, 'param_groups': groups})
+    for number, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
+        if number in state and (not isinstance(optimizer, Zero) or optimizer.holds(p)):
+            optimizer.state[p] = {
+                # a fused AdamW has the number of updates as a float32, where the weight is
+                name: shard_like(torch.as_tensor(value), p).to(p.device, torch.float32 if name == 'step' else p.dtype)
+                for name, value in state[number].items()}
 
 
 def shard_like(tensor: Tensor, p: nn.Parameter) -> Tensor:

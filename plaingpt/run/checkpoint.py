@@ -7,7 +7,7 @@ are compared on loading, so that no damage is ever taken for weights.
 """
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -20,13 +20,15 @@ from model import GPT, GPTConfig
 from plaingpt import console, files
 from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, FULL, SYSTEM, UserError
 from plaingpt.formats import others
-from plaingpt.formats.weights import fitting
+from plaingpt.formats.weights import fitting, gpt_class
 from plaingpt.machines import strategies
+from plaingpt.machines.zero import names_of
 from plaingpt.run import upload
 
 State = dict[str, Any]
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
-SHAPE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'gelu', 'tie_weights')  # weights decide it
+CHOICES = ('gelu', 'tie_weights', 'arch', 'shortcuts')  # what else decides what weights compute
+SHAPE = (*(name for name in MODEL_ARGS if name != 'dropout'), *CHOICES)  # weights decide it
 WRITTEN = (rf'\.?({upload.CHECKPOINTS.pattern})(\.[0-9a-f]{{8}}{upload.UPLOADING})?|'
            r'metrics\.jsonl|samples\.txt|loss\.png')  # what a run writes under a temporary name first
 
@@ -120,9 +122,10 @@ def n_bytes(tree: Any) -> int:
     return tree.nbytes if isinstance(tree, Tensor) else 0
 
 
-def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int) -> None:
+def make_ready(out_dir: Path, is_new: bool, is_best: bool, n_bytes: int, keep: int) -> None:
     """Before a run begins: its folder, without what a kill left half written or, for a new run, the checkpoints of
-    another, and with best.pt where the newest is the best. `keep` of them, the best and a new one must find room."""
+    another, and with best.pt where the newest is the best. `keep` of n_bytes each, the best and a new one must find
+    room."""
     out_dir.mkdir(parents=True, exist_ok=True)
     of_another = [path for path in out_dir.iterdir() if is_new and upload.CHECKPOINTS.fullmatch(path.name)]
     of_older_versions = out_dir / 'ckpt.new.pt'
@@ -130,7 +133,7 @@ def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int
         path.unlink(missing_ok=True)
     if is_best and (out_dir / 'ckpt.pt').exists():
         files.link(out_dir / 'ckpt.pt', out_dir / 'best.pt')  # a kill may have come between the two
-    need = bytes_needed(sum(p.numel() for p in model.parameters()), keep)
+    need = bytes_needed(n_bytes, keep)
     ours = {path.stat().st_ino: path.stat().st_size for path in [*out_dir.glob('ckpt*.pt'), *out_dir.glob('best.pt')]}
     room = shutil.disk_usage(out_dir).free + sum(ours.values())
     if need > room:
@@ -138,9 +141,9 @@ def make_ready(out_dir: Path, is_new: bool, is_best: bool, model: GPT, keep: int
                         'make room, or give another --out_dir', DISK_FULL)
 
 
-def bytes_needed(n_parameters: int, keep: int) -> int:
-    """For `keep` checkpoints, the best and a new one: a float32 for each weight, and two for AdamW's moments."""
-    return (keep + 2) * 3 * 4 * n_parameters
+def bytes_needed(n_bytes: int, keep: int) -> int:
+    """For `keep` checkpoints, the best and a new one, each with tensors of so many bytes."""
+    return (keep + 2) * n_bytes
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -190,12 +193,13 @@ def holds_run(folder: Path) -> bool:
 def config_of(state: State, dropout: float = 0.0) -> GPTConfig:
     """The shape of a checkpoint's model. Dropout is a matter of training, and given anew each time."""
     shape = {name: value for name, value in state['model_args'].items() if name in MODEL_ARGS}
-    more = {name: state['config'][name] for name in ('gelu', 'tie_weights')}
+    more = {name: state['config'][name] for name in CHOICES if name in state['config']}  # older files lack some
     return GPTConfig(**shape | more | {'dropout': dropout})
 
 
 def model_of(state: State, dropout: float = 0.0) -> GPT:
-    return GPT.from_weights(config_of(state, dropout), state['model'])
+    config = config_of(state, dropout)
+    return gpt_class(config).from_weights(config, state['model'])
 
 
 def is_other_data(state: State, data: dict[str, Any]) -> bool:
@@ -239,11 +243,12 @@ def describe(state: State, settings: dict[str, Any]) -> str:
     return f'resuming at step {state["iter_num"]}' + (f', with {", ".join(changed)}' if changed else '')
 
 
-def fits(moment: Tensor | float, shape: torch.Size) -> bool:
-    """Return whether this is a moment of a weight of that shape, or a number of steps; the block_size may be shorter
-    than it was."""
-    found = getattr(moment, 'shape', torch.Size())
-    return not found or (found[1:] == shape[1:] and found[0] >= shape[0])
+def fit(moments: dict[str, Tensor | float], shape: torch.Size, names: Iterable[str]) -> bool:
+    """Return whether these are the moments of a weight of that shape, under these names, or its number of steps; the
+    block_size may be shorter than it was."""
+    shapes = [getattr(moment, 'shape', torch.Size()) for moment in moments.values()]
+    return set(names) <= moments.keys() and all(not found or (found[1:] == shape[1:] and found[0] >= shape[0])
+                                                for found in shapes)
 
 
 def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) -> None:
@@ -252,9 +257,9 @@ def restore(optimizer: Optimizer, scaler: torch.amp.GradScaler, state: State) ->
     theirs = state.get('optimizer', {'param_groups': [], 'state': {}})
     sizes, saved = ([len(group['params']) for group in groups]
                     for groups in (optimizer.param_groups, theirs['param_groups']))
-    shapes = dict(enumerate(p.shape for group in optimizer.param_groups for p in group['params']))
-    if sizes != saved or any(number not in shapes or not fits(moment, shapes[number])
-                             for number, moments in theirs['state'].items() for moment in moments.values()):
+    weights = dict(enumerate((p.shape, names_of(group)) for group in optimizer.param_groups for p in group['params']))
+    if sizes != saved or not all(number in weights and fit(moments, *weights[number])
+                                 for number, moments in theirs['state'].items()):
         raise UserError('the checkpoint has no optimizer state, or that of another model: it cannot be resumed\n'
                         'start a new run from its weights: give its path as --init_from', CHECKPOINT)
     strategies.load_optimizer(optimizer, state['optimizer']['state'])

@@ -383,7 +383,8 @@ def test_every_optimisation_has_its_row() -> None:
 
 def test_the_plain_files_are_as_short_as_it_says() -> None:
     stated = re.search(r'Two files, (\d+) lines', README)
-    lines = sum(len(path.read_text(encoding='utf-8').splitlines()) for path in ROOT.glob('*_trivialised.py'))
+    names = ('model_trivialised.py', 'train_trivialised.py')
+    lines = sum(len((ROOT / name).read_text(encoding='utf-8').splitlines()) for name in names)
     assert stated and lines == pytest.approx(int(stated[1]), abs=10)
 
 

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import train
+from model import GPT
 from plaingpt import errors, files
 from plaingpt.corpus import batches
 from plaingpt.corpus.batches import Part
@@ -852,7 +853,7 @@ def test_gradients_that_no_scale_makes_finite_end_a_run_in_float16(monkeypatch: 
                                                                    tiny_dataset: Path) -> None:
     make_optimizer = train.make_optimizer
 
-    def breaking(model: torch.nn.Module, *rest: Any) -> torch.optim.Optimizer:
+    def breaking(model: GPT, *rest: Any) -> torch.optim.Optimizer:
         next(model.parameters()).register_hook(lambda gradient: gradient * math.nan)
         return make_optimizer(model, *rest)
 

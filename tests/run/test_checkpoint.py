@@ -476,7 +476,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ('wandb_run_id', 7, 'wandb_run_id is 7'), ('data', {'train': {'tokens': 9}}, 'data.train.sha256 is missing'),
     ('optimizer', [1], 'optimizer is of the type list'), ('optimizer.param_groups', [{}], 'param_groups[0].params'),
     ('optimizer.state', {0: {'step': 1.0, 'exp_avg': torch.ones(1)}}, 'optimizer.state[0].exp_avg_sq is missing'),
-    ('optimizer.state', {0: {'momentum_buffer': torch.ones(1)}}, 'optimizer.state[0].step is missing'),
+    ('optimizer.state', {0: {'square_avg': torch.ones(1)}}, 'optimizer.state[0].step is missing'),
     ('model', {3: torch.ones(1)}, 'the key 3 of model'), ('model', {'x': [1.0]}, "model['x'] is of the type list"),
     ('model', {'wte': torch.eye(3).to_sparse()}, "model['wte'] is of the type Tensor"),
 ]

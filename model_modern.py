@@ -1,0 +1,149 @@
+"""
+model.py, and what was learned since. What is not defined here is model.py's; `gain:` marks each difference, with its
+effect and source, and docs/modern.md says what it gains here. "-18 % (record 5)" are tokens that a model of 124M needs
+for GPT-2's loss on FineWeb, in the fifth record of modded-nanogpt (Jordan et al. 2024). Shapes are those of model.py.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import model
+from model import Cache, GPTConfig
+
+
+# gain: RMSNorm without a gain (Zhang and Sennrich 2019) for LayerNorm: nothing to learn, and a part of -18 % (record 5)
+def norm(x: Tensor) -> Tensor:
+    """Scale the last dimension to a mean square of 1."""
+    return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
+# gain: rotary positions (Su et al. 2021) for a table of them: what counts is how far two tokens are apart. Half the
+# tokens, with a linear decay and three times the learning rate (record 2)
+def turns_of(first: int, T: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The angles of T positions from `first` on: cosines and sines (T, D/2), as precise as `like`, or as float32."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    speeds = 10_000 ** (torch.arange(0, D, 2, device=like.device, dtype=dtype) / -D)  # (D/2,), radians a token
+    angles = torch.arange(first, first + T, device=like.device, dtype=dtype)[:, None] * speeds  # (T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channels i and i + D/2 of x (B, H, T, D), as a pair, by the angle of their position."""
+    (cos, sin), (one, two) = turns, x.chunk(2, dim=-1)  # gain: the same
+    return torch.cat([one * cos + two * sin, two * cos - one * sin], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Each token gathers information from itself and the tokens before it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: the first layer is another one than the rest
+        super().__init__()
+        self.n_head, self.block_size = config.n_head, config.block_size
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # gain: no biases, which gain nothing
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        # gain: value residual (Zhou et al. 2024), a share of the first layer's values: -0.021 nats (record 9)
+        self.mix = nn.Parameter(torch.empty(1)) if config.shortcuts and layer > 0 else None
+
+    # gain: the turns, and the first layer's values (B, H, T, D); it returns its own values, too
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], first_v: Tensor | None,
+                cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # each (B, T, C)
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # each (B, H, T, D)
+        # gain: QK-norm (Henry et al. 2020) keeps scores small, so that rates may be high: a part of -18 % (record 5)
+        q, k = rotate(norm(q), turns), rotate(norm(k), turns)
+        mixed = v if self.mix is None or first_v is None else v + self.mix.to(v.dtype) * (first_v - v)
+        if cache is not None:
+            k, mixed = cache.extend(k, mixed)  # each (B, H, <= length, D)
+        # gain: of a text that is longer than the block, a token sees the last block_size tokens
+        far = 1 - self.block_size
+        band = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(far) if self.block_size < T else None
+        y = F.scaled_dot_product_attention(q, k, mixed, band, is_causal=T > 1 and band is None)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.c_proj(y), v  # gain: for the other layers
+
+
+class MLP(model.MLP):
+    """Each token is transformed on its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)  # (B, T, 4C)
+        x = F.relu(x).square()  # gain: ReLU squared (So et al. 2021) for GELU: a part of -18 % (record 5)
+        return self.c_proj(x)
+
+
+class Block(nn.Module):
+    """One layer: attention, then the MLP, each of which adds its result to the residual stream x."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: see Attention
+        super().__init__()
+        self.attn = Attention(config, layer)  # gain: no LayerNorm
+        self.mlp = MLP(config)
+        # gain: each layer is given the tokens' embeddings once more (modded-nanogpt): -0.009 nats (record 9)
+        self.mix = nn.Parameter(torch.empty(2)) if config.shortcuts else None
+
+    # gain: the embeddings (B, T, C), and what attention takes and returns
+    def forward(self, x: Tensor, embedded: Tensor, turns: tuple[Tensor, Tensor], first_v: Tensor | None,
+                cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+        if self.mix is not None:
+            x = self.mix[0] * x + self.mix[1] * embedded
+        y, v = self.attn(norm(x), turns, first_v, cache)
+        x = x + y
+        x = x + self.mlp(norm(x))
+        return x, v
+
+
+class Transformer(model.Transformer):
+    """Tokens -> what the model makes of each of them, given those before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        nn.Module.__init__(self)  # gain: no table of positions, no dropout
+        self.head_size = config.n_embd // config.n_head
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # gain: no LayerNorm
+        self.recomputes = False
+
+    def forward(self, idx: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        """idx (B, T) -> (B, T, C)"""
+        x = embedded = norm(self.wte(idx))  # (B, T, C)  # gain: a norm here, too: with the untied head -10 % (record 8)
+        turns, first_v = turns_of(caches[0].length if caches else 0, idx.size(1), self.head_size, x), None
+        for layer, block in enumerate(self.h):
+            if self.recomputes and self.training:
+                x, v = checkpoint(block, x, embedded, turns, first_v, use_reentrant=False)
+            else:  # gain: what the shortcuts need
+                x, v = block(x, embedded, turns, first_v, caches[layer] if caches else None)
+            first_v = v if layer == 0 else first_v
+        return norm(x)
+
+
+class GPT(model.GPT):
+    """The language model: from a sequence of tokens to a prediction of each next one."""
+
+    body = Transformer  # gain: and a head that is not tied to the table, so that each has its own rate (record 8)
+    cap = 15.0  # gain: no logit is larger (Gemma team 2024): 15 instead of 30 is -7 % (record 18)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Zero, where a layer adds to the residual stream and in the head, so that at first each token is as likely as
+        any other; Normal(0, 1) embeddings; and elsewhere a size that the wider sums of wide models keep."""
+        for name, p in self.named_parameters():
+            if name.endswith('mix'):
+                p.copy_(torch.tensor([0.5] if name.endswith('attn.mix') else [1.0, 0.0]))
+            elif name.endswith(('c_proj.weight', 'lm_head.weight')):
+                p.zero_()  # gain: zeros (Yang et al. 2022): a part of -18 % (record 5)
+            else:  # gain: the size that Muon's steps keep
+                p.normal_(0.0, 1.0 if name.endswith('wte.weight') else math.sqrt(1 / 3 / self.config.n_embd))
+
+    def score(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> logits (B, T, V), none of which is larger than the cap"""
+        z = self.lm_head(x)  # gain: the cap
+        return self.cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / self.cap)
+
+    def go_beyond_the_block(self, idx: Tensor, caches: list[Cache] | None) -> tuple[Tensor, list[Cache] | None]:
+        # gain: only distances count, so nothing is read anew: each layer's cache drops its oldest token. What it keeps
+        # has seen tokens that are gone, as in a text that is read in one piece, and not as in its last window alone
+        return idx, caches

@@ -1,0 +1,74 @@
+"""
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): of a matrix's momentum only the directions count.
+U S V^T, its singular value decomposition, becomes U V^T, so that each direction is learned at the same rate, and not
+only the few that dominate a gradient.
+"""
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from plaingpt.machines import strategies
+
+STEPS = 5  # of the iteration: singular values then lie between about 0.7 and 1.2, which is near enough to 1
+A, B, C = 3.4445, -4.7750, 2.0315  # its polynomial, a x + b x^3 + c x^5: a small x grows fast, and none leaves bounds
+RISE = 300  # steps until the momentum has come from FIRST to LAST
+FIRST, LAST = 0.85, 0.95
+
+
+def momentum_at(step: int) -> float:
+    """Return how much of the mean gradient stays from one step to the next."""
+    return FIRST + (LAST - FIRST) * min(1.0, step / RISE)
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the nearest orthogonal matrix, about, to each of these (K, m, n): singular values go to 1, the directions
+    stay. A Newton-Schulz iteration, which needs products only, and these in `dtype`."""
+    is_tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if is_tall else matrices  # the smaller square is the one to compute
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)  # no singular value is above 1
+    for _ in range(STEPS):
+        square = x @ x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=B, alpha=C)
+        x = torch.baddbmm(x, polynomial, x, beta=A)
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+class Muon(Optimizer):
+    """Muon for the groups that have `parts`, which say how many matrices lie in each weight, one on top of the other;
+    AdamW for the others. Products are in `dtype`, or as precise as the weights."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float],
+                 dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self.adamw = AdamW([group for group in groups if 'parts' not in group], lr, betas, eps=1e-10, fused=True)
+        super().__init__(groups, {'lr': lr})  # the same dicts, so that a rate is set for both
+        self.state = self.adamw.state
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> Any:
+        self.adamw.step()
+        alike = defaultdict[torch.Size, list[tuple[nn.Parameter, dict[str, Any]]]](list)
+        for group in self.param_groups:
+            for p in group['params'] if 'parts' in group else ():
+                alike[torch.Size((len(p) // group['parts'], p.size(1)))].append((p, group))
+        for (rows, columns), weights in alike.items():
+            directions = [self.direction(p, group['momentum']).view(-1, rows, columns) for p, group in weights]
+            new = orthogonalise(torch.cat(directions), self.dtype or directions[0].dtype)
+            for (p, group), update in zip(weights, new.split([len(part) for part in directions]), strict=True):
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                rate = group['lr'] * math.sqrt(max(1, rows / columns))
+                p.sub_(strategies.shard_like(update.reshape(p.shape), p), alpha=rate)
+
+    def direction(self, p: nn.Parameter, momentum: float) -> Tensor:
+        """Return where a weight is to go, whole: its mean gradient, and a part of the next one (Nesterov 1983)."""
+        if 'momentum_buffer' not in self.state[p]:
+            self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        mean = self.state[p]['momentum_buffer']
+        assert p.grad is not None, 'each matrix has a part in the loss'
+        mean.lerp_(p.grad, 1 - momentum)
+        return strategies.complete(p.grad.lerp(mean, momentum))
