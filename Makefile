@@ -25,8 +25,9 @@ lint: .venv/test  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy .
 
-# kills.py takes an hour, damage.py half of one: they are called by name
-measured = benchmarks/peers.py $(filter-out %/peers.py %/kills.py %/damage.py,$(wildcard benchmarks/*.py))
+# ablate.py takes more than an hour, kills.py one, damage.py and modern.py half of one: they are called by name
+by_name = %/ablate.py %/kills.py %/damage.py %/modern.py
+measured = benchmarks/peers.py $(filter-out %/peers.py $(by_name),$(wildcard benchmarks/*.py))
 bench: .venv/test  ## measure speed and memory against peers (NANOGPT=FOLDER, a clone) and limits: many minutes
 	@for script in $(measured); do echo "$(PY) $$script"; case $$script in */peers.py|*/start.py) \
 	$(PY) $$script $(if $(NANOGPT),--nanogpt=$(NANOGPT));; *) $(PY) $$script;; esac || exit; done

@@ -8,7 +8,7 @@ dataset = 'stdlib'
 
 arch = 'modern'
 n_layer = 4
-n_head = 4
+n_head = 2
 n_embd = 128
 bias = False
 tie_weights = False
