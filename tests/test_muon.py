@@ -238,3 +238,16 @@ def test_a_tall_matrix_takes_longer_steps() -> None:
         muon.Muon(groups, 0.1, (0.8, 0.95)).step()
         expected = -0.1 * math.sqrt(max(1.0, m / n)) * orthogonal(matrix(m, n))
         torch.testing.assert_close(p.detach(), expected, rtol=0, atol=ROUNDING)
+
+
+def test_a_weight_without_a_gradient_stays_where_it_is() -> None:
+    """As one that has no part in the loss: --check=True names it, and must come so far."""
+    give(train, **MODERN)
+    model = modern()
+    optimizer = train.make_optimizer(model)
+    left_out = model.get_parameter('transformer.h.1.attn.c_attn.weight')
+    for p in model.parameters():
+        p.grad = None if p is left_out else torch.randn_like(p)
+    before = {p: p.detach().clone() for p in model.parameters()}
+    optimizer.step()
+    assert [p for p, old in before.items() if torch.equal(p, old)] == [left_out]
