@@ -55,7 +55,8 @@ class Muon(Optimizer):
         alike = defaultdict[torch.Size, list[tuple[nn.Parameter, dict[str, Any]]]](list)
         for group in self.param_groups:
             for p in group['params'] if 'parts' in group else ():
-                alike[torch.Size((len(p) // group['parts'], p.size(1)))].append((p, group))
+                if p.grad is not None:  # a weight without a part in the loss stays, as with AdamW
+                    alike[torch.Size((len(p) // group['parts'], p.size(1)))].append((p, group))
         for (rows, columns), weights in alike.items():
             directions = [self.direction(p, group['momentum']).view(-1, rows, columns) for p, group in weights]
             new = orthogonalise(torch.cat(directions), self.dtype or directions[0].dtype)
@@ -69,6 +70,6 @@ class Muon(Optimizer):
         if 'momentum_buffer' not in self.state[p]:
             self.state[p]['momentum_buffer'] = torch.zeros_like(p)
         mean = self.state[p]['momentum_buffer']
-        assert p.grad is not None, 'each matrix has a part in the loss'
+        assert p.grad is not None, 'step leaves such weights out'
         mean.lerp_(p.grad, 1 - momentum)
         return strategies.complete(p.grad.lerp(mean, momentum))

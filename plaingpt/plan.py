@@ -191,6 +191,8 @@ def about_the_model(plan: Plan) -> Iterator[str]:
     yield (f'{n:,} parameters: {config.n_layer} layers of {config.n_head} heads, {config.n_embd} wide, windows of '
            f'{config.block_size}, {config.vocab_size} ids')
     for part, number in sizes.parts_of(plan.model).items():
+        if not number and part != 'head':
+            continue  # the other model has it
         yield row(part, f'{number:,}' if number else 'tied', f'{number / n:.1%}', width=13)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import configurator
 import model
+import model_modern
 import train
 from plaingpt import errors, metrics
 from plaingpt.corpus import batches
@@ -27,6 +28,7 @@ from plaingpt.errors import UserError
 from plaingpt.machines import processes, strategies
 from plaingpt.machines.stop import Stop
 from plaingpt.machines.watch import Watch
+from plaingpt.machines.zero import Zero
 from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +115,95 @@ def plant_attention(kind: type[model.Attention]) -> Callable[[Patch], None]:
 
 def plant_mlp(kind: type[model.MLP]) -> Callable[[Patch], None]:
     return lambda patch: patch.setattr(model, 'MLP', kind)
+
+
+Sdpa = Callable[..., Tensor]
+SDPA: Sdpa = F.scaled_dot_product_attention
+
+
+def plant_mask(mask: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
+    """A mask (T, T), made of a table of ones, in place of the causal one of the modern model."""
+    def masked(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return SDPA(q, k, v, attn_mask=mask(torch.ones(q.size(2), k.size(2))))
+
+    return lambda patch: patch.setattr(F, 'scaled_dot_product_attention', masked)
+
+
+class Unapplied(nn.Linear):
+    """A Linear that is created, and never applied."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ModernUnprojected(model_modern.Attention):
+    def __init__(self, config: model.GPTConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.c_proj = Unapplied(config.n_embd, config.n_embd, bias=False)
+
+
+class ModernUnsaved(model_modern.Attention):
+    """It computes with a number that is drawn anew in each model, and is in no checkpoint."""
+
+    def __init__(self, config: model.GPTConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.scale = 1 + 30 * random.random()
+
+    def forward(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        y, v = super().forward(x, *arguments)
+        return y * self.scale, v
+
+
+class LateSquare(model_modern.MLP):
+    """ReLU squared after the second Linear, and nothing between the two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.c_proj(self.c_fc(x))).square()
+
+
+class NoSquare(model_modern.MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.c_proj(self.c_fc(x))
+        return out
+
+
+def plant_modern(name: str, kind: type) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(model_modern, name, kind)
+
+
+def plant_modern_weights(patch: Patch) -> None:
+    """As GPT-2's begin, but for their size: the head is not 0."""
+    def init_weights(self: model.GPT) -> None:
+        with torch.no_grad():
+            for p in self.parameters():
+                p.normal_(0.0, 1.0)
+
+    patch.setattr(model_modern.GPT, 'init_weights', init_weights)
+
+
+def plant_modern_ascent(patch: Patch) -> None:
+    """Steps go up the gradient."""
+    parameter_groups = train.parameter_groups
+    patch.setattr(train, 'parameter_groups', lambda model: [
+        group | {'scale': -group['scale']} for group in parameter_groups(model)])
+
+
+def plant_silence(patch: Patch) -> None:
+    """Each process updates the weights that it owns, and sends them to none."""
+    step = Zero.step
+
+    def step_alone(self: Zero, closure: object = None) -> None:
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(torch.distributed, 'broadcast', lambda tensor, src: None)
+            step(self, closure)
+
+    patch.setattr(Zero, 'step', step_alone)
+
+
+def plant_lost_weights(patch: Patch) -> None:
+    """The optimizer does not know one of the groups."""
+    parameter_groups = train.parameter_groups
+    patch.setattr(train, 'parameter_groups', lambda model: parameter_groups(model)[1:])
 
 
 def plant_early_optimizer(patch: Patch) -> None:
@@ -216,16 +307,40 @@ BUGS = {
     'steps up the gradient': Bug(plant_ascent, 'overfit'),
     'something unsaved': Bug(plant_attention(Unsaved), 'checkpoint'),
 }
+MODERN: dict[str, Any] = {'arch': 'modern', 'tie_weights': False, 'learning_rate': 0.025, 'grad_clip': 0}
+MODERN_BUGS = {
+    'an additive mask': Bug(plant_mask(torch.tril), 'causality'),
+    'a mask that hides all others': Bug(plant_mask(lambda table: torch.eye(len(table)).bool()), 'causality'),
+    'an unused projection': Bug(plant_modern('Attention', ModernUnprojected), 'gradient', 'update'),
+    # before the square of a 0 nothing learns, and c_proj is 0 at first
+    'a misplaced ReLU squared': Bug(plant_modern('MLP', LateSquare), 'MLP', 'gradient', 'update'),
+    'no ReLU squared': Bug(plant_modern('MLP', NoSquare), 'MLP'),
+    # what is 0 at first stays 0, and then nothing before it counts
+    'an optimizer built before fsdp': Bug(plant_early_optimizer, 'causality', 'gradient', 'update', 'overfit',
+                                          strategy='fsdp'),
+    'q, k and v left out by the optimizer': Bug(plant_lost_weights, 'update'),
+    'large weights': Bug(plant_modern_weights, 'initial loss'),
+    'a wrong divisor': Bug(plant_wrong_divisor, 'initial loss'),
+    'targets that are not next': Bug(plant_same_targets, 'ids'),
+    'steps up the gradient': Bug(plant_modern_ascent, 'overfit'),
+    'something unsaved': Bug(plant_modern('Attention', ModernUnsaved), 'checkpoint'),
+}
+ALL_BUGS = BUGS | {f'modern: {name}': Bug(bug.plant, *bug.fails, **MODERN, **bug) for name, bug in MODERN_BUGS.items()}
 BUGS_OF_TWO = {
     'no exchange': Bug(plant_no_exchange, 'processes'),
     'an optimizer built before fsdp': BUGS['an optimizer built before fsdp'],
     'an unused projection': Bug(plant_attention(Unprojected), 'gradient'),
     'an additive mask': Bug(plant_attention(AdditiveMask), 'causality', strategy='zero1'),
+    'modern: no exchange': Bug(plant_no_exchange, 'processes', **MODERN),
+    'modern: weights that are not sent': Bug(plant_silence, 'update', 'processes', **MODERN),
+    'modern: an optimizer built before fsdp': ALL_BUGS['modern: an optimizer built before fsdp'],
 }
 HEALTHY: dict[str, dict[str, Any]] = {
     'ddp': {'dropout': 0.2}, 'zero1': {'strategy': 'zero1', 'bias': True},
     'fsdp': {'strategy': 'fsdp', 'tie_weights': False, 'dropout': 0.1, 'bias': True},
     'recomputing': {'activation_checkpointing': True, 'gelu': 'exact'}, 'one token': {'block_size': 1},
+    'modern': MODERN, 'modern, zero1': MODERN | {'strategy': 'zero1', 'activation_checkpointing': True},
+    'modern, fsdp': MODERN | {'strategy': 'fsdp', 'shortcuts': False},
 }
 
 
@@ -297,10 +412,10 @@ def test_a_healthy_run_passes(name: str, tiny_dataset: Path, tmp_path: Path,
     assert not out.exists(), 'nothing is written'
 
 
-@pytest.mark.parametrize('name', BUGS)
+@pytest.mark.parametrize('name', ALL_BUGS)
 def test_a_planted_bug_is_named(name: str, tiny_dataset: Path, tmp_path: Path,
                                 capsys: pytest.CaptureFixture[str]) -> None:
-    bug = BUGS[name]
+    bug = ALL_BUGS[name]
     code, message = answer(bug | {'dataset': tiny_dataset, 'out_dir': tmp_path / 'out'}, bug)
     printed = capsys.readouterr().out
     assert len(verdicts(printed)) == len(NAMES), 'all are run, although one fails'

@@ -38,7 +38,8 @@ class Zero(Optimizer):
         weights = [p for group in divided for p in group['params']]
         self.owners = dict(zip(weights, deal([p.numel() for p in weights], process.world_size), strict=True))
         self.part = make([{**group, 'params': [p for p in group['params'] if self.holds(p)]} for group in groups])
-        super().__init__(groups, self.part.defaults)
+        super().__init__([{**part, 'params': group['params']}
+                          for group, part in zip(groups, self.part.param_groups, strict=True)], self.part.defaults)
         self.state = self.part.state
 
     def holds(self, p: Tensor) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import configurator
 import model
@@ -21,7 +22,13 @@ from plaingpt.machines.stop import Stop
 from plaingpt.machines.watch import Watch
 from plaingpt.run import checkpoint
 from plaingpt.run.log import Log
-from tests.comparing import assert_equal_learning, assert_equal_to_rounding, in_float64, in_three_groups
+from tests.comparing import (
+    assert_equal_learning,
+    assert_equal_to_rounding,
+    differences,
+    in_float64,
+    in_three_groups,
+)
 from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +37,12 @@ SETTINGS: dict[str, Any] = {
     'warmup_iters': 2, 'learning_rate': 1e-2, 'min_lr': 1e-3, 'eval_interval': 4, 'device': 'cpu', 'sample_interval': 4,
     'sample_tokens': 5, 'hellaswag_interval': 4,
 }
+MODERN: dict[str, Any] = {
+    'arch': 'modern', 'tie_weights': False, 'dropout': 0.0, 'learning_rate': 0.025, 'min_lr': 0.0, 'weight_decay': 0.05,
+    'beta1': 0.8, 'grad_clip': 0.0, 'schedule': 'wsd', 'decay_fraction': 0.7, 'warmup_iters': 0,
+}
 RESUMED = 'resumed, with three parameter groups'
+MODERN_PARTS = 'modern, three micro-batches'
 RUNS: dict[str, dict[str, Any]] = {
     'four micro-batches': {'batch_size': 2, 'gradient_accumulation_steps': 4, 'eval_iters': 4},
     'three micro-batches': {'batch_size': 2, 'gradient_accumulation_steps': 3, 'eval_iters': 3},
@@ -40,6 +52,9 @@ RUNS: dict[str, dict[str, Any]] = {
                                     'block_size': 128},
     'no clipping, untied, with biases': {'batch_size': 1, 'gradient_accumulation_steps': 5, 'eval_iters': 7,
                                          'grad_clip': 0, 'tie_weights': False, 'bias': True},
+    MODERN_PARTS: MODERN | {'batch_size': 2, 'gradient_accumulation_steps': 3, 'eval_iters': 3},
+    'modern, without shortcuts, a short last one': MODERN | {'batch_size': 3, 'total_batch_size': 7 * 16,
+                                                             'eval_iters': 5, 'shortcuts': False, 'n_layer': 1},
     RESUMED: {'batch_size': 2, 'gradient_accumulation_steps': 3, 'eval_iters': 3, 'init_from': 'resume'},
 }
 
@@ -54,7 +69,7 @@ def draw_nothing(log: Log) -> None:
 
 
 # Several processes compute the loss of these so; one computes it as a whole.
-IN_CHUNKS = ('three micro-batches', 'no clipping, untied, with biases')
+IN_CHUNKS = ('three micro-batches', 'no clipping, untied, with biases', MODERN_PARTS)
 
 
 @contextmanager
@@ -174,7 +189,8 @@ def plan_of(folder: Path, dataset: Path, names: list[str]) -> dict[str, dict[str
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('float64')
-@pytest.mark.parametrize(('processes', 'names'), [(1, SOME[:2]), (2, list(RUNS)), (3, SOME), (4, SOME)])
+@pytest.mark.parametrize(('processes', 'names'), [
+    (1, SOME[:2]), (2, list(RUNS)), (3, [*SOME, MODERN_PARTS]), (4, SOME)])
 def test_several_processes_learn_what_one_learns(alone: Path, tiny_dataset: Path, tmp_path: Path, processes: int,
                                                  names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout; micro-batches that divide among the processes and others, some of which get none at all; evaluation
@@ -185,10 +201,12 @@ def test_several_processes_learn_what_one_learns(alone: Path, tiny_dataset: Path
         if settings.get('init_from') == 'resume':
             with groups_of(settings['out_dir']):
                 train.main(arguments(settings | {'max_iters': 4, 'init_from': 'scratch', 'strategy': 'ddp'}))
-    crossing = RUNS['three micro-batches'] | {'out_dir': str(tmp_path / 'crossing'), 'dataset': str(tiny_dataset)}
-    train.main(arguments(crossing | {'max_iters': 1, 'eval_interval': 1}))
+    crossings = [RUNS[name] | {'out_dir': str(tmp_path / f'{name}, crossing'), 'dataset': str(tiny_dataset)}
+                 for name in ['three micro-batches', *([MODERN_PARTS] if processes == 3 else [])]]
+    for crossing in crossings:
+        train.main(arguments(crossing | {'max_iters': 1, 'eval_interval': 1}))
     segments = [crossing | {'max_iters': step, 'eval_interval': 1, 'init_from': 'resume', 'strategy': strategy}
-                for step, strategy in enumerate(CROSSING, start=2)]
+                for crossing in crossings for step, strategy in enumerate(CROSSING, start=2)]
     (tmp_path / 'plan.json').write_text(json.dumps([*plan.values(), *segments]), encoding='utf-8')
 
     printed = torchrun(processes, __file__, str(tmp_path / 'plan.json'))
@@ -202,9 +220,11 @@ def test_several_processes_learn_what_one_learns(alone: Path, tiny_dataset: Path
             assert tokens_of(tmp_path / folder) == tokens_of(alone / name), 'the same windows in the same order'
     assert printed.count('gloo takes the place of nccl') == len(plan) + len(segments)
 
-    train.main(arguments(crossing | {'max_iters': 12, 'eval_interval': 1, 'init_from': 'resume'}))  # one process again
-    train.main(arguments(crossing | {'max_iters': 12, 'eval_interval': 1, 'out_dir': str(tmp_path / 'never crossed')}))
-    assert_equal_runs(tmp_path / 'never crossed', tmp_path / 'crossing', 12)
+    for crossing in crossings:
+        never = str(tmp_path / 'never crossed' / Path(crossing['out_dir']).name)
+        train.main(arguments(crossing | {'max_iters': 12, 'eval_interval': 1, 'init_from': 'resume'}))  # one again
+        train.main(arguments(crossing | {'max_iters': 12, 'eval_interval': 1, 'out_dir': never}))
+        assert_equal_runs(Path(never), Path(crossing['out_dir']), 12)
 
 
 @pytest.mark.slow
@@ -222,29 +242,64 @@ def test_what_saves_memory_changes_nothing_that_is_learned(alone: Path, tiny_dat
     plan = [RUNS[name] | {'dropout': 0.0 if 'compile' in variant else 0.1, 'dataset': str(tiny_dataset),
                           'out_dir': str(tmp_path / f'{name} {number}')} | variant
             for number, variant in enumerate(variants)]
+    plan += [RUNS[MODERN_PARTS] | {'strategy': strategy, 'activation_checkpointing': True, 'dataset': str(tiny_dataset),
+                             'cpu_offload': strategy == 'fsdp', 'out_dir': str(tmp_path / f'{MODERN_PARTS} {strategy}')}
+             for strategy in ('ddp', 'fsdp')]
     (tmp_path / 'plan.json').write_text(json.dumps(plan), encoding='utf-8')
     torchrun(2, __file__, str(tmp_path / 'plan.json'))
     train.main(arguments(RUNS[name] | {'dropout': 0.0, 'dataset': tiny_dataset, 'out_dir': tmp_path / 'no dropout'}))
     for number, variant in enumerate(variants):
         one = tmp_path / 'no dropout' if 'compile' in variant else alone / name
         assert_equal_runs(one, tmp_path / f'{name} {number}')
+    for strategy in ('ddp', 'fsdp'):
+        assert_equal_runs(alone / MODERN_PARTS, tmp_path / f'{MODERN_PARTS} {strategy}')
+
+
+@pytest.fixture(scope='module')
+def in_real_precisions(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave with each strategy: runs in bfloat16, of both models; and runs of the modern one in
+    float32, one in a piece and one in two."""
+    folder = tmp_path_factory.mktemp('precisions')
+    plan: list[dict[str, Any]] = []
+    for strategy in STRATEGIES:
+        common = RUNS['three micro-batches'] | {'strategy': strategy, 'dataset': str(tiny_dataset)}
+        plan += [common | {'dtype': 'bfloat16', 'out_dir': str(folder / f'gpt2 {strategy}')},
+                 common | MODERN | {'dtype': 'bfloat16', 'out_dir': str(folder / f'modern {strategy}')}]
+        modern = common | MODERN | {'dtype': 'float32', 'hellaswag_interval': 0, 'sample_interval': 0,
+                                    'eval_interval': 2, 'eval_iters': 1, 'max_iters': 4, 'lr_decay_iters': 4}
+        pieces: list[dict[str, Any]] = [{'out_dir': 'whole'}, {'out_dir': 'pieces', 'max_iters': 2},
+                                        {'out_dir': 'pieces', 'init_from': 'resume'}]
+        plan += [modern | piece | {'out_dir': str(folder / f'{piece["out_dir"]} {strategy}')} for piece in pieces]
+    (folder / 'plan.json').write_text(json.dumps(plan), encoding='utf-8')
+    torchrun(2, __file__, str(folder / 'plan.json'))
+    return folder
 
 
 @pytest.mark.slow
-def test_bfloat16_means_the_same_to_each_strategy(tiny_dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_bfloat16_means_the_same_to_each_strategy(in_real_precisions: Path, arch: str) -> None:
     """The same loss and gradient, until the first update makes much of little; and the weights stay in float32."""
-    plan = [RUNS['three micro-batches'] | {'strategy': strategy, 'dtype': 'bfloat16', 'dataset': str(tiny_dataset),
-                                           'out_dir': str(tmp_path / strategy)} for strategy in STRATEGIES]
-    (tmp_path / 'plan.json').write_text(json.dumps(plan), encoding='utf-8')
-    torchrun(2, __file__, str(tmp_path / 'plan.json'))
-    expected = rows_of(tmp_path / 'ddp')[0]
+    expected = rows_of(in_real_precisions / f'{arch} ddp')[0]
     for strategy in STRATEGIES:
-        first, *_, last, _ = rows_of(tmp_path / strategy)
+        folder = in_real_precisions / f'{arch} {strategy}'
+        first, *_, last, _ = rows_of(folder)
         for name in ('loss', 'grad_norm', 'train_loss', 'val_loss'):
             assert first[name] == pytest.approx(expected[name], rel=2**-8), 'of 8 bits, the last may differ'
         assert last['loss'] < first['loss'] - 0.1, 'it learns'
-        weights = checkpoint.load(tmp_path / strategy / 'ckpt.pt')['model'].values()
+        weights = checkpoint.load(folder / 'ckpt.pt')['model'].values()
+        assert {p.dtype for p in weights} == {torch.float32}
         assert any((p != p.bfloat16()).any() for p in weights), 'small updates are not rounded away'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_two_processes_resume_a_modern_run_bit_for_bit(in_real_precisions: Path, strategy: str) -> None:
+    whole, pieces = (in_real_precisions / f'{name} {strategy}' for name in ('whole', 'pieces'))
+    assert rows_of(pieces) == rows_of(whole)
+    first, second = (checkpoint.load(folder / 'ckpt.pt') for folder in (pieces, whole))
+    assert first['iter_num'] == second['iter_num'] == 4
+    for part in ('model', 'optimizer', 'best'):
+        assert not differences(first[part], second[part]), part
 
 
 @pytest.mark.slow
