@@ -186,16 +186,18 @@ def groups_of_modern(model: GPT) -> list[dict[str, Any]]:
     """The parameters of the modern model: Muon is for the matrices that lie between vectors of the residual stream, in
     `parts` that are one matrix each, as those of q, k and v are; what only looks up or predicts tokens is AdamW's, and
     learns in smaller steps in a wider model (Yang et al. 2022)."""
-    width = math.sqrt(768 / model.config.n_embd)  # the rates below are those of 124M
+    width = math.sqrt(768 / model.config.n_embd)  # the rates of table and head are those of 124M
     inner = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() >= 2}
+    scalars = [p for p in model.parameters() if p.dim() < 2]
+    by_muon = {'weight_decay': weight_decay, 'scale': 1.0, 'momentum': muon.LAST}
+    little = 0.02 * weight_decay
     groups: list[dict[str, Any]] = [
-        {'params': [p for name, p in inner.items() if 'c_attn' in name], 'parts': 3},
-        {'params': [p for name, p in inner.items() if 'c_attn' not in name], 'parts': 1},
-        {'params': [model.transformer.wte.weight], 'decay': 0.02, 'scale': 28.0 * width},
-        {'params': [model.lm_head.weight], 'decay': 0.02, 'scale': 0.16 * width},
-        {'params': [p for p in model.parameters() if p.dim() < 2], 'decay': 0.0, 'scale': 0.6}]
-    return [{'scale': 1.0, 'momentum': muon.LAST, **group, 'weight_decay': weight_decay * group.get('decay', 1.0)}
-            for group in groups if group['params']]
+        {'params': [p for name, p in inner.items() if 'c_attn' in name], 'parts': 3, **by_muon},
+        {'params': [p for name, p in inner.items() if 'c_attn' not in name], 'parts': 1, **by_muon},
+        {'params': [model.transformer.wte.weight], 'weight_decay': little, 'scale': 28.0 * width},
+        {'params': [model.lm_head.weight], 'weight_decay': little, 'scale': 0.16 * width},
+        {'params': scalars, 'weight_decay': 0.0, 'scale': 0.6}]
+    return groups if scalars else groups[:-1]
 
 
 def make_optimizer(model: GPT, process: Process | None = None,
