@@ -41,6 +41,7 @@ dataset: str = ''  # the corpus whose tokenizer it has learned: a folder in data
 UNFINISHED = '.exporting'  # a folder that is not whole yet
 BY_TANH = ('approximates GELU by tanh, and this model has the exact one: what it computes would change a little\n'
            'give --gelu=tanh to export it all the same, or --to=hf')
+ONLY_HF = 'and not the modern model: that can be exported with --to=hf, if it has no shortcuts'
 
 
 class Format(NamedTuple):
@@ -71,17 +72,22 @@ FORMATS = {
     'hf': Format(
         huggingface.write,
         dtypes=('float32', 'float16', 'bfloat16'),
-        needs={},
+        needs={'shortcuts': (False, (
+            "no class of transformers has this model's shortcuts from its first layer to all others\n"
+            'use sample.py and evaluate.py, or train a model with --shortcuts=False'))},
         next_step='{python} -c {pipeline}'),
     'gguf': Format(
         gguf.write,
         dtypes=('float32', 'float16', 'q8_0'),
-        needs={'gelu': ('tanh', f'llama.cpp {BY_TANH}')},
+        needs={
+            'arch': ('gpt2', f'llama.cpp computes GPT-2, {ONLY_HF}'),
+            'gelu': ('tanh', f'llama.cpp {BY_TANH}')},
         next_step='ollama create {name} -f {folder}/Modelfile && ollama run {name} {prompt}'),
     'llmc': Format(
         llmc.write,
         dtypes=('float32', 'bfloat16'),
         needs={
+            'arch': ('gpt2', f'llm.c computes GPT-2, {ONLY_HF}'),
             'gelu': ('tanh', f'llm.c {BY_TANH}'),
             'tie_weights': (True, (
                 "llm.c predicts tokens with the table that embeds them, and this model's head is another matrix\n"
@@ -107,6 +113,8 @@ def open_source() -> Exported:
                         'out')
     if dataset:
         state = state | {'tokenizer': None, 'config': state.get('config', {}) | {'dataset': dataset}}
+    if gelu and model.config.arch == 'modern':
+        console.say('gelu has no effect: arch=modern decides')
     config = replace(model.config, gelu=gelu or model.config.gelu,
                      dropout=state.get('model_args', {}).get('dropout', 0.0))  # for those who train on
     learned = None

@@ -41,7 +41,9 @@ def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None 
     elif path.is_file() or path.suffix in ('.pt', '.pth'):
         state = checkpoint.load(path, answers)
     elif (path / 'config.json').exists() or may_be_on_the_hub(where):
-        return GPT.from_pretrained(where, dropout), huggingface.read_origin(path) or huggingface_tokenizer.read(where)
+        config, weights = huggingface.load(where, dropout)
+        model = gpt_class(config).from_weights(config, weights)
+        return model, huggingface.read_origin(path) or huggingface_tokenizer.read(where)
     else:
         raise UserError(f'{where!r} is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2', CHECKPOINT)
     return checkpoint.model_of(state, dropout), state

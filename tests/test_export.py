@@ -28,6 +28,7 @@ from plaingpt.corpus import tokenizer
 from plaingpt.errors import UserError
 from plaingpt.formats import huggingface, llmc
 from plaingpt.formats.exported import Exported
+from plaingpt.formats.weights import gpt_class
 from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.run import checkpoint
 from tests.comparing import ROUNDING, damaged, differences, refused
@@ -42,7 +43,7 @@ CL100K = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\
 
 def random_model(config: GPTConfig) -> GPT:
     """Weights so large, and biases so far from zero, that every one of them matters."""
-    model = GPT(config)
+    model = gpt_class(config)(config)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(1.0 if p.dim() == 1 else 0.0, 0.3)

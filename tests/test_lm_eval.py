@@ -21,6 +21,7 @@ import export
 from model import GPT, GPTConfig
 from plaingpt.corpus import tokenizer
 from plaingpt.formats.exported import Exported
+from plaingpt.formats.weights import gpt_class
 from plaingpt.tasks import last_words, lm_eval, pieces, read, to_batch
 from tests.waiting import PATIENT
 
@@ -30,9 +31,9 @@ pytestmark = [pytest.mark.slow,
               pytest.mark.skipif(not find_spec('lm_eval'), reason="needs lm-eval: pip install -e '.[lm-eval]'")]
 
 
-def learn() -> GPT:
-    """A small GPT with as many ids as GPT-2 that has learned the right answers of the first half of the examples."""
-    gpt2, model = tokenizer.load_tiktoken('gpt2'), GPT(GPTConfig(128, 50257, 1, 2, 32))
+def learn(config: GPTConfig) -> GPT:
+    """A small model with as many ids as GPT-2 that has learned the right answers of the first half of the examples."""
+    gpt2, model = tokenizer.load_tiktoken('gpt2'), gpt_class(config)(config)
     questions = lm_eval(read('hellaswag', str(FILES['hellaswag'])), gpt2)
     right = [questions.pairs[4 * i + label] for i, label in enumerate(questions.labels)]
     words = last_words(read('lambada', str(FILES['lambada'])), gpt2)
@@ -40,7 +41,7 @@ def learn() -> GPT:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(30):
         for x, y in batches:
-            F.cross_entropy(model.lm_head(model.transformer(x)[y >= 0]), y[y >= 0]).backward()
+            F.cross_entropy(model.score(model.transformer(x)[y >= 0]), y[y >= 0]).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -72,11 +73,14 @@ def run_lm_eval(model: Path, folder: Path) -> tuple[dict[str, Any], dict[str, li
     return json.loads(results.read_text(encoding='utf-8'))['results'], samples
 
 
+@pytest.mark.parametrize('config', [
+    GPTConfig(128, 50257, 1, 2, 32), GPTConfig(128, 50257, 1, 2, 32, bias=False, tie_weights=False, arch='modern')
+], ids=['gpt2', 'modern'])
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_lm_eval_gives_the_same_figures(tmp_path: Path) -> None:
+def test_lm_eval_gives_the_same_figures(config: GPTConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
     run = tmp_path / 'run'
-    model = learn()
+    model = learn(config)
     export.write_run(run, Exported('run', model.config, model.state_dict(), tokenizer.load_tiktoken('gpt2'),
                                    'float32', {}))
     evaluate.main([f'--out_dir={run}', '--tasks=hellaswag,lambada', '--device=cpu', '--dtype=float32',

@@ -1,4 +1,7 @@
-"""Hugging Face's form of a GPT-2, in and out: the same names, with four kinds of matrices transposed."""
+"""
+Hugging Face's form of a GPT-2, in and out: the same names, with four kinds of matrices transposed. That of the modern
+model is in nanochat.py.
+"""
 import hashlib
 import json
 import re
@@ -17,7 +20,7 @@ from plaingpt import schema
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.tokenizer import ForeignBPE, Tokenizer
 from plaingpt.errors import CHECKPOINT, UserError, refusal
-from plaingpt.formats import others
+from plaingpt.formats import nanochat, others
 from plaingpt.formats.exported import Exported
 from plaingpt.formats.weights import HEAD, SIDE, TABLE, TRANSPOSED, fitting, is_tensor, is_tied
 
@@ -47,14 +50,14 @@ ORIGINS = {  # what is read of that
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2, plaingpt]
+tags: [{model_type}, plaingpt]
 # license: the owner of this model says here what others may do with it
 ---
 
 # {name}
 
-A GPT-2 with {parameters:,} parameters, exported by plainGPT: {config.n_layer} layers, {config.n_head} heads,
-{config.n_embd} channels, {config.block_size} positions; {tokens}{refusal}.
+{kind} with {parameters:,} parameters, exported by plainGPT: {config.n_layer} layers, {config.n_head} heads,
+{config.n_embd} channels, {config.block_size} positions; {tokens}{refusal}.{more}
 
 {numbers}
 
@@ -69,18 +72,24 @@ print(tokenizer.decode(model.generate(**prompt)[0]))
 
 It continues a text; it was not trained to follow instructions. It reads and writes at most {config.block_size} tokens.
 """
+KINDS = {  # of models, by their arch, as the card says it
+    'gpt2': ('A GPT-2', ''),
+    'modern': ('A modern GPT', """
+
+It has RMSNorm, rotary positions, normalised queries and keys, a squared ReLU, an untied head and capped logits.
+transformers 5.0 and later load it as `NanoChatForCausalLM`.""")}
 
 
 def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The shape and the weights of a GPT-2 of the hub, or of a local folder. Raises UserError if there is none, if some
-    of it is missing, and if it is another model."""
+    """The shape and the weights of a GPT-2 or a nanochat of the hub, or of a local folder. Raises UserError if there is
+    none, if some of it is missing, and if it is another model."""
     with readable_errors(name_or_folder):
         refuse_damage(Path(name_or_folder), 'config.json', 'model.safetensors')
         config, says = read_config(name_or_folder, dropout)
-        theirs = read_weights(name_or_folder)
+        theirs = read_weights(name_or_folder, config)
         if config.tie_weights and HEAD in theirs:  # one table, which a file holds under either name, or both
             theirs.setdefault(TABLE, theirs[HEAD])
-        if TABLE in theirs:
+        if TABLE in theirs and config.arch == 'gpt2':
             config = replace(config, tie_weights=is_tied(theirs, says, name_or_folder))
         # copies, since this memory may be that of a file, which may change or go
         theirs = {name: p.clone(memory_format=torch.contiguous_format) for name, p in theirs.items()}
@@ -88,12 +97,14 @@ def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str
 
 
 def read_config(name_or_folder: str, dropout: float) -> tuple[GPTConfig, bool | None]:
-    """The shape in their config.json, which must be GPT-2's in every respect that changes what the model computes; and
-    whether the head is tied, as far as that says it."""
+    """The shape in their config.json, which must be GPT-2's, or our modern model's, in every respect that changes what
+    the model computes; and whether the head is tied, as far as that says it."""
     path = folder_of(name_or_folder, 'config.json') / 'config.json'
     settings = schema.read_json(path, {}, CHECKPOINT)
+    if settings.get('model_type') == 'nanochat':
+        return nanochat.config_of(settings, path, dropout), False
     if settings.get('model_type') != 'gpt2':
-        raise UserError(f'{name_or_folder!r} is no GPT-2: the model_type of its config.json is '
+        raise UserError(f'{name_or_folder!r} is no GPT-2 and no nanochat: the model_type of its config.json is '
                         f'{schema.shown(settings.get("model_type", schema.MISSING))}', CHECKPOINT)
     known = {ALIASES.get(name, name): value for name, value in settings.items()}
     theirs = {name: known.get(name, default) for name, default in DEFAULTS.items()}  # and none of what else it says
@@ -113,7 +124,7 @@ def read_config(name_or_folder: str, dropout: float) -> tuple[GPTConfig, bool | 
     ), known.get('tie_word_embeddings')
 
 
-def read_weights(name_or_folder: str) -> dict[str, Tensor]:
+def read_weights(name_or_folder: str, config: GPTConfig) -> dict[str, Tensor]:
     """Their tensors under our names and in our shapes, from one file or several: safetensors, or else PyTorch's."""
     from safetensors.torch import load_file
 
@@ -129,8 +140,10 @@ def read_weights(name_or_folder: str) -> dict[str, Tensor]:
                      for file in files]
             for file, part in zip(files, parts, strict=True):
                 schema.refuse(part, {str: is_tensor}, folder / file, CHECKPOINT)
-            return {name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}':
-                    p.t() if name.endswith(TRANSPOSED) else p for part in parts for name, p in part.items()}
+            theirs = {name: p for part in parts for name, p in part.items()}
+            return nanochat.to_ours(theirs) if config.arch == 'modern' else {
+                name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}':
+                p.t() if name.endswith(TRANSPOSED) else p for name, p in theirs.items()}
     raise FileNotFoundError('it has neither model.safetensors nor pytorch_model.bin')
 
 
@@ -213,8 +226,10 @@ def write(folder: Path, exported: Exported) -> None:
     must be complete."""
     import safetensors.torch
 
-    theirs = {name: (p.t() if name.endswith(TRANSPOSED) else p).to(exported.torch_dtype).contiguous()
-              for name, p in exported.weights.items()}
+    ours = exported.weights
+    theirs = nanochat.to_theirs(ours) if exported.config.arch == 'modern' else {
+        name: p.t() if name.endswith(TRANSPOSED) else p for name, p in ours.items()}
+    theirs = {name: p.to(exported.torch_dtype).contiguous() for name, p in theirs.items()}
     safetensors.torch.save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
     tokenizer_of(exported.vocabulary).save(str(folder / 'tokenizer.json'))
     for name, content in settings_of(exported).items():
@@ -231,23 +246,8 @@ def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
              if i is not None and i in exported.vocabulary.special}  # an ordinary token would become another one
     return {
         'config.json': {
-            'architectures': ['GPT2LMHeadModel'],
-            'model_type': 'gpt2',
+            **model_settings(config),
             'dtype': exported.dtype,
-            'vocab_size': config.vocab_size,
-            'n_positions': config.block_size,
-            'n_ctx': config.block_size,
-            'n_embd': config.n_embd,
-            'n_layer': config.n_layer,
-            'n_head': config.n_head,
-            'n_inner': None,
-            'activation_function': next(name for name, gelu in GELU.items() if gelu == config.gelu),
-            'layer_norm_epsilon': 1e-5,
-            'initializer_range': 0.02,
-            'tie_word_embeddings': config.tie_weights,
-            'attn_pdrop': config.dropout,
-            'embd_pdrop': config.dropout,
-            'resid_pdrop': config.dropout,
             'bos_token_id': begin,
             'eos_token_id': list(ends) if ends[1:] else end},
         'generation_config.json': {  # as sample.py draws
@@ -266,11 +266,39 @@ def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
             **names}}
 
 
+def model_settings(config: GPTConfig) -> dict[str, Any]:
+    """Return what their config.json says of the model itself."""
+    if config.arch == 'modern':
+        return {
+            'architectures': ['NanoChatForCausalLM'],
+            'model_type': 'nanochat',
+            **nanochat.settings_of(config),
+            'pad_token_id': None}  # by default it is 1, a token like any other here, whose embedding would never learn
+    return {
+        'architectures': ['GPT2LMHeadModel'],
+        'model_type': 'gpt2',
+        'vocab_size': config.vocab_size,
+        'n_positions': config.block_size,
+        'n_ctx': config.block_size,
+        'n_embd': config.n_embd,
+        'n_layer': config.n_layer,
+        'n_head': config.n_head,
+        'n_inner': None,
+        'activation_function': next(name for name, gelu in GELU.items() if gelu == config.gelu),
+        'layer_norm_epsilon': 1e-5,
+        'initializer_range': 0.02,
+        'tie_word_embeddings': config.tie_weights,
+        'attn_pdrop': config.dropout,
+        'embd_pdrop': config.dropout,
+        'resid_pdrop': config.dropout}
+
+
 def card(exported: Exported) -> str:
     """What the model is, and the numbers of its run."""
     state = exported.state
     settings = state.get('config', {})
     best = state.get('best', {})
+    kind, more = KINDS[exported.config.arch]
     numbers = {
         'corpus': Path(settings.get('dataset', '')).name,
         'steps': f'{state.get("iter_num", 0):,}',
@@ -281,6 +309,9 @@ def card(exported: Exported) -> str:
     rows = ''.join(f'\n| {label} | {value} |' for label, value in numbers.items() if value)
     return CARD.format(
         name=exported.name,
+        model_type=model_settings(exported.config)['model_type'],
+        kind=kind,
+        more=more,
         parameters=sum(p.numel() for p in exported.weights.values()),
         config=exported.config,
         tokens=f"{exported.vocabulary.n_vocab:,} tokens of the tokenizer '{exported.vocabulary.name}'",
