@@ -12,6 +12,7 @@ from plaingpt.errors import CHECKPOINT, UserError
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TABLE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) in theirs
+KINDS = {'gpt2': 'a GPT-2', 'modern': 'the modern model'}  # by GPTConfig.arch
 SIDE = range(1, 2**28)  # of a matrix whose bytes PyTorch can count
 
 
@@ -44,7 +45,6 @@ def fitting(config: GPTConfig, weights: dict[str, Tensor], path: str | Path) -> 
     of them is missing, has another shape, or is no finite number."""
     if config.n_layer > len(weights):  # before all of them are built
         raise UserError(f'{path} has {len(weights)} weights, too few for n_layer={config.n_layer}', CHECKPOINT)
-    kind = {'gpt2': 'a GPT-2', 'modern': 'the modern model'}[config.arch]
     shapes = {name: p.shape for name, p in gpt_class(config).on_meta(config).named_parameters()}
     for name, shape in shapes.items():
         p = weights.get(name)
@@ -54,6 +54,6 @@ def fitting(config: GPTConfig, weights: dict[str, Tensor], path: str | Path) -> 
                  '' if p.sum(dtype=torch.promote_types(p.dtype, torch.float32)).isfinite() else
                  'has numbers that are infinite or NaN')
         if fault:
-            raise UserError(f'the weights in {path} do not fit {kind}: {name} {fault}', CHECKPOINT)
+            raise UserError(f'the weights in {path} do not fit {KINDS[config.arch]}: {name} {fault}', CHECKPOINT)
     fit = {name: weights[name].to(torch.get_default_dtype()) for name in shapes}
     return fit | ({HEAD: fit[TABLE]} if config.tie_weights else {})

@@ -20,7 +20,7 @@ from model import GPT, GPTConfig
 from plaingpt import console, files
 from plaingpt.errors import CHECKPOINT, DATA, DISK_FULL, FULL, SYSTEM, UserError
 from plaingpt.formats import others
-from plaingpt.formats.weights import fitting, gpt_class
+from plaingpt.formats.weights import KINDS, fitting, gpt_class
 from plaingpt.machines import strategies
 from plaingpt.machines.zero import names_of
 from plaingpt.run import upload
@@ -164,7 +164,7 @@ def load(path: Path, answers: dict[str, Any] | None = None) -> State:
         raise UserError(f'{path} is damaged: {error}', CHECKPOINT) from None
     weights = fitting(config, state['model'], path)
     if odd := state['model'].keys() - weights.keys():
-        raise UserError(f'the weights in {path} do not fit a GPT-2, which has no {min(odd)}', CHECKPOINT)
+        raise UserError(f'the weights in {path} do not fit {KINDS[config.arch]}, which has no {min(odd)}', CHECKPOINT)
     return state | {'model': weights}
 
 

@@ -62,6 +62,7 @@ RUN = {
         Run('--eval_iters=1', r'\nout-stdlib/ckpt\.1\.pt, step \d .*\nout-stdlib/ckpt\.pt, step \d '),
     'python evaluate.py --out_dir=out-stdlib --dataset=README.md':
         Run('--eval_iters=1', r'\ntext of README\.md\n +loss .*\nout-stdlib, step \d+ +\d+\.\d+ '),
+    'python train.py config/train_modern_stdlib.py': Run(TRAIN, r'\n=== step 3 ===\n'),
     f'{DEFAULT} --overfit_single_batch=True --max_iters=100': Run('', r'\nPASS: .* in 100 steps\n'),
     'torchrun --standalone --nproc_per_node=2 train.py config/train_stdlib.py --device=cpu --out_dir=out-two '
     '--overwrite=True':
@@ -105,6 +106,8 @@ EXCEPTIONS = {
     'torchrun --standalone --nproc_per_node=gpu evaluate.py --init_from=gpt2-xl --tasks=hellaswag,lambada': 'a GPU',
     'python train.py config/gpt_nano.py': 'a download',
     'python train.py config/train_shakespeare_char.py': 'a GPU',
+    'python train.py config/train_modern_shakespeare_char.py': 'a download',
+    'torchrun --standalone --nproc_per_node=8 train.py config/train_modern.py': 'a GPU',
     'python train.py config/train_gpt2.py --device=mps --compile=False --batch_size=4': 'a GPU',
     'python train.py config/train_gpt2.py --device=cuda': 'a GPU',
     'torchrun --standalone --nproc_per_node=gpu train.py config/train_gpt2.py': 'a GPU',
