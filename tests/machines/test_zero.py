@@ -98,7 +98,8 @@ def main() -> None:
             weights = weights_of(optimizer)
             held = [number for number, p in enumerate(weights) if p in optimizer.state]
             gathered = optimizer.gather()
-            torch.save({'weights': [p.detach() for p in weights], 'held': held, 'gathered': gathered},
+            torch.save({'weights': [p.detach() for p in weights], 'held': held, 'gathered': gathered,
+                        'groups': optimizer.state_dict()['param_groups']},
                        folder / f'{name}.{process.rank}.pt')
             processes.wait_for_all(process)
 
@@ -152,6 +153,7 @@ def test_two_processes_update_as_one_optimizer_of_everything_does(name: str, fol
     whole = {number: alone.state[p] for number, p in enumerate(weights_of(alone))}
     torch.testing.assert_close(both[0]['gathered'], whole, rtol=0, atol=ROUNDING)
     assert list(both[0]['gathered']) == list(whole) and both[1]['gathered'] == {}
+    assert both[0]['groups'] == both[1]['groups'] == alone.state_dict()['param_groups']
 
     learn(alone)
     resumed = [torch.load(folder / f'{name}, resumed.{rank}.pt') for rank in range(2)]
