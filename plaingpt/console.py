@@ -36,12 +36,15 @@ def iter_line(
 def parameter_lines(groups: Iterable[dict[str, Any]]) -> str:
     """nanoGPT's lines on the weights that an optimizer updates, in any number of groups."""
     sizes: dict[bool, list[int]] = {True: [], False: []}  # of parameters that decay, and of others
+    by_muon = 0
     for group in groups:
         sizes[group['weight_decay'] > 0] += [p.numel() for p in group['params']]
+        by_muon += len(group['params']) if 'parts' in group else 0
     lines = [f'number of parameters: {sum(map(sum, sizes.values())) / 1e6:.2f}M']
     for decays, kind in ((True, 'decayed'), (False, 'non-decayed')):
         lines.append(f'num {kind} parameter tensors: {len(sizes[decays])}, with {sum(sizes[decays]):,} parameters')
-    return '\n'.join([*lines, 'using fused AdamW: True'])
+    muon = [f'using Muon: True, for {by_muon} of these tensors'] if by_muon else []
+    return '\n'.join([*lines, *muon, 'using fused AdamW: True'])
 
 
 def step_line(step: int, train_loss: float, val_loss: float) -> str:
