@@ -557,7 +557,7 @@ def main(args: list[str]) -> None:
         wanted = configurator.pick(RunSettings, sys.modules[__name__], given=frozenset(given))
         return show_plan(wanted, parameter_groups)
     with (Stop(max_hours) as stop,
-          processes.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
+          processes.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp', cpu_offload) as process,
           Watch(process, start_timeout, timeout) as watch, explained(watch, less_memory())):
         record = processes.agree_on_settings(process, sys.modules[__name__], args, PLACE)
         with alone(process, watch):
