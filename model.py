@@ -236,12 +236,27 @@ class ChunkedNats(torch.autograd.Function):
 chunked_nats: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] = ChunkedNats.apply
 
 
+# more: a place for what the modern model does
+def capped(z: Tensor, cap: float | None) -> Tensor:
+    """Return cap * tanh(z / cap) of each logit, which is about z where z is small; without a cap, z."""
+    return z if cap is None else cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
+
+
+# fast: one kernel for the logarithm of the softmax, in float32 at least, and the choice of each target
+def sum_of_nats(z: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+    """Logits z (B, T, V), to be capped, and targets (B, T) -> the sum of the nats of those that are not -1."""
+    scores = capped(z, cap)
+    precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return F.cross_entropy(precise.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum')
+
+
 class GPT(nn.Module):
     """The language model: from a sequence of tokens to a prediction of each next one."""
 
     # more: places for what the modern model has
     body: type[Transformer] = Transformer
     cap: float | None = None  # what no logit exceeds
+    compiled_nats: Callable[[Tensor, Tensor, float | None], Tensor] | None = None  # if blocks are compiled
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -276,18 +291,21 @@ class GPT(nn.Module):
                 x = x[:, -1:]  # fast: the last position is all that is needed to continue a text
             return (None if logits == 'none' else self.score(x)), None
         count = (targets != -1).sum().clamp(min=1)
-        if logits == 'none' and torch.is_grad_enabled() and targets.numel() * self.config.vocab_size > MOST_LOGITS:
-            return None, chunked_nats(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.cap) / count
+        if logits == 'none' and torch.is_grad_enabled():
+            is_large = targets.numel() * self.config.vocab_size > MOST_LOGITS
+            # fast: compiled, it reads logits and writes their gradient in the precision of the products, and what is
+            # float32 between them never leaves the chip; that costs a card less time than parts do, and more memory
+            if self.compiled_nats and (x.is_cuda or not is_large):
+                return None, self.compiled_nats(self.lm_head(x), targets, self.cap) / count
+            if is_large:
+                return None, chunked_nats(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.cap) / count
         scores = self.score(x)  # (B, T, V)
-        # fast: one kernel for the logarithm of the softmax, in float32 at least, and the choice of each target
-        precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        nats = F.cross_entropy(precise.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum')
-        return {'all': scores, 'last': scores[:, -1:], 'none': None}[logits], nats / count
+        return {'all': scores, 'last': scores[:, -1:], 'none': None}[logits], sum_of_nats(scores, targets) / count
 
-    # more: a place for what the modern model does otherwise
+    # more: the cap
     def score(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> logits (B, T, V)"""
-        return self.lm_head(x)
+        return capped(self.lm_head(x), self.cap)
 
     # more: temperature, top-k, top-p, stop token, seed
     @torch.no_grad()

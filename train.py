@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sample
-from model import GPT
+from model import GPT, sum_of_nats
 from plaingpt import console, errors, lock, metrics, muon, sizes, tasks
 from plaingpt.chance import draw
 from plaingpt.check import run_checks
@@ -155,6 +155,7 @@ def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) ->
     raw_model.transformer.recomputes = activation_checkpointing
     for block in blocks if compute.compiles else ():
         block.compile()  # fast: one graph that serves all blocks; in place, so that the names of the weights stay
+    raw_model.compiled_nats = torch.compile(sum_of_nats) if compute.compiles else None  # fast: and one for the loss
     model = strategies.distribute(raw_model, blocks, process, strategy, compute.dtype, reshard_after_forward,
                                   cpu_offload)
     watch.follow(raw_model, () if compute.compiles else blocks)  # a compiled block is one operation
@@ -557,7 +558,7 @@ def main(args: list[str]) -> None:
         wanted = configurator.pick(RunSettings, sys.modules[__name__], given=frozenset(given))
         return show_plan(wanted, parameter_groups)
     with (Stop(max_hours) as stop,
-          processes.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp') as process,
+          processes.joined(device, backend, deterministic, start_timeout, strategy == 'fsdp', cpu_offload) as process,
           Watch(process, start_timeout, timeout) as watch, explained(watch, less_memory())):
         record = processes.agree_on_settings(process, sys.modules[__name__], args, PLACE)
         with alone(process, watch):

@@ -183,10 +183,6 @@ class Mixed(model.GPT):
             else:
                 p.normal_(0.0, math.sqrt(1 / 3 / C) if zeros and 'lm_head' not in name else 0.02)
 
-    def score(self, x: Tensor) -> Tensor:
-        z = self.lm_head(x)
-        return z if self.cap is None else self.cap * torch.tanh(z / self.cap)
-
 
 def groups_of(mixed: model.GPT) -> list[dict[str, Any]]:
     """In place of train.groups_of_modern, some parameters of which may be missing. A table of positions learns like the

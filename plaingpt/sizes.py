@@ -129,6 +129,8 @@ def activations(config: GPTConfig, batch_size: int, width: int) -> Activations:
     # are int64
     around = n * ((1 + is_modern) * C * FLOAT + 2 * FLOAT + 3 * 8)
     half = width * (width < FLOAT)  # of what autocast makes in addition
+    # A card whose blocks are compiled compiles the loss, too, which is not counted here: it has all logits at once, and
+    # their gradient, 2 n V numbers of `width` bytes, however many these are.
     if n * V <= MOST_LOGITS:
         around += n * C * width + V * C * half  # lm_head keeps what it multiplies
         kept, loss = ((1 + is_modern) * FLOAT * n * V, (3 + is_modern) * FLOAT * n * V)  # the cap keeps them once more

@@ -212,6 +212,17 @@ def size(piece: Piece) -> int:
     return len(piece.ids)
 
 
+def batches(todo: list[Piece], most: int) -> list[list[Piece]]:
+    """Part the pieces, of which the longest come first, into batches of at most `most` tokens, filled up as `to_batch`
+    does it: short ones are read in greater numbers. One that is longer is a batch of its own."""
+    found, first = list[list[Piece]](), 0
+    while first < len(todo):
+        last = first + max(1, most // (size(todo[first]) - 1))
+        found.append(todo[first:last])
+        first = last
+    return found
+
+
 def to_batch(batch: list[Piece]) -> tuple[Tensor, Tensor]:
     """x and y (B, T), filled up on the right: y is -1 wherever nothing is told."""
     T = max(len(piece.ids) for piece in batch) - 1
@@ -229,21 +240,21 @@ def score(predict: Predictor, pairs: list[Pair], label: str,
     process must call it. Which pieces are read together does not depend on the number of processes, so that neither
     does any bit of the result."""
     todo = sorted(pieces(pairs, predict.config.block_size), key=size, reverse=True)  # too little memory shows at once
-    batch_size = predict.batch_size
+    parts = batches(todo, predict.batch_size * predict.config.block_size)  # as many tokens as an evaluation reads
+    most = max(map(len, parts))
 
     def score_batch(number: int) -> Tensor:
-        batch = todo[number * batch_size:(number + 1) * batch_size] or [NOTHING]
-        x, y = to_batch(batch)
+        x, y = to_batch(parts[number] if number < len(parts) else [NOTHING])
         told = y >= 0  # (B, T)
         logits, targets = predict(x, is_odd=True)[told], to_device(y[told], predict.process.device)  # (N, V), (N,)
         nats = F.cross_entropy(logits, targets, reduction='none')  # (N,)
         is_missed = (logits.argmax(dim=-1) != targets).to(nats.dtype)
-        of_pieces = torch.zeros(2, batch_size, dtype=torch.float64)
+        of_pieces = torch.zeros(2, most, dtype=torch.float64)
         of_pieces.index_add_(1, told.nonzero()[:, 0], torch.stack([nats, is_missed]).cpu().double())
-        return of_pieces.T  # (batch_size, 2)
+        return of_pieces.T  # (most, 2)
 
-    of_pieces = compute_together(math.ceil(len(todo) / batch_size), score_batch, predict.process, progress, label,
-                                 'batches').flatten(0, 1)[:len(todo)]  # (pieces, 2)
+    table = compute_together(len(parts), score_batch, predict.process, progress, label, 'batches')  # (parts, most, 2)
+    of_pieces = torch.cat([rows[:len(part)] for rows, part in zip(table, parts, strict=True)])  # (pieces, 2)
     refuse_not_finite(bool(of_pieces.isfinite().all()))
     of_pairs = torch.zeros(len(pairs), 2, dtype=torch.float64)
     of_pairs.index_add_(0, torch.tensor([piece.pair for piece in todo]), of_pieces)

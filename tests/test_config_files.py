@@ -169,6 +169,17 @@ def test_each_config_file_opens_with_its_command_and_is_understood(train: Module
     assert settings['dataset'] == (prepare[2] or prepare[1])
 
 
+def test_the_file_for_larger_cards_trains_and_measures_on_as_many_windows(train: ModuleType) -> None:
+    small, large = (configurator.configure(train, [str(ROOT / f'config/train_gpt2{name}.py')])[0]
+                    for name in ('', '_80gb'))
+    assert {name for name in small if small[name] != large[name]} == {
+        'batch_size', 'gradient_accumulation_steps', 'eval_iters', 'out_dir'}
+    assert small['batch_size'] < large['batch_size']
+    for count in ('gradient_accumulation_steps', 'eval_iters'):
+        assert small['batch_size'] * small[count] == large['batch_size'] * large[count]
+    assert large['gradient_accumulation_steps'] % 8 == 0, 'as many for each of 8 processes'
+
+
 def test_the_folders_that_configs_write_to_differ(train: ModuleType) -> None:
     folders = [configurator.configure(train, [str(path)])[0]['out_dir'] for path in CONFIGS if 'eval' not in path.stem]
     assert len(set(folders)) == len(folders)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as gpt
 from model import GPT, Attention, GPTConfig
@@ -514,6 +515,80 @@ def test_a_loss_in_chunks_is_for_training_alone(bias: bool, monkeypatch: pytest.
         model(x, x, logits='none')
     model(x, x, logits='all')
     with pytest.raises(TypeError):
+        model(x, x, logits='none')
+
+
+@pytest.mark.parametrize(('precision', 'rounding'), [(torch.float64, 1e-12), (torch.bfloat16, 2.0**-8)])
+@pytest.mark.parametrize('cap', [None, 15.0])
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=[
+    pytest.mark.slow, pytest.mark.skipif(not shutil.which('c++'), reason='torch.compile needs a C++ compiler')])])
+def test_a_compiled_loss_is_the_same_and_so_is_each_gradient(
+        backend: str, cap: float | None, precision: torch.dtype, rounding: float,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both models, tied or not, with targets that do not count; and in bfloat16 under autocast."""
+    model, x = random_gpt(tie_weights=cap is None), random_tokens(3, BLOCK + 1)
+    model = model.double() if precision == torch.float64 else model
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    model.cap = cap
+    x, y = x[:, :-1], x[:, 1:].clone()
+    y[0, 5:] = -1
+    assert (model.lm_head(model.transformer(x)).abs() > 15).any(), 'a cap has something to do'
+
+    def learn() -> list[Tensor | None]:
+        model.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == torch.bfloat16):
+            _, loss = model(x, y, logits='none')
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters())]
+
+    expected = learn()
+    torch.compiler.reset()
+    model.compiled_nats = torch.compile(gpt.sum_of_nats, backend=backend, fullgraph=True)
+    monkeypatch.setattr(model, 'score', None)  # which is not called
+    for one, other in zip(learn(), expected, strict=True):
+        assert one is not None and other is not None
+        assert distance(one, other) < rounding
+
+
+@pytest.mark.parametrize(('device', 'most', 'is_compiled', 'way'), [
+    ('cuda', 2**26, True, 'compiled'), ('cuda', 0, True, 'compiled'), ('cuda', 0, False, 'in chunks'),
+    ('cpu', 2**26, True, 'compiled'), ('cpu', 0, True, 'in chunks')])
+def test_a_loss_is_compiled_on_a_card_at_every_size_and_on_a_cpu_if_it_is_small(
+        device: str, most: int, is_compiled: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without numbers take the place of a card's, and what they go through before the loss is left out."""
+    ways: list[str] = []
+
+    def by(name: str) -> Callable[..., Tensor]:
+        def nats(z: Tensor, *_: object) -> Tensor:
+            ways.append(name)
+            assert z.device.type == device
+            return z.sum()
+
+        return nats
+
+    monkeypatch.setattr(gpt, 'MOST_LOGITS', most)
+    monkeypatch.setattr(gpt, 'chunked_nats', by('in chunks'))
+    model = GPT(GPTConfig(BLOCK, V, 1, 2, 8))
+    monkeypatch.setattr(model.transformer, 'forward', lambda idx, _: torch.zeros(2, BLOCK, 8, device=idx.device))
+    monkeypatch.setattr(model.lm_head, 'forward', lambda x: x)
+    model.compiled_nats = by('compiled') if is_compiled else None
+    with FakeTensorMode():
+        x = torch.zeros(2, BLOCK, dtype=torch.int64, device=device)
+        assert model(x, x, logits='none')[0] is None
+    assert ways == [way]
+
+
+def test_a_compiled_loss_is_for_training_alone() -> None:
+    def fail(*_: object) -> Tensor:
+        raise AssertionError
+
+    model, x = random_gpt(), random_tokens(2, BLOCK)
+    model.compiled_nats = fail
+    with torch.no_grad():
+        model(x, x, logits='none')
+    model(x, x, logits='all')
+    with pytest.raises(AssertionError):
         model(x, x, logits='none')
 
 

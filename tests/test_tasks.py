@@ -26,8 +26,10 @@ from plaingpt.tasks import (
     HELLASWAG,
     TASKS,
     Pair,
+    Piece,
     Questions,
     Task,
+    batches,
     choices,
     completion,
     encode_together,
@@ -42,6 +44,7 @@ from plaingpt.tasks import (
     pieces,
     read,
     score,
+    size,
 )
 from tests.comparing import ALONE, predictor_of
 from tests.waiting import PATIENT
@@ -168,6 +171,29 @@ def test_of_a_long_context_the_end_is_read_and_a_long_ending_is_told_in_pieces()
     first = sum(plain_nats(model, ids[25:34], 4))
     second = sum(plain_nats(model, ids[-17:-8], 5)) + sum(plain_nats(model, ids[-9:], 8))
     assert nats.tolist() == pytest.approx([first, second], rel=1e-5)
+
+
+def test_a_batch_has_as_many_tokens_as_fit_and_each_piece_is_in_one() -> None:
+    todo = [Piece(number, [0] * (length + 1), 1) for number, length in enumerate([9, 8, 4, 4, 4, 3, 2, 2, 1, 1, 1, 1])]
+    parts = batches(todo, 8)
+    assert [[size(piece) - 1 for piece in part] for part in parts] == [
+        [9], [8], [4, 4], [4, 3], [2, 2, 1, 1], [1, 1]]
+    assert [piece for part in parts for piece in part] == todo
+    assert batches([], 8) == []
+
+
+def test_short_endings_are_read_together_and_cost_what_they_cost_alone() -> None:
+    """In far fewer batches than sequences, none of which has more tokens than an evaluation reads at once."""
+    model, shapes = make_model(), list[tuple[int, int]]()
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    ask = predictor_of(model, 2)
+    pairs = [(BYTES.encode('It is'), BYTES.encode(' so' * n)) for n in range(1, 13)] * 3
+    nats, _ = score(ask, pairs, '')
+    most = ask.batch_size * ask.config.block_size
+    assert sum(rows for rows, _ in shapes) == len(pairs) > 2 * ask.batch_size * len(shapes)
+    assert all(rows * length <= most < (rows + 1) * length for rows, length in shapes[:-1])
+    expected = [sum(plain_nats(model, context + ending, len(ending))) for context, ending in pairs]
+    assert nats.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def learn(texts: Iterable[str]) -> GPT:

@@ -904,6 +904,27 @@ def test_without_a_compiler_a_run_is_not_compiled(run: Run, tmp_path: Path, monk
     assert '; not compiled, for want of a C++ compiler, no-such-compiler\n' in capsys.readouterr().out
 
 
+def test_a_compiled_run_compiles_its_blocks_and_its_loss(run: Run, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler is replaced by one that returns what it is given, and notes each call of that."""
+    calls: list[str] = []
+
+    def noting(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, 'compile', noting)
+    plain = run(tmp_path / 'plain', max_iters=2)
+    assert calls == []
+    fast = run(tmp_path / 'fast', max_iters=2, compile=True)
+    assert losses(fast) == losses(plain)
+    assert calls.count('sum_of_nats') > 0
+    assert calls.count('_call_impl') > calls.count('sum_of_nats'), 'blocks are, in evaluation too'
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures('float64')
 def test_a_compiled_run_learns_the_same(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

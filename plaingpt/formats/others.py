@@ -5,8 +5,10 @@ GPT-2's names. Whatever is another model than GPT-2 is refused, with the reason.
 Some of them hold a pickled dataclass. It is never imported: an inert class takes its place, and has its fields.
 """
 import math
+import mmap
 import re
 import shlex
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -84,9 +86,11 @@ class Inert:
     """Takes the place of one class that a file names, whatever that is: it has fields, and does nothing."""
 
 
-def read(path: Path, may_be_old: bool = False) -> Any:
+def read(path: Path, may_be_old: bool = False, is_mapped: bool = False) -> Any:
     """What torch.save has written. Nothing in it runs: all but tensors, plain values and the fields of one config is
-    refused, and so is a file whose checksums do not fit; or that has none, unless it `may_be_old`."""
+    refused, and so is a file whose checksums do not fit; or that has none, unless it `may_be_old`. If `is_mapped`, its
+    tensors are read where they are used, and all processes of a machine share the memory that this takes. Copy what is
+    needed for longer: a file that changes in its place changes them, too."""
     is_old = may_be_old and not zipfile.is_zipfile(path)
     if not is_old:
         refuse_other_formats(path)
@@ -97,7 +101,7 @@ def read(path: Path, may_be_old: bool = False) -> Any:
         configs = [(Inert, name) for name in left if len(left) == 1 and name.endswith('Config')]
         of_numpy = [(NUMPY[name], name) for name in names if name in NUMPY]
         with torch.serialization.safe_globals([*configs, *of_numpy, *NUMBERS]):
-            return plain(torch.load(path, map_location='cpu', weights_only=True))
+            return plain(torch.load(path, map_location='cpu', weights_only=True, mmap=is_mapped and is_mappable(path)))
     except Exception as error:  # torch's own reader raises several kinds
         if is_out_of_memory(error):
             raise
@@ -105,6 +109,19 @@ def read(path: Path, may_be_old: bool = False) -> Any:
             raise refusal(error, path, CHECKPOINT) from None
         raise UserError(f'{path} holds more than tensors and plain values, which could run any code: it is not loaded',
                         CHECKPOINT) from None
+
+
+def is_mappable(path: Path) -> bool:
+    """Return whether the file system maps files into memory, and no part of this zip is compressed, which torch does
+    not ask. Windows neither deletes nor replaces a mapped file."""
+    if sys.platform == 'win32':
+        return False
+    with open(path, 'rb') as file, zipfile.ZipFile(file) as archive:
+        try:
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).close()
+        except OSError:
+            return False
+        return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
 
 
 def plain(tree: Any) -> Any:

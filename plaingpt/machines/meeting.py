@@ -14,6 +14,7 @@ from datetime import timedelta
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from plaingpt import console
@@ -145,9 +146,10 @@ def deadline(seconds: float, complaint: str) -> Iterator[Deadline]:
         end.timer.cancel()
 
 
-def join(launch: Launch, backend: str, timeout: float) -> dist.Store:
-    """Form the group of all processes within `timeout` seconds, and return one more connection to their store.
-    watch.Watch notices sooner than the group's own time-out that a process is lost, and names it."""
+def join(launch: Launch, backend: str, timeout: float, card: torch.device | None = None) -> dist.Store:
+    """Form the group of all processes within `timeout` seconds, bound to the `card` of this one if it has one, and
+    return one more connection to their store. watch.Watch notices sooner than the group's own time-out that a process
+    is lost, and names it."""
     rank, _, world_size, host, number = (launch.variables[name] for name in ALL)
     limit, port = timedelta(seconds=2 * timeout), int(number)
     attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')  # torchrun's store outlives a restart, with old words
@@ -166,7 +168,7 @@ def join(launch: Launch, backend: str, timeout: float) -> dist.Store:
             refuse_another_run(met, launch)
             name_interface(met, launch, address)
             dist.init_process_group(backend, store=dist.PrefixStore(f'group/{attempt}', store), rank=int(rank),
-                                    world_size=int(world_size), timeout=limit)
+                                    world_size=int(world_size), timeout=limit, device_id=card)
             dist.barrier()
         except UserError:
             raise

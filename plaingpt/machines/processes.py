@@ -43,9 +43,10 @@ class Process:
 
 
 def start(device: str, backend: str = 'auto', deterministic: bool = False, timeout: float = 1800.0,
-          shards: bool = False) -> Process:
+          shards: bool = False, offloads: bool = False) -> Process:
     """Join the processes that torchrun, mpirun or srun started, if one did; wait at most `timeout` seconds for the
-    others. A process that trains alone belongs to a group only where its model `shards`."""
+    others. A process that trains alone belongs to a group only if its model `shards`; what it `offloads` is exchanged
+    between main memories."""
     device, why = pick_device(device)
     torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32 under autocast; it touches nothing but cuda
     if deterministic:
@@ -56,19 +57,21 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
         raise UserError('fsdp cannot divide a model on mps: give --strategy=ddp, or --device=cpu')
     if kind != 'cuda' and backend == 'nccl':
         why += ', and gloo takes the place of nccl, which needs cuda'  # nanoGPT's configurations name it
-    if kind != 'cuda' or backend == 'auto':
-        backend = 'cpu:gloo,cuda:nccl' if kind == 'cuda' else 'gloo'  # what is offloaded is added up on the CPU
+    backend = backend_for(kind, backend, offloads)
     launch = meeting.launch_of(os.environ)
     if launch is None:
+        number = int(device.partition(':')[2] or 0)
         if kind == 'cuda':
-            torch.cuda.set_device(device if ':' in device else 0)
+            torch.cuda.set_device(number)
         if shards:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1,
+                                    device_id=card_for(backend, number))
         return Process(0, 1, torch.device(device), why + meeting.why_alone(os.environ))
     os.environ.update(launch.variables)
     rank, local_rank, world_size = (int(launch.variables[name]) for name in meeting.RANKS)
     if kind == 'mps':
         raise UserError('several processes cannot share mps: run one, without torchrun, or give --device=cpu')
+    number = 0
     if kind == 'cuda':
         # srun --gpus-per-task=1 shows a process its own card and no other.
         number = 0 if 'SLURM_LOCALID' in os.environ and torch.cuda.device_count() == 1 else local_rank
@@ -77,15 +80,31 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
                             'give torchrun --nproc_per_node=gpu, for one process on each card')
         torch.cuda.set_device(number)
         device = f'cuda:{number}'
-    return Process(rank, world_size, torch.device(device), why, local_rank, meeting.join(launch, backend, timeout))
+    store = meeting.join(launch, backend, timeout, card_for(backend, number))
+    return Process(rank, world_size, torch.device(device), why, local_rank, store)
+
+
+def backend_for(kind: str, asked: str, offloads: bool) -> str:
+    """Return what connects processes on this kind of device. NCCL takes nothing that lies in main memory; beside it,
+    gloo does, which needs a network of its own to work, and so is there only if it is needed."""
+    if kind != 'cuda':
+        return 'gloo'
+    if asked in ('auto', 'nccl'):
+        return 'cpu:gloo,cuda:nccl' if offloads else 'nccl'
+    return asked
+
+
+def card_for(backend: str, number: int) -> torch.device | None:
+    """Return the card that a group is bound to: NCCL then connects at once, and barriers are between cards."""
+    return torch.device('cuda', number) if 'nccl' in backend else None
 
 
 @contextmanager
 def joined(device: str, backend: str = 'auto', deterministic: bool = False, timeout: float = 1800.0,
-           shards: bool = False) -> Iterator[Process]:
+           shards: bool = False, offloads: bool = False) -> Iterator[Process]:
     """What `start` gives, until the block ends. Where it ends well, or to stop, all processes leave together: torchrun
     takes the first that goes for a failure, and ends the others."""
-    process, has_failed = start(device, backend, deterministic, timeout, shards), True
+    process, has_failed = start(device, backend, deterministic, timeout, shards, offloads), True
     try:
         yield process
         has_failed = False

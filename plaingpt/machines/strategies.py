@@ -112,10 +112,14 @@ def load_optimizer(optimizer: Optimizer, state: dict[int, dict[str, Tensor]]) ->
     and the like stay as they are."""
     for number, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
         if number in state and (not isinstance(optimizer, Zero) or optimizer.holds(p)):
-            optimizer.state[p] = {
-                # a fused AdamW has the number of updates as a float32, where the weight is
-                name: shard_like(torch.as_tensor(value), p).to(p.device, torch.float32 if name == 'step' else p.dtype)
-                for name, value in state[number].items()}
+            optimizer.state[p] = {name: moment_of(p, name, value) for name, value in state[number].items()}
+
+
+def moment_of(p: nn.Parameter, name: str, value: Tensor | float) -> Tensor:
+    """Return a copy of what this process holds of a tensor of the state of p: the given one may be in a file."""
+    # a fused AdamW has the number of updates as a float32, where the weight is
+    dtype = torch.float32 if name == 'step' else p.dtype
+    return shard_like(torch.as_tensor(value), p).to(p.device, dtype, copy=True)
 
 
 def shard_like(tensor: Tensor, p: nn.Parameter) -> Tensor:

@@ -154,10 +154,11 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 def load(path: Path, answers: dict[str, Any] | None = None) -> State:
     """What a file holds, in this project's form, also where another project wrote it: `answers` gives the n_head and
-    gelu that it may not say. Raises UserError for a file that is missing, damaged, or of another model."""
+    gelu that it may not say. Its weights are in memory; the moments, which only a run that is resumed needs, are read
+    from the file where they are used. Raises UserError for a file that is missing, damaged, or of another model."""
     if not path.is_file():
         raise UserError(f'no checkpoint at {path}', CHECKPOINT)
-    state = others.adopt(others.read(path), path, answers or {})
+    state = others.adopt(others.read(path, is_mapped=True), path, answers or {})
     try:
         config = config_of(state)
     except UserError as error:  # the sizes contradict each other
@@ -165,7 +166,8 @@ def load(path: Path, answers: dict[str, Any] | None = None) -> State:
     weights = fitting(config, state['model'], path)
     if odd := state['model'].keys() - weights.keys():
         raise UserError(f'the weights in {path} do not fit {KINDS[config.arch]}, which has no {min(odd)}', CHECKPOINT)
-    return state | {'model': weights}
+    copies = {id(p): p.clone() for p in weights.values()}  # of a tied table one
+    return state | {'model': {name: copies[id(p)] for name, p in weights.items()}}
 
 
 def load_newest(out_dir: Path) -> State:

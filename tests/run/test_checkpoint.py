@@ -1,5 +1,6 @@
 """Checkpoints: nanoGPT's load here and ours load there, damage is noticed, and nothing in a file is ever run."""
 import dataclasses
+import mmap
 import os
 import random
 import re
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -291,6 +293,68 @@ def test_other_formats_are_named_with_the_way_in(ours: Path, tmp_path: Path) -> 
     assert not differences(checkpoint.load(tmp_path / 'old.converted.pt')['model'], checkpoint.load(ours)['model'])
     save_file({name: p for name, p in state['model'].items() if name != 'lm_head.weight'}, tmp_path / 'a.safetensors')
     assert 'is a safetensors file' in refused(checkpoint.load, tmp_path / 'a.safetensors', code=errors.CHECKPOINT)
+
+
+# ------------------------------------------------------------------------------------------------
+# The memory that a file takes
+
+
+def is_in_file(tensor: Tensor, path: Path) -> bool:
+    """Return whether the numbers of a tensor are those of the file, which the system reads when they are used."""
+    for line in Path('/proc/self/maps').read_text(encoding='utf-8').splitlines():
+        if line.endswith(str(path.resolve())):
+            first, last = (int(end, 16) for end in line.split()[0].split('-'))
+            if first <= tensor.data_ptr() < last:
+                return True
+    return False
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc')
+def test_moments_take_no_memory_until_a_run_needs_them_and_weights_do_not_stay_in_a_file(
+        ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, right = checkpoint.load(ours), torch.load(ours)
+    assert not differences({**state, 'model': None}, {**right, 'model': None})
+    assert not differences(state['model'], right['model'])
+    moments = [tensor for one in state['optimizer']['state'].values() for tensor in one.values()]
+    assert len(moments) > 30 and all(is_in_file(tensor, ours) for tensor in moments)
+    assert not any(is_in_file(tensor, ours) for tensor in state['model'].values())
+    assert len({tensor.data_ptr() for tensor in state['model'].values()}) == len(state['model']) - 1, 'a tied table'
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError('this file system maps nothing')
+
+    monkeypatch.setattr(mmap, 'mmap', refuse)
+    state = checkpoint.load(ours)
+    assert not differences(state, right)
+    assert not is_in_file(state['optimizer']['state'][0]['exp_avg'], ours)
+
+
+def test_a_checkpoint_that_was_compressed_afterwards_has_the_same_values(ours: Path, tmp_path: Path) -> None:
+    small = tmp_path / 'ckpt.pt'
+    with zipfile.ZipFile(ours) as archive, zipfile.ZipFile(small, 'w', zipfile.ZIP_DEFLATED) as compressed:
+        for part in archive.infolist():
+            compressed.writestr(part.filename, archive.read(part))
+    assert small.stat().st_size < ours.stat().st_size
+    assert not differences(checkpoint.load(small), checkpoint.load(ours))
+
+
+def test_a_run_goes_on_from_a_file_that_something_else_overwrites(run: Callable[..., Path], tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with the bits of one whose file stays; and so does the best checkpoint that it leaves."""
+    for name in ('left alone', 'overwritten'):
+        run(tmp_path / name, max_iters=2)
+    run(tmp_path / 'left alone', init_from='resume')
+    restore, path = checkpoint.restore, tmp_path / 'overwritten/ckpt.pt'
+
+    def restore_and_overwrite(*arguments: Any) -> None:
+        restore(*arguments)
+        with open(path, 'r+b') as file:
+            file.write(bytes(path.stat().st_size))
+
+    monkeypatch.setattr(checkpoint, 'restore', restore_and_overwrite)
+    run(tmp_path / 'overwritten', init_from='resume')
+    for part in ('model', 'optimizer', 'best'):
+        assert not differences(checkpoint.load(path)[part], checkpoint.load(tmp_path / 'left alone/ckpt.pt')[part])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""What connects the processes of a run on cards: the cards are emulated, the store where processes meet is real."""
+import socket
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import train
+from plaingpt.machines import processes
+from plaingpt.machines.processes import backend_for
+
+
+class HasBegun(Exception):
+    """Ends a run where it would exchange something."""
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Two cards of the generation 9.0, and the backend and the bound device of each group that is formed."""
+    formed: list[tuple[str, Any]] = []
+
+    def form(backend: str, *, device_id: torch.device | None = None, **_: Any) -> None:
+        formed.append((backend, device_id))
+
+    for name, answer in {'is_available': True, 'device_count': 2, 'get_device_capability': (9, 0), 'set_device': None,
+                         'get_arch_list': ['sm_90']}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(dist, 'init_process_group', form)
+    monkeypatch.setattr(dist, 'barrier', lambda: None)
+    return formed
+
+
+@pytest.mark.parametrize(('kind', 'asked', 'offloads', 'backend'), [
+    ('cuda', 'auto', False, 'nccl'), ('cuda', 'nccl', False, 'nccl'), ('cuda', 'gloo', False, 'gloo'),
+    ('cuda', 'auto', True, 'cpu:gloo,cuda:nccl'), ('cuda', 'nccl', True, 'cpu:gloo,cuda:nccl'),
+    ('cuda', 'gloo', True, 'gloo'), ('cpu', 'nccl', True, 'gloo'), ('mps', 'auto', False, 'gloo')])
+def test_cards_meet_without_gloo_unless_something_is_exchanged_in_main_memory(
+        kind: str, asked: str, offloads: bool, backend: str) -> None:
+    assert backend_for(kind, asked, offloads) == backend
+
+
+@pytest.mark.parametrize(('options', 'backend'), [
+    (['--strategy=fsdp'], 'nccl'), (['--strategy=fsdp', '--backend=nccl'], 'nccl'),
+    (['--strategy=fsdp', '--cpu_offload=True'], 'cpu:gloo,cuda:nccl'),
+    (['--strategy=fsdp', '--cpu_offload=True', '--backend=nccl'], 'cpu:gloo,cuda:nccl')])
+def test_a_run_on_one_card_forms_the_group_that_its_strategy_needs(
+        options: list[str], backend: str, groups: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*_: Any) -> None:
+        raise HasBegun
+
+    monkeypatch.setattr(processes, 'agree_on_settings', begin)
+    with pytest.raises(HasBegun):
+        train.main([*options, '--device=cuda:1'])
+    assert groups == [(backend, torch.device('cuda', 1))]
+
+
+@pytest.mark.parametrize(('asked', 'offloads', 'expected'), [
+    ('auto', False, ('nccl', torch.device('cuda', 1))),
+    ('nccl', True, ('cpu:gloo,cuda:nccl', torch.device('cuda', 1))),
+    ('gloo', False, ('gloo', None))])
+def test_the_group_of_several_processes_is_bound_to_the_card_of_each(
+        asked: str, offloads: bool, expected: tuple[str, Any], groups: list[tuple[str, Any]],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A barrier of a bound group is between cards; of another one that has gloo, too, it would be gloo's."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    for name, value in {'RANK': '0', 'LOCAL_RANK': '1', 'WORLD_SIZE': '1', 'MASTER_ADDR': '127.0.0.1',
+                        'MASTER_PORT': port, 'GLOO_SOCKET_IFNAME': 'lo'}.items():
+        monkeypatch.setenv(name, value)
+    process = processes.start('cuda', asked, timeout=60, offloads=offloads)
+    assert process.device == torch.device('cuda', 1)
+    assert groups == [expected]
