@@ -143,6 +143,16 @@ def test_every_difference_of_the_modern_model_says_what_is_gained() -> None:
     assert unmarked(old, new.replace(line, line.replace('q, k', 'k, q')))
 
 
+def test_every_mark_has_its_section() -> None:
+    """docs/modern.md explains each change that the file marks with a source."""
+    page = (ROOT / 'docs/modern.md').read_text(encoding='utf-8')
+    marks = [line.split(MARK)[1] for line in (ROOT / 'model_modern.py').read_text(encoding='utf-8').splitlines()
+             if f'# {MARK}' in line]
+    assert len(marks) > 12
+    for record in {word for mark in marks for word in mark.split('(')[1:] if word.startswith('record')}:
+        assert record.split(')')[0] in page
+
+
 def test_the_modern_files_are_short() -> None:
     for name, most in (('model_modern.py', 150), ('model_modern_trivialised.py', 150), ('plaingpt/muon.py', 100)):
         assert len((ROOT / name).read_text(encoding='utf-8').splitlines()) <= most
