@@ -1,7 +1,7 @@
 """
 model.py, and what was learned since. What is not defined here is model.py's; `gain:` marks each difference, with its
-effect and source, and docs/modern.md says what it gains here. "-18 % (record 5)" are tokens that a model of 124M needs
-for GPT-2's loss on FineWeb, in the fifth record of modded-nanogpt (Jordan et al. 2024). Shapes are those of model.py.
+effect and source, and docs/modern.md says what it gains here. "-18 % (record 5)": a model of 124M needs that many fewer
+tokens for GPT-2's loss on FineWeb, in the fifth record of modded-nanogpt (Jordan et al. 2024). Shapes as in model.py.
 """
 import math
 
@@ -33,22 +33,22 @@ def turns_of(first: int, T: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     """Turn channels i and i + D/2 of x (B, H, T, D), as a pair, by the angle of their position."""
-    (cos, sin), (one, two) = turns, x.chunk(2, dim=-1)  # gain: the same
+    (cos, sin), (one, two) = turns, x.chunk(2, dim=-1)  # gain: rotary positions (Su et al. 2021)
     return torch.cat([one * cos + two * sin, two * cos - one * sin], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Each token gathers information from itself and the tokens before it."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: the first layer is another one than the rest
+    def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: value residual (record 9)
         super().__init__()
         self.n_head, self.block_size = config.n_head, config.block_size
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # gain: no biases, which gain nothing
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # gain: no bias: faster (nanoGPT)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         # gain: value residual (Zhou et al. 2024), a share of the first layer's values: -0.021 nats (record 9)
         self.mix = nn.Parameter(torch.empty(1)) if config.shortcuts and layer > 0 else None
 
-    # gain: the turns, and the first layer's values (B, H, T, D); it returns its own values, too
+    # gain: the turns (record 2), and the first layer's values (B, H, T, D); it returns its own, too (record 9)
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], first_v: Tensor | None,
                 cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         B, T, C = x.shape
@@ -59,12 +59,12 @@ class Attention(nn.Module):
         mixed = v if self.mix is None or first_v is None else v + self.mix.to(v.dtype) * (first_v - v)
         if cache is not None:
             k, mixed = cache.extend(k, mixed)  # each (B, H, <= length, D)
-        # gain: of a text that is longer than the block, a token sees the last block_size tokens
+        # gain: of a text that is longer than the block, a token sees the last block_size tokens (Su et al. 2021)
         far = 1 - self.block_size
         band = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(far) if self.block_size < T else None
         y = F.scaled_dot_product_attention(q, k, mixed, band, is_causal=T > 1 and band is None)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return self.c_proj(y), v  # gain: for the other layers
+        return self.c_proj(y), v  # gain: value residual (record 9)
 
 
 class MLP(model.MLP):
@@ -79,14 +79,14 @@ class MLP(model.MLP):
 class Block(nn.Module):
     """One layer: attention, then the MLP, each of which adds its result to the residual stream x."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: see Attention
+    def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: value residual (record 9)
         super().__init__()
-        self.attn = Attention(config, layer)  # gain: no LayerNorm
+        self.attn = Attention(config, layer)  # gain: no LayerNorm (record 5)
         self.mlp = MLP(config)
         # gain: each layer is given the tokens' embeddings once more (modded-nanogpt): -0.009 nats (record 9)
         self.mix = nn.Parameter(torch.empty(2)) if config.shortcuts else None
 
-    # gain: the embeddings (B, T, C), and what attention takes and returns
+    # gain: the embeddings (B, T, C), and what attention takes and returns (records 2 and 9)
     def forward(self, x: Tensor, embedded: Tensor, turns: tuple[Tensor, Tensor], first_v: Tensor | None,
                 cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         if self.mix is not None:
@@ -101,10 +101,10 @@ class Transformer(model.Transformer):
     """Tokens -> what the model makes of each of them, given those before it."""
 
     def __init__(self, config: GPTConfig) -> None:
-        nn.Module.__init__(self)  # gain: no table of positions, no dropout
+        nn.Module.__init__(self)  # gain: no table of positions (Su et al. 2021), no dropout
         self.head_size = config.n_embd // config.n_head
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # gain: no LayerNorm
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # gain: no LayerNorm (record 5)
         self.recomputes = False
 
     def forward(self, idx: Tensor, caches: list[Cache] | None = None) -> Tensor:
@@ -114,7 +114,7 @@ class Transformer(model.Transformer):
         for layer, block in enumerate(self.h):
             if self.recomputes and self.training:
                 x, v = checkpoint(block, x, embedded, turns, first_v, use_reentrant=False)
-            else:  # gain: what the shortcuts need
+            else:  # gain: shortcuts (record 9)
                 x, v = block(x, embedded, turns, first_v, caches[layer] if caches else None)
             first_v = v if layer == 0 else first_v
         return norm(x)
@@ -135,10 +135,10 @@ class GPT(model.GPT):
                 p.copy_(torch.tensor([0.5] if name.endswith('attn.mix') else [1.0, 0.0]))
             elif name.endswith(('c_proj.weight', 'lm_head.weight')):
                 p.zero_()  # gain: zeros (Yang et al. 2022): a part of -18 % (record 5)
-            else:  # gain: the size that Muon's steps keep
+            else:  # gain: a standard deviation of sqrt(1/3) / sqrt(fan-in) (modded-nanogpt)
                 p.normal_(0.0, 1.0 if name.endswith('wte.weight') else math.sqrt(1 / 3 / self.config.n_embd))
 
     def go_beyond_the_block(self, idx: Tensor, caches: list[Cache] | None) -> tuple[Tensor, list[Cache] | None]:
-        # gain: only distances count, so nothing is read anew: each layer's cache drops its oldest token. What it keeps
-        # has seen tokens that are gone, as in a text that is read in one piece, and not as in its last window alone
+        # gain: only distances count (Su et al. 2021), so nothing is read anew: each cache drops its oldest token. Those
+        # that stay have seen it, as in a text that is read in one piece, and not as in its last window alone
         return idx, caches

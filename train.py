@@ -185,8 +185,8 @@ def parameter_groups(model: GPT) -> list[dict[str, Any]]:
 
 def groups_of_modern(model: GPT) -> list[dict[str, Any]]:
     """The parameters of the modern model: Muon is for the matrices that lie between vectors of the residual stream, in
-    `parts` that are one matrix each, as those of q, k and v are; what only looks up or predicts tokens is AdamW's, and
-    learns in smaller steps in a wider model (Yang et al. 2022)."""
+    `parts` that are one matrix each, as those of q, k and v are; what only looks up or predicts tokens is AdamW's, in
+    smaller steps if the model is wider (as in nanochat)."""
     width = math.sqrt(768 / model.config.n_embd)  # the rates of table and head are those of 124M
     inner = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() >= 2}
     scalars = [p for p in model.parameters() if p.dim() < 2]
@@ -210,8 +210,8 @@ def make_optimizer(model: GPT, process: Process | None = None,
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = partial(
         torch.optim.AdamW, lr=learning_rate, betas=betas, fused=True)
     if model.config.arch == 'modern':
-        make = partial(muon.Muon, lr=learning_rate, betas=betas,
-                       dtype=torch.bfloat16 if precision == torch.bfloat16 else None)
+        in_half = precision == torch.bfloat16 and not cpu_offload  # what is offloaded is multiplied by a CPU
+        make = partial(muon.Muon, lr=learning_rate, betas=betas, dtype=torch.bfloat16 if in_half else None)
     divided = groups if strategy == 'zero1' else [group for group in groups if 'parts' in group]
     if process is None or process.world_size == 1 or strategy == 'fsdp' or not divided:
         return make(groups)

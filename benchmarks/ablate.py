@@ -226,12 +226,14 @@ def variants() -> dict[str, frozenset[str]]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The means over all seeds that are there, with their standard deviation, and what a row differs by from the one
-    that it is to be compared with."""
+    """The means over all seeds whose runs have all ended, with their standard deviation, and what a row differs by from
+    the one that it is to be compared with."""
+    whole = [seed for seed in seeds.split(',')
+             if all(f'{label}, seed {seed}, {max_iters} steps' in results for label in variants())]
     lines = ['| | val loss, nats | difference | bits per byte | seconds |', '|---|---|---|---|---|']
     before = modern = math.nan
     for label, changes in variants().items():
-        runs = [result for key, result in results.items() if key.startswith(f'{label}, ')]
+        runs = [results[f'{label}, seed {seed}, {max_iters} steps'] for seed in whole]
         if not runs:
             continue
         losses = [result['loss'] for result in runs]

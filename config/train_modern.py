@@ -36,7 +36,7 @@ decay_fraction = 0.7
 warmup_iters = 0
 
 eval_interval = 250
-eval_iters = 160
+eval_iters = 320  # batches of 32: the 10,485,760 tokens on which GPT-2's loss is 3.28
 hellaswag_interval = 250
 sample_interval = 1000
 sample_start = 'Once upon a time'

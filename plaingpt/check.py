@@ -94,7 +94,7 @@ class Trial:
     def wake(self) -> None:
         """Learn until no matrix is 0 any more. The modern model begins with some that are, and what is multiplied with
         them has no effect and no gradient: its head learns in the first step, what the head sees in the second."""
-        for step in range(WAKING):
+        for step in range(WAKING + 10 * self.learner.scaler.is_enabled()):  # float16 moves nothing at first
             if all(strategies.complete(p.detach()).any() for p in self.model.parameters() if p.dim() > 1):
                 return
             self.differentiate(step)

@@ -153,6 +153,7 @@ def peak(config: GPTConfig, held: Held, needs: Activations, accumulates: bool, r
     # The last gradient is that of the token table. A new one is added to what is there; that of a tied table is the sum
     # of two, since it is the head as well, and for a moment all three are there.
     at_table = at_end + FLOAT * config.vocab_size * config.n_embd * (accumulates + 2 * config.tie_weights)
-    # Muon has all matrices of one shape, a third of those of the blocks, in six forms at once.
+    # Muon has all matrices of one shape, a third of those of the blocks, in six forms at once; of several processes,
+    # which share them, each has less.
     at_update = at_end + 6 * FLOAT * 4 * config.n_layer * config.n_embd**2 * (config.arch == 'modern')
     return max(at_loss, in_block, at_table, at_update)
