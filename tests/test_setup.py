@@ -247,7 +247,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
     declared = {canonicalize_name(bound.name) for bound in chain.from_iterable(BOUNDS.values())}
     folders = ('.', 'plaingpt/**', 'data/*', 'tests/**', 'benchmarks')
     files = [file for folder in folders for file in ROOT.glob(f'{folder}/*.py')]
-    known = sys.stdlib_module_names | {file.stem for file in files} | {'plaingpt', 'tests'}
+    known = sys.stdlib_module_names | {file.stem for file in files} | {'plaingpt', 'tests', 'benchmarks'}
     distributions = metadata.packages_distributions()
     undeclared = set()
     for file in files:
