@@ -1,5 +1,5 @@
 """
-What a process holds of a model that several train, by strategy: bytes for each parameter, beside what to expect.
+The bytes that a process holds for each parameter of a model that several train, by strategy, beside what to expect.
 
     python benchmarks/memory.py
 

@@ -83,12 +83,12 @@ def take_turns(runs: Runs, clock: Callable[[], float]) -> dict[str, Cell]:
 
 
 def load_nanogpt() -> ModuleType | None:
-    """Its model.py, under another name than ours."""
+    """nanoGPT's model.py, under a name that plainGPT does not have."""
     if not nanogpt:
         return None
     spec = importlib.util.spec_from_file_location('nanogpt_model', Path(nanogpt, 'model.py'))
     if spec is None or spec.loader is None or not Path(nanogpt, 'model.py').is_file():
-        raise UserError(f'--nanogpt={nanogpt}: no model.py is there')
+        raise UserError(f'--nanogpt={nanogpt}: it has no model.py')
     module = importlib.util.module_from_spec(spec)
     sys.modules['nanogpt_model'] = module
     spec.loader.exec_module(module)
@@ -153,7 +153,7 @@ def steps_of(windows: int, config: GPTConfig) -> Runs:
 
 
 def peak_bytes(step: Callable[[], object], model_bytes: int) -> float:
-    """The most bytes of tensors in a step, of which weights and moments are there before."""
+    """The most bytes of tensors in a step, with the weights and moments that it begins with."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -200,7 +200,7 @@ def writers(batch: int, n_threads: int, folder: Path) -> Runs:
 
 
 def write_gguf(folder: Path, model: GPT, dtype: str) -> bool:
-    """Return whether GPT-2's tokenizer, without which the format cannot be, is at hand."""
+    """Return whether GPT-2's tokenizer is available, without which the format cannot be written."""
     try:
         vocabulary = tokenizer.load_tiktoken('gpt2')
     except tokenizer.Unavailable:
