@@ -33,14 +33,14 @@ def turns_of(first: int, T: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
     """Turn channels i and i + D/2 of x (B, H, T, D), as a pair, by the angle of their position."""
-    (cos, sin), (one, two) = turns, x.chunk(2, dim=-1)  # gain: rotary positions (Su et al. 2021)
+    (cos, sin), (one, two) = turns, x.chunk(2, dim=-1)  # gain: rotary positions, half the tokens (record 2)
     return torch.cat([one * cos + two * sin, two * cos - one * sin], dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Each token gathers information from itself and the tokens before it."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: value residual (record 9)
+    def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: value residual, -0.021 nats (record 9)
         super().__init__()
         self.n_head, self.block_size = config.n_head, config.block_size
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # gain: no bias: faster (nanoGPT)
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         band = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(far) if self.block_size < T else None
         y = F.scaled_dot_product_attention(q, k, mixed, band, is_causal=T > 1 and band is None)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return self.c_proj(y), v  # gain: value residual (record 9)
+        return self.c_proj(y), v  # gain: value residual, -0.021 nats (record 9)
 
 
 class MLP(model.MLP):
@@ -79,9 +79,9 @@ class MLP(model.MLP):
 class Block(nn.Module):
     """One layer: attention, then the MLP, each of which adds its result to the residual stream x."""
 
-    def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: value residual (record 9)
+    def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: value residual, -0.021 nats (record 9)
         super().__init__()
-        self.attn = Attention(config, layer)  # gain: no LayerNorm (record 5)
+        self.attn = Attention(config, layer)  # gain: RMSNorm, of -18 % (record 5)
         self.mlp = MLP(config)
         # gain: each layer is given the tokens' embeddings once more (modded-nanogpt): -0.009 nats (record 9)
         self.mix = nn.Parameter(torch.empty(2)) if config.shortcuts else None
@@ -104,7 +104,7 @@ class Transformer(model.Transformer):
         nn.Module.__init__(self)  # gain: no table of positions (Su et al. 2021), no dropout
         self.head_size = config.n_embd // config.n_head
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # gain: no LayerNorm (record 5)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # gain: RMSNorm, of -18 % (record 5)
         self.recomputes = False
 
     def forward(self, idx: Tensor, caches: list[Cache] | None = None) -> Tensor:
@@ -114,7 +114,7 @@ class Transformer(model.Transformer):
         for layer, block in enumerate(self.h):
             if self.recomputes and self.training:
                 x, v = checkpoint(block, x, embedded, turns, first_v, use_reentrant=False)
-            else:  # gain: shortcuts (record 9)
+            else:  # gain: shortcuts, -0.030 nats (record 9)
                 x, v = block(x, embedded, turns, first_v, caches[layer] if caches else None)
             first_v = v if layer == 0 else first_v
         return norm(x)
