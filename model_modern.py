@@ -81,7 +81,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:  # gain: value residual, -0.021 nats (record 9)
         super().__init__()
-        self.attn = Attention(config, layer)  # gain: RMSNorm, -18 % (record 5)
+        self.attn = Attention(config, layer)  # gain: see norm, -18 % (record 5)
         self.mlp = MLP(config)
         # gain: each layer is given the tokens' embeddings once more (modded-nanogpt): -0.009 nats (record 9)
         self.mix = nn.Parameter(torch.empty(2)) if config.shortcuts else None
@@ -104,7 +104,7 @@ class Transformer(model.Transformer):
         nn.Module.__init__(self)  # gain: no table of positions (Su et al. 2021), no dropout
         self.head_size = config.n_embd // config.n_head
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # gain: RMSNorm, -18 % (record 5)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))  # gain: norm, -18 % (record 5)
         self.recomputes = False
 
     def forward(self, idx: Tensor, caches: list[Cache] | None = None) -> Tensor:
