@@ -19,6 +19,29 @@ def softmax(x: Tensor) -> Tensor:
     return x / x.sum(dim=-1, keepdim=True)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """Let large numbers pass and hold negative ones back: GPT-2's approximation of x * P(N(0, 1) < x)."""
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One head, q, k and v (B, T, D) -> (B, T, D): each token gets a mixture of the values of the tokens up to it."""
+    _, T, D = q.shape
+    may_look = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T), row t is True at 0..t
+    scores = q @ k.transpose(1, 2)  # (B, T, T), row t, column s: how much t cares about s
+    scores = scores / math.sqrt(D)  # a sum of D products grows as the root of D, and softmax would see one winner only
+    scores = scores.masked_fill(~may_look, -math.inf)  # (B, T, T), the future is hidden
+    return softmax(scores) @ v  # (B, T, T) @ (B, T, D) -> (B, T, D)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (B, T, V) and targets (B, T) -> the mean of -log softmax(logits)[target], in nats per token."""
+    highest = logits.max(dim=-1).values  # (B, T)
+    log_sum = highest + torch.log(torch.exp(logits - highest[..., None]).sum(dim=-1))  # (B, T)
+    chosen = logits.gather(-1, targets[..., None])[..., 0]  # (B, T), the logit of what really came next
+    return (log_sum - chosen).mean()
+
+
 class LayerNorm(nn.Module):
     """Shift and scale the channels of each token to mean 0 and variance 1, then apply a learned gain and bias."""
 
@@ -30,7 +53,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(dim=-1, keepdim=True)  # (B, T, 1)
         variance = ((x - mean) ** 2).mean(dim=-1, keepdim=True)  # (B, T, 1)
-        x = (x - mean) / torch.sqrt(variance + 1e-5) * self.weight  # (B, T, C)
+        x = (x - mean) / torch.sqrt(variance + 1e-5) * self.weight  # (B, T, C); 1e-5: never / 0
         return x if self.bias is None else x + self.bias
 
 
@@ -44,21 +67,16 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, T, C = x.shape
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # each (B, T, C)
         q, k, v = (z.chunk(self.n_head, dim=-1) for z in (q, k, v))  # each H times (B, T, D)
-        may_look = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()  # (T, T), row t is True at 0..t
-        heads = []
-        for h in range(self.n_head):
-            scores = q[h] @ k[h].transpose(1, 2) / math.sqrt(C // self.n_head)  # (B, T, T), how much t cares about s
-            scores = scores.masked_fill(~may_look, -math.inf)  # (B, T, T), the future is hidden
-            heads.append(softmax(scores) @ v[h])  # (B, T, T) @ (B, T, D) -> (B, T, D)
+        heads = [attend(q[h], k[h], v[h]) for h in range(self.n_head)]  # H times (B, T, D)
         y = torch.cat(heads, dim=-1)  # (B, T, C)
         return self.c_proj(y)
 
 
 class MLP(nn.Module):
-    """Each token is transformed on its own."""
+    """Each token is transformed on its own, in a space four times as wide, which has proved a good ratio (Vaswani et
+    al. 2017)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -67,12 +85,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, 4C)
-        x = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))  # (B, T, 4C), GPT-2's GELU
+        x = gelu(x)  # (B, T, 4C)
         return self.c_proj(x)  # (B, T, C)
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each of which adds its result to the residual stream x."""
+    """One layer: attention, then the MLP, each of which adds its result to the residual stream x. It adds, so that what
+    is there stays, and each weight is one sum away from the loss: even deep models can be trained (He et al. 2015)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -112,9 +131,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        if (config.arch, config.gelu, config.tie_weights) != ('gpt2', 'tanh', True):
+            raise ValueError(f'GPT-2 as OpenAI made it is all that this file computes, and {config} is another model')
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # one table embeds a token and predicts it
+        self.lm_head.weight = self.transformer.wte.weight  # one table embeds a token and predicts it, learned once
         self.init_weights()
 
     @torch.no_grad()
@@ -134,12 +155,7 @@ class GPT(nn.Module):
         """idx (B, T) -> logits (B, T, V); and, given targets (B, T), the mean cross-entropy in nats per token."""
         x = self.transformer(idx)  # (B, T, C)
         logits = self.lm_head(x)  # (B, T, V)
-        if targets is None:
-            return logits, None
-        highest = logits.max(dim=-1).values  # (B, T)
-        log_sum = highest + torch.log(torch.exp(logits - highest[..., None]).sum(dim=-1))  # (B, T)
-        chosen = logits.gather(-1, targets[..., None])[..., 0]  # (B, T), the logit of what really came next
-        return logits, (log_sum - chosen).mean()  # -log softmax(logits)[target]
+        return logits, None if targets is None else cross_entropy(logits, targets)
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, seed: int = 1337) -> Tensor:

@@ -43,11 +43,29 @@ seed: int = 1337
 
 
 def lr_at(step: int, peak: float, floor: float, warmup: int, total: int) -> float:
-    """Rise linearly to `peak` over `warmup` steps, then fall along half a cosine to `floor` at step `total`."""
+    """Rise linearly to `peak` over `warmup` steps, in which AdamW learns how large gradients are; then fall along half
+    a cosine to `floor` at step `total`."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))  # 0 to 1
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip(gradients: list[Tensor], limit: float) -> tuple[list[Tensor], float]:
+    """If the gradient, seen as one long vector, is longer than `limit`, shorten it to that. Also return its length."""
+    length = math.sqrt(sum((g**2).sum().item() for g in gradients))
+    return [g * min(1.0, limit / (length + 1e-6)) for g in gradients], length
+
+
+def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, lr: float, decay: float) -> None:
+    """Move a weight p against the running mean m of its gradient g, in units of g's typical size, which is the root of
+    the running mean v of its square; and pull it towards zero. All in place."""
+    m += (1 - beta1) * (g - m)  # that is: m = beta1 * m + (1 - beta1) * g
+    v += (1 - beta2) * (g**2 - v)
+    m_hat = m / (1 - beta1 ** (step + 1))  # m and v start at 0: this undoes the bias
+    v_hat = v / (1 - beta2 ** (step + 1))
+    p -= lr * decay * p
+    p -= lr * m_hat / (torch.sqrt(v_hat) + 1e-8)  # 1e-8: a weight without gradients stays
 
 
 def train(model: GPT, corpus: token_files.TokenFile) -> list[float]:
@@ -64,21 +82,12 @@ def train(model: GPT, corpus: token_files.TokenFile) -> list[float]:
         _, loss = model(x, y)  # the model reads x, and must say y: the token after each token
         gradients = list(torch.autograd.grad(loss, parameters))
 
-        # clip: if the gradient, seen as one long vector, is longer than grad_clip, shorten it to that
-        length = math.sqrt(sum((g**2).sum().item() for g in gradients))
-        gradients = [g * min(1.0, grad_clip / (length + 1e-6)) for g in gradients]
-
-        # AdamW: move against the mean gradient, in units of its typical size; and pull the matrices towards zero
+        gradients, length = clip(gradients, grad_clip)
         lr = lr_at(step, learning_rate, min_lr, warmup_iters, lr_decay_iters)
         with torch.no_grad():
-            for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
-                m[i] = beta1 * m[i] + (1 - beta1) * g
-                v[i] = beta2 * v[i] + (1 - beta2) * g**2
-                m_hat = m[i] / (1 - beta1 ** (step + 1))  # m and v start at 0: this undoes the bias
-                v_hat = v[i] / (1 - beta2 ** (step + 1))
-                decay = weight_decay if p.dim() >= 2 else 0.0  # vectors are biases and LayerNorm gains: no decay
-                p -= lr * decay * p
-                p -= lr * m_hat / (torch.sqrt(v_hat) + 1e-8)
+            for p, g, m_p, v_p in zip(parameters, gradients, m, v, strict=True):
+                decay = weight_decay if p.dim() >= 2 else 0.0  # not of gains: at 0 they would switch channels off
+                adamw(p, g, m_p, v_p, step, lr, decay)
 
         losses.append(loss.item())
         if step % 20 == 0 or step == max_iters - 1:

@@ -2,7 +2,9 @@
 import ast
 import difflib
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,4 +158,17 @@ def test_the_plain_twin_writes_out_what_it_explains() -> None:
     of_nn = {node.attr for node in attributes if ast.unparse(node.value) == 'nn'}
     assert of_nn == {'Module', 'ModuleList', 'Parameter', 'Linear', 'Embedding'}
     ready_made = {'functional', 'softmax', 'log_softmax', 'logsumexp', 'var', 'gelu', 'layer_norm', 'cross_entropy'}
-    assert not ready_made & {node.attr for node in attributes}
+    assert not ready_made & {node.attr for node in attributes if ast.unparse(node.value) != 'config'}
+
+
+@pytest.mark.parametrize('another', [{'gelu': 'exact'}, {'tie_weights': False},
+                                     {'arch': 'modern', 'bias': False, 'tie_weights': False}])
+def test_the_plain_twin_refuses_another_model_than_gpt_2_rather_than_computing_it_wrongly(
+        another: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match='another model'):
+        model_trivialised.GPT(replace(config(), **another))
+
+
+@pytest.mark.parametrize(('name', 'most'), [('model', 170), ('train', 125)])
+def test_the_plain_files_stay_short(name: str, most: int) -> None:
+    assert len((ROOT / f'{name}_trivialised.py').read_text(encoding='utf-8').splitlines()) <= most
