@@ -154,8 +154,8 @@ def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) ->
     blocks = raw_model.transformer.h
     raw_model.transformer.recomputes = activation_checkpointing
     for block in blocks if compute.compiles else ():
-        block.compile()  # fast: one graph that serves all blocks; in place, so that the names of the weights stay
-    raw_model.compiled_nats = torch.compile(sum_of_nats) if compute.compiles else None  # fast: and one for the loss
+        block.compile()  # fast: `forward and backward` as one graph for all blocks; in place, so that names stay
+    raw_model.compiled_nats = torch.compile(sum_of_nats) if compute.compiles else None  # fast: and `cross_entropy`
     model = strategies.distribute(raw_model, blocks, process, strategy, compute.dtype, reshard_after_forward,
                                   cpu_offload)
     watch.follow(raw_model, () if compute.compiles else blocks)  # a compiled block is one operation
@@ -206,7 +206,7 @@ def make_optimizer(model: GPT, process: Process | None = None,
     """AdamW (Loshchilov and Hutter 2017), or for the modern model Muon. With several processes and 'zero1' each updates
     a part of the weights, and sends it to the others; so it does with what Muon updates, unless fsdp has divided it."""
     groups, betas = parameter_groups(model), (beta1, beta2)
-    # fast: one kernel for all weights; the plain file writes AdamW out
+    # fast: `adamw`, one kernel for all weights
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = partial(
         torch.optim.AdamW, lr=learning_rate, betas=betas, fused=True)
     if model.config.arch == 'modern':
@@ -231,7 +231,7 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, total: int) -> float:
 def lr_at(step: int, total: int) -> float:
     """Rise linearly to learning_rate, then fall to min_lr at step `total`: along half a cosine, along a line, along a
     line in the last decay_fraction of all steps, or never."""
-    if not decay_lr:
+    if not decay_lr:  # more: `lr_at`, three other ways to fall, and none
         return learning_rate
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
@@ -319,6 +319,7 @@ def ask_hellaswag(questions: tasks.InTraining | None, learner: Learner, run: Run
 
 def evaluate_splits(data: Data, learner: Learner, run: Run) -> None:
     """Measure both splits, and save what has become of the model."""
+    # more: `evaluation` of both splits, in batches, now and then
     step, predict = learner.step, learner.predictor(batch_size)
     was_measured = bool(learner.best) and learner.best['loss'][1] == step
     results = {split: metrics.evaluate(predict, corpus, eval_iters * batch_size, data.token_sizes,
@@ -362,10 +363,10 @@ def accumulate_gradient(learner: Learner, parts: Iterable[Part]) -> Tensor:
     per token."""
     process = learner.process
     loss = torch.zeros((), device=process.device)
-    for part in parts:  # fast: a step in parts that fit into memory, and on several devices
+    for part in parts:  # fast: `forward and backward` in parts that fit into memory, and on several devices
         strategies.set_gradient_sync(learner.model, on=part.is_last)
         torch.manual_seed(draw(seed, learner.step, part.number))  # dropout is the same for any number of processes
-        with learner.compute.autocast:  # fast: matrix products in bfloat16, where the device multiplies it
+        with learner.compute.autocast:  # fast: `forward and backward` in bfloat16, if the device multiplies it
             _, mean = learner.model(part.x, part.y, logits='none')
         share = mean * part.share
         loss += share.detach()
@@ -375,6 +376,7 @@ def accumulate_gradient(learner: Learner, parts: Iterable[Part]) -> Tensor:
 
 def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | None) -> None:
     """Look, learn, look, learn ... until the last step, or until run.heed raises StopAsked."""
+    # more: `train` looks, heeds signals, and skips steps that are not finite
     optimizer, scaler = learner.optimizer, learner.scaler
     while True:
         run.heed(learner)  # signals, max_hours, a checkpoint that could not be written
@@ -398,7 +400,7 @@ def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | 
         # update
         rate = set_rates(optimizer, learner.step, run.work.decay_steps)
         scaler.unscale_(optimizer)
-        grad_norm = strategies.clip(learner.raw_model.parameters(), grad_clip)
+        grad_norm = strategies.clip(learner.raw_model.parameters(), grad_clip)  # more: `clip`, if processes share it
         loss = processes.total(part_of_loss).item()
         if learner.is_sound(loss, grad_norm):
             scaler.step(optimizer)
@@ -551,6 +553,7 @@ def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any]
         finish(run)
 
 
+# more: `main`, with a plan, checks, several processes and a watch over them
 def main(args: list[str]) -> None:
     _, given = configurator.configure(sys.modules[__name__], args)
     refuse_mistakes(given)

@@ -79,7 +79,7 @@ def train(model: GPT, corpus: token_files.TokenFile) -> list[float]:
     for step in range(max_iters):
         starts = order.starts(step * n_windows, n_windows)
         x, y = read_batch(corpus, starts, block_size, n_windows, model.config.vocab_size)  # both (B, T)
-        _, loss = model(x, y)  # the model reads x, and must say y: the token after each token
+        _, loss = model(x, y)  # forward and backward: it reads x, and must say y, the token after each
         gradients = list(torch.autograd.grad(loss, parameters))
 
         gradients, length = clip(gradients, grad_clip)
@@ -108,7 +108,7 @@ def main(args: list[str]) -> None:
     model = GPT(GPTConfig(block_size, V, n_layer, n_head, n_embd, bias=bias))
     train(model, open_split(folder, 'train', block_size, V))
 
-    unseen = open_split(folder, 'val', block_size, V)
+    unseen = open_split(folder, 'val', block_size, V)  # evaluation
     starts = fixed_starts(len(unseen), block_size, 400)
     with torch.no_grad():
         _, loss = model(*read_batch(unseen, starts, block_size, len(starts), V))

@@ -1,5 +1,7 @@
 """train_trivialised.py and train.py are the same training: the same windows, losses, initial and final weights."""
+import ast
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from plaingpt.corpus.folder import open_split, read_meta
 from plaingpt.run import checkpoint
 from tests.comparing import assert_equal_to_rounding
 
+ROOT = Path(__file__).parents[1]
 SHAPE = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--total_batch_size=256']
 OVERRIDES = {
     'rise and fall': ['--max_iters=12', '--warmup_iters=4', '--lr_decay_iters=10', '--learning_rate=1e-2',
@@ -66,3 +69,30 @@ def test_the_plain_training_leaves_the_arithmetic_to_nobody() -> None:
     source = Path(str(sys.modules['train_trivialised'].__file__)).read_text(encoding='utf-8')
     for name in ('torch.optim', 'clip_grad', 'lr_scheduler', 'nn.functional', '.backward('):
         assert name not in source
+
+
+def complaints_about_marks(plain: str, model: str, fast: str) -> list[str]:
+    """What train.py's marks lack: the two files are too unlike for their hunks to be compared, so a mark names, in
+    backticks, a function of a plain file or a part of the loop, which a comment of the plain file names."""
+    functions = {node.name for node in ast.parse(plain).body if isinstance(node, ast.FunctionDef)}
+    parts = {'forward and backward', 'evaluation'}  # of the loop; its rate, clipping and update are functions
+    exist = functions | {part for part in parts if f'# {part}' in plain}
+    exist |= {node.name for node in ast.parse(model).body if isinstance(node, ast.FunctionDef)}
+    marks = [line.strip() for line in fast.splitlines() if re.search('# (fast|more): ', line)]
+    named = {name: line for line in marks for name in re.findall('`([^`]+)`', line)}
+    return [*(f'no mark names {name}' for name in functions | parts if name not in named),
+            *(f'no name: {line}' for line in marks if '`' not in line),
+            *(f'{name} is nowhere: {line}' for name, line in named.items() if name not in exist)]
+
+
+def test_train_py_says_of_each_function_and_part_of_the_plain_file_what_became_of_it() -> None:
+    plain, model, fast = ((ROOT / name).read_text(encoding='utf-8')
+                          for name in ('train_trivialised.py', 'model_trivialised.py', 'train.py'))
+    assert complaints_about_marks(plain, model, fast) == []
+
+    # and the test sees what is missing, on either side
+    assert complaints_about_marks(plain + 'def more() -> None:\n    pass\n', model, fast) == ['no mark names more']
+    [lost] = complaints_about_marks(plain.replace('def clip(', 'def shorten('), model, fast)[1:]
+    assert 'clip is nowhere' in lost
+    assert complaints_about_marks(plain, model, fast.replace('`clip`', 'it')) != []
+    assert complaints_about_marks(plain.replace('# evaluation', ''), model, fast)[0].startswith('evaluation is nowhere')
