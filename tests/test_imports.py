@@ -6,19 +6,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = {'train', 'sample', 'evaluate', 'export', 'train_trivialised', 'parallel_trivialised'}
+STAGES = {'train', 'sample', 'evaluate', 'export', 'learn'}
+PLAIN = {'train_trivialised', 'parallel_trivialised'}  # stages that others take parts of
 FLOORS: list[set[str]] = [  # from the ground up
     {f'plaingpt.{name}' for name in ('chance', 'console', 'errors', 'files', 'lock', 'paths', 'published', 'schema')},
     {'model', 'model_modern', 'model_trivialised', 'model_modern_trivialised', 'tokenizer_trivialised', 'configurator'},
     {'plaingpt.machines', 'plaingpt.muon'},
     {'plaingpt.corpus'},
+    PLAIN,
     {'plaingpt.formats'},
     {'plaingpt.run', 'plaingpt.metrics', 'plaingpt.tasks'},
     {'plaingpt.init_from'},
     {'plaingpt.sizes', 'plaingpt.plan', 'plaingpt.check', 'plaingpt.encoder', 'plaingpt.tiny_shakespeare'},
+    {'plaingpt.learning'},
     STAGES,
 ]
-OF_OTHER_STAGES = {('train', 'sample'), ('train', 'evaluate'), ('parallel_trivialised', 'train_trivialised')}  # alone
+OF_OTHER_STAGES = {('train', 'sample'), ('train', 'evaluate')}  # the only stage that may use functions of others
+OF_LEARNING = {'learn', 'xray'}  # alone may import that room
 EXCEPTIONS = {('model', 'plaingpt.formats.huggingface')}  # GPT.from_pretrained, which imports it where it needs it
 
 
@@ -54,6 +58,9 @@ def complaints(imports: dict[str, set[str]]) -> Iterator[str]:
                 floor_of(other) <= floor_of(module) and not {module, other} <= STAGES)
             if not is_fine:
                 yield f'{module} imports {other}, which stands above it'
+            if other.startswith('plaingpt.learning') and not (
+                    module in OF_LEARNING or module.startswith('plaingpt.learning')):
+                yield f'{module} imports {other}, which is for {sorted(OF_LEARNING)} alone'
     left = {module: {other for other in others if (module, other) not in EXCEPTIONS}
             for module, others in imports.items()}
     while ends := [module for module, others in left.items() if not others & left.keys()]:
@@ -84,6 +91,7 @@ def test_the_exception_is_one_import_in_one_function() -> None:
     ({'plaingpt.corpus.order': {'plaingpt.tasks'}}, 'plaingpt.corpus.order imports plaingpt.tasks'),
     ({'sample': {'export'}}, 'sample imports export'),
     ({'plaingpt.plan': {'train'}}, 'plaingpt.plan imports train'),
+    ({'train': {'plaingpt.learning.look'}}, 'train imports plaingpt.learning.look'),
     ({'plaingpt.run.log': {'plaingpt.run.run'}, 'plaingpt.run.run': {'plaingpt.run.log'}}, 'in a circle'),
 ])
 def test_an_arrow_that_points_up_and_a_circle_are_named(imports: dict[str, set[str]], names: str) -> None:
@@ -97,7 +105,8 @@ def test_an_import_inside_a_function_is_read() -> None:
 
 
 def test_no_setting_shadows_a_module() -> None:
-    for script in (*sorted(STAGES), *(f'data.{path.parent.name}.prepare' for path in ROOT.glob('data/*/prepare.py'))):
+    prepare = (f'data.{path.parent.name}.prepare' for path in ROOT.glob('data/*/prepare.py'))
+    for script in (*sorted(STAGES | PLAIN), *prepare):
         tree = ast.parse((ROOT / f'{script.replace(".", "/")}.py').read_text(encoding='utf-8'))
         settings = {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)
                     and isinstance(node.target, ast.Name)}

@@ -1,0 +1,170 @@
+"""
+Exercises: write a part of the plain files yourself, and learn what your lines do.
+
+    python learn.py                 lists the exercises, and which you have done
+    python learn.py start 7         writes exercises/07_attend.py, with a hole where the lines were
+    python learn.py check 7         says what your lines do, and what they should
+    python learn.py hint 7          helps a little
+    python learn.py show 7          shows the lines of the plain file
+    python learn.py bug 7           writes these with a mistake in them: find it, and type the same again
+"""
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import configurator
+from plaingpt import console, errors
+from plaingpt.errors import ROOT, UserError
+from plaingpt.files import read_json, written_whole
+from plaingpt.learning import verdict, whole
+from plaingpt.learning.exercises import EXERCISES
+from plaingpt.learning.mistakes import MISTAKES
+from plaingpt.learning.part import Exercise
+from plaingpt.learning.verdict import Verdict
+
+FOLDER = Path('exercises')
+PASSED = FOLDER / '.passed.json'  # the files that have passed: the fingerprint of each as it was then
+PATIENCE = 120  # seconds for a verdict, with what it loads; its lines have fewer
+STEPS = 100  # that a GPT with a bug learns
+
+
+def typed(command: str, number: int) -> str:
+    return f'{errors.command("learn.py")} {command} {number}'
+
+
+def path_of(number: int, prefix: str = '') -> Path:
+    return FOLDER / f'{prefix}{number:02}_{EXERCISES[number - 1].part.replace(".", "_").lower()}.py'
+
+
+def number_of(words: list[str]) -> int:
+    """Return the number of the exercise that the command line names by its number or its part."""
+    names = {exercise.part.lower(): number for number, exercise in enumerate(EXERCISES, 1)}
+    given = words[0].lower() if words else ''
+    number = names.get(given, int(given) if given.isdecimal() else 0)
+    if len(words) != 1 or not 1 <= number <= len(EXERCISES):
+        raise UserError(f'give the number of one exercise, 1 to {len(EXERCISES)}\n'
+                        f'this lists them: {errors.command("learn.py")}')
+    return number
+
+
+def header(number: int, exercise: Exercise, text: str, task: str, command: str) -> str:
+    """Return a file to work on."""
+    lines = [f'{number}. {exercise.part}, of {exercise.file.name}', '', *textwrap.wrap(task, 112), '',
+             *(f'    {typed(name, number)}' for name in command.split())]
+    return '\n'.join(['"""', *lines, '"""', text])
+
+
+def write(path: Path, text: str) -> None:
+    if path.exists():
+        raise UserError(f'{path} exists, and is yours: delete it to start over')
+    FOLDER.mkdir(exist_ok=True)
+    with written_whole(path) as file:
+        file.write(text.encode())
+    console.say(f'{path} is written: edit it')
+
+
+def judged(number: int, path: Path) -> Verdict:
+    """Return the verdict on a file, whose lines run in a process of their own: they may do anything."""
+    if not path.is_file():
+        raise UserError(f'{path} is missing: {typed("start", number)}')
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, 'verdict.json')
+        environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+        command = [sys.executable, '-m', 'plaingpt.learning.verdict', str(number), str(path), str(answer)]
+        try:
+            code = subprocess.run(command, env=environment, timeout=PATIENCE).returncode
+        except subprocess.TimeoutExpired:
+            return Verdict(False, f'no verdict after {PATIENCE} seconds: does a line take so long, or so much memory?')
+        found = read_json(answer)
+    return Verdict(*found) if found else Verdict(False, f'its process ended with code {code}, and no answer')
+
+
+def show_list() -> None:
+    passed = read_json(PASSED) or {}
+    for number, exercise in enumerate(EXERCISES, 1):
+        path = path_of(number)
+        state = 'not begun' if not path.exists() else 'begun'
+        if path.exists() and passed.get(path.name) == fingerprint(path):
+            state = 'done'
+        console.say(f'{number:3}  {exercise.part:26} {exercise.file.name:26} {state}')
+    console.say(f'start one: {typed("start", 1)}')
+
+
+def fingerprint(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def start(number: int, exercise: Exercise) -> None:
+    write(path_of(number), header(number, exercise, exercise.text(exercise.hole()), exercise.task, 'check hint show'))
+    console.say(f'then: {typed("check", number)}')
+
+
+def check(number: int) -> None:
+    """Say what the learner's lines do, and remember a file that passes."""
+    path = path_of(number)
+    passed, says = judged(number, path)
+    if not passed:
+        raise UserError(f'NOT YET: {says}', errors.CHECK_FAILED)
+    console.say(f'PASS: {says}')
+    with written_whole(PASSED) as file:
+        file.write(json.dumps((read_json(PASSED) or {}) | {path.name: fingerprint(path)}).encode())
+    if number < len(EXERCISES):
+        console.say(f'try next: {typed("start", number + 1)}')
+
+
+def show(exercise: Exercise) -> None:
+    _, function = exercise.nodes()
+    console.say(textwrap.dedent('\n'.join(exercise.lines()[function.lineno - 1:function.end_lineno])))
+
+
+def bug(number: int, exercise: Exercise) -> None:
+    """Plant a mistake; the next time, say whether it is still there."""
+    path = path_of(number, 'bug_')
+    if path.exists():
+        if not judged(number, path).passed:
+            raise UserError('NOT YET: this is still not what the plain file computes\n'
+                            f'its lines: {typed("show", number)}', errors.CHECK_FAILED)
+        return console.say('FOUND: the same as the plain file again')
+    first, end = exercise.body()
+    right = '\n'.join(exercise.lines()[first:end])
+    planted = random.choice(MISTAKES[exercise.part]).planted(right)
+    assert planted is not None, 'the tests hold that each has a place'
+    task = 'There is one mistake in these lines. Find it, mend it, and type this again:'
+    write(path, header(number, exercise, exercise.text(planted), task, 'bug'))
+    if exercise.where.__name__ in whole.LEARNS:
+        losses = [whole.learned(verdict.plain(exercise, body), STEPS).val_loss for body in (planted, right)]
+        console.say(f'a small GPT with it ends at val loss {losses[0]:.3f} after {STEPS} steps; without it at '
+                    f'{losses[1]:.3f}. Would you have noticed?')
+    console.say(f'when you have found it: {typed("bug", number)}')
+
+
+def main(args: list[str]) -> None:
+    if '--help' in args or '-h' in args:
+        configurator.configure(sys.modules[__name__], ['--help'])
+    command, *words = args or ['list']
+    if command == 'list' and not words:
+        return show_list()
+    if command not in ('start', 'check', 'hint', 'show', 'bug'):
+        raise UserError(f'{" ".join(args)}: the commands are list, start N, check N, hint N, show N and bug N')
+    number = number_of(words)
+    exercise = EXERCISES[number - 1]
+    if command == 'start':
+        start(number, exercise)
+    elif command == 'check':
+        check(number)
+    elif command == 'hint':
+        console.say(textwrap.fill(exercise.hint, 112))
+    elif command == 'show':
+        show(exercise)
+    else:
+        bug(number, exercise)
+
+
+if __name__ == '__main__':
+    errors.run(main)

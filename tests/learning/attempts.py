@@ -1,0 +1,327 @@
+"""What learners might write, in other words than the plain file's, and what they are told of it; '': it passes."""
+
+ATTEMPTS: list[tuple[str, str, str]] = [
+    ('merge', """
+def merge(ids, pair, new):
+    out = []
+    for token in ids:
+        if out and (out[-1], token) == pair:
+            out[-1] = new
+        else:
+            out.append(token)
+    return out
+""", ''),
+    ('merge', """
+def merge(ids, pair, new):
+    out, i = [], 0
+    while i < len(ids) - 1:
+        if (ids[i], ids[i + 1]) == pair:
+            out.append(new)
+            i += 2
+        else:
+            out.append(ids[i])
+            i += 1
+    return out
+""", 'the last id is lost'),
+    ('merge', """
+def merge(ids, pair, new):
+    i = 0
+    while i < len(ids) - 1:
+        if (ids[i], ids[i + 1]) == pair:
+            ids[i:i + 2] = [new]
+        i += 1
+    return ids
+""", 'its arguments are changed'),
+    ('merge', """
+def merge(ids, pair, new):
+    for i in range(len(ids)):
+        if ids[i] == pair[0] and ids[i + 1] == pair[1]:
+            return ids[:i] + [new] + merge(ids[i + 2:], pair, new)
+    return ids
+""", 'line 4: if ids[i] == pair[0] and ids[i + 1] == pair[1]:\nIndexError'),
+    ('most_frequent_pair', """
+def most_frequent_pair(words):
+    counts = {}
+    for word, n in words.items():
+        for i in range(len(word) - 1):
+            counts[word[i], word[i + 1]] = counts.get((word[i], word[i + 1]), 0) + n
+    if not counts:
+        return None
+    most = max(counts.values())
+    return sorted(pair for pair in counts if counts[pair] == most)[0]
+""", ''),
+    ('most_frequent_pair', """
+def most_frequent_pair(words):
+    counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+    return min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+""", 'a word counts once'),
+    ('encode', """
+def encode(text, merges):
+    numbers = {pair: 256 + i for i, pair in enumerate(merges)}
+    out = []
+    for word in cut(text):
+        while True:
+            pairs = [pair for pair in zip(word, word[1:]) if pair in numbers]
+            if not pairs:
+                break
+            first = min(pairs, key=numbers.get)
+            word = merge(word, first, numbers[first])
+        out.extend(word)
+    return out
+""", ''),
+    ('encode', """
+def encode(text, merges):
+    return [merge(word, pair, 256 + i) for word in cut(text) for i, pair in enumerate(merges)]
+""", 'here it is [['),
+    ('softmax', """
+def softmax(x):
+    e = torch.exp(x)
+    return e / e.sum(-1, keepdim=True)
+""", 'exp(1000) is infinite'),
+    ('softmax', """
+def softmax(x):
+    top, _ = torch.max(x, -1, True)
+    e = torch.exp(x - top)
+    return e / torch.sum(e, -1, True)
+""", ''),
+    ('softmax', """
+def softmax(x):
+    x -= x.amax(-1, keepdim=True)
+    e = x.exp()
+    return e / e.sum(-1, keepdim=True)
+""", 'its arguments are changed'),
+    ('softmax', """
+def softmax(x):
+    e = (x - x.amax(-1, keepdim=True)).exp()
+    return e / e.sum(0)
+""", 'sums run over the first dimension'),
+    ('softmax', """
+def softmax(x):
+    e = (x - x.amax(-1)).exp()
+    return e / e.sum(-1)
+""", 'RuntimeError: The size of tensor a'),
+    ('softmax', """
+def softmax(x):
+    e = (x - x.amax(-1, keepdim=True)).exp()
+    e / e.sum(-1, keepdim=True)
+""", 'nothing (is there a `return`?)'),
+    ('cross_entropy', """
+def cross_entropy(logits, targets):
+    p = torch.softmax(logits, -1)
+    return -torch.log(p.gather(-1, targets.unsqueeze(-1))).mean()
+""", 'the logarithm of a probability that rounds to 0'),
+    ('cross_entropy', """
+def cross_entropy(logits, targets):
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+""", ''),
+    ('cross_entropy', """
+def cross_entropy(logits, targets):
+    log_p = torch.log_softmax(logits, 1)
+    return -log_p.gather(-1, targets[..., None]).mean()
+""", 'softmax runs over the tokens'),
+    ('cross_entropy', """
+def cross_entropy(logits, targets):
+    log_p = torch.log_softmax(logits, -1)
+    return -log_p[:, :, targets].mean()
+""", 'differ'),
+    ('gradient_of_cross_entropy', """
+def gradient_of_cross_entropy(logits, targets):
+    z = logits.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(z.flatten(0, 1), targets.flatten())
+    return torch.autograd.grad(loss, z)[0]
+""", ''),
+    ('gradient_of_cross_entropy', """
+def gradient_of_cross_entropy(logits, targets):
+    p = softmax(logits)
+    for b in range(logits.size(0)):
+        for t in range(logits.size(1)):
+            p[b, t, targets[b, t]] -= 1
+    return p
+""", 'divide by the number of tokens'),
+    ('attend', """
+def attend(q, k, v):
+    w = torch.einsum('btd,bsd->bts', q, k) * q.shape[-1] ** -0.5
+    T = q.shape[1]
+    mask = torch.triu(torch.full((T, T), float('-inf')), diagonal=1)
+    return torch.softmax(w + mask, -1) @ v
+""", ''),
+    ('attend', """
+def attend(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+""", ''),
+    ('attend', """
+def attend(q, k, v):
+    w = torch.einsum('btd,bsd->bts', q, k) * q.shape[-1] ** -0.5
+    T = q.shape[1]
+    mask = torch.triu(torch.full((T, T), float('-inf')), diagonal=2)
+    return torch.softmax(w + mask, -1) @ v
+""", 'shifted by one'),
+    ('attend', """
+def attend(q, k, v):
+    w = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    w = torch.softmax(w, dim=-1) * torch.tril(torch.ones(q.size(1), q.size(1)))
+    return w @ v
+""", 'no longer has sum 1'),
+    ('attend', """
+def attend(q, k, v):
+    w = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    hidden = torch.tril(torch.ones(q.size(1), q.size(1))) == 0
+    return torch.softmax(w.masked_fill(hidden, -1e4), dim=1) @ v
+""", 'softmax runs over the queries'),
+    ('attend', """
+def attend(q, k, v):
+    B, T, D = q.shape
+    out = torch.zeros_like(v)
+    for t in range(T):
+        s = (q[:, t:t + 1] * k[:, :t + 2]).sum(-1) / D
+        out[:, t] = (torch.softmax(s, -1)[..., None] * v[:, :t + 2]).sum(1)
+    return out
+""", 'the mask is shifted by one\nand: divided by D, not by its root'),
+    ('attend', """
+def attend(q, k, v):
+    w = (q @ k.transpose(-2, -1) / 3).softmax(-1)
+    return w @ v
+""", 'the model reads the answer'),
+    ('Attention.forward', """
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (z.reshape(B, self.n_head, T, C // self.n_head) for z in (q, k, v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+""", 'view(B, H, T, D) mixes tokens with channels'),
+    ('gelu', """
+def gelu(x):
+    return torch.nn.functional.gelu(x, approximate='tanh')
+""", ''),
+    ('gelu', """
+def gelu(x):
+    return torch.nn.functional.gelu(x)
+""", 'this is the exact GELU'),
+    ('LayerNorm.forward', """
+class LayerNorm(nn.Module):
+    def __init__(self, n_embd, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x):
+        return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias)
+""", ''),
+    ('LayerNorm.forward', """
+class LayerNorm(nn.Module):
+    def __init__(self, n_embd, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x):
+        out = self.weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+        return out + self.bias if self.bias is not None else out
+""", 'divides by C - 1'),
+    ('lr_at', """
+def lr_at(step, peak, floor, warmup, total):
+    if step < warmup:
+        return peak * step / warmup
+    if step > total:
+        return floor
+    ratio = (step - warmup) / (total - warmup)
+    return floor + 0.5 * (1 + math.cos(math.pi * ratio)) * (peak - floor)
+""", 'count from 1'),
+    ('clip', """
+def clip(gradients, limit):
+    out = []
+    for g in gradients:
+        n = g.norm().item()
+        out.append(g * limit / (n + 1e-6) if n > limit else g)
+    return out, math.sqrt(sum((g ** 2).sum().item() for g in gradients))
+""", 'each weight is clipped on its own'),
+    ('adamw', """
+def adamw(p, g, m, v, step, lr, decay):
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    t = step + 1
+    p.mul_(1 - lr * decay)
+    p.addcdiv_(m / (1 - beta1 ** t), (v / (1 - beta2 ** t)).sqrt() + 1e-8, value=-lr)
+""", ''),
+    ('adamw', """
+def adamw(p, g, m, v, step, lr, decay):
+    g = g + decay * p
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    t = step + 1
+    p.addcdiv_(m / (1 - beta1 ** t), (v / (1 - beta2 ** t)).sqrt() + 1e-8, value=-lr)
+""", 'Adam with L2'),
+    ('adamw', """
+def adamw(p, g, m, v, step, lr, decay):
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g ** 2
+    t = step + 1
+    p -= lr * decay * p
+    p -= lr * (m / (1 - beta1 ** t)) / ((v / (1 - beta2 ** t)).sqrt() + 1e-8)
+""", 'update them in place'),
+    ('accumulate', """
+def accumulate(model, x, y, batch_size):
+    model.zero_grad()
+    parts = list(zip(x.split(batch_size), y.split(batch_size)))
+    for a, b in parts:
+        (model(a, b)[1] / len(parts)).backward()
+    return [p.grad for p in model.parameters()]
+""", 'the last part is smaller, and counts as much'),
+    ('accumulate', """
+def accumulate(model, x, y, batch_size):
+    model.zero_grad()
+    for a, b in zip(x.split(batch_size), y.split(batch_size)):
+        (model(a, b)[1] * len(a) / len(x)).backward()
+    return [p.grad for p in model.parameters()]
+""", ''),
+    ('reduce_scatter', """
+def reduce_scatter(parts):
+    n = len(parts)
+    return [sum(part.flatten().tensor_split(n)[i] for part in parts) for i in range(n)]
+""", ''),
+    ('reduce_scatter', """
+def reduce_scatter(parts):
+    return [sum(parts) for part in parts]
+""", 'reduce_scatter(parts) of 1 machines: this returns'),
+    ('data_parallel', """
+def data_parallel(model, x, y, n_machines):
+    found = []
+    for a, b in zip(x.tensor_split(n_machines), y.tensor_split(n_machines)):
+        found.append(torch.autograd.grad(model(a, b)[1], list(model.parameters())))
+    mean = [sum(of_weight) / n_machines for of_weight in zip(*found)]
+    return [mean for _ in range(n_machines)]
+""", 'machines with fewer windows count as much'),
+    ('Cache.extend', """
+class Cache:
+    def __init__(self, room):
+        self.room, self.length, self.k, self.v = room, 0, None, None
+
+    def extend(self, k, v):
+        self.k = k if self.k is None else torch.cat([self.k, k], 2)[:, :, -self.room:]
+        self.v = v if self.v is None else torch.cat([self.v, v], 2)[:, :, -self.room:]
+        self.length += k.size(2)
+        return self.k, self.v
+""", ''),
+    ('choose', """
+def choose(logits, temperature, top_k, top_p, draws):
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    if top_k is not None:
+        p[:, top_k:] = 0
+        p = p / p.sum(-1, keepdim=True)
+    if top_p is not None:
+        p = p * (p.cumsum(-1) - p < top_p).logical_or(torch.arange(p.size(1)) == 0)
+    sums = p.cumsum(-1)
+    drawn = torch.tensor(draws)[:, None] / 2**63 * sums[:, -1:]
+    return ids.gather(-1, (sums <= drawn).sum(-1, keepdim=True))[:, 0]
+""", ''),
+]

@@ -1,0 +1,55 @@
+"""Every exercise can be done, and every known mistake is told as what it is: by the numbers that it gives."""
+import itertools
+
+import pytest
+
+from plaingpt.learning.exercises import EXERCISES
+from plaingpt.learning.mistakes import MISTAKES
+from plaingpt.learning.part import HOLE, Exercise, Results
+from plaingpt.learning.verdict import agree, of_lines, plain, results
+
+each = pytest.mark.parametrize('exercise', EXERCISES, ids=lambda exercise: exercise.part)
+
+
+def body_of(exercise: Exercise) -> str:
+    first, end = exercise.body()
+    return '\n'.join(exercise.lines()[first:end])
+
+
+def answers(exercise: Exercise, body: str) -> Results:
+    found = results(exercise, plain(exercise, body))
+    assert isinstance(found, list), found
+    return found
+
+
+def test_there_are_22_exercises_each_with_known_mistakes_and_a_hint() -> None:
+    assert len(EXERCISES) == 22 and len({exercise.name for exercise in EXERCISES}) >= 20
+    assert {exercise.part for exercise in EXERCISES} == MISTAKES.keys()
+    assert all(len(mistakes) >= 4 for mistakes in MISTAKES.values())
+    for exercise in EXERCISES:
+        lines = [line.strip() for line in body_of(exercise).splitlines() if len(line.strip()) > 20]
+        assert exercise.hint and not any(line in exercise.hint for line in lines), 'a hint is no solution'
+
+
+@each
+def test_a_hole_is_not_passed_and_the_lines_of_the_plain_file_are(exercise: Exercise) -> None:
+    path = exercise.file.with_name('exercise.py')
+    assert of_lines(exercise, exercise.text(exercise.hole()), path) == (False, 'nothing is written there yet')
+    passed, says = of_lines(exercise, exercise.text(), path)
+    assert passed and says.startswith('the same as the plain file')
+    assert HOLE not in exercise.text() and body_of(exercise) not in exercise.text(exercise.hole())
+
+
+@each
+def test_each_known_mistake_is_told_as_itself_and_no_two_are_the_same(exercise: Exercise) -> None:
+    right, path = answers(exercise, body_of(exercise)), exercise.file.with_name('exercise.py')
+    seen: list[tuple[str, Results]] = []
+    for mistake in MISTAKES[exercise.part]:
+        body = mistake.planted(body_of(exercise))
+        assert body is not None, f'{mistake.says}: it has no place in the plain file'
+        found = answers(exercise, body)
+        assert not agree(found, right), f'{mistake.says}: its numbers are right'
+        seen.append((mistake.says, found))
+        assert of_lines(exercise, exercise.text(body), path) == (False, mistake.says)
+    for (says, one), (also, other) in itertools.combinations(seen, 2):
+        assert says == also or not agree(one, other), f'{says} cannot be told from {also}'

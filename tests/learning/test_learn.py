@@ -1,0 +1,131 @@
+"""learn.py as a learner uses it: real files, each judged in a process of its own."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import learn
+from plaingpt.errors import CHECK_FAILED, COMMAND
+from plaingpt.files import read_json
+from plaingpt.learning.exercises import EXERCISES
+from plaingpt.learning.part import HOLE
+from plaingpt.learning.verdict import of_lines
+from tests.comparing import refused
+from tests.learning.attempts import ATTEMPTS
+from tests.waiting import PATIENT
+
+ROOT = Path(__file__).parents[2]
+BY_PART = {exercise.part: exercise for exercise in EXERCISES}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(('part', 'text', 'told'), ATTEMPTS, ids=[
+    f'{number} {part}' for number, (part, _, _) in enumerate(ATTEMPTS)])
+def test_attempts_in_other_words_are_told_what_they_do(part: str, text: str, told: str) -> None:
+    exercise = BY_PART[part]
+    head = '; '.join(line for line in exercise.imports() if 'import' in line)
+    passed, says = of_lines(exercise, f'import torch.nn as nn; {head}{text}', Path('exercise.py'))
+    assert passed == (not told), says
+    assert told in says
+
+
+def fill(path: Path, body: str) -> None:
+    text = path.read_text(encoding='utf-8')
+    assert text.count(HOLE) == 1
+    path.write_text(text.replace(HOLE, body), encoding='utf-8')
+
+
+def test_an_exercise_is_started_tried_and_done(capfd: pytest.CaptureFixture[str]) -> None:
+    path = Path('exercises/09_gelu.py')
+    learn.main(['start', '9'])
+    said = refused(learn.main, ['start', 'gelu'], code=COMMAND)
+    assert said == f'{path} exists, and is yours: delete it to start over'
+    assert refused(learn.main, ['check', '9'], code=CHECK_FAILED) == 'NOT YET: nothing is written there yet'
+    fill(path, "print('seen by the learner')\n    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))")
+    assert 'this is the exact GELU' in refused(learn.main, ['check', '9'], code=CHECK_FAILED)
+    assert 'seen by the learner' in capfd.readouterr().out
+    learn.main(['list'])
+    assert 'gelu                       model_trivialised.py       begun' in capfd.readouterr().out
+
+    path.write_text(path.read_text(encoding='utf-8').replace(
+        'torch.erf(x / math.sqrt(2))', 'torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))'), encoding='utf-8')
+    learn.main(['check', '9'])
+    said = capfd.readouterr().out
+    assert 'PASS: the same as the plain file, and three steps of a GPT with it end at loss 5.1' in said
+    assert 'learn.py start 10' in said
+    learn.main([])
+    assert 'gelu                       model_trivialised.py       done' in capfd.readouterr().out
+    path.write_text(path.read_text(encoding='utf-8') + '\n# another thought', encoding='utf-8')
+    learn.main(['list'])
+    assert 'done' not in capfd.readouterr().out, 'it has not been checked since'
+
+
+def test_hints_and_the_lines_of_the_plain_file_are_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    for exercise in EXERCISES:
+        learn.main(['hint', exercise.part])
+        assert capfd.readouterr().out.split() == exercise.hint.split()
+        learn.main(['show', exercise.part])
+        shown = capfd.readouterr().out
+        assert shown.startswith('def ') and f'def {exercise.part.rpartition(".")[2]}(' in shown
+
+
+def test_a_planted_bug_is_found_only_when_it_is_mended(capfd: pytest.CaptureFixture[str]) -> None:
+    learn.main(['bug', '14'])
+    path = Path('exercises/bug_14_clip.py')
+    said = capfd.readouterr().out
+    assert 'ends at val loss' in said and 'without it at' in said
+    assert 'this is still not what the plain file computes' in refused(learn.main, ['bug', '14'], code=CHECK_FAILED)
+    path.write_text(BY_PART['clip'].text(), encoding='utf-8')
+    learn.main(['bug', '14'])
+    assert 'FOUND' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('words', [
+    ['strat', '3'], ['start'], ['start', '0'], ['start', '23'], ['start', '-1'], ['check', 'GPT'], ['hint', '1', '2'],
+    ['list', '3'], ['start', '1e1'], ['show', '²']])
+def test_what_is_typed_wrongly_is_refused_with_what_can_be_typed(words: list[str]) -> None:
+    assert 'exercise' in (said := refused(learn.main, words, code=COMMAND)) or 'the commands are' in said
+    assert not Path('exercises').exists()
+
+
+def test_a_file_that_is_missing_is_asked_for() -> None:
+    assert 'learn.py start 3' in refused(learn.main, ['check', '3'], code=COMMAND)
+
+
+@pytest.mark.parametrize(('body', 'told'), [
+    ('import os; os._exit(3)', 'its process ended with code 3, and no answer'),
+    ('raise SystemExit', 'line N: raise SystemExit\nthis ends the program'),
+    ('return x +', 'line N: return x +\ninvalid syntax'),
+    ('return undefined', "line N: return undefined\nNameError: name 'undefined' is not defined"),
+])
+def test_whatever_happens_to_the_learners_process_there_is_an_answer(body: str, told: str) -> None:
+    learn.main(['start', 'gelu'])
+    fill(Path('exercises/09_gelu.py'), body)
+    said = refused(learn.main, ['check', 'gelu'], code=CHECK_FAILED)
+    assert re.sub(r'line \d+', 'line N', said) == f'NOT YET: {told}'
+
+
+def judged_within_a_second(body: str) -> tuple[int, bool, str]:
+    """Judge an exercise with this body in a process of its own, which has one second in place of 20."""
+    path, answer = Path('exercises/01_merge.py'), Path('answer.json')
+    learn.main(['start', 'merge'])
+    fill(path, body)
+    code = (f'from plaingpt.learning import verdict\nverdict.LONGEST = 1.0\n'
+            f'verdict.main("1", {str(path)!r}, {str(answer)!r})')
+    done = subprocess.run([sys.executable, '-c', code], env={'PYTHONPATH': str(ROOT)}, timeout=PATIENT)
+    passed, says = read_json(answer)
+    return done.returncode, passed, says
+
+
+def test_a_loop_without_an_end_ends_and_is_shown() -> None:
+    code, passed, says = judged_within_a_second('i = 0\n    while i < 1:\n        pass')
+    assert (code, passed) == (0, False)
+    line, _, rest = says.partition('\n')
+    assert re.fullmatch(r'line \d+: (while i < 1:|pass)', line)
+    assert rest == 'it has not ended after 1 seconds: does its loop come to an end?'
