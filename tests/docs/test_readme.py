@@ -67,6 +67,10 @@ RUN = {
     'torchrun --standalone --nproc_per_node=2 train.py config/train_stdlib.py --device=cpu --out_dir=out-two '
     '--overwrite=True':
         Run(TRAIN, r'(?s)\b2 processes; .*\n=== step 3 ===\n'),
+    'python learn.py': Run('', r'(?m)^ +7  attend +model_trivialised\.py +not begun$'),
+    'python learn.py start 7': Run('', r'exercises/07_attend\.py is written'),
+    'python learn.py hint 7': Run('', r'rows are queries'),
+    'python learn.py bug 15': Run('', r'exercises/bug_15_adamw\.py is written.*\na small GPT with it ends at'),
     'python train_trivialised.py --max_iters=1': Run('', r'(?m)^step 0, loss (\d\.\d+)'),
     'python train_trivialised.py --n_layer=0': PLAIN,
     'python train_trivialised.py --n_layer=1': PLAIN,
@@ -86,6 +90,7 @@ GPT2_ON_A_CPU = ('python train.py config/train_gpt2.py --device=cpu --compile=Fa
 EXCEPTIONS = {
     'make train': 'tests/test_pipeline.py runs it',
     'make test': 'runs this very file',
+    'python learn.py check 7': 'tests/learning/test_learn.py passes and fails it: an exercise that is only begun fails',
     'python -m pytest tests/test_twins.py': 'is a part of what runs this file',
     'pip install -r requirements-core.txt': 'a download',
     'pip install -r requirements.txt': 'a download',
