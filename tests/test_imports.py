@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = {'train', 'sample', 'evaluate', 'export', 'train_trivialised'}
+STAGES = {'train', 'sample', 'evaluate', 'export', 'xray', 'train_trivialised'}
 FLOORS: list[set[str]] = [  # from the ground up
-    {f'plaingpt.{name}' for name in ('chance', 'console', 'errors', 'files', 'lock', 'paths', 'published', 'schema')},
+    {f'plaingpt.{name}' for name in (
+        'chance', 'console', 'errors', 'files', 'lock', 'page', 'paths', 'published', 'schema')},
     {'model', 'model_modern', 'model_trivialised', 'model_modern_trivialised', 'configurator'},
     {'plaingpt.machines', 'plaingpt.muon'},
     {'plaingpt.corpus'},
     {'plaingpt.formats'},
     {'plaingpt.run', 'plaingpt.metrics', 'plaingpt.tasks'},
     {'plaingpt.init_from'},
-    {'plaingpt.sizes', 'plaingpt.plan', 'plaingpt.check', 'plaingpt.encoder', 'plaingpt.tiny_shakespeare'},
+    {'plaingpt.learning', 'plaingpt.sizes', 'plaingpt.plan', 'plaingpt.check', 'plaingpt.encoder',
+     'plaingpt.tiny_shakespeare'},
     STAGES,
 ]
 OF_OTHER_STAGES = {('train', 'sample'), ('train', 'evaluate')}  # the only stage that may use functions of others
