@@ -107,11 +107,18 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)  # more: dropout
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # more: a cache, to continue a text
+    # more: a name for what goes into the kernel, from which xray.py forms the table
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> q, k and v of all heads, each (B, H, T, D)"""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # each (B, T, C)
         # fast: all heads at once, as one more dimension of the batch; the plain file loops over them
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # each (B, H, T, D)
+        return q, k, v
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # more: a cache, to continue a text
+        q, k, v = self.heads(x)  # each (B, H, T, D)
+        B, T, C = x.shape
         if cache is not None:
             k, v = cache.extend(k, v)  # each (B, H, length, D)
         # fast: one kernel for softmax(q @ k^T / sqrt(D)) @ v that never stores the (T, T) table of the plain file;

@@ -49,14 +49,20 @@ class Attention(nn.Module):
         self.mix = nn.Parameter(torch.empty(1)) if config.shortcuts and layer > 0 else None
 
     # gain: the turns (record 2), and the first layer's values (B, H, T, D); it returns its own, too (record 9)
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], first_v: Tensor | None,
-                cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+    def heads(self, x: Tensor, turns: tuple[Tensor, Tensor], first_v: Tensor | None) -> tuple[Tensor, ...]:
+        """x (B, T, C) -> q, k, v of all heads and, for the layers above, v before the mix, each (B, H, T, D)"""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).chunk(3, dim=-1)  # each (B, T, C)
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in (q, k, v))  # each (B, H, T, D)
         # gain: QK-norm (Henry et al. 2020) keeps scores small, so that rates may be high: a part of -18 % (record 5)
         q, k = rotate(norm(q), turns), rotate(norm(k), turns)
         mixed = v if self.mix is None or first_v is None else v + self.mix.to(v.dtype) * (first_v - v)
+        return q, k, mixed, v
+
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], first_v: Tensor | None,
+                cache: Cache | None = None) -> tuple[Tensor, Tensor]:  # gain: what heads has (records 2 and 9)
+        q, k, mixed, v = self.heads(x, turns, first_v)  # each (B, H, T, D)
+        B, T, C = x.shape
         if cache is not None:
             k, mixed = cache.extend(k, mixed)  # each (B, H, <= length, D)
         # gain: of a text that is longer than the block, a token sees the last block_size tokens (Su et al. 2021)

@@ -107,11 +107,28 @@ def last_words(text: str) -> None:
 def write(text: str, to: TextIO | None) -> None:
     """Write what this console can show; nothing if it is closed. Raise BrokenPipeError if it has no reader any more."""
     if to is not None:
-        try:
-            to.write(printable(text, to.encoding or 'utf-8'))
-            to.flush()
-        except OSError as error:
-            raise BrokenPipeError(*error.args) if error.errno == errno.EIO else error from None  # a closed terminal
+        put(printable(text, to.encoding or 'utf-8'), to)
+
+
+def put(text: str, to: TextIO) -> None:
+    """Write a text in which what may steer a terminal is meant to."""
+    try:
+        to.write(text)
+        to.flush()
+    except OSError as error:
+        raise BrokenPipeError(*error.args) if error.errno == errno.EIO else error from None  # a closed terminal
+
+
+def say_shaded(parts: Iterable[tuple[str, int | None]]) -> None:
+    """Print texts one after the other in black, each on the background that is its number among a terminal's 256
+    colours; in plain letters if stdout is no terminal, or its user wants no colours (no-color.org)."""
+    has_colours = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
+    for text, colour in (*parts, ('\n', None)):
+        text = printable(text, sys.stdout.encoding)
+        if has_colours and colour is not None:
+            before, after = f'\x1b[38;5;16;48;5;{colour}m', '\x1b[0m'
+            text = before + text.replace('\n', f'{after}\n{before}') + after  # it would reach to the end of the line
+        put(text, sys.stdout)
 
 
 def printable(text: str, encoding: str = 'utf-8') -> str:

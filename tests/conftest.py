@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tests.waiting import PATIENT
 
 if TYPE_CHECKING:
     import tiktoken
+    from selenium.webdriver import Chrome
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / 'data'  # its README says what is there
@@ -127,6 +129,27 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
                               capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
 
     return run
+
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator['Chrome']:
+    """Chromium without a window, a profile of its own and no network, where Debian's chromium and chromium-driver are
+    installed."""
+    webdriver = pytest.importorskip('selenium.webdriver', reason='looks at a page in a browser: selenium is missing')
+    programs = [shutil.which('chromium'), shutil.which('chromedriver')]
+    if None in programs:
+        pytest.skip('looks at a page in a browser: install chromium and chromium-driver')
+    options = webdriver.ChromeOptions()
+    options.binary_location, driver = programs
+    quiet = 'disable-quic no-first-run disable-background-networking disable-component-update disable-sync'
+    for option in ('headless', 'no-sandbox', 'disable-gpu', *quiet.split(), 'disable-dev-shm-usage',
+                   f'user-data-dir={tmp_path_factory.mktemp("profile")}'):
+        options.add_argument(f'--{option}')
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    opened.set_page_load_timeout(PATIENT)
+    yield opened
+    opened.quit()
 
 
 @pytest.fixture(scope='session')

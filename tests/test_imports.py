@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = {'train', 'sample', 'evaluate', 'export', 'learn'}
+STAGES = {'train', 'sample', 'evaluate', 'export', 'learn', 'xray'}
 PLAIN = {'train_trivialised', 'parallel_trivialised'}  # stages that others take parts of
 FLOORS: list[set[str]] = [  # from the ground up
-    {f'plaingpt.{name}' for name in ('chance', 'console', 'errors', 'files', 'lock', 'paths', 'published', 'schema')},
+    {f'plaingpt.{name}' for name in (
+        'chance', 'console', 'errors', 'files', 'lock', 'page', 'paths', 'published', 'schema')},
     {'model', 'model_modern', 'model_trivialised', 'model_modern_trivialised', 'tokenizer_trivialised', 'configurator'},
     {'plaingpt.machines', 'plaingpt.muon'},
     {'plaingpt.corpus'},

@@ -505,7 +505,8 @@ def test_the_image_holds_files_that_exist_and_no_secret() -> None:
         for source in sources:
             assert sent_files(source), f'{source} is missing, or kept out by .dockerignore'
     held = [file for sources, _ in copies() for source in sources for file in sent_files(source)]
-    assert all(file.suffix == '.py' or file.name.startswith('requirements') for file in held)
+    assert all(file.suffix in ('.py', '.html') or file.name.startswith('requirements') for file in held)
+    assert {*ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('plaingpt/**/*.html')} <= set(held)
     rest = re.sub(r'^COPY.*', '', dockerfile(), flags=re.MULTILINE)  # it names files
     assert not re.search(r'SECRET|TOKEN|PASSWORD|API_KEY|CREDENTIAL|\bAWS_|netrc|wandb login', rest, re.IGNORECASE)
     assert not re.search(r'curl|wget|\| *(ba)?sh\b', dockerfile()), 'nothing is run that was just downloaded'

@@ -60,7 +60,7 @@ def commands_in(text: str) -> list[str]:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In a folder whose name a shell would take apart."""
     folder = tmp_path_factory.mktemp('next') / "my clone's copy"
-    for pattern in ('*.py', 'plaingpt/**/*.py', 'config/*.py', 'data/*/prepare.py'):
+    for pattern in ('*.py', 'plaingpt/**/*.py', 'plaingpt/**/*.html', 'config/*.py', 'data/*/prepare.py'):
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.relative_to(ROOT))

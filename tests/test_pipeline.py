@@ -24,8 +24,8 @@ STATEMENT = re.compile(r'\s*(def \w+\(.*|class \w+.*:|if \w.*:|for \w.* in .*:|w
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a fresh clone would hold, and the .venv that `make` has set up there."""
     folder = tmp_path_factory.mktemp('clone')
-    for pattern in ('*.py', 'plaingpt/**/*.py', 'requirements-core.txt', 'Makefile', 'config/*.py',
-                    'data/*/prepare.py'):
+    for pattern in ('*.py', 'plaingpt/**/*.py', 'plaingpt/**/*.html', 'requirements-core.txt', 'Makefile',
+                    'config/*.py', 'data/*/prepare.py'):
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.relative_to(ROOT))

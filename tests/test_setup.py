@@ -218,6 +218,13 @@ def test_every_bound_of_the_project_holds_for_the_exact_version() -> None:
     assert python.specifier.contains('3.11')
 
 
+def needs_of(name: str, extras: set[str]) -> list[Requirement]:
+    """What a package that is installed needs in turn, here and with these extras."""
+    needs = map(Requirement, metadata.requires(name) or [])
+    return [need for need in needs if not need.marker or any(
+        need.marker.evaluate({'extra': extra}) for extra in ('', *extras))]
+
+
 def test_each_file_of_requirements_pins_its_packages_and_what_they_need_in_turn_and_builds_on_the_one_before() -> None:
     versions: dict[str, str] = {}
     extras: dict[str, set[str]] = {}  # of what the project asks for
@@ -230,14 +237,15 @@ def test_each_file_of_requirements_pins_its_packages_and_what_they_need_in_turn_
         assert len(lines) == len(before) + len(own) and not own.keys() & versions.keys()
         versions |= own
         extras |= {canonicalize_name(bound.name): bound.extras for bound in bounds}
-        names = set()  # what the packages need in turn
         for name, version in versions.items():
             if Version(metadata.version(name)).public != version:
                 pytest.skip(f'{name} {metadata.version(name)} is installed, and {file} has {version}')
-            for need in map(Requirement, metadata.requires(name) or []):
-                marker = need.marker
-                if not marker or any(marker.evaluate({'extra': extra}) for extra in ('', *extras.get(name, []))):
-                    names.add(canonicalize_name(need.name))
+        wanted = {name: set(extras.get(name, ())) for name in versions}
+        for _ in range(2):  # one of them may ask for an extra of another that stands before it
+            needs = [need for name in versions for need in needs_of(name, wanted[name])]
+            for need in needs:
+                wanted.get(canonicalize_name(need.name), set()).update(need.extras)
+        names = {canonicalize_name(need.name) for need in needs}
         assert {name for name in names - versions.keys() if not OF_TORCH.match(name)} == set()
         assert own.keys() - names - extras.keys() == set(), 'nothing needs these'
         before = [f'-r {file}']
@@ -269,7 +277,8 @@ def test_an_editable_installation_can_be_imported_from_any_folder(tmp_path: Path
     source, elsewhere = tmp_path / 'source', tmp_path / 'elsewhere'
     source.mkdir()
     elsewhere.mkdir()
-    for file in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), ROOT / 'pyproject.toml'):
+    for file in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('plaingpt/**/*.html'),
+                 ROOT / 'pyproject.toml'):
         (source / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, source / file.relative_to(ROOT))
     borrow_packages(elsewhere)

@@ -1,0 +1,1 @@
+"""What helps to understand: a look inside a model."""

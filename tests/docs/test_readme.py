@@ -52,6 +52,8 @@ RUN = {
     '.venv/bin/python sample.py --out_dir=out-stdlib --start="def main("': Run(SAMPLE, r'(?m)^def main\('),
     '.venv/bin/python sample.py --out_dir=out-stdlib --interactive=True':
         Run('--max_new_tokens=5 < requirements-core.txt', r'(?s)(?:\n-{15}\n.*){5}'),
+    'python xray.py --out_dir=out-stdlib': Run('', r'\nopen xray\.html in a browser\n'),
+    "python xray.py --out_dir=out-stdlib --text='def read('": Run('', r'\n *\d+\.\d\d +\d+  \( +\S+ [\d.]+ %'),
     'python export.py --out_dir=out-stdlib --to=hf': Run('', r' out-stdlib/hf/model\.safetensors\n(?s:.*)\nnext:\n'),
     'python export.py --out_dir=out-stdlib --to=gguf': Run('', r' out-stdlib/gguf/model\.gguf\n(?s:.*)ollama create'),
     'python export.py --out_dir=out-stdlib --to=llmc': Run('', r' out-stdlib/llmc/model\.bin\n(?s:.*)train_gpt2cu'),
@@ -197,8 +199,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a clone of the repository would hold, with a .venv as README makes it, and the packages that these tests
     run on in it."""
     folder = tmp_path_factory.mktemp('clone')
-    for pattern in ('*.py', 'plaingpt/**/*.py', '*.txt', 'README.md', 'Makefile', 'benchmarks/*.py', 'config/*.py',
-                    'data/*/prepare.py'):
+    for pattern in ('*.py', 'plaingpt/**/*.py', 'plaingpt/**/*.html', '*.txt', 'README.md', 'Makefile',
+                    'benchmarks/*.py', 'config/*.py', 'data/*/prepare.py'):
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.relative_to(ROOT))
