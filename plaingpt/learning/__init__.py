@@ -1,1 +1,1 @@
-"""What helps to understand: a look inside a model."""
+"""What helps to understand: exercises, and a look inside a model."""
