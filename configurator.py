@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from plaingpt import console
 from plaingpt.errors import UserError, command, typed
+from plaingpt.paths import here_or_installed
 
 T = TypeVar('T')
 Kinds = dict[str, list[Any]]  # what each setting may be: bool, int, float, str, and the texts that a Literal names
@@ -215,7 +216,7 @@ def parse_text(text: str, kinds: list[Any]) -> Any:
 def read_file(path: str, names: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
     """Return the settings that the file at `path` assigns, if `names` have these values. Nothing in it is executed."""
     try:
-        with open(path, encoding='utf-8-sig') as file:
+        with open(here_or_installed(path), encoding='utf-8-sig') as file:
             source = file.read(LONGEST + 1)
         if len(source) > LONGEST:
             raise ValueError(f'it is longer than {LONGEST:,} characters')

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import configurator
 from plaingpt import console, errors
-from plaingpt.errors import ROOT, UserError
+from plaingpt.errors import UserError
 from plaingpt.files import read_json, written_whole
 from plaingpt.learning import verdict, whole
 from plaingpt.learning.exercises import EXERCISES
 from plaingpt.learning.mistakes import MISTAKES
 from plaingpt.learning.part import Exercise
 from plaingpt.learning.verdict import Verdict
+from plaingpt.paths import STAGES
 
 FOLDER = Path('exercises')
 PASSED = FOLDER / '.passed.json'  # the files that have passed: the fingerprint of each as it was then
@@ -75,7 +76,7 @@ def judged(number: int, path: Path) -> Verdict:
         raise UserError(f'{path} is missing: {typed("start", number)}')
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, 'verdict.json')
-        environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+        environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(STAGES), os.environ.get('PYTHONPATH', '')])}
         command = [sys.executable, '-m', 'plaingpt.learning.verdict', str(number), str(path), str(answer)]
         try:
             code = subprocess.run(command, env=environment, timeout=PATIENCE).returncode

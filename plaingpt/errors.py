@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from plaingpt import console
+from plaingpt.paths import IS_INSTALLED, STAGES
 
 DONE = 0
 CHECK_FAILED = 1  # for example, overfit_single_batch did not overfit
@@ -25,8 +26,7 @@ STOPPED = 75  # stopped after saving: run the same command again
 INTERRUPTED = 130  # Ctrl-C, as shells count it
 BROKEN_PIPE = 141  # the output has no reader any more, as shells count it
 
-ROOT = Path(__file__).resolve().parents[1]  # the folder of the scripts, where this is a checkout
-REQUIREMENTS = ROOT / 'requirements.txt'
+REQUIREMENTS = STAGES / 'requirements.txt'
 ALL_GPUS = '-m torch.distributed.run --standalone --nproc_per_node=gpu'  # torchrun, which need not be on the PATH
 PACKAGES = ('PIL', 'datasets', 'fsspec', 'gguf', 'huggingface_hub', 'matplotlib', 'pyarrow', 's3fs', 'safetensors',
             'tiktoken', 'tokenizers', 'wandb')  # in there, and imported only where they are used
@@ -92,9 +92,22 @@ def command_of(files: Sequence[str], settings: Mapping[str, object], launcher: s
     """Return what `command` does, with a launcher between Python and the script, or in another folder than the current
     one, where the paths in the settings start."""
     options = (f'--{name}={shlex.quote(str(value))}' for name, value in settings.items())
-    words = (python(folder), launcher, *(typed(ROOT / file, folder) for file in files), *options)
+    others = (file if IS_INSTALLED else typed(STAGES / file, folder) for file in files[1:])
+    words = (*started(files[0], launcher, folder), *others, *options)
     line = ' '.join(filter(None, words))
     return f'(cd {shlex.quote(str(folder))} && {line})' if folder else line
+
+
+def started(script: str, launcher: str = '', folder: Path | None = None) -> list[str]:
+    """Return the words that start one of this project's scripts there: in a clone by its file, else by its name."""
+    if not IS_INSTALLED:
+        return [python(folder), launcher, typed(STAGES / script, folder)]
+    name = Path(script).stem
+    if name == 'prepare':
+        name = f'prepare {Path(script).parent.name}'
+    found = shutil.which('plaingpt')
+    is_found = found and Path(found).absolute().parent == Path(sys.executable).parent
+    return ['plaingpt', name] if is_found and not launcher else [python(folder), launcher, '-m plaingpt', name]
 
 
 def is_missing_package(error: BaseException) -> bool:

@@ -1,7 +1,14 @@
-"""What a path that a user gives stands for: a file or folder of that very name, what a glob matches, or a URL."""
+"""Where this project's own files are; and what a path that a user gives stands for: a file or folder of that very name,
+what a glob matches, or a URL."""
 import glob
 import re
 from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+IS_INSTALLED = (PACKAGE / 'stages').is_dir()  # from a wheel, in which the stages are a part of the package
+STAGES = PACKAGE / 'stages' if IS_INSTALLED else PACKAGE.parent  # the folder of the stages, config/ and data/
+PREPARE = STAGES / 'data'  # has a <name>/prepare.py for each text
+CORPORA = Path('data') if IS_INSTALLED else PREPARE  # has a folder for each corpus
 
 
 def is_url(where: str) -> bool:
@@ -18,3 +25,8 @@ def matching(path: Path, hidden: bool = False) -> list[Path]:
     pattern = str(path.relative_to(folder))
     names = glob.glob(pattern, root_dir=folder, recursive=True, include_hidden=hidden)
     return sorted({folder / name for name in names})
+
+
+def here_or_installed(path: str) -> Path:
+    """Return the file of this name in the current folder, or else, if pip has installed the stages, beside these."""
+    return STAGES / path if IS_INSTALLED and not Path(path).exists() else Path(path)

@@ -24,12 +24,12 @@ from model import refuse_not_finite
 from plaingpt import console, schema
 from plaingpt.corpus import documents
 from plaingpt.corpus.download import download
-from plaingpt.corpus.folder import DATA_ROOT
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError
 from plaingpt.machines.device import to_device
 from plaingpt.machines.processes import Process, Progress, compute_together, refuse_difference, wait_for_all
 from plaingpt.metrics import Predictor, exp
+from plaingpt.paths import CORPORA
 
 Row = dict[str, Any]  # a line of a test's file
 Pair = tuple[list[int], list[int]]  # the ids of a text, and of how it may go on
@@ -43,7 +43,7 @@ LABELS = ('0', '1', '2', '3')  # of the right one among four endings
 def load(task: str, path: str, limit: int, process: Process) -> list[Row]:
     """Return the first `limit` rows (0: all) of one of TASKS, from the file or URL at `path`, or, if that is '', from
     the original, which one process of each machine downloads. Every process must call it."""
-    folder, option = DATA_ROOT / task, f'--{task}'
+    folder, option = CORPORA / task, f'--{task}'
     if not path or path.startswith(('http://', 'https://')):
         url, sha256 = (path, '') if path else (TASKS[task].url, TASKS[task].sha256)
         path = str(folder / PurePosixPath(url.partition('?')[0]).name)

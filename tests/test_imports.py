@@ -10,7 +10,7 @@ STAGES = {'train', 'sample', 'evaluate', 'export', 'learn', 'xray'}
 PLAIN = {'train_trivialised', 'parallel_trivialised'}  # stages that others take parts of
 FLOORS: list[set[str]] = [  # from the ground up
     {f'plaingpt.{name}' for name in (
-        'chance', 'console', 'errors', 'files', 'lock', 'page', 'paths', 'published', 'schema')},
+        '__main__', 'chance', 'console', 'errors', 'files', 'lock', 'page', 'paths', 'published', 'schema')},
     {'model', 'model_modern', 'model_trivialised', 'model_modern_trivialised', 'tokenizer_trivialised', 'configurator'},
     {'plaingpt.machines', 'plaingpt.muon'},
     {'plaingpt.corpus'},

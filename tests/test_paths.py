@@ -109,7 +109,7 @@ def corpora(tiny_dataset: Path, name: str) -> Path:
 def test_a_corpus_a_run_and_its_copy_may_have_any_name(name: str, tiny_dataset: Path, tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr('plaingpt.corpus.folder.DATA_ROOT', tmp_path / 'data')
+    monkeypatch.setattr('plaingpt.corpus.folder.CORPORA', tmp_path / 'data')
     folder = corpora(tiny_dataset, name)
     for dataset, path in ((name, folder), (f'{name}/*.bin', folder / '*.bin'), (f'{name}/t*n.*', folder / 't*n.*')):
         assert data_folder(dataset) == path

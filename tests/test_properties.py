@@ -138,7 +138,7 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Have corpora written elsewhere than in data/; they are hundreds, and none waits until the disk has it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('os.fsync', lambda _: None)
-        patch.setattr(corpora, 'DATA_ROOT', tmp_path_factory.mktemp('data'))
+        patch.setattr(corpora, 'CORPORA', tmp_path_factory.mktemp('data'))
         yield
 
 
@@ -148,7 +148,7 @@ def prepared(some: Sequence[File], *arguments: str, num_proc: int = 1) -> Path:
         for number, file in enumerate(some):
             file.write(Path(source), number)
         prepare.main([f'--input={source}', '--name=it', f'--num_proc={num_proc}', *arguments])
-    return corpora.DATA_ROOT / 'it'
+    return corpora.data_folder('it')
 
 
 def read(folder: Path) -> Corpus:

@@ -268,8 +268,11 @@ def test_every_package_that_is_imported_is_declared() -> None:
     assert undeclared == set()
 
 
-def test_every_file_of_the_root_is_part_of_an_installation() -> None:
-    assert sorted(PROJECT['tool']['setuptools']['py-modules']) == sorted(file.stem for file in ROOT.glob('*.py'))
+def test_every_stage_config_and_script_that_prepares_a_text_travels_in_the_wheel() -> None:
+    inside = PROJECT['tool']['hatch']['build']['targets']['wheel']['force-include']
+    files = [*(file.name for file in ROOT.glob('*.py')), 'config', *(
+        file.relative_to(ROOT).as_posix() for file in ROOT.glob('data/*/prepare.py'))]
+    assert inside == {file: f'plaingpt/stages/{file}' for file in files}
 
 
 @pytest.mark.slow

@@ -92,12 +92,14 @@ def missing_docstrings(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def module_level_actions(source: str, tree: ast.Module) -> Iterator[str]:
-    """Whatever importing the file would do, but for what prepare.py needs: the root of the repository in sys.path."""
+    """Whatever importing the file would do, but for what prepare.py and an installed package need: the folder of the
+    stages in sys.path."""
     declarations = (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
     for node in tree.body:
         text = ast.unparse(node).splitlines()[0]
         is_doc = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        is_guard = text in ("if __name__ == '__main__':", 'if TYPE_CHECKING:')
+        is_guard = text in ("if __name__ == '__main__':", 'if TYPE_CHECKING:',
+                            "if IS_INSTALLED and sys.argv[:1] == ['-m']:")
         if not (isinstance(node, declarations) or is_doc or is_guard or text.startswith('sys.path.')):
             yield f'line {node.lineno}: importing this does {text}'
 

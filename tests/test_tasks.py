@@ -384,7 +384,7 @@ def served(tmp_path: Path) -> Iterator[str]:
 
 def test_two_machines_that_share_a_folder_may_download_at_the_same_time(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('plaingpt.tasks.DATA_ROOT', tmp_path / 'data')
+    monkeypatch.setattr('plaingpt.tasks.CORPORA', tmp_path / 'data')
     with serving(tmp_path / 'web', InStep) as address, ThreadPoolExecutor() as machines:
         write(tmp_path / 'web/mine.jsonl', WORDS)
         loading = [machines.submit(load, 'lambada', f'{address}/mine.jsonl', 0, ALONE) for _ in range(2)]
@@ -394,7 +394,7 @@ def test_two_machines_that_share_a_folder_may_download_at_the_same_time(
 
 def test_without_a_path_the_original_is_downloaded_and_anything_else_refused(
         served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('plaingpt.tasks.DATA_ROOT', tmp_path / 'data')
+    monkeypatch.setattr('plaingpt.tasks.CORPORA', tmp_path / 'data')
     file = write(tmp_path / 'web/hellaswag_val.jsonl', RAW)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     monkeypatch.setitem(TASKS, 'hellaswag', Task(f'{served}/hellaswag_val.jsonl', digest, HELLASWAG))

@@ -24,9 +24,8 @@ from plaingpt.corpus.order import Order
 from plaingpt.corpus.token_files import PIECES, VOCABULARIES, TokenFile, ends_of, open_files, sample_of
 from plaingpt.corpus.tokenizer import MOST_IDS, STATE, Tokenizer
 from plaingpt.errors import ALL_GPUS, DATA, UserError, command, command_of
-from plaingpt.paths import is_url, matching
+from plaingpt.paths import CORPORA, PREPARE, is_url, matching
 
-DATA_ROOT = Path(__file__).parents[2] / 'data'
 META = {  # what is read of a meta.json
     'tokenizer': STATE,
     'vocab_size': range(1, MOST_IDS),
@@ -57,7 +56,7 @@ class Data:
 def data_folder(dataset: str) -> Path:
     """Return where a corpus is: data/<dataset> beside the stages, or any other folder or glob of token files. What is
     there under that very name comes before what a glob matches."""
-    places = (DATA_ROOT / dataset, Path(dataset))
+    places = (CORPORA / dataset, Path(dataset))
     return next(itertools.chain(filter(Path.exists, places), filter(matching, places)), places[0])
 
 
@@ -145,8 +144,8 @@ def folder_for(script: str, to_dir: str, name: str | None = None) -> Path:
                         'of the last two comes first; --to_dir= takes any folder')
     if to_dir and name != script:
         console.say('name has no effect: to_dir decides')
-    folder = Path(to_dir) if to_dir else DATA_ROOT / name
-    if (folder / 'prepare.py').exists() and folder.resolve() != (DATA_ROOT / script).resolve():
+    folder = Path(to_dir) if to_dir else CORPORA / name
+    if (folder / 'prepare.py').exists() and folder.resolve() != (CORPORA / script).resolve():
         given = f'--to_dir={to_dir}' if to_dir else f'--name={name}'
         raise UserError(f'{given}: that folder is for the corpus of data/{folder.resolve().name}/prepare.py: give '
                         'another one')
@@ -165,7 +164,7 @@ def how_to_prepare(folder: Path) -> str:
     started = folder_of_paths(meta.get('created_in'), settings)
     name, _ = settings.pop('name', script), settings.pop('to_dir', '')
     place = home.absolute() if is_writable(home) else place_for(home.absolute().name, Path(tempfile.gettempdir()))
-    if place.resolve() != (DATA_ROOT / name).resolve() or not is_plain(name):
+    if place.resolve() != (CORPORA / name).resolve() or not is_plain(name):
         settings['to_dir'] = str(place.absolute())
     elif name != script:
         settings['name'] = name
@@ -181,7 +180,7 @@ def is_begun(folder: Path) -> bool:
 
 def takes_overwrite(script: str) -> bool:
     """Return whether data/<script>/prepare.py goes on with what is there, unless it is told to start over."""
-    path = DATA_ROOT / script / 'prepare.py'
+    path = PREPARE / script / 'prepare.py'
     return path.exists() and '\noverwrite: bool' in path.read_text(encoding='utf-8')
 
 
@@ -198,13 +197,13 @@ def recorded_command(created_by: object) -> tuple[str, dict[str, str]] | None:
         if not re.fullmatch(r'--[\w-]+', option) or not SHOWN.fullmatch(value):
             return None
         settings[option[2:].replace('-', '_')] = value
-    is_ours = Path(script).name == 'prepare.py' and (DATA_ROOT / name / 'prepare.py').exists()
+    is_ours = Path(script).name == 'prepare.py' and (PREPARE / name / 'prepare.py').exists()
     return (name, settings) if is_ours else None
 
 
 def guessed_command(name: str) -> tuple[str, dict[str, str]]:
     """Return which prepare.py makes a corpus of that name, and its settings."""
-    has_its_own = name != 'text' and (DATA_ROOT / name / 'prepare.py').exists()
+    has_its_own = name != 'text' and (PREPARE / name / 'prepare.py').exists()
     return (name, {}) if has_its_own else ('text', {'input': 'YOUR_TEXT', 'name': name})
 
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +18,8 @@ import configurator
 from plaingpt.errors import STOPPED, UserError
 from plaingpt.machines import meeting
 from plaingpt.machines.device import card, pick_device
+from plaingpt.paths import PACKAGE, STAGES
 
-ROOT = Path(__file__).parents[2]
 SOURCES = ('configurator', 'evaluate', 'export', 'model', 'model_modern', 'sample', 'train')  # beside the package
 Progress = Callable[[Iterable[int], int, str, str], Iterable[int]]  # a bar around items: how many, what, in which unit
 
@@ -203,8 +202,8 @@ def agree_on_settings(process: Process, script: ModuleType, args: list[str], pla
     if clock != configurator.STARTED:
         configurator.configure(script, args, clock)
     settings = {name: getattr(script, name) for name in configurator.find_settings(script)}
-    code = sorted([*(ROOT / f'{name}.py' for name in SOURCES), *ROOT.glob('plaingpt/**/*.py')])
-    sums = {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in code}
+    code = sorted([*(STAGES / f'{name}.py' for name in SOURCES), *PACKAGE.glob('*/*.py'), *PACKAGE.glob('*.py')])
+    sums = {str(path.relative_to(PACKAGE.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in code}
     refuse_difference(process, {
         **{name: value for name, value in settings.items() if name not in place},
         'kind of device': process.device.type,

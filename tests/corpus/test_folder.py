@@ -22,11 +22,12 @@ from plaingpt import errors
 from plaingpt.chance import draw
 from plaingpt.corpus import tokenizer
 from plaingpt.corpus.batches import Windows, parts_of, read_batch
-from plaingpt.corpus.folder import DATA_ROOT, data_folder, dataset_of, fingerprint, open_split, read_meta
+from plaingpt.corpus.folder import data_folder, dataset_of, fingerprint, open_split, read_meta
 from plaingpt.corpus.order import Order, fixed_starts, shuffle
 from plaingpt.corpus.token_files import TokenFile
 from plaingpt.errors import DATA
 from plaingpt.machines import processes
+from plaingpt.paths import CORPORA
 from tests import comparing
 
 SMALL = GPTConfig(block_size=16, vocab_size=1 << 16, n_layer=1, n_head=1, n_embd=8)
@@ -264,7 +265,7 @@ def test_a_folder_is_called_by_the_shortest_name_that_means_it_and_no_corpus_in_
     monkeypatch.chdir(tmp_path)
     for name in ('stdlib', 'mine', 'a/b'):
         (tmp_path / name).mkdir(parents=True)
-    for folder, name in ((DATA_ROOT / 'stdlib', 'stdlib'), (DATA_ROOT / 'none', 'none'), (Path('mine'), 'mine'),
+    for folder, name in ((CORPORA / 'stdlib', 'stdlib'), (CORPORA / 'none', 'none'), (Path('mine'), 'mine'),
                          (tmp_path / 'mine', 'mine'), (Path('a/b'), 'a/b'), (Path('stdlib'), f'{tmp_path}/stdlib'),
                          (tmp_path / 'a/b', f'{tmp_path}/a/b'), (Path(), str(tmp_path))):
         assert dataset_of(folder) == name
@@ -366,9 +367,9 @@ def test_a_file_that_shrinks_while_it_is_read_ends_in_a_message(tmp_path: Path) 
 
 def test_a_corpus_that_is_not_prepared_names_the_command_that_does_it(tmp_path: Path) -> None:
     for place, name, command in [
-            (DATA_ROOT, 'no-corpus', 'data/text/prepare.py --input=YOUR_TEXT --name=no-corpus'),
-            (DATA_ROOT, 'my corpus', f"data/text/prepare.py --input=YOUR_TEXT --to_dir='{DATA_ROOT}/my corpus'"),
-            (DATA_ROOT, 'text', 'data/text/prepare.py --input=YOUR_TEXT'),
+            (CORPORA, 'no-corpus', 'data/text/prepare.py --input=YOUR_TEXT --name=no-corpus'),
+            (CORPORA, 'my corpus', f"data/text/prepare.py --input=YOUR_TEXT --to_dir='{CORPORA}/my corpus'"),
+            (CORPORA, 'text', 'data/text/prepare.py --input=YOUR_TEXT'),
             (tmp_path, 'openwebtext', f'data/openwebtext/prepare.py --to_dir={tmp_path}/openwebtext'),
             (tmp_path, 'stdlib', f'data/stdlib/prepare.py --to_dir={tmp_path}/stdlib'),
             (tmp_path, "it's mine", f"""data/text/prepare.py --input=YOUR_TEXT --to_dir='{tmp_path}/it'"'"'s mine'""")]:

@@ -38,7 +38,7 @@ TEXTS = ROOT / 'tests/data'
 
 def load(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """data/<name>/prepare.py, which writes below `folder` instead of data/."""
-    monkeypatch.setattr('plaingpt.corpus.folder.DATA_ROOT', folder)
+    monkeypatch.setattr('plaingpt.corpus.folder.CORPORA', folder)
     return importlib.import_module(f'data.{name}.prepare')
 
 

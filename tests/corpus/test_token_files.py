@@ -10,9 +10,10 @@ import pytest
 import tiktoken
 
 from plaingpt.corpus.batches import Windows, read_batch
-from plaingpt.corpus.folder import DATA_ROOT, data_folder, fingerprint, open_split, read_meta
+from plaingpt.corpus.folder import data_folder, fingerprint, open_split, read_meta
 from plaingpt.corpus.token_files import Shards, TokenFile, make_header
 from plaingpt.errors import DATA
+from plaingpt.paths import CORPORA
 from tests import comparing
 
 GPT2 = [50256, 464, 717, 318, 1, 0, 50255, 11, 290, 13]  # no id is beyond GPT-2's
@@ -186,9 +187,9 @@ def test_a_relative_glob_is_looked_for_in_data_first_and_then_here(
     monkeypatch.chdir(shards.parent)
     for dataset in ('shards', 'shards/*.bin', './shards'):
         assert len(open_split(data_folder(dataset), 'val', 16, 50304)) == 40
-    assert data_folder('stdlib') == DATA_ROOT / 'stdlib'
-    assert data_folder('nowhere') == DATA_ROOT / 'nowhere'
-    monkeypatch.setattr('plaingpt.corpus.folder.DATA_ROOT', shards)
+    assert data_folder('stdlib') == CORPORA / 'stdlib'
+    assert data_folder('nowhere') == CORPORA / 'nowhere'
+    monkeypatch.setattr('plaingpt.corpus.folder.CORPORA', shards)
     assert data_folder('x_val*') == shards / 'x_val*'
 
 
