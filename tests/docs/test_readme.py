@@ -74,7 +74,11 @@ RUN = {
     'python learn.py hint 7': Run('', r'rows are queries'),
     'python learn.py bug 15': Run('', r'exercises/bug_15_adamw\.py is written.*\na small GPT with it ends at'),
     'python train_trivialised.py --max_iters=1': Run('', r'(?m)^step 0, loss (\d\.\d+)'),
-    'python train_trivialised.py --n_layer=0': PLAIN,
+    'python course/00_window.py': Run('', r"(?m)^ *\d+ +\d+ +'"),
+    'python course/01_counting.py': Run('', r'(?m)^counting tokens +(\d\.\d+)'),
+    'python course/02_itself.py': PLAIN,
+    'python course/03_average.py': PLAIN,
+    'python course/06_flash.py': Run('', r'(?m)^ +\d+\.\d\d times as fast as rung 5, and apart from it by: logits \de'),
     'python train_trivialised.py --n_layer=1': PLAIN,
     'python train_trivialised.py --learning_rate=4e-4': PLAIN,
     'python train_trivialised.py': PLAIN,
@@ -93,6 +97,7 @@ EXCEPTIONS = {
     'make train': 'tests/test_pipeline.py runs it',
     'make test': 'runs this very file',
     'python learn.py check 7': 'tests/learning/test_learn.py passes and fails it: an exercise that is only begun fails',
+    'make ladder': 'takes half an hour; tests/test_course.py holds its numbers together',
     'python -m pytest tests/test_twins.py': 'is a part of what runs this file',
     'pip install -r requirements-core.txt': 'a download',
     'pip install -r requirements.txt': 'a download',
@@ -200,7 +205,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run on in it."""
     folder = tmp_path_factory.mktemp('clone')
     for pattern in ('*.py', 'plaingpt/**/*.py', 'plaingpt/**/*.html', '*.txt', 'README.md', 'Makefile',
-                    'benchmarks/*.py', 'config/*.py', 'data/*/prepare.py'):
+                    'benchmarks/*.py', 'config/*.py', 'course/*.py', 'data/*/prepare.py'):
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.relative_to(ROOT))
@@ -350,7 +355,7 @@ def test_the_table_of_files_names_every_file_once() -> None:
     rooms = {f'plaingpt/{path.parent.name}/' for path in ROOT.glob('plaingpt/*/__init__.py')}
     assert sorted(name for name in named if '/' not in name) == top_level_files()
     assert {name for name in named if '/' in name} == {
-        'data/<name>/prepare.py', 'config/', 'launch/', 'plaingpt/', *rooms}
+        'data/<name>/prepare.py', 'config/', 'course/', 'launch/', 'plaingpt/', *rooms}
 
 
 def test_every_file_that_is_named_or_linked_is_there() -> None:
