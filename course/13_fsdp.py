@@ -1,8 +1,9 @@
 """
 13. FSDP. What is left to divide are weights and gradients. Each process holds an equal part of every tensor, and just
 before a block computes, the others' parts are gathered; afterwards they are given back. On the way back, each process
-gets the sum of its own part of the gradient. So 16/N bytes for a parameter are held, and the price is that weights
-travel in every micro-batch. The optimizer of rung 7 does: it updates what each process holds.
+gets its own part of the mean gradient. So 16/N bytes for a parameter are held, and the price is that weights travel in
+every micro-batch. The optimizer of rung 7 does: it updates what each process holds. README, "Who holds what", has the
+bytes, measured.
 
 Question: why are blocks the unit that is gathered, and not single matrices, or the whole model?
 """

@@ -1,7 +1,7 @@
 """
-15. Rotary positions and QK-norm. From here on each rung is another function, which learns more from the same tokens. A
-table of positions learns place 700 apart from place 701. Instead, pairs of channels of q and k are turned by an angle
-that grows with the place: in their product only the difference of the two angles is left, so what counts is how far two
+15. Rotary positions and QK-norm. From here on each rung is another function, which may learn more from a token. A table
+of positions learns place 700 apart from place 701. Instead, pairs of channels of q and k are turned by an angle that
+grows with the place: in their product only the difference of the two angles is left, so what counts is how far two
 tokens are apart (Su et al. 2021). And q and k are scaled to one length first, so that scores stay small however long
 one trains (Henry et al. 2020). The table `wpe` is still there, and nothing reads it.
 

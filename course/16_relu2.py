@@ -19,7 +19,7 @@ class MLP(model_trivialised.MLP):
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, 4C)
         x = F.relu(x).square()  # (B, T, 4C)
-        return self.c_proj(x)
+        return self.c_proj(x)  # (B, T, C)
 
 
 if __name__ == '__main__':

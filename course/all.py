@@ -1,7 +1,7 @@
 """
 Prove and time every rung from the plain files to the fast ones.
 
-    python course/all.py                    a quarter of an hour of one core; two for rungs 11 to 13
+    python course/all.py                    half an hour: one core, and two for rungs 11 to 13
     python course/all.py --measure=True     and write what was measured, and docs/course.md
     python course/all.py --only=flash       the rungs whose names hold this word
 """

@@ -21,7 +21,7 @@ from plaingpt.files import written_whole
 Pieces = dict[tuple[str, str], list[str]]  # the lines of a function, by its class ('' outside of any) and its name
 COURSE, LADDER = rung.ROOT / 'docs/course.md', rung.ROOT / 'docs/ladder.md'
 RECORD = '## The record\n'  # the heading in LADDER below which this file writes
-OF_THE_COURSE = {'PARTS', 'BEFORE', 'PROCESSES', 'DTYPE', 'COMPARED', 'ROUNDING'}  # not parts of any model
+OF_THE_COURSE = {'PARTS', 'BEFORE', 'PROCESSES', 'DTYPE', 'COMPARED', 'ROUNDING', 'IN_MODERN'}  # not parts of any model
 TIMED = {'model': 'forward and backward', 'training': 'a training step', 'text': 'writing 64 tokens'}
 OPENING = """# From the plain files to the fast ones
 
@@ -38,17 +38,24 @@ python course/all.py --measure=True     # and write this page anew
 
 Diffs leave out docstrings and imports. Proofs are in float64, whose rounding is far smaller than any mistake; a
 difference is relative to the largest number of its kind, and weights are those after ten steps of training. Times are
-seconds of one core, in float32, at the shape of the default run: 4 layers of 4 heads, 128 channels, 16 windows of 64
-tokens. Rungs 8 and 9 are for a GPU; after them the course goes on from rung 7, as train.py does on a CPU.
+seconds that a process computes, without its waiting for others, in float32, at the shape of the default run: 4 layers
+of 4 heads, 128 channels, 16 windows of 64 tokens. Rungs 8 and 9 are for a GPU; after them the course goes on from rung
+7, as train.py does on a CPU.
 
 """
+
+GAINS = """How many times as fast as the rung that it changes, and as the plain files. No gain is a result. The last
+column is empty until a GPU has been measured.
+"""
+ABLATED = """*What it learns,* by the val loss at equal tokens: 600 steps, four layers, means of three seeds, by
+benchmarks/ablate.py, which makes the changes in [another order](modern.md). What is below 0.016 is noise."""
 
 
 def course() -> str:
     """Return the whole page."""
     found = measured.read('course')
-    names = [name for name in rung.NAMES if name in found]
-    sections = [section(name, found[name]) for name in names]
+    names = [name for name in rung.NAMES if name in found or int(name[:2]) > rung.LAST]
+    sections = [section(name, found.get(name, {})) for name in names]
     return OPENING + '\n'.join(sections) + '\n' + summary(names, found)
 
 
@@ -57,7 +64,7 @@ def section(name: str, found: dict[str, Any]) -> str:
     title = rung.title(name)
     paragraphs = rung.text_of(name).removeprefix(title + '.').split('\n\n')
     text = '\n\n'.join(textwrap.fill(' '.join(paragraph.split()), 120) for paragraph in paragraphs)
-    result = learned(name, found) if 'losses' in found else proven(name, found)
+    result = proven(name, found) if rung.is_same_function(name) else learned(name, found)
     return f'## {title}\n\n{text}\n\n```diff {name}.py\n{changes(name)}\n```\n\n{result}\n'
 
 
@@ -74,27 +81,28 @@ def proven(name: str, found: dict[str, Any]) -> str:
 
 def learned(name: str, found: dict[str, Any]) -> str:
     """Return what a rung that is another function learns, here and in docs/modern.md."""
-    here = f'{rung.spread(found["losses"])} nats; {rung.label(name, "before")}: {rung.spread(found["before"])}'
-    lines = [f'*What it learns,* val loss after 600 steps of one layer, with {len(rung.SEEDS)} seeds: {here}.']
+    lines = [ABLATED]
+    if found:
+        here = f'{rung.spread(found["losses"])} nats; {rung.label(name, "before")}: {rung.spread(found["before"])}'
+        lines.append(f'Here, val loss of one layer after 600 steps, with {len(rung.SEEDS)} seeds: {here}.')
     table = (rung.ROOT / 'docs/modern.md').read_text(encoding='utf-8')
     for row in rung.find(name).IN_MODERN:
         added, taken = (re.search(rf'^\| {words} {re.escape(row)} \| [^|]* \| (\S+) ', table, re.MULTILINE)
                         for words in (r'\+', 'modern, less'))
         assert added and taken, row
-        lines.append(f'With four layers, in [the order of modern.md](modern.md), {row}: {added[1]} nats where it is '
-                     f'added, {taken[1]} where it is taken away from the whole.')
+        lines.append(f'{row[:1].upper() + row[1:]}: {added[1]} nats if added, {taken[1]} if taken away.')
     return '\n'.join(lines)
 
 
 def summary(names: list[str], found: dict[str, Any]) -> str:
     """Return the table of all gains."""
     lines = ['## What each gains\n',
-             'How many times as fast as the rung that it changes, and as the plain files. No gain is a result, too.\n',
+             GAINS,
              '| rung | timed | it changes | times as fast as that | as the plain files | on a GPU |',
              '|---|---|---|---|---|---|']
     for name in filter(rung.is_same_function, names):
         seconds = found[name]['seconds']
-        processes = ', two processes, with their waiting' if rung.processes_of([name]) == 2 else ''
+        processes = ', by each of two processes' if rung.processes_of([name]) == 2 else ''
         timed = TIMED[rung.kind_of(rung.find(name))] + processes
         lines.append(f'| {rung.title(name)} | {timed} | {rung.label(name, "before")} | '
                      f'{seconds["before"] / seconds["this"]:.2f} | {seconds["plain"] / seconds["this"]:.2f} | |')

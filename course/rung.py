@@ -12,11 +12,11 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -34,6 +34,7 @@ import configurator
 import model_trivialised
 from model import GPTConfig
 from plaingpt import console, errors
+from plaingpt.corpus.batches import read_batch
 from plaingpt.corpus.folder import data_folder, open_split, read_meta
 from plaingpt.corpus.token_files import TokenFile
 from plaingpt.machines import strategies
@@ -128,7 +129,6 @@ class Run(NamedTuple):
     config: GPTConfig = SHAPE
     dtype: torch.dtype = torch.float64
     batch_size: int = 4  # windows in a micro-batch, for rungs that have some
-    clock: Callable[[], float] = time.process_time  # of one thread alone: other programs do not count
 
     def go(self, folder: str) -> tuple[Outcome, float]:
         """Return what comes of it, and the seconds that one step, or a text, takes."""
@@ -140,27 +140,32 @@ class Run(NamedTuple):
 
     def differentiate(self, model: Any, folder: str) -> tuple[Outcome, float]:
         x, y = self.batch()
-        started = self.clock()
+        started = time.process_time()
         logits, loss = model(x, y)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        seconds = self.clock() - started
+        seconds = time.process_time() - started
         return {'logits': [logits.detach()], 'loss': [loss.detach()], 'gradients': list(gradients)}, seconds
 
     def train(self, model: Any, folder: str) -> tuple[Outcome, float]:
         T = self.config.block_size
         module = plain_training(self.way, block_size=T, total_batch_size=N_WINDOWS * T, batch_size=self.batch_size,
                                 max_iters=STEPS, warmup_iters=2, lr_decay_iters=STEPS)
-        corpus = TokenFile(Path(folder, 'train.bin'), 'uint16')
-        started = self.clock()
-        losses = module.train(model, corpus)
-        seconds = (self.clock() - started) / STEPS
+        began = []  # each step, by reading its windows
+
+        def read(*arguments: Any) -> tuple[Tensor, Tensor]:
+            began.append(time.process_time())
+            return read_batch(*arguments)
+
+        vars(module).update(read_batch=read)
+        losses = module.train(model, TokenFile(Path(folder, 'train.bin'), 'uint16'))
+        seconds = statistics.median(end - start for start, end in pairwise(began[1:]))  # the first one may compile
         weights = [strategies.complete(p.detach()) for p in model.parameters()]
         return {'losses': [torch.tensor(losses, dtype=torch.float64)], 'weights': weights}, seconds
 
     def write(self, model: Any, folder: str) -> tuple[Outcome, float]:
-        started = self.clock()
+        started = time.process_time()
         tokens = model.generate(self.batch()[0][:1, :4], self.config.block_size)
-        return {'tokens': [tokens.double()]}, self.clock() - started
+        return {'tokens': [tokens.double()]}, time.process_time() - started
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Return x and y, each (B, T)."""
@@ -249,9 +254,8 @@ def prove(name: str, config: GPTConfig = SHAPE, batch_size: int = 4) -> dict[str
 
 def gain(name: str) -> dict[str, float]:
     """Return the seconds of a step (a text, in rungs that generate) of the plain files, the rung before, and this one,
-    in float32. Where processes wait for each other, waiting counts."""
-    clock = time.process_time if processes_of([name]) == 1 else time.perf_counter
-    make = partial(Run, kind=kind_of(find(name)), dtype=torch.float32, clock=clock)
+    in float32: those that a process computes. Its waiting, for other programs or another process, does not count."""
+    make = partial(Run, kind=kind_of(find(name)), dtype=torch.float32)
     ways: dict[str, list[str]] = {'plain': [], 'before': way_to(before(name)), 'this': way_to(name)}
     if not before(name):
         del ways['before']
@@ -265,7 +269,7 @@ def is_same_function(name: str) -> bool:
 
 
 def examine(name: str) -> dict[str, Any]:
-    """Prove and time a rung; of one that is another function, measure what it learns."""
+    """Prove and time a rung; of one that is another function, measure what it learns, which takes minutes."""
     if is_same_function(name):
         return {'apart': prove(name), 'seconds': gain(name)}
     return {'losses': [val_loss((*way_to(name),), seed) for seed in SEEDS],
