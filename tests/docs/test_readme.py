@@ -69,6 +69,7 @@ RUN = {
     'torchrun --standalone --nproc_per_node=2 train.py config/train_stdlib.py --device=cpu --out_dir=out-two '
     '--overwrite=True':
         Run(TRAIN, r'(?s)\b2 processes; .*\n=== step 3 ===\n'),
+    'python -m plaingpt.run.report out-stdlib out-two': Run('', r'^open report\.html in a browser\n$'),
     'python train_trivialised.py --max_iters=1': Run('', r'(?m)^step 0, loss (\d\.\d+)'),
     'python train_trivialised.py --n_layer=0': PLAIN,
     'python train_trivialised.py --n_layer=1': PLAIN,
