@@ -6,6 +6,9 @@ Train a GPT: on a laptop, on one card, or on many.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    GPT-2, on the 8 cards of one machine
 """
 import math
+import os
+import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -271,6 +274,7 @@ def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: S
     is_kept = process.is_main and not (eval_only or overfit_single_batch)
     uploader = Uploader(upload_to if is_kept else '', console.say)
     log = Log(None if eval_only else folder, process.is_main, learner.step, work.last_step, uploader)
+    introduce(log, learner, record)
     watch.on_end = log.end
     run_id = origin.state.get('wandb_run_id', '') if origin.is_resumed else ''
     if wandb_log:
@@ -283,6 +287,15 @@ def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: S
     pace = Pace(work.n_windows * learner.raw_model.config.block_size, learner.raw_model.flops_per_token(), peak)
     with log, explained(watch, less_memory()), checkpoint.Saver(folder, keep, uploader, watch.beat) as saver:
         yield Run(folder, log, saver, watch, stop, process, record, run_id, learner.step, work, log_interval, pace)
+
+
+def introduce(log: Log, learner: Learner, record: dict[str, Any]) -> None:
+    """Write down what the run is and who runs it, for its report. The launcher of several processes is not known."""
+    about = {'settings': record, 'parameters': sum(p.numel() for p in learner.raw_model.parameters()),
+             'python': platform.python_version(), 'torch': str(torch.__version__)}
+    machine = (f'{processes.describe(learner.process)}; {learner.compute.line}; '
+               f'{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores')
+    log.introduce(about, shlex.join([errors.python(), *map(console.shown, sys.argv)]), machine)
 
 
 def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:

@@ -53,7 +53,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -
     for first, *others in values:
         cells = join(Html(f'<td{kind}>{value}</td>') for kind, value in zip(kinds[1:], others, strict=True))
         lines.append(Html(f'<tr><th scope="row"{kinds[0]}>{first}</th>{cells}</tr>'))
-    return Html(f'<table><caption>{html(caption)}</caption><thead><tr>{titles}</tr></thead>'
+    above = Html(f'<caption>{html(caption)}</caption>') if caption else ''
+    return Html(f'<table>{above}<thead><tr>{titles}</tr></thead>'
                 f'<tbody>{join(lines)}</tbody></table>')
 
 

@@ -36,3 +36,10 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         'GPT-3 1.3B': {'acc': 0.636, 'perplexity': 5.44},
     },
 }
+
+# What is measured under these names
+TITLES = {
+    'hellaswag_completion': 'HellaSwag in completion style, as build-nanogpt and llm.c score it',
+    'hellaswag_lm_eval': 'HellaSwag as lm-eval scores it',
+    'lambada_openai': "LAMBADA as lm-eval's lambada_openai scores it",
+}

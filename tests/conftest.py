@@ -58,12 +58,13 @@ def _seeds() -> None:
 
 @pytest.fixture(scope='module')
 def no_pictures() -> Iterator[None]:
-    """Runs of this file draw no loss.png, which costs as much time as a hundred of their steps."""
+    """Runs of this file draw no loss.png and no report.html, which cost as much time as a hundred of their steps."""
     def draw_nothing(log: object) -> None:
-        """In place of Log.plot."""
+        """In place of Log.plot and Log.report."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('plaingpt.run.log.Log.plot', draw_nothing)
+        for name in ('plot', 'report'):
+            patch.setattr(f'plaingpt.run.log.Log.{name}', draw_nothing)
         yield
 
 

@@ -24,6 +24,7 @@ from plaingpt.corpus import token_files, tokenizer
 from plaingpt.corpus.folder import open_split
 from plaingpt.corpus.order import fixed_starts
 from plaingpt.init_from import open_model
+from plaingpt.published import TITLES
 from tests.comparing import ROUNDING, predictor_of, refused
 from tests.waiting import PATIENT
 
@@ -311,7 +312,7 @@ def test_each_task_has_its_table_and_the_published_figures_stand_below(
         assert set(metrics) == {metric for metric in measured[name] if not metric.endswith('_stderr')}
         assert [row.split('  ')[0] for row in theirs] == list(results['published'][name])
         assert f'{results["published"][name]["GPT-2 124M"]["acc"]:.4f}' in theirs[0]
-        assert title == evaluate.TITLES[name]
+        assert title == TITLES[name]
         assert note == results['notes'][name]
         assert note.startswith(f'{2 if name == "lambada_openai" else 4} examples')
         assert ('OpenAI' in note) == any(row.startswith('GPT-3') for row in theirs), 'in a scoring of its own'

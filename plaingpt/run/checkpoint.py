@@ -29,8 +29,9 @@ State = dict[str, Any]
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
 CHOICES = ('gelu', 'tie_weights', 'arch', 'shortcuts')  # what else decides what weights compute
 SHAPE = (*(name for name in MODEL_ARGS if name != 'dropout'), *CHOICES)  # weights decide it
-WRITTEN = (rf'\.?({upload.CHECKPOINTS.pattern})(\.[0-9a-f]{{8}}{upload.UPLOADING})?|'
-           r'metrics\.jsonl|samples\.txt|loss\.png')  # what a run writes under a temporary name first
+WRITTEN = (  # what a run writes under a temporary name first
+    rf'\.?({upload.CHECKPOINTS.pattern})(\.[0-9a-f]{{8}}{upload.UPLOADING})?|'
+    r'metrics\.jsonl|samples\.txt|loss\.png|report\.html|run\.json')
 
 
 class Saver:

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,31 +13,22 @@ from statistics import fmean
 from typing import Any, Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from plaingpt import console, files, schema
 from plaingpt.errors import DONE, STOPPED, code_of, drop, is_missing_package, missing_package
+from plaingpt.run import report
+from plaingpt.run.records import SAMPLE_HEADER, read_columns, row_of
 from plaingpt.run.upload import Uploader, reason
 
 NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
 UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
 STATUS_ROOM = 4096  # bytes of status.json, which are taken at the start
 STATUS_MESSAGE = 300  # characters, of which JSON may make twelve bytes each
-SAMPLE_HEADER = re.compile(r'^=== step (\d{1,18}) ===\n', re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------------
 # Files
-
-
-def row_of(line: bytes) -> dict[str, Any] | None:
-    """The row that a line of metrics.jsonl holds; None for one that was torn by a kill or a full disk."""
-    try:
-        row = schema.parse(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and type(row.get('step')) is int and row['step'] >= 0 else None
 
 
 def drop_rows(path: Path, first_step: int) -> int:
@@ -60,19 +51,6 @@ def drop_samples(path: Path, first_step: int) -> None:
         later = (match.start() for match in SAMPLE_HEADER.finditer(text) if int(match[1]) >= first_step)
         with files.written_whole(path) as new:
             new.write(text[:next(later, len(text))].encode())
-
-
-def number(value: object) -> float | None:
-    """Return what numpy takes for a float, or None for anything else."""
-    return value if isinstance(value, float | int) and abs(value) <= sys.float_info.max else None
-
-
-def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """The columns of metrics.jsonl as arrays of the same length, NaN where a row has no such value."""
-    with open(path, 'rb') as file:
-        rows = ([number(row.get(name)) for name in names] for row in filter(None, map(row_of, file)))
-        table = np.fromiter(rows, np.dtype((np.float64, len(names))))  # None is NaN
-    return dict(zip(names, table.T, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,13 +129,14 @@ class Log:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """status.json says how the run ended, and what was not uploaded."""
+        """status.json and report.html say how the run ended, and the former what was not uploaded."""
         code = code_of(error) if error else DONE
         message = (str(error) or type(error).__name__) if error else ''
         self.end(code, message)
         self.uploader.close(UPLOAD_SECONDS)
         self.end(code, message)
         self.close(code)
+        self.report()
 
     # The sinks
 
@@ -243,10 +222,24 @@ class Log:
                 file.write(f'{header}{body}\n\n'.encode(errors='replace'))
             self.tell(lambda sink: sink.sample(step, text))
 
+    def introduce(self, about: dict[str, Any], command: str, machine: str) -> None:
+        """Write run.json: what the run is, and how it was begun and continued up to now. report.html shows it."""
+        if self.folder:
+            path = self.folder / 'run.json'
+            with expendable(self.line, f'{path} is not written'):
+                before = files.read_json(path)
+                starts = before['starts'] if self.first_step and schema.fits(before, report.ABOUT) else []
+                starts = [start for start in starts if start['step'] < self.first_step]
+                now = datetime.now(UTC).isoformat(timespec='seconds')
+                starts.append({'step': self.first_step, 'time': now, 'command': command, 'machine': machine})
+                with files.written_whole(path) as file:
+                    file.write(json.dumps({**about, 'starts': starts}, indent=2).encode() + b'\n')
+
     def plot(self) -> None:
-        """Draw loss.png from all rows of metrics.jsonl, of which a curve takes two: so the first step of a run does not
-        wait for matplotlib. A picture that fails does not end a run."""
+        """Draw report.html, and loss.png, from all rows of metrics.jsonl, of which a curve takes two: so the first step
+        of a run does not wait for matplotlib. A picture that fails does not end a run."""
         self.flush()
+        self.report()
         if not self.folder or (self.folder / 'metrics.jsonl').read_bytes().count(b'\n') < 2:
             return
         path = self.folder / 'loss.png'
@@ -263,6 +256,12 @@ class Log:
             if np.isfinite([columns['loss'], columns['val_loss']]).any():
                 with files.written_whole(path) as file:
                     file.write(plot.draw(columns, os.path.basename(os.path.abspath(self.folder))))
+
+    def report(self) -> None:
+        """Write report.html, once there is something to report."""
+        if self.folder and (self.folder / 'metrics.jsonl').stat().st_size:
+            with expendable(self.line, f'{self.folder / "report.html"} is not written'):
+                report.write(self.folder)
 
     # The end
 

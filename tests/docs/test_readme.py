@@ -73,6 +73,7 @@ RUN = {
     'python learn.py start 7': Run('', r'exercises/07_attend\.py is written'),
     'python learn.py hint 7': Run('', r'rows are queries'),
     'python learn.py bug 15': Run('', r'exercises/bug_15_adamw\.py is written.*\na small GPT with it ends at'),
+    'python -m plaingpt.run.report out-stdlib out-two': Run('', r'^open report\.html in a browser\n$'),
     'python train_trivialised.py --max_iters=1': Run('', r'(?m)^step 0, loss (\d\.\d+)'),
     'python train_trivialised.py --n_layer=0': PLAIN,
     'python train_trivialised.py --n_layer=1': PLAIN,

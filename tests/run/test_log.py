@@ -172,7 +172,7 @@ def test_status_says_how_the_run_ended(tmp_path: Path) -> None:
         raise UserError('no train.bin', DATA)
     assert status() == {'state': 'failed', 'step': 0, 'exit_code': DATA, 'message': 'no train.bin',
                         'not_uploaded': []}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.jsonl', 'status.json']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.jsonl', 'report.html', 'status.json']
 
 
 # ------------------------------------------------------------------------------------------------ the console
