@@ -85,7 +85,8 @@ EXERCISES = [
         'last position; cumsum adds them up, and a comparison, summed, counts how many lie before the drawn '
         'number.'),
     Exercise(P, 'accumulate', questions.run_accumulate,
-        'The same gradient as from the whole batch, although only batch_size windows fit into memory at a time.',
+        'The same gradient as from the whole batch, although only batch_size windows fit into memory at a time; the '
+        'last part may be smaller than the others.',
         'gradients_of yields what each part adds, weighted by its share of the windows: add these up, weight by '
         'weight. Or do it yourself: a part of 1 window counts less than a part of 3.'),
     Exercise(P, 'reduce_scatter', questions.run_reduce_scatter,

@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 
+from plaingpt.learning import whole
 from plaingpt.learning.exercises import EXERCISES
 from plaingpt.learning.mistakes import MISTAKES
 from plaingpt.learning.part import HOLE, Exercise, Results
@@ -53,3 +54,11 @@ def test_each_known_mistake_is_told_as_itself_and_no_two_are_the_same(exercise: 
         assert of_lines(exercise, exercise.text(body), path) == (False, mistake.says)
     for (says, one), (also, other) in itertools.combinations(seen, 2):
         assert says == also or not agree(one, other), f'{says} cannot be told from {also}'
+
+
+@each
+def test_a_gpt_with_any_known_mistake_in_it_can_be_trained(exercise: Exercise) -> None:
+    """As `learn.py bug` does, though a part may leave a parameter out."""
+    for mistake in MISTAKES[exercise.part] if exercise.where.__name__ in whole.LEARNS else ():
+        learned = whole.learned(plain(exercise, mistake.planted(body_of(exercise))), 1)
+        assert isinstance(learned.val_loss, float), mistake.says
