@@ -6,7 +6,7 @@ PY = .venv/bin/python
 # benchmarks/NOTES.md.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help train test test-fast lint bench
+.PHONY: help train test test-fast lint reference bench
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ test-fast: .venv/test  ## run the tests that take seconds
 lint: .venv/test  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy .
+
+reference:  ## write the settings into docs/reference.md
+	python3 docs/reference.py
 
 # ablate.py takes more than an hour, kills.py one, damage.py and modern.py half of one: they are called by name
 by_name = %/ablate.py %/kills.py %/damage.py %/modern.py

@@ -1,12 +1,14 @@
-"""README's promises: its commands are run as they stand there, and what it says of files and settings is compared.
+"""The promises of README and docs/: their commands are run as they stand there, and what they say of files and settings
+is compared.
 
-What README marks with † it calls GPU and download rows. A command that this file runs is in RUN, any other one in
-EXCEPTIONS, with the reason; where the reason is a GPU or a download, README must say so.
+What a table marks with † needs a GPU or a download. A command that this file runs is in RUN, any other one in
+EXCEPTIONS, with the reason; if the reason is a GPU or a download, the page must say so.
 """
 import ast
 import importlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import site
@@ -18,11 +20,16 @@ from typing import NamedTuple
 
 import pytest
 
+from configurator import find_settings
 from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-PROSE = re.sub(r'^```.*?^```$', '', README, flags=re.MULTILINE | re.DOTALL)  # without its blocks of code
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in (
+    ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted(ROOT.glob('docs/*.md')))
+    if path.name != 'changing.md'}  # tests/docs/test_changing.py reads that
+GUIDE = '\n'.join(PAGES.values())
+PROSE = re.sub(r'^```.*?^```$', '', GUIDE, flags=re.MULTILINE | re.DOTALL)  # without their blocks of code
 PROGRAMS = ('make ', 'python ', 'python3 ', '.venv/bin/python ', 'torchrun ', 'pip ', 'diff ', '. ', 'sbatch ', 'srun ',
             'kubectl ', 'docker ')
 MARKS = {'a GPU': ('†', 'GPU', 'Apple'), 'a download': ('†', 'download', 'hub'),
@@ -151,13 +158,13 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 
 
 def block(language: str) -> list[str]:
-    """The lines of README's blocks of code in a language."""
-    blocks = re.findall(rf'^```{language}\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+    """The lines of the blocks of code in a language."""
+    blocks = re.findall(rf'^```{language}\n(.*?)^```$', GUIDE, re.MULTILINE | re.DOTALL)
     return ''.join(blocks).splitlines()
 
 
 def commands() -> dict[str, str]:
-    """Every command that README shows, without its comment, and the line that it stands in."""
+    """Every command that a page shows, without its comment, and the line that it stands in."""
     lines = {line: line for line in block('sh')}
     for line in PROSE.splitlines():
         lines |= {span: line for span in spans(line) if span.startswith(PROGRAMS)}
@@ -185,7 +192,7 @@ def test_every_command_is_run_by_a_test_or_is_an_exception() -> None:
 
 
 def test_readme_marks_what_needs_a_gpu_or_a_download() -> None:
-    sections = re.split(r'^##+ .*$', README, flags=re.MULTILINE)
+    sections = re.split(r'^##?#? .*$', GUIDE, flags=re.MULTILINE)
     for command, line in commands().items():
         marks = MARKS.get(EXCEPTIONS.get(command, ''), ())
         section = next(section for section in sections if line in section)
@@ -239,7 +246,7 @@ def test_the_commands_do_what_readme_says(clone: Path, tiny_text: str) -> None:
         found = re.search(expected, output)
         assert found, f'{command}\n{output}'
         for measured in found.groups():
-            row = next(row for table in tables(README).values() for row in table if f'`{command}`' in row)
+            row = next(row for table in tables(GUIDE).values() for row in table if f'`{command}`' in row)
             assert float(measured) == pytest.approx(float(re.findall(r'\d+\.\d+', row[-1])[0]), abs=0.1), command
 
 
@@ -260,18 +267,16 @@ def test_gpt2_trains_on_a_cpu_and_goes_on_without_a_key_for_wandb(clone: Path, t
 
 
 def test_no_number_is_missing() -> None:
-    assert re.findall(r'.*@@.*', README) == []
+    assert re.findall(r'.*@@ .*|.*@@[A-Z].*', GUIDE) == []
 
 
 def test_the_settings_are_those_of_the_scripts_line_for_line() -> None:
-    shown = re.findall(r'^### Settings of (\S+)$(.*?)(?=^##)', README, re.MULTILINE | re.DOTALL)
-    assert [script for script, _ in shown] == ['train.py', 'sample.py', 'evaluate.py', 'export.py',
-                                                'data/text/prepare.py']
-    for script, section in shown:
-        _, lines, *_ = (ROOT / script).read_text(encoding='utf-8').split(f'# {"-" * 96}\n')
-        settings = section.partition('```python\n')[2].partition('```')[0]
-        assert lines.endswith(settings), script
-        assert re.findall(r'^\w+: ', settings, re.MULTILINE) == re.findall(r'^\w+: ', lines, re.MULTILINE)
+    reference = runpy.run_path(str(ROOT / 'docs/reference.py'))
+    assert PAGES['docs/reference.md'] == reference['page'](), 'make reference writes it anew'
+    for script in reference['SCRIPTS']:
+        settings = PAGES['docs/reference.md'].partition(f'### {script}\n\n```python\n')[2].partition('```')[0]
+        assert re.findall(r'^(\w+): ', settings, re.MULTILINE) == list(find_settings(importlib.import_module(
+            script.removesuffix('.py').replace('/', '.')))), script
 
 
 def test_the_exit_codes_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +285,7 @@ def test_the_exit_codes_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch)
                for path in ROOT.glob(pattern)]
     names = [name for name, value in vars(errors).items() if isinstance(value, int) and name.isupper()]
     used = {getattr(errors, name): name for name in set(names) & names_read(sources)}
-    rows = {int(code): meaning for code, meaning in tables(README)['code']}
+    rows = {int(code): meaning for code, meaning in tables(GUIDE)['code']}
     assert list(rows) == sorted(used)
     for code, name in used.items():
         words = {'INTERRUPTED': 'ctrl-c'}.get(name, name.lower()).split('_')
@@ -339,7 +344,7 @@ FAULTS = {  # what holds each row of the table of faults, in tests/
 
 
 def test_every_row_of_the_table_of_faults_has_its_test() -> None:
-    assert [row[0] for row in tables(README)['fault']] == list(FAULTS)
+    assert [row[0] for row in tables(GUIDE)['fault']] == list(FAULTS)
     for where in FAULTS.values():
         file, _, name = where.partition('.')
         [path] = ROOT.glob(f'tests/**/{file}.py')
@@ -351,19 +356,33 @@ def test_the_table_of_files_names_every_file_once() -> None:
     rooms = {f'plaingpt/{path.parent.name}/' for path in ROOT.glob('plaingpt/*/__init__.py')}
     assert sorted(name for name in named if '/' not in name) == top_level_files()
     assert {name for name in named if '/' in name} == {
-        'data/<name>/prepare.py', 'config/', 'launch/', 'plaingpt/', *rooms}
+        'data/<name>/prepare.py', 'config/', 'course/', 'launch/', 'plaingpt/', *rooms}
 
 
-def test_every_file_that_is_named_or_linked_is_there() -> None:
-    links = re.findall(r'\]\(([^)\s]+)\)', README)
-    assert len(links) > 10
-    written = {'out-stdlib/', 'out_dir/', 'loss.png', 'data/<name>/'}  # by a run, or by prepare.py
+@pytest.mark.parametrize('page', PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
+    for link in re.findall(r'\]\(([^)\s]+)\)', PAGES[page]):
+        target, _, heading = link.partition('#')
+        if not link.startswith('https://'):
+            file = ROOT.joinpath(page).parent / target if target else ROOT / page
+            assert file.exists(), link
+            headings = [re.sub(r'[^\w -]', '', line.strip('# ').lower()).replace(' ', '-')
+                        for line in (file.read_text(encoding='utf-8').splitlines() if heading else ())
+                        if line.startswith('#')]
+            assert not heading or heading in headings, link
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    written = {'out-stdlib/', 'out_dir/', 'loss.png', 'data/<name>/', 'data/'}  # by a run, or by prepare.py
     words = [word for span in (*spans(PROSE), *block('sh')) for word in shlex.split(span, comments=True)]
     named = [word for word in words if re.fullmatch(r'[\w/<>.-]+(\.(py|md|toml|png)|/)', word)]
     assert 'config/train_gpt2.py' in named
-    missing = {name for name in (*links, *named) if not name.startswith('https://') and name not in written
-               and not [*ROOT.glob(re.sub('<.*>', '*', name))]}
+    missing = {name for name in named if name not in written and not [*ROOT.glob(re.sub('<.*>', '*', name))]}
     assert missing == set()
+
+
+def test_readme_is_read_in_one_sitting() -> None:
+    assert len(README.encode()) <= 10_000
 
 
 def test_what_the_ladder_says_to_read_is_in_the_files_that_it_names() -> None:
@@ -388,7 +407,7 @@ def has_definition(source: str, names: list[str]) -> bool:
 def test_every_optimisation_has_its_row() -> None:
     marks = {name: (ROOT / name).read_text(encoding='utf-8').count('# fast: ') for name in top_level_files()}
     assert marks['model.py'] > 3
-    rows = {head.partition(' in ')[2]: len(table) for head, table in tables(README).items() if 'fast:' in head}
+    rows = {head.partition(' in ')[2]: len(table) for head, table in tables(GUIDE).items() if 'fast:' in head}
     assert rows == {name: count for name, count in marks.items() if count}
 
 
@@ -404,7 +423,7 @@ def test_readme_and_the_default_run_agree() -> None:
     expected = re.search(r'expected: (\d\.\d+) bits per byte', config)
     stated = re.findall(r'(\S+) bits per byte(?: on files|\s*\|)', README)
     assert expected and stated == [expected[1]] * 2
-    assert f'=== step {importlib.import_module("configurator").configure(*default_run())[0]["max_iters"]} ===' in README
+    assert f'=== step {importlib.import_module("configurator").configure(*default_run())[0]["max_iters"]} ===' in GUIDE
 
 
 def default_run() -> tuple[ModuleType, list[str]]:
