@@ -6,7 +6,7 @@ PY = .venv/bin/python
 # benchmarks/NOTES.md.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help train test test-fast lint reference bench
+.PHONY: help train test test-fast lint ladder reference bench
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,10 @@ test-fast: .venv/test  ## run the tests that take seconds
 lint: .venv/test  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy .
+
+ladder: .venv/test  ## climb README's ladder, and record its numbers in docs/ladder.md: half an hour and more
+	$(PY) data/stdlib/prepare.py
+	$(PY) course/ladder.py
 
 reference:  ## write the settings into docs/reference.md
 	python3 docs/reference.py

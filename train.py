@@ -78,7 +78,7 @@ wandb_project: str = 'owt'
 wandb_run_name: str = 'gpt2'
 # the batch of a step, over all processes: total_batch_size tokens, or gradient_accumulation_steps x batch_size windows
 total_batch_size: int = 0  # tokens, a multiple of block_size; 0 takes the next line
-gradient_accumulation_steps: int = 5 * 8  # micro-batches
+gradient_accumulation_steps: int = 5 * 8  # micro-batches, over all processes: 5 on each of 8 GPUs
 batch_size: int = 12  # windows in a micro-batch: what one process takes at a time; lower it when memory runs out
 block_size: int = 1024  # tokens in a window
 # model
@@ -86,7 +86,7 @@ n_layer: int = 12
 n_head: int = 12
 n_embd: int = 768
 vocab_size: int = 0  # 0 takes the tokenizer's; a large one is rounded up to a multiple of 128 (GPT-2's: 50304)
-dropout: float = 0.0  # 0 to pretrain; 0.1 or more to fine-tune, or on little text
+dropout: float = 0.0  # 0 to pretrain; 0.1 or more to fine-tune, or on little text, against overfitting
 bias: bool = False  # in the Linear layers and LayerNorms
 gelu: Literal['tanh', 'exact'] = 'tanh'  # GPT-2's, or nanoGPT's
 tie_weights: bool = True  # one table embeds a token and predicts it
@@ -163,6 +163,8 @@ def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) ->
                                   cpu_offload)
     watch.follow(raw_model, () if compute.compiles else blocks)  # a compiled block is one operation
     optimizer = make_optimizer(raw_model, process, compute.dtype)
+    # float16 takes small gradients for 0: so the loss is scaled up before backward, and gradients down again after it.
+    # bfloat16 has the range of float32, and needs no scaler
     scaler = torch.amp.GradScaler(process.device.type, enabled=compute.dtype == torch.float16)
     learner = Learner(raw_model, model, optimizer, scaler, process, compute)
     if origin.is_resumed:
@@ -331,7 +333,8 @@ def ask_hellaswag(questions: tasks.InTraining | None, learner: Learner, run: Run
 
 
 def evaluate_splits(data: Data, learner: Learner, run: Run) -> None:
-    """Measure both splits, and save what has become of the model."""
+    """Measure both splits, and save what has become of the model. Every process must call it: each measures a share of
+    the batches, and if one were missing, the others would wait for its sums for ever."""
     # more: `evaluation` of both splits, in batches, now and then
     step, predict = learner.step, learner.predictor(batch_size)
     was_measured = bool(learner.best) and learner.best['loss'][1] == step
@@ -381,7 +384,7 @@ def accumulate_gradient(learner: Learner, parts: Iterable[Part]) -> Tensor:
         torch.manual_seed(draw(seed, learner.step, part.number))  # dropout is the same for any number of processes
         with learner.compute.autocast:  # fast: `forward and backward` in bfloat16, if the device multiplies it
             _, mean = learner.model(part.x, part.y, logits='none')
-        share = mean * part.share
+        share = mean * part.share  # a mean over this part -> its part of the mean over all: gradients are added up
         loss += share.detach()
         learner.scaler.scale(share * process.world_size).backward()  # processes exchange the mean, and we want the sum
     return loss

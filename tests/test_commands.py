@@ -32,7 +32,8 @@ def test_every_script_answers_help_with_its_settings(path: Path, capsys: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path', [*ROOT.glob('benchmarks/*.py'), *ROOT.glob('launch/*.py')], ids=lambda path: path.name)
+@pytest.mark.parametrize('path', [*ROOT.glob('benchmarks/*.py'), *ROOT.glob('launch/*.py'),
+                                  ROOT / 'course/all.py', ROOT / 'course/ladder.py'], ids=lambda path: path.name)
 def test_every_other_script_answers_help(path: Path, run_script: RunScript) -> None:
     result = run_script(str(path.relative_to(ROOT)), '--help')
     first = (ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '?').splitlines()[0]

@@ -21,6 +21,7 @@ FLOORS: list[set[str]] = [  # from the ground up
     {'plaingpt.sizes', 'plaingpt.plan', 'plaingpt.check', 'plaingpt.encoder', 'plaingpt.tiny_shakespeare'},
     {'plaingpt.learning'},
     STAGES,
+    {path.stem for path in ROOT.glob('course/*.py')},  # which are no package: each can be run
 ]
 OF_OTHER_STAGES = {('train', 'sample'), ('train', 'evaluate')}  # the only stage that may use functions of others
 OF_LEARNING = {'learn', 'xray'}  # alone may import that room
@@ -28,10 +29,12 @@ EXCEPTIONS = {('model', 'plaingpt.formats.huggingface')}  # GPT.from_pretrained,
 
 
 def module_of(path: Path) -> str:
-    return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
+    name = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    return name.removesuffix('.__init__').removeprefix('course.')
 
 
-MODULES = {module_of(path): path for path in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'))}
+MODULES = {module_of(path): path
+           for path in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('course/*.py'))}
 
 
 def imports_of(source: str) -> Iterator[str]:
@@ -92,6 +95,7 @@ def test_the_exception_is_one_import_in_one_function() -> None:
     ({'plaingpt.corpus.order': {'plaingpt.tasks'}}, 'plaingpt.corpus.order imports plaingpt.tasks'),
     ({'sample': {'export'}}, 'sample imports export'),
     ({'plaingpt.plan': {'train'}}, 'plaingpt.plan imports train'),
+    ({'sample': {'rung'}}, 'sample imports rung'),
     ({'train': {'plaingpt.learning.look'}}, 'train imports plaingpt.learning.look'),
     ({'plaingpt.run.log': {'plaingpt.run.run'}, 'plaingpt.run.run': {'plaingpt.run.log'}}, 'in a circle'),
 ])

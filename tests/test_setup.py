@@ -253,7 +253,7 @@ def test_each_file_of_requirements_pins_its_packages_and_what_they_need_in_turn_
 
 def test_every_package_that_is_imported_is_declared() -> None:
     declared = {canonicalize_name(bound.name) for bound in chain.from_iterable(BOUNDS.values())}
-    folders = ('.', 'plaingpt/**', 'data/*', 'tests/**', 'benchmarks')
+    folders = ('.', 'plaingpt/**', 'data/*', 'tests/**', 'benchmarks', 'course')
     files = [file for folder in folders for file in ROOT.glob(f'{folder}/*.py')]
     known = sys.stdlib_module_names | {file.stem for file in files} | {'plaingpt', 'tests', 'benchmarks'}
     distributions = metadata.packages_distributions()

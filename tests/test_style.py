@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAIN = sorted([*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('data/*/*.py')])
-OTHERS = sorted(file for folder in ('benchmarks', 'config', 'tests') for file in ROOT.glob(f'{folder}/**/*.py'))
+MAIN = sorted([*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('data/*/*.py'),
+               *ROOT.glob('course/[!0-9]*.py')])
+OTHERS = sorted(file for files in ('benchmarks/*', 'config/*', 'tests/**/*', 'course/[0-9]*')
+                for file in ROOT.glob(f'{files}.py'))
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)

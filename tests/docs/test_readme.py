@@ -31,7 +31,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for
 GUIDE = '\n'.join(PAGES.values())
 PROSE = re.sub(r'^```.*?^```$', '', GUIDE, flags=re.MULTILINE | re.DOTALL)  # without their blocks of code
 PROGRAMS = ('make ', 'python ', 'python3 ', '.venv/bin/python ', 'torchrun ', 'pip ', 'diff ', '. ', 'sbatch ', 'srun ',
-            'kubectl ', 'docker ')
+            'kubectl ', 'docker ', 'plaingpt ')
 MARKS = {'a GPU': ('†', 'GPU', 'Apple'), 'a download': ('†', 'download', 'hub'),
          'a cluster': ('machines', 'cluster', 'Slurm')}  # how README says that it needs one
 
@@ -72,6 +72,7 @@ RUN = {
     'python evaluate.py --out_dir=out-stdlib --dataset=README.md':
         Run('--eval_iters=1', r'\ntext of README\.md\n +loss .*\nout-stdlib, step \d+ +\d+\.\d+ '),
     'python train.py config/train_modern_stdlib.py': Run(TRAIN, r'\n=== step 3 ===\n'),
+    'python sample.py --out_dir=out-modern-stdlib': Run(SAMPLE, r'-{15}\n'),
     f'{DEFAULT} --overfit_single_batch=True --max_iters=100': Run('', r'\nPASS: .* in 100 steps\n'),
     'torchrun --standalone --nproc_per_node=2 train.py config/train_stdlib.py --device=cpu --out_dir=out-two '
     '--overwrite=True':
@@ -82,7 +83,11 @@ RUN = {
     'python learn.py bug 15': Run('', r'exercises/bug_15_adamw\.py is written.*\na small GPT with it ends at'),
     'python -m plaingpt.run.report out-stdlib out-two': Run('', r'^open report\.html in a browser\n$'),
     'python train_trivialised.py --max_iters=1': Run('', r'(?m)^step 0, loss (\d\.\d+)'),
-    'python train_trivialised.py --n_layer=0': PLAIN,
+    'python course/00_window.py': Run('', r"(?m)^ *\d+ +\d+ +'"),
+    'python course/01_counting.py': Run('', r'(?m)^counting tokens +(\d\.\d+)'),
+    'python course/02_itself.py': PLAIN,
+    'python course/03_average.py': PLAIN,
+    'python course/06_flash.py': Run('', r'(?m)^ +\d+\.\d\d times as fast as rung 5, and apart from it by: logits \de'),
     'python train_trivialised.py --n_layer=1': PLAIN,
     'python train_trivialised.py --learning_rate=4e-4': PLAIN,
     'python train_trivialised.py': PLAIN,
@@ -100,7 +105,25 @@ GPT2_ON_A_CPU = ('python train.py config/train_gpt2.py --device=cpu --compile=Fa
 EXCEPTIONS = {
     'make train': 'tests/test_pipeline.py runs it',
     'make test': 'runs this very file',
+    'make test-fast': 'is a part of make test',
+    'make lint': '.ci/run runs it',
+    'make reference': 'test_the_settings_are_those_of_the_scripts_line_for_line compares what it writes',
+    'python -m pytest tests/test_twins.py -k causal': 'is a part of what runs this file',
+    'pip install .': 'tests/test_installed.py installs the wheel',
+    'pip install -e .': 'tests/test_setup.py does',
+    'plaingpt prepare stdlib': 'tests/test_installed.py runs it for a smaller text',
+    'plaingpt train config/train_stdlib.py': 'tests/test_installed.py runs it, shorter',
+    'plaingpt sample --out_dir=out-stdlib': 'tests/test_installed.py runs it',
+    'python -m plaingpt': 'tests/test_installed.py runs it',
+    'plaingpt train --help': 'tests/test_installed.py runs it',
+    'python -m torch.distributed.run --standalone --nproc_per_node=gpu -m plaingpt train config/train_gpt2.py': 'a GPU',
+    'python benchmarks/ablate.py': 'takes hours; tests/test_ablate.py runs it, shorter',
+    'python benchmarks/modern.py': 'takes half an hour',
+    'python course/all.py': 'tests/test_course.py proves each rung',
+    'python course/all.py --measure=True': 'writes what was measured; tests/test_course.py proves each rung',
+    'python course/ladder.py --only=depth': 'takes many minutes',
     'python learn.py check 7': 'tests/learning/test_learn.py passes and fails it: an exercise that is only begun fails',
+    'make ladder': 'takes half an hour; tests/test_course.py holds its numbers together',
     'python -m pytest tests/test_twins.py': 'is a part of what runs this file',
     'pip install -r requirements-core.txt': 'a download',
     'pip install -r requirements.txt': 'a download',
@@ -141,6 +164,9 @@ EXCEPTIONS = {
     'pcluster ssh --cluster-name=plaingpt -i KEY.pem': 'a cluster',
     'pcluster delete-cluster --cluster-name=plaingpt': 'a cluster',
     'docker build -f launch/Dockerfile -t REGISTRY/plaingpt:1 . && docker push REGISTRY/plaingpt:1': 'a cluster',
+    'docker buildx imagetools inspect python:3.12.12-slim-bookworm': 'a cluster',
+    'docker build --build-arg=BASE=python:3.12.12-slim-bookworm@sha256:DIGEST -f launch/Dockerfile '
+    '-t REGISTRY/plaingpt:1 .': 'a cluster',
     'kubectl create secret generic plaingpt --from-env-file=secrets.env': 'a cluster',
     'kubectl apply -f launch/kubernetes.yaml': 'a cluster',
     'kubectl logs -f job/plaingpt': 'a cluster',
@@ -208,7 +234,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run on in it."""
     folder = tmp_path_factory.mktemp('clone')
     for pattern in ('*.py', 'plaingpt/**/*.py', 'plaingpt/**/*.html', '*.txt', 'README.md', 'Makefile',
-                    'benchmarks/*.py', 'config/*.py', 'data/*/prepare.py'):
+                    'benchmarks/*.py', 'config/*.py', 'course/*.py', 'data/*/prepare.py'):
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.relative_to(ROOT))
@@ -267,7 +293,7 @@ def test_gpt2_trains_on_a_cpu_and_goes_on_without_a_key_for_wandb(clone: Path, t
 
 
 def test_no_number_is_missing() -> None:
-    assert re.findall(r'.*@@ .*|.*@@[A-Z].*', GUIDE) == []
+    assert re.findall(r'.*@@[A-Z].*', GUIDE) == []
 
 
 def test_the_settings_are_those_of_the_scripts_line_for_line() -> None:
@@ -283,7 +309,7 @@ def test_the_exit_codes_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch)
     errors = importlib.import_module('plaingpt.errors')
     sources = [path.read_text(encoding='utf-8') for pattern in ('*.py', 'plaingpt/**/*.py', 'data/*/*.py')
                for path in ROOT.glob(pattern)]
-    names = [name for name, value in vars(errors).items() if isinstance(value, int) and name.isupper()]
+    names = [name for name, value in vars(errors).items() if type(value) is int and name.isupper()]
     used = {getattr(errors, name): name for name in set(names) & names_read(sources)}
     rows = {int(code): meaning for code, meaning in tables(GUIDE)['code']}
     assert list(rows) == sorted(used)
@@ -387,12 +413,17 @@ def test_readme_is_read_in_one_sitting() -> None:
 
 def test_what_the_ladder_says_to_read_is_in_the_files_that_it_names() -> None:
     ladder = tables(README)['rung']
-    assert len(ladder) == len({row[0] for row in ladder}) > 5
+    pages = re.findall(r'^## (\d+)\. (.*)\n((?s:.*?))(?=^## )', PAGES['docs/ladder.md'], re.MULTILINE)
+    assert [row[0] for row in ladder] == [f'{number}. {name}' for number, name, _ in pages]
     twins = ['model_trivialised.py', 'train_trivialised.py']
-    for rung, read, *_ in ladder:
-        sources = [(ROOT / name).read_text(encoding='utf-8') for name in re.findall(r'\]\((.+?)\)', read) or twins]
+    for (rung, run, _), (_, _, text) in zip(ladder, pages, strict=True):
+        assert '*Ask:*' in text and '*Do* exercise' in text, rung
+        read = text.partition('*Read*')[2].partition('*Run*')[0]
+        links = [file.removeprefix('../') for file in re.findall(r'\]\((.+?)\)', read)]
         for name in spans(read):
-            assert any(has_definition(source, name.split('.')) for source in sources), f'{rung}: where is {name}?'
+            assert any(has_definition((ROOT / file).read_text(encoding='utf-8'), name.split('.'))
+                       for file in links or twins), f'{rung}: where is {name}?'
+        assert spans(run)[0] in text.replace('\n', ' ') or 'course/' in run, rung
 
 
 def has_definition(source: str, names: list[str]) -> bool:
