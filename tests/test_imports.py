@@ -72,6 +72,13 @@ def test_imports_point_down() -> None:
     assert list(complaints(imports)) == []
 
 
+def test_only_what_helps_to_understand_imports_the_room_for_it() -> None:
+    room = 'plaingpt.learning'
+    importers = {module for module, path in MODULES.items() if not module.startswith(room)
+                 and any(other.startswith(room) for other in imports_of(path.read_text(encoding='utf-8')))}
+    assert 'xray' in importers and importers <= {'xray', 'learn'}
+
+
 def test_the_exception_is_one_import_in_one_function() -> None:
     [(module, other)] = EXCEPTIONS
     tree = ast.parse(MODULES[module].read_text(encoding='utf-8'))

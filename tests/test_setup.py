@@ -288,3 +288,17 @@ def test_an_editable_installation_can_be_imported_from_any_folder(tmp_path: Path
     code = 'import train; from plaingpt.corpus import order; print(order.__file__)'
     imported = run(elsewhere, '.venv/bin/python', '-c', code)
     assert imported.stdout.strip() == str(source / 'plaingpt/corpus/order.py')
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_stages_and_all_of_the_package(tmp_path: Path) -> None:
+    package = [path for pattern in ('*.py', '*.html') for path in ROOT.glob(f'plaingpt/**/{pattern}')]
+    for file in (*ROOT.glob('*.py'), *package, ROOT / 'pyproject.toml'):
+        (tmp_path / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / file.relative_to(ROOT))
+    built = run(tmp_path, sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '.')
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as wheel:
+        names = {name for name in wheel.namelist() if '.dist-info/' not in name}
+    assert names == {file.relative_to(ROOT).as_posix() for file in (*ROOT.glob('*.py'), *package)}
+    assert any(name.endswith('.html') for name in names)

@@ -228,7 +228,7 @@ class Log:
             path = self.folder / 'run.json'
             with expendable(self.line, f'{path} is not written'):
                 before = files.read_json(path)
-                starts = before['starts'] if self.first_step and schema.fits(before, report.ABOUT) else []
+                starts = before['starts'] if schema.fits(before, report.ABOUT) else []
                 starts = [start for start in starts if start['step'] < self.first_step]
                 now = datetime.now(UTC).isoformat(timespec='seconds')
                 starts.append({'step': self.first_step, 'time': now, 'command': command, 'machine': machine})

@@ -91,6 +91,8 @@ def test_a_run_that_was_resumed_is_told_whole(tmp_path: Path) -> None:
     whole = page_of(tmp_path)
     assert values(whole, 'training', 'Loss')[0] == list(range(40))
     assert re.findall(r'from step (\d+): ', whole) == ['0', '15']
+    run_in(tmp_path, first_step=10, steps=20)
+    assert re.findall(r'from step (\d+): ', page_of(tmp_path)) == ['0', '10'], 'what came after that is gone'
     run_in(tmp_path, steps=20)
     assert re.findall(r'from step (\d+): ', page_of(tmp_path)) == ['0'], 'another run in the same folder'
 
