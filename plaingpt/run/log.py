@@ -259,9 +259,11 @@ class Log:
 
     def report(self) -> None:
         """Write report.html, once there is something to report."""
-        if self.folder and (self.folder / 'metrics.jsonl').stat().st_size:
+        if self.folder:
+            rows = self.folder / 'metrics.jsonl'
             with expendable(self.line, f'{self.folder / "report.html"} is not written'):
-                report.write(self.folder)
+                if rows.is_file() and rows.stat().st_size:
+                    report.write(self.folder)
 
     # The end
 
