@@ -261,7 +261,7 @@ class Log:
         """Write report.html, once there is something to report."""
         if self.folder:
             rows = self.folder / 'metrics.jsonl'
-            with expendable(self.line, f'{self.folder / "report.html"} is not written'):
+            with expendable(self.line, f'{self.folder / "report.html"} is not drawn'):
                 if rows.is_file() and rows.stat().st_size:
                     report.write(self.folder)
 
