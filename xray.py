@@ -34,7 +34,7 @@ top: int = 5  # of the likeliest tokens, so many are shown
 html: str = 'xray.html'  # the page, a file; '' writes none
 # ------------------------------------------------------------------------------------------------
 
-MOST_TOKENS = 64  # more make a page that is large, and that no one takes in
+MOST_TOKENS = 64  # more would make a large page, and too much to take in
 SHADES = (None, 223, 216, 209, 202)  # of a terminal's 256 colours, from pale to strong
 NATS_OF_SHADE = 1.5
 

@@ -228,7 +228,7 @@ class Log:
             path = self.folder / 'run.json'
             with expendable(self.line, f'{path} is not written'):
                 before = files.read_json(path)
-                starts = before['starts'] if self.first_step and schema.fits(before, report.ABOUT) else []
+                starts = before['starts'] if schema.fits(before, report.ABOUT) else []
                 starts = [start for start in starts if start['step'] < self.first_step]
                 now = datetime.now(UTC).isoformat(timespec='seconds')
                 starts.append({'step': self.first_step, 'time': now, 'command': command, 'machine': machine})
@@ -259,9 +259,11 @@ class Log:
 
     def report(self) -> None:
         """Write report.html, once there is something to report."""
-        if self.folder and (self.folder / 'metrics.jsonl').stat().st_size:
-            with expendable(self.line, f'{self.folder / "report.html"} is not written'):
-                report.write(self.folder)
+        if self.folder:
+            rows = self.folder / 'metrics.jsonl'
+            with expendable(self.line, f'{self.folder / "report.html"} is not drawn'):
+                if rows.is_file() and rows.stat().st_size:
+                    report.write(self.folder)
 
     # The end
 

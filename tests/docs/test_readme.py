@@ -411,6 +411,12 @@ def test_readme_is_read_in_one_sitting() -> None:
     assert len(README.encode()) <= 10_000
 
 
+def test_pictures_are_small_and_say_what_they_show() -> None:
+    pictures = re.findall(r'!\[(.*?)\]\((.*?\.png)\)', README)
+    assert {path for _, path in pictures} == {'docs/loss.png', 'docs/xray.png'}
+    assert all(len(text) > 20 and (ROOT / path).stat().st_size < 100_000 for text, path in pictures)
+
+
 def test_what_the_ladder_says_to_read_is_in_the_files_that_it_names() -> None:
     ladder = tables(README)['rung']
     pages = re.findall(r'^## (\d+)\. (.*)\n((?s:.*?))(?=^## )', PAGES['docs/ladder.md'], re.MULTILINE)

@@ -91,6 +91,8 @@ def test_a_run_that_was_resumed_is_told_whole(tmp_path: Path) -> None:
     whole = page_of(tmp_path)
     assert values(whole, 'training', 'Loss')[0] == list(range(40))
     assert re.findall(r'from step (\d+): ', whole) == ['0', '15']
+    run_in(tmp_path, first_step=10, steps=20)
+    assert re.findall(r'from step (\d+): ', page_of(tmp_path)) == ['0', '10'], 'what came after that is gone'
     run_in(tmp_path, steps=20)
     assert re.findall(r'from step (\d+): ', page_of(tmp_path)) == ['0'], 'another run in the same folder'
 
@@ -139,7 +141,7 @@ def test_a_report_that_fails_is_one_line_and_the_run_goes_on(
         log.row(1, loss=1.0)
         log.plot()
     said = capsys.readouterr().out.splitlines()
-    assert said == [f'{tmp_path}/report.html is not written: a mistake; the run goes on'] * 2
+    assert said == [f'{tmp_path}/report.html is not drawn: a mistake; the run goes on'] * 2
     assert len(rows_of(tmp_path)) == 2 and (tmp_path / 'loss.png').exists()
     monkeypatch.undo()
     run_in(tmp_path, steps=10)
