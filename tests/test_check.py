@@ -438,8 +438,8 @@ def test_each_parameter_without_a_gradient_is_named(tiny_dataset: Path, tmp_path
     assert f'FAIL gradient: none for {weights}\n' in printed and f'FAIL update: nothing moves {weights}\n' in printed
 
 
-def test_an_id_beyond_the_vocabulary_is_found_wherever_it_stands(tmp_path: Path,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_id_beyond_the_vocabulary_is_found_wherever_it_is(tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
     """In a corpus without meta.json, where nobody has noted the largest one."""
     for split, ids in (('train', [5] * 5000 + [50304] + [5] * 40), ('val', [5] * 500)):
         (tmp_path / f'{split}.bin').write_bytes(b''.join(i.to_bytes(2, 'little') for i in ids))
@@ -448,7 +448,7 @@ def test_an_id_beyond_the_vocabulary_is_found_wherever_it_stands(tmp_path: Path,
     assert re.search(r'FAIL ids: up to 50304, and the model knows 50304\b', capsys.readouterr().out)
 
 
-def test_a_run_that_exists_is_checked_as_it_would_go_on_and_left_alone(
+def test_a_run_that_exists_is_checked_as_it_would_resume_and_left_alone(
         tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Resumed, from its weights, and before it is started over; new weights alone have a loss that is known."""
     common = {'dataset': tiny_dataset, 'out_dir': tmp_path}

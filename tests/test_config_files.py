@@ -185,7 +185,7 @@ def test_the_folders_that_configs_write_to_differ(train: ModuleType) -> None:
     assert len(set(folders)) == len(folders)
 
 
-def test_the_commands_of_the_neighbours_are_understood(train: ModuleType) -> None:
+def test_the_commands_of_nanogpts_relatives_are_understood(train: ModuleType) -> None:
     ours = str(ROOT / 'config/train_gpt2.py')
     line = '--device=cpu --compile=False --block_size=256 --batch_size=4 --n_layer=4 --n_head=4'
     settings, _ = configurator.configure(train, [ours, *line.split()])

@@ -82,7 +82,7 @@ def test_all_long_work_tells_its_progress_in_the_same_words(
     assert numbers == sorted(numbers) and (not numbers or numbers[-1] == 49)
 
 
-def test_hours_are_told_as_hours_and_what_is_left_is_judged_by_this_run_alone(
+def test_hours_are_shown_as_hours_and_the_time_left_is_estimated_from_this_run_alone(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(console, 'PLAIN_SECONDS', 0.0)
     with console.Progress(1000, 'counting', 'sheep') as progress:
@@ -94,7 +94,7 @@ def test_hours_are_told_as_hours_and_what_is_left_is_judged_by_this_run_alone(
 
 
 @pytest.mark.parametrize('has_terminal', [False, True])
-def test_what_is_over_before_the_delay_says_nothing(
+def test_work_that_ends_before_the_delay_says_nothing(
         has_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(console, 'PLAIN_SECONDS', 0.0)
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: has_terminal)

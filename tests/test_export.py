@@ -136,7 +136,7 @@ def assert_same_weights(before: GPT, after: GPT, n_vocab: int) -> None:
 
 @pytest.mark.parametrize(('to', 'name'), [('llmc', 'model.bin'), ('llmc', 'plaingpt.json'), ('hf', 'model.safetensors'),
                                           ('hf', 'config.json'), ('hf', 'plaingpt.json')])
-def test_of_200_random_damages_to_an_export_none_gives_another_model(to: str, name: str, tmp_path: Path) -> None:
+def test_none_of_200_random_damages_to_an_export_gives_another_model(to: str, name: str, tmp_path: Path) -> None:
     vocabulary = build('bpe:300')
     folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary), to=to)
     where = str(folder / 'model.bin' if to == 'llmc' else folder)
@@ -225,7 +225,7 @@ def test_another_pattern_of_tiktokens_cuts_words_in_the_same_places(
     assert differ, 'the pattern matters'
 
 
-def test_a_tokenizer_that_cannot_be_said_in_their_form_is_refused(small_encoding: tiktoken.Encoding) -> None:
+def test_a_tokenizer_that_hugging_faces_format_cannot_hold_is_refused(small_encoding: tiktoken.Encoding) -> None:
     ranks = small_encoding._mergeable_ranks
     for pattern in (r'\p{L}{2}+\p{L}|[\s\S]', r'(?s).\w*'):  # which means something else there, or nothing
         odd = tiktoken.Encoding('odd', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -415,7 +415,7 @@ def test_llama_cpp_reads_the_same_tokens_and_predicts_the_same(
                                atol=0.3 if dtype == 'q8_0' else 2e-2)
 
 
-def test_what_gguf_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_what_gguf_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     vocabulary = build('char')
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary)
     assert "'char' cannot be written as GGUF" in refused(run, folder, to='gguf', code=errors.COMMAND)
@@ -423,7 +423,7 @@ def test_what_gguf_cannot_say_is_refused_before_anything_is_written(tmp_path: Pa
 
 
 @pytest.mark.parametrize('to', ['gguf', 'llmc'])
-def test_the_exact_gelu_is_refused_where_it_would_be_another(to: str, tmp_path: Path) -> None:
+def test_the_exact_gelu_is_refused_by_formats_that_would_make_it_another(to: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=300, gelu='exact')), build('bpe:300'))
     assert '--gelu=tanh' in refused(run, folder, to=to, code=errors.COMMAND)
     assert run(folder, to=to, gelu='tanh').is_dir()
@@ -493,7 +493,7 @@ def test_llmc_has_no_untied_head(tmp_path: Path) -> None:
     assert 'another matrix' in refused(run, folder, to='llmc', code=errors.COMMAND)
 
 
-def test_a_token_file_of_llmcs_is_left_out_where_it_cannot_be(
+def test_a_token_file_of_llmcs_is_left_out_if_it_cannot_be_written(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=256)), build('byte', False))
     assert not (run(folder, to='llmc') / 'tokenizer.bin').exists()
@@ -611,7 +611,7 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize('to', ['hf', 'gguf', 'llmc'])
-def test_a_full_disk_is_said_in_one_line_and_leaves_the_export_before_as_it_was(to: str, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_the_previous_export_as_it_was(to: str, tmp_path: Path) -> None:
     """As `ulimit -f` says it, whichever library writes the file."""
     source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     for limit in (500, 12_000):

@@ -65,7 +65,7 @@ def test_machines_that_share_a_folder_write_the_same_file_at_once(tmp_path: Path
     assert [file.name for file in tmp_path.iterdir()] == ['a']
 
 
-def test_what_is_no_json_is_read_as_none(tmp_path: Path) -> None:
+def test_a_file_that_is_no_json_is_read_as_none(tmp_path: Path) -> None:
     path = tmp_path / 'a.json'
     assert files.read_json(path) is None
     for content, value in [(b'{"a": [1, "\xc3\xa9"]}', {'a': [1, 'é']}), (b'', None), (b'{"a": 1', None),

@@ -91,7 +91,7 @@ def test_damaged_weights_end_every_stage_in_a_line(tiny_dataset: Path, tmp_path:
     assert 'infinite or NaN' in refused(export.main, [common[0]], code=errors.CHECKPOINT)
 
 
-def test_a_run_whose_tokenizer_cannot_be_had_goes_on_and_is_evaluated(tmp_path: Path) -> None:
+def test_a_run_whose_tokenizer_is_unavailable_continues_and_is_evaluated(tmp_path: Path) -> None:
     """llm.c's shards for Llama 3, which tiktoken does not know: the corpus says whose tokens they are."""
     for name, n_tokens in (('train_000001', 400), ('val_000000', 200)):
         ids = np.arange(n_tokens, dtype='<u4') % 1000

@@ -66,8 +66,8 @@ def test_the_wheel_has_one_name_at_the_top(wheel: Path) -> None:
     assert not [name for name in names if name.endswith(('.bin', '.pt', '.pyc')) or 'tests' in name]
 
 
-def test_from_text_to_sample_in_any_folder_by_the_commands_that_are_said(programs: Path, tmp_path: Path,
-                                                                         tiny_text: str) -> None:
+def test_from_text_to_sample_in_any_folder_by_the_commands_that_are_printed(programs: Path, tmp_path: Path,
+                                                                            tiny_text: str) -> None:
     (tmp_path / 'mine.txt').write_text(tiny_text, encoding='utf-8')
     said = run(programs, tmp_path, 'plaingpt train --dataset=mine', code=DATA)
     [prepare] = re.findall(r'first run: (plaingpt prepare text .*)', said)
@@ -89,7 +89,7 @@ def test_from_text_to_sample_in_any_folder_by_the_commands_that_are_said(program
     assert 'nothing is written there yet' in run(programs, tmp_path, 'plaingpt learn check gelu', code=1)
 
 
-def test_what_is_typed_wrongly_is_answered_with_what_there_is(programs: Path, tmp_path: Path) -> None:
+def test_a_mistyped_command_is_answered_with_the_commands_that_exist(programs: Path, tmp_path: Path) -> None:
     assert 'plaingpt train config/train_stdlib.py' in run(programs, tmp_path, 'plaingpt')
     assert run(programs, tmp_path, 'plaingpt --help') == run(programs, tmp_path, 'python -m plaingpt')
     for command in ('plaingpt trian', 'plaingpt prepare', 'plaingpt prepare nothing', 'plaingpt model'):
@@ -97,7 +97,7 @@ def test_what_is_typed_wrongly_is_answered_with_what_there_is(programs: Path, tm
     assert 'train_stdlib' in run(programs, tmp_path, 'plaingpt train config/nothing.py', code=COMMAND)
 
 
-def test_nobody_elses_process_finds_a_stage_on_its_path(programs: Path, tmp_path: Path) -> None:
+def test_no_process_of_another_package_finds_a_stage_on_its_path(programs: Path, tmp_path: Path) -> None:
     code = ('import plaingpt, importlib.util as util; '
             'print([name for name in ("train", "model", "sample", "configurator") if util.find_spec(name)])')
     assert run(programs, tmp_path, f"python -c '{code}'").strip() == '[]'

@@ -125,8 +125,8 @@ def directives() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_goes_on_to_its_end(tiny_dataset: Path,
-                                                                                 tmp_path: Path) -> None:
+def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_runs_to_its_end(tiny_dataset: Path,
+                                                                              tmp_path: Path) -> None:
     slurm, out = Slurm(tmp_path), tmp_path / 'out'
     command = ['config/train_gpt2.py', '--wandb_log=False', f'--dataset={tiny_dataset}', f'--out_dir={out}', *TINY,
                '--max_iters=800', '--lr_decay_iters=800']
@@ -162,7 +162,7 @@ def test_a_slurm_job_with_a_wrong_setting_is_not_requeued(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_loses_a_process_is_requeued_and_goes_on(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_that_loses_a_process_is_requeued_and_resumes(tiny_dataset: Path, tmp_path: Path) -> None:
     slurm, out = Slurm(tmp_path), tmp_path / 'out'
     command = [f'--dataset={tiny_dataset}', f'--out_dir={out}', *TINY, '--eval_interval=20', '--max_iters=400',
                '--lr_decay_iters=400']
@@ -361,8 +361,8 @@ def test_a_pod_is_not_root_and_holds_no_secret(manifest: dict[str, Any]) -> None
 
 
 @pytest.mark.slow
-def test_a_run_writes_nowhere_but_to_what_a_pod_mounts(manifest: dict[str, Any], tiny_dataset: Path,
-                                                       tmp_path: Path) -> None:
+def test_a_run_writes_only_to_what_a_pod_mounts(manifest: dict[str, Any], tiny_dataset: Path,
+                                                tmp_path: Path) -> None:
     """In a namespace of mounts of its own, where the root is read-only; the volume is at /mnt."""
     container = manifest['Job']['spec']['template']['spec']['containers'][0]
     mounts = {mount['mountPath'] for mount in container['volumeMounts']}
@@ -385,7 +385,8 @@ def test_a_run_writes_nowhere_but_to_what_a_pod_mounts(manifest: dict[str, Any],
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('ends', 'expected'), [('sys.exit(75)', 75), ('os.kill(os.getpid(), 9)', 137)])
-def test_our_torchrun_ends_as_the_process_that_ended_first(tmp_path: Path, ends: str, expected: int) -> None:
+def test_launch_torchrun_exits_with_the_code_of_the_process_that_ended_first(
+        tmp_path: Path, ends: str, expected: int) -> None:
     """And not as the other one, which torchrun kills then, while it still saves, say."""
     (tmp_path / 'work.py').write_text(
         f"import os, sys, time\ntime.sleep(10000) if os.environ['RANK'] == '0' else {ends}", encoding='utf-8')

@@ -194,7 +194,7 @@ def test_cached_and_uncached_write_what_the_plain_twin_writes_far_past_the_block
     assert len(set(cached[:, T:].flatten().tolist())) > 3, 'the same token again and again would prove little'
 
 
-def test_positions_go_on_growing_for_blocks_and_blocks(pair: tuple[model_modern.GPT, plain.GPT]) -> None:
+def test_positions_keep_growing_for_many_blocks(pair: tuple[model_modern.GPT, plain.GPT]) -> None:
     """The logits, and not only the tokens; and of a window that is read anew they would differ, for what has slid out
     of it has been seen."""
     model, other = pair

@@ -145,7 +145,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_shards_are_made_anew_and_gone_on_with_by_the_command_that_a_message_names(elsewhere: Place) -> None:
+def test_shards_are_made_anew_and_resumed_by_the_command_that_a_message_names(elsewhere: Place) -> None:
     folder = elsewhere.folder / 'the shards'
     given = [f'--input={TEXT}', f'--to_dir={folder.name}', '--tokenizer=byte', '--shard_size=9999']
     train, *_ = elsewhere.run('data/fineweb_edu/prepare.py', *given)

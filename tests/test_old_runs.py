@@ -74,7 +74,7 @@ def test_an_old_checkpoint_holds_what_it_held(run: Path) -> None:
         assert measured['val'][name] == pytest.approx(row[f'val_{name}'], abs=1e-5)
 
 
-def test_an_old_run_goes_on_as_its_user_would_have_it(run: Path) -> None:
+def test_an_old_run_resumes_as_its_user_would_expect(run: Path) -> None:
     rows, expected = go_on(run), rows_of(OLD)[-3:]
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
     assert [row['step'] for row in rows] == [980, 999, 1000]
@@ -86,7 +86,7 @@ def test_an_old_run_goes_on_as_its_user_would_have_it(run: Path) -> None:
 
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('dropout', [0.0, 0.1])
-def test_an_old_run_goes_on_to_the_same_losses_in_float64(run: Path, dropout: float) -> None:
+def test_an_old_run_resumes_to_the_same_losses_in_float64(run: Path, dropout: float) -> None:
     if dropout and dropped() != EXPECTED['dropped']:
         pytest.skip('here, dropout drops something else')
     torch.save(to_float64(checkpoint.load(run / 'ckpt.pt')), run / 'ckpt.pt')

@@ -36,7 +36,7 @@ def test_urls_are_told_from_paths() -> None:
 
 
 @pytest.mark.parametrize('name', ODD)
-def test_what_is_there_under_a_name_is_no_glob(name: str, tmp_path: Path) -> None:
+def test_the_name_of_an_existing_file_is_no_glob(name: str, tmp_path: Path) -> None:
     decoys = [write(Path(decoy)) for decoy in ('a1', 'a', 'b', 'ab', 'aa', 'a0b')]  # what the globs among them match
     assert name not in map(str, decoys)
     assert all(path.name in map(str, decoys) for path in matching(Path(name)))
@@ -79,7 +79,7 @@ def test_texts_of_any_name_are_read_and_no_others(name: str, tmp_path: Path) -> 
             assert texts(f'{folder}{path}') == ['in a folder'], path
 
 
-def test_a_path_that_looks_like_a_url_is_one_unless_it_is_there(tmp_path: Path) -> None:
+def test_a_path_that_looks_like_a_url_is_one_unless_it_exists(tmp_path: Path) -> None:
     write(Path('file:/a.txt'), 'here')
     assert documents.find_files('file://a.txt', tmp_path) == [f'{tmp_path}/file:/a.txt']
     write(tmp_path / 'b[1].txt', 'there')

@@ -104,7 +104,7 @@ def test_make_train_trains_to_the_stated_loss_and_can_be_repeated(clone: Path) -
 
 
 @pytest.mark.slow
-def test_a_text_of_ones_own_is_prepared_trained_on_killed_resumed_and_sampled(clone: Path) -> None:
+def test_the_users_own_text_is_prepared_trained_on_killed_resumed_and_sampled(clone: Path) -> None:
     text = Path(sysconfig.get_paths()['stdlib'], '__future__.py').read_text(encoding='utf-8')
     (clone / 'mine.txt').write_text(text, encoding='utf-8')
     run(clone, '.venv/bin/python data/text/prepare.py --input=mine.txt --tokenizer=bpe:512 --name=mine')

@@ -243,13 +243,13 @@ def test_steps_tokens_and_epochs_are_those_that_the_run_prints(run_dir: Path, ti
     assert f'the run: {iterations} steps, {total:,} tokens, {float(epochs):.1f} epochs; ' in planned
 
 
-def test_max_epochs_ends_the_plan_only_where_the_corpus_is_known(tmp_path: Path) -> None:
+def test_max_epochs_ends_the_plan_only_if_the_corpus_is_known(tmp_path: Path) -> None:
     lines = lines_of(*TINY, f'--dataset={tmp_path}', '--max_epochs=1')
     assert any('holds no prepared corpus' in line for line in lines)
     assert any(line.startswith('the run: 3 steps, 768 tokens; ') for line in lines)
 
 
-def test_a_run_that_goes_on_and_gpt2s_weights_are_planned_without_a_download(run_dir: Path, tiny_dataset: Path) -> None:
+def test_a_resumed_run_and_gpt2s_weights_are_planned_without_a_download(run_dir: Path, tiny_dataset: Path) -> None:
     resumed = lines_of(f'--out_dir={run_dir}', '--init_from=resume', f'--dataset={tiny_dataset}', '--max_iters=9')
     assert 'it goes on at step 3' in resumed
     assert resumed[0].startswith(f'{sizes.n_parameters(GPT(checkpoint.config_of(checkpoint.load_newest(run_dir)))):,} ')
@@ -285,7 +285,7 @@ def test_several_processes_share_the_micro_batches_of_a_step() -> None:
 # Hours
 
 
-def test_hours_are_tokens_times_operations_over_what_a_card_does() -> None:
+def test_hours_are_tokens_times_operations_over_the_speed_of_a_card() -> None:
     """GPT-2 on 8 A100 is known to take about four days: 600,000 steps of 491,520 tokens."""
     def hours(*arguments: str) -> list[float]:
         row = next(line for line in lines_of(*arguments) if line.startswith('  A100 '))
@@ -300,11 +300,11 @@ def test_hours_are_tokens_times_operations_over_what_a_card_does() -> None:
 
 @pytest.mark.parametrize(('seconds', 'text'), [(1, '< 1 min'), (60, '1 min'), (3599, '60 min'), (3600, '1.0 h'),
                                                (359_900, '100.0 h'), (7_200_000, '2,000 h')])
-def test_a_time_is_told_as_exactly_as_it_is_known(seconds: float, text: str) -> None:
+def test_a_time_is_shown_as_exactly_as_it_is_known(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_a_card_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:
+def test_a_card_that_is_too_small_is_reported(tmp_path: Path) -> None:
     row = next(line for line in lines_of('--init_from=gpt2-xl') if line.startswith('  RTX 4090'))
     assert row.split('  ')[-1] == 'too small'
     row = next(line for line in lines_of('--init_from=gpt2-xl', '--batch_size=1', '--strategy=fsdp',
@@ -352,7 +352,7 @@ def test_shards_are_one_corpus(tmp_path: Path) -> None:
     ('--n_embd=768 --n_head=12 --n_layer=16', '256 tokens are a small step for 1'),
     ('--max_iters=100000 --lr_decay_iters=100000', 'epochs of this corpus'),
 ])
-def test_what_somebody_may_not_have_meant_is_said(arguments: str, words: str, tiny_dataset: Path) -> None:
+def test_settings_that_a_user_may_not_have_meant_are_reported(arguments: str, words: str, tiny_dataset: Path) -> None:
     assert warnings_of(*TINY, f'--dataset={tiny_dataset}') == ''
     assert words in warnings_of(*TINY, f'--dataset={tiny_dataset}', *arguments.split())
 

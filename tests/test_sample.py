@@ -188,7 +188,7 @@ def test_gpt2_weights_from_a_folder_continue_a_text_as_transformers_does(
     assert begun == ['<|endoftext|>' + text for text in write(*greedy, '--start=')]
 
 
-def test_stop_ends_each_sample_where_its_document_ends(write: Write, tmp_path: Path) -> None:
+def test_stop_ends_each_sample_at_the_end_of_its_document(write: Write, tmp_path: Path) -> None:
     vocabulary = tokenizer.build('byte', list, eot=True)
     path = saved(tmp_path / 'ckpt.pt', {ord('a'): 0.9, 256: 0.1}, 257, tokenizer=vocabulary.state())
     arguments = (f'--init_from={path}', '--start=', '--num_samples=9', '--max_new_tokens=40', '--temperature=1')
@@ -336,7 +336,7 @@ def test_each_mistake_has_its_line_and_its_exit_code(
     assert capsys.readouterr() == ('', '')
 
 
-def test_without_any_run_the_command_that_makes_one_is_said(run_script: Run, tmp_path: Path) -> None:
+def test_without_any_run_the_command_that_makes_one_is_named(run_script: Run, tmp_path: Path) -> None:
     result = run_script('sample.py', cwd=tmp_path)
     assert (result.returncode, result.stdout) == (errors.CHECKPOINT, '')
     first, *others = result.stderr.splitlines()

@@ -32,7 +32,7 @@ def test_a_value_fits(number: int) -> None:
 
 
 @pytest.mark.parametrize('number', range(len(ODD)))
-def test_what_does_not_fit_is_named_in_one_line(number: int) -> None:
+def test_a_value_that_does_not_fit_is_named_in_one_line(number: int) -> None:
     value, shape, message = ODD[number]
     said = next(faults(value, shape, ''))
     assert message in said and '\n' not in said and len(said) < 100

@@ -160,7 +160,7 @@ def test_make_train_sets_up_prepares_and_trains_in_this_order(fresh: Path) -> No
 
 
 @pytest.mark.parametrize('target', ['test', 'test-fast', 'lint', 'bench'])
-def test_whatever_else_make_does_has_the_requirements_of_the_tests(target: str, fresh: Path) -> None:
+def test_every_other_make_target_has_the_requirements_of_the_tests(target: str, fresh: Path) -> None:
     lines = make(fresh, '-n', target, PYTHON=sys.executable).stdout.splitlines()
     assert '.venv/bin/python -m pip install --disable-pip-version-check -r requirements-test.txt' in lines
 
@@ -172,7 +172,7 @@ def test_make_alone_lists_every_command(fresh: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ci_fails_when_a_test_fails_or_the_linter_does_or_no_test_is_there(tmp_path: Path) -> None:
+def test_ci_fails_when_a_test_fails_or_the_linter_fails_or_no_test_exists(tmp_path: Path) -> None:
     for name in ('Makefile', 'pyproject.toml', *BOUNDS):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / '.ci', tmp_path / '.ci')

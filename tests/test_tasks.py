@@ -111,7 +111,7 @@ def test_lm_eval_asks_with_the_activity_and_without_the_marks_of_wikihow() -> No
     assert questions.lengths[4:] == [17, 4, 11, 7], 'characters, without the space in front'
 
 
-def test_a_file_that_others_have_cleaned_is_known_as_such_and_scored_as_far_as_it_goes() -> None:
+def test_a_cleaned_file_is_recognised_and_scored_as_far_as_it_goes() -> None:
     cleaned = {'row': 0, 'activity_label': 'Canoeing', 'ctx': 'Two women paddle. the child', 'label': 2,
                'endings': ['a.', 'b.', 'c.', 'd.'], 'source': 'activitynet'}
     assert is_raw(RAW) and not is_raw([*RAW, cleaned])
@@ -123,7 +123,7 @@ def test_the_last_word_is_asked_for_with_the_space_before_it() -> None:
         ('She asked for bread and he gave her', ' bread'), ('Two and two is', ' four')]
 
 
-def test_a_word_is_told_in_the_tokens_that_it_has_in_the_text(gpt2_stand_in: tiktoken.Encoding) -> None:
+def test_a_word_is_scored_in_the_tokens_that_it_has_in_the_text(gpt2_stand_in: tiktoken.Encoding) -> None:
     gpt2 = tokenizer.Tiktoken(gpt2_stand_in)
     context, ending = encode_together('It is in the  ', ' boat', gpt2)
     assert gpt2.decode(context) == 'It is in the', 'spaces belong to what follows'
@@ -158,7 +158,7 @@ def test_the_answer_is_the_cheapest_ending_and_the_cheapest_for_its_length() -> 
     assert choices(questions, nats)['acc'] == 0
 
 
-def test_of_a_long_context_the_end_is_read_and_a_long_ending_is_told_in_pieces() -> None:
+def test_the_end_of_a_long_context_is_read_and_a_long_ending_is_scored_in_pieces() -> None:
     model = make_model(block_size=8)
     ids = BYTES.encode('The quick brown fox jumps over the lazy dog')
     assert [(piece.ids, piece.n_told) for piece in pieces([(ids[:30], ids[30:34])], 8)] == [(ids[25:34], 4)]
@@ -209,7 +209,7 @@ def learn(texts: Iterable[str]) -> GPT:
     return model
 
 
-def test_a_model_that_knows_the_texts_by_heart_gives_the_right_answers() -> None:
+def test_a_model_that_has_overfitted_the_texts_gives_the_right_answers() -> None:
     right = [f'{row["ctx"]} {row["endings"][int(row["label"])]}' for row in RAW]
     figures = measure_hellaswag(RAW, BYTES, predictor_of(learn(right), 3))
     assert figures['hellaswag_completion'] == {'acc': 1.0, 'acc_norm': 1.0, 'acc_stderr': 0.0, 'acc_norm_stderr': 0.0}
@@ -330,7 +330,7 @@ def test_only_the_first_examples_are_read_when_so_many_are_asked_for(tmp_path: P
     ('lambada', {'text': 'one \ud83d'}), ('lambada', {'context': '\udfff', 'continuation': 'word'}),
     ('lambada', {'text': 'one '}), ('lambada', {'context': '', 'continuation': 'word'}), ('lambada', RAW[0]),
 ])
-def test_what_is_no_example_is_refused_with_its_line(task: str, row: Any, tmp_path: Path) -> None:
+def test_a_row_that_is_no_example_is_refused_with_its_line(task: str, row: Any, tmp_path: Path) -> None:
     path = write(tmp_path / 'a.jsonl', [*(RAW if task == 'hellaswag' else WORDS), row])
     with pytest.raises(UserError, match=fr'a\.jsonl, line 3 is not an example of {task}') as caught:
         load(task, str(path), 0, ALONE)

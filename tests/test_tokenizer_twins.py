@@ -37,7 +37,7 @@ def test_plain_byte_pairs_are_those_of_the_library(text: str, n_vocab: int) -> N
     assert len(plain.encode(unseen, merges)) < 0.8 * len(unseen.encode())
 
 
-def test_of_equally_frequent_pairs_both_take_the_same_one() -> None:
+def test_both_take_the_same_one_of_equally_frequent_pairs() -> None:
     rng = random.Random(1)
     for _ in range(20):
         text = ' '.join(''.join(rng.choices('abcd', k=rng.randint(1, 7))) for _ in range(30))

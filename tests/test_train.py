@@ -212,7 +212,7 @@ def test_float16_on_a_machine_that_lacks_it_falls_back_and_says_so(
     ('auto', 0.55, 'bfloat16 would take about 0.6 of the time of the matrix products here: --dtype=bfloat16'),
     ('auto', 0.9, ''), ('auto', 400.0, ''), ('float32', 0.5, ''), ('bfloat16', 0.5, ''), ('bfloat16', 1.1, ''),
     ('bfloat16', 400.0, 'bfloat16 takes 400.0 times as long as float32 for the matrix products here: --dtype=float32')])
-def test_a_cpu_that_multiplies_faster_in_another_precision_is_said_to_and_decides_nothing(
+def test_a_cpu_that_multiplies_faster_in_another_precision_is_reported_and_decides_nothing(
         dtype: str, part: float, words: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < device.time_in_bfloat16(64, 32) < math.inf, 'it is measured'
@@ -224,7 +224,7 @@ def test_a_cpu_that_multiplies_faster_in_another_precision_is_said_to_and_decide
     assert last(tmp_path)['compute'] == {'device': 'cpu', 'dtype': precision}
 
 
-def test_a_run_that_goes_on_keeps_its_precision_on_the_same_type_of_device(
+def test_a_resumed_run_keeps_its_precision_on_the_same_type_of_device(
         run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It ends with the bits of one that was never interrupted; what is asked for, or another device, comes first."""
     run(tmp_path / 'whole', max_iters=4, dtype='bfloat16')
@@ -636,7 +636,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
+def test_a_run_that_was_killed_resumes_as_if_nothing_had_happened(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
     """A real process and a real SIGKILL, between two checkpoints, at step 27, where it waits to be killed;
     `init_from=auto` starts the first and the second."""
     settings = {'dropout': 0.1, 'eval_interval': 20, 'max_iters': 60, 'lr_decay_iters': 60}
@@ -755,7 +755,7 @@ def test_the_best_value_and_its_step_are_kept_across_a_resume(run: Run, tmp_path
     assert shown[-2:] == [('best', f'{best["loss"][0]:.4f}'), ('at step', str(best['loss'][1]))]
 
 
-def test_to_start_over_a_run_must_be_asked_for(run: Run, tmp_path: Path) -> None:
+def test_a_run_starts_over_only_if_asked_to(run: Run, tmp_path: Path) -> None:
     rows = run(tmp_path, sample_interval=5, sample_tokens=2)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for init_from in ('scratch', 'start', str(tmp_path / 'ckpt.pt')):

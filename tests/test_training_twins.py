@@ -64,7 +64,7 @@ def test_every_setting_of_the_plain_training_is_one_of_the_fast_training() -> No
     assert {name: type(value) for name, value in plain.items()} == {name: type(fast[name]) for name in plain}
 
 
-def test_the_plain_training_leaves_the_arithmetic_to_nobody() -> None:
+def test_the_plain_training_writes_out_all_of_its_arithmetic() -> None:
     """AdamW, clipping and the schedule are written out, and nothing of torch's stands in for them."""
     source = Path(str(sys.modules['train_trivialised'].__file__)).read_text(encoding='utf-8')
     for name in ('torch.optim', 'clip_grad', 'lr_scheduler', 'nn.functional', '.backward('):

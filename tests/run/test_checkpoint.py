@@ -177,7 +177,7 @@ def test_nanogpts_checkpoint_computes_here_what_it_computed_there(tmp_path: Path
 
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('bias', [True, False])
-def test_nanogpts_run_goes_on_here_with_its_moments(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
+def test_nanogpts_run_resumes_here_with_its_moments(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
                                                     run: Callable[..., Path]) -> None:
     theirs, optimizer = their_run(tmp_path, corpus, bias)
     fresh = GPT.from_weights(checkpoint.config_of(checkpoint.load(tmp_path / 'ckpt.pt')), {
@@ -229,7 +229,7 @@ def test_our_checkpoint_is_one_of_nanogpts(tmp_path: Path, corpus: token_files.T
     assert len(optimizer.state) == len(list(theirs.parameters()))
 
 
-def test_what_wrappers_put_into_the_names_of_weights_is_taken_out(ours: Path, tmp_path: Path) -> None:
+def test_what_wrappers_put_into_the_names_of_weights_is_removed(ours: Path, tmp_path: Path) -> None:
     state = torch.load(ours)
     clean = checkpoint.load(ours)['model']
     for prefix in ('', '_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.', '_fsdp_wrapped_module.'):
@@ -338,8 +338,8 @@ def test_a_checkpoint_that_was_compressed_afterwards_has_the_same_values(ours: P
     assert not differences(checkpoint.load(small), checkpoint.load(ours))
 
 
-def test_a_run_goes_on_from_a_file_that_something_else_overwrites(run: Callable[..., Path], tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_from_a_file_that_another_program_overwrites(run: Callable[..., Path], tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends with the bits of one whose file stays; and so does the best checkpoint that it leaves."""
     for name in ('left alone', 'overwritten'):
         run(tmp_path / name, max_iters=2)
@@ -410,7 +410,7 @@ def test_the_best_is_a_second_name_of_the_newest_and_outlives_it(run: Callable[.
     assert not list(tmp_path.glob('*.tmp')) + list(tmp_path.glob('*.new.*'))
 
 
-def test_where_a_file_can_have_one_name_only_the_best_is_a_copy(
+def test_the_best_is_a_copy_if_a_file_can_have_one_name_only(
         ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: Any) -> None:
         raise OSError('this file system has no links')

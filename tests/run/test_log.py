@@ -48,7 +48,7 @@ def steps_of(folder: Path) -> list[int]:
 # ------------------------------------------------------------------------------------------------ metrics.jsonl
 
 
-def test_rows_of_a_killed_and_resumed_run_stand_once(tmp_path: Path) -> None:
+def test_rows_of_a_killed_and_resumed_run_appear_once(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from plaingpt.run.log import Log
@@ -136,7 +136,7 @@ def test_a_process_that_is_not_the_main_one_leaves_nothing(tmp_path: Path, capsy
 # ------------------------------------------------------------------------------------------------ samples and status
 
 
-def test_samples_of_a_resumed_run_stand_once_whatever_the_model_wrote(tmp_path: Path) -> None:
+def test_samples_of_a_resumed_run_appear_once_whatever_the_model_wrote(tmp_path: Path) -> None:
     with open_logger(tmp_path) as log:
         log.sample(0, 'noise \x00\r\x1b[2J é')
         log.sample(10, 'a\n=== step 5 ===\nb')
@@ -397,7 +397,7 @@ def test_the_picture_shows_the_losses_of_all_runs_in_a_folder(tmp_path: Path) ->
     [{'loss': math.nan, 'val_loss': 2.0, 'lr': 0.0}, {'loss': 1e9}, {'loss': math.inf}],
     [{'loss': 2.0, 'val_loss': 2.5, 'tokens': 10, 'grad_norm': 0.0}] * 3,
 ])
-def test_a_picture_comes_of_however_little(rows: list[dict[str, float]], tmp_path: Path) -> None:
+def test_a_picture_is_drawn_of_however_few_rows(rows: list[dict[str, float]], tmp_path: Path) -> None:
     with open_logger(tmp_path) as log:
         for step, row in enumerate(rows):
             log.row(step, **row)
@@ -458,7 +458,7 @@ def run_with_wandb(folder: Path, first: int, last: int, before: str = '', **envi
 
 
 @pytest.mark.parametrize('of_pictures', ['matplotlib', 'PIL'])
-def test_without_the_packages_the_run_goes_on(of_pictures: str, tmp_path: Path) -> None:
+def test_without_the_packages_the_run_continues(of_pictures: str, tmp_path: Path) -> None:
     missing = f"import sys; sys.modules['wandb'] = sys.modules['{of_pictures}'] = None\n"
     remedy = f'{python()} -m pip install -r requirements.txt; the run goes on'
     lines, errors = run_with_wandb(tmp_path, 0, 3, before=missing)
@@ -471,7 +471,7 @@ def test_without_the_packages_the_run_goes_on(of_pictures: str, tmp_path: Path) 
     assert steps_of(tmp_path / 'out') == [0, 1, 2]
 
 
-def test_without_a_key_nobody_is_asked_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_without_a_key_wandb_asks_for_none_and_the_run_continues(tmp_path: Path) -> None:
     lines, errors = run_with_wandb(tmp_path, 0, 3)
     remedy = f'run `{python()} -m wandb login`, or set WANDB_MODE=offline'
     assert lines == [

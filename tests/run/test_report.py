@@ -85,7 +85,7 @@ def test_the_page_needs_nothing_else_and_what_it_shows_stays_text(tmp_path: Path
     assert '{{' not in whole and 'nan' not in whole
 
 
-def test_a_run_that_was_resumed_is_told_whole(tmp_path: Path) -> None:
+def test_a_run_that_was_resumed_is_shown_whole(tmp_path: Path) -> None:
     run_in(tmp_path, steps=20)
     run_in(tmp_path, first_step=15, steps=40)
     whole = page_of(tmp_path)
@@ -128,7 +128,7 @@ def test_a_damaged_file_beside_the_numbers_is_left_out(content: str, tmp_path: P
     assert '<td>unknown</td>' in whole and 'Settings' not in whole and values(whole, 'training', 'Loss')
 
 
-def test_a_report_that_fails_is_one_line_and_the_run_goes_on(
+def test_a_report_that_fails_is_one_line_and_the_run_continues(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(folder: Path) -> None:
         raise ValueError('a mistake')
@@ -163,7 +163,7 @@ def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
 # Several runs
 
 
-def test_two_runs_stand_in_one_page_by_tokens_and_by_time(
+def test_two_runs_share_one_page_by_tokens_and_by_time(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run_in(tmp_path / 'out-a', 0, speed=10.0)  # 10 seconds for a step
     run_in(tmp_path / 'b/out-a', 1, speed=20.0, learning_rate=3e-3, wandb=None)
@@ -223,7 +223,7 @@ def test_a_curve_has_at_most_as_many_points_as_are_seen() -> None:
     assert curves.thinned(short) is short
 
 
-def test_of_a_long_file_some_rows_are_read_and_every_evaluation(tmp_path: Path) -> None:
+def test_some_rows_of_a_long_file_are_read_and_every_evaluation(tmp_path: Path) -> None:
     rows = [{'step': i, 'loss': 1.0, 'padding': 'x' * 300} | ({'val_loss': 1.0} if i % 777 == 5 else {})
             for i in range(10_000)]
     (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n', encoding='utf-8')
