@@ -1,4 +1,4 @@
-"""Checkpoints elsewhere: a real S3 API in a process of its own, folders under file://, and kills."""
+"""Copies of checkpoints: a real S3 API in a process of its own, folders under file://, and kills."""
 import os
 import signal
 import socket
@@ -62,7 +62,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What an Uploader says; with short pauses between its attempts."""
+    """Collect the messages of an Uploader, with short pauses between its attempts."""
     monkeypatch.setattr(upload, 'PAUSES', (0.05, 0.1))
     return []
 
@@ -184,7 +184,7 @@ def test_a_service_that_comes_back_gets_what_it_missed(server: Server, tmp_path:
 @needs_s3
 def test_no_message_holds_a_secret(server: Server, tmp_path: Path, lines: list[str],
                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://127.0.0.1:1/{SECRET}')  # nobody answers there; errors quote it
+    monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://127.0.0.1:1/{SECRET}')  # no server answers there; errors quote it
     uploader = upload.Uploader('s3://bucket/run', lines.append)
     uploader.put(write(tmp_path / 'ckpt.pt', b'one'))
     wait_until(lambda: len(lines) == 1)
@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_written_to_is_reported_once_a_put_and_tried_aga
 def test_a_kill_in_the_middle_leaves_no_half_file_under_the_final_name(tmp_path: Path) -> None:
     run, there = tmp_path / 'run', tmp_path / 'there'
     run.mkdir()
-    size = 20_000_000_000  # of holes: they take no room until they are copied
+    size = 20_000_000_000  # of holes: they take no space until they are copied
     with open(run / 'ckpt.pt', 'wb') as file:
         file.truncate(size)
     code = ('import sys; from plaingpt.run import upload; from pathlib import Path; '
@@ -282,7 +282,7 @@ def test_a_kill_in_the_middle_leaves_no_half_file_under_the_final_name(tmp_path:
     wait_until(lambda: there.is_dir() and any(there.iterdir()))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert [path.stat().st_size < size for path in there.iterdir()] == [True]  # it was in the middle
+    assert [path.stat().st_size < size for path in there.iterdir()] == [True]  # the kill came in the middle
     assert not (there / 'ckpt.pt').exists()
     assert upload.checkpoints(f'file://{there}') == []
     assert len(list(run.glob('.*.uploading'))) == 1
@@ -294,7 +294,7 @@ def test_a_kill_in_the_middle_leaves_no_half_file_under_the_final_name(tmp_path:
 
 
 def test_a_slow_upload_holds_up_neither_close_nor_the_end_of_the_process(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / 'ckpt.pt.tmp')  # whoever opens it waits for a reader, who never comes
+    os.mkfifo(tmp_path / 'ckpt.pt.tmp')  # opening it blocks until a reader comes, and none does
     (tmp_path / 'run').mkdir()
     write(tmp_path / 'run/ckpt.pt', b'one')
     code = ('import sys; from plaingpt.run import upload; from pathlib import Path; '
