@@ -1,4 +1,5 @@
-"""Sums in another order: what is equal to rounding on this machine is so on others, which add up otherwise."""
+"""Sums in another order: results that are equal to rounding on this machine are so on others, which add up in another
+order."""
 import os
 import subprocess
 import sys
