@@ -33,22 +33,22 @@ PROSE = re.sub(r'^```.*?^```$', '', GUIDE, flags=re.MULTILINE | re.DOTALL)  # wi
 PROGRAMS = ('make ', 'python ', 'python3 ', '.venv/bin/python ', 'torchrun ', 'pip ', 'diff ', '. ', 'sbatch ', 'srun ',
             'kubectl ', 'docker ', 'plaingpt ')
 MARKS = {'a GPU': ('†', 'GPU', 'Apple'), 'a download': ('†', 'download', 'hub'),
-         'a cluster': ('machines', 'cluster', 'Slurm')}  # how README says that it needs one
+         'a cluster': ('machines', 'cluster', 'Slurm')}  # the words by which README says so
 
 
 class Run(NamedTuple):
-    """How a command of README is run here."""
+    """A run of one of README's commands."""
 
-    more: str  # what is appended, to make it short
-    expected: str  # somewhere in its output: a regular expression; its group is the number that README says to expect
+    more: str  # settings that are appended, to make it short
+    expected: str  # a regular expression, found in the output; its group is the number that README says to expect
 
 
 TRAIN, SAMPLE = '--max_iters=3 --eval_iters=1 --sample_tokens=5', '--max_new_tokens=5 --num_samples=1'
 PLAIN = Run('--max_iters=3', r'\nval loss \d\.\d{4}\n')
-VENV, ACTIVATE = 'python3 -m venv .venv', '. .venv/bin/activate'  # the fixture `clone` runs the first, all the other
+VENV, ACTIVATE = 'python3 -m venv .venv', '. .venv/bin/activate'  # `clone` runs the first, every test the other
 DEFAULT = 'python train.py config/train_stdlib.py'
 
-# In an order in which each finds what it needs
+# In an order in which each command finds what it needs
 RUN = {
     'python data/stdlib/prepare.py': Run('', r'(?m)^train: .* tokens, (\d\.\d+) bytes of text each'),
     'python train.py config/train_gpt2.py --plan=True':
@@ -175,7 +175,7 @@ SHORT_GPT2 = '--n_embd=32 --max_iters=2 --gradient_accumulation_steps=2 --eval_i
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
-    """The rows of each table, by what its first column is called."""
+    """Return the rows of each table, by what its first column is called."""
     found = {}
     for table in re.findall(r'(?:^\|.*\n)+', text, re.MULTILINE):
         head, _, *rows = ([cell.strip() for cell in line.strip('|').split(' | ')] for line in table.splitlines())
@@ -184,13 +184,13 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 
 
 def block(language: str) -> list[str]:
-    """The lines of the blocks of code in a language."""
+    """Return the lines of the code blocks in a language."""
     blocks = re.findall(rf'^```{language}\n(.*?)^```$', GUIDE, re.MULTILINE | re.DOTALL)
     return ''.join(blocks).splitlines()
 
 
 def commands() -> dict[str, str]:
-    """Every command that a page shows, without its comment, and the line that it stands in."""
+    """Return every command that a page shows, without its comment, and the line that it stands in."""
     lines = {line: line for line in block('sh')}
     for line in PROSE.splitlines():
         lines |= {span: line for span in spans(line) if span.startswith(PROGRAMS)}
@@ -198,7 +198,7 @@ def commands() -> dict[str, str]:
 
 
 def spans(text: str) -> list[str]:
-    """What stands in `backticks`."""
+    """Return the texts in `backticks`."""
     return re.findall(r'`([^`\n]+)`', text)
 
 
@@ -214,7 +214,7 @@ def test_every_command_is_run_by_a_test_or_is_an_exception() -> None:
     shown, run = set(commands()), {command.partition(' || ')[0] for command in RUN} | {GPT2_ON_A_CPU, VENV, ACTIVATE}
     assert not run & EXCEPTIONS.keys()
     assert shown - run - EXCEPTIONS.keys() == set(), 'run these in tests/docs/test_readme.py, or say there why not'
-    assert (run | EXCEPTIONS.keys()) - shown == set(), 'README shows these no more'
+    assert (run | EXCEPTIONS.keys()) - shown == set(), 'README no longer shows these'
 
 
 def test_readme_marks_what_needs_a_gpu_or_a_download() -> None:
@@ -230,8 +230,8 @@ def test_readme_marks_what_needs_a_gpu_or_a_download() -> None:
 
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a clone of the repository would hold, with a .venv as README makes it, and the packages that these tests
-    run on in it."""
+    """Return a folder with the files of a clone of the repository, a .venv as README makes it, and the packages that
+    these tests need in it."""
     folder = tmp_path_factory.mktemp('clone')
     for pattern in ('*.py', 'plaingpt/**/*.py', 'plaingpt/**/*.html', '*.txt', 'README.md', 'Makefile',
                     'benchmarks/*.py', 'config/*.py', 'course/*.py', 'data/*/prepare.py'):
@@ -245,11 +245,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell(folder: Path, *lines: str) -> str:
-    """What lines print that a user types in a terminal, each of which must end well. No GPU is found, and no key for
-    wandb."""
+    """Return what the lines print that a user types in a terminal; each must exit with code 0. No GPU is found, and no
+    key for wandb."""
     secret = ('WANDB', 'MAKE', 'VIRTUAL_ENV')
     environment = {name: value for name, value in os.environ.items() if not name.startswith(secret)}
-    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'  # its python3, and its torchrun
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'  # that environment's python3 and torchrun
     result = subprocess.run(['sh', '-e', '-c', '\n'.join(lines)], cwd=folder, stdin=subprocess.DEVNULL, timeout=PATIENT,
                             env={**environment, 'PATH': path, 'CUDA_VISIBLE_DEVICES': '', 'NETRC': str(folder / 'no'),
                                  'WANDB_CONFIG_DIR': str(folder)},
@@ -261,7 +261,7 @@ def shell(folder: Path, *lines: str) -> str:
 
 @pytest.mark.slow
 def test_the_commands_do_what_readme_says(clone: Path, tiny_text: str) -> None:
-    """As written, but for PATH, and made short by settings that are appended."""
+    """The commands run as written, except for PATH, and are made short by settings that are appended."""
     (clone / 'texts').mkdir()
     for number, text in enumerate(tiny_text.split('\nclass ')):
         (clone / f'texts/{number}.txt').write_text(text, encoding='utf-8')
@@ -278,7 +278,7 @@ def test_the_commands_do_what_readme_says(clone: Path, tiny_text: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_gpt2_trains_on_a_cpu_and_goes_on_without_a_key_for_wandb(clone: Path, tmp_path: Path) -> None:
+def test_gpt2_trains_on_a_cpu_and_continues_without_a_key_for_wandb(clone: Path, tmp_path: Path) -> None:
     (tmp_path / 'some.jsonl').write_bytes((ROOT / 'tests/data/documents.jsonl').read_bytes() * 10)
     prepare = f'python data/openwebtext/prepare.py --input={tmp_path}/some.jsonl --val_fraction=0.1'
     output = shell(clone, ACTIVATE, prepare, f'{GPT2_ON_A_CPU} {SHORT_GPT2}')
@@ -289,7 +289,7 @@ def test_gpt2_trains_on_a_cpu_and_goes_on_without_a_key_for_wandb(clone: Path, t
 
 
 # ------------------------------------------------------------------------------------------------
-# What it says
+# README's statements
 
 
 def test_no_number_is_missing() -> None:
@@ -319,13 +319,13 @@ def test_the_exit_codes_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch)
 
 
 def names_read(sources: list[str]) -> set[str]:
-    """The variables and attributes that some file reads."""
+    """Return the variables and attributes that some file reads."""
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     read = [node for node in nodes if isinstance(getattr(node, 'ctx', None), ast.Load)]
     return {getattr(node, 'id', '') or getattr(node, 'attr', '') for node in read}
 
 
-FAULTS = {  # what holds each row of the table of faults, in tests/
+FAULTS = {  # the test in tests/ that proves each row of the table of faults
     'SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGQUIT, Ctrl-C':
         'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on',
     'a second Ctrl-C': 'test_watch.test_a_second_interrupt_leaves_at_once',
@@ -433,7 +433,7 @@ def test_what_the_ladder_says_to_read_is_in_the_files_that_it_names() -> None:
 
 
 def has_definition(source: str, names: list[str]) -> bool:
-    """Whether a file defines a function or class of this name; with two names, the second in the first."""
+    """Return whether a file defines a function or class of this name; with two names, the second in the first."""
     scopes: list[ast.AST] = [ast.parse(source)]
     for name in names:
         nodes = [node for scope in scopes for node in ast.walk(scope)]

@@ -1,4 +1,4 @@
-"""What learners might write, in other words than the plain file's, and what they are told of it; '': it passes."""
+"""Attempts that learners might write, in other words than the plain file's, and the answer to each; '': it passes."""
 
 ATTEMPTS: list[tuple[str, str, str]] = [
     ('merge', """

@@ -1,4 +1,4 @@
-"""Every exercise can be done, and every known mistake is told as what it is: by the numbers that it gives."""
+"""Every exercise can be done, and every known mistake is recognised by the numbers that it gives."""
 import itertools
 
 import pytest
@@ -29,7 +29,7 @@ def test_there_are_22_exercises_each_with_known_mistakes_and_a_hint() -> None:
     assert all(len(mistakes) >= 4 for mistakes in MISTAKES.values())
     for exercise in EXERCISES:
         lines = [line.strip() for line in body_of(exercise).splitlines() if len(line.strip()) > 20]
-        assert exercise.hint and not any(line in exercise.hint for line in lines), 'a hint is no solution'
+        assert exercise.hint and not any(line in exercise.hint for line in lines), 'a hint is not the solution'
 
 
 @each
@@ -42,7 +42,7 @@ def test_a_hole_is_not_passed_and_the_lines_of_the_plain_file_are(exercise: Exer
 
 
 @each
-def test_each_known_mistake_is_told_as_itself_and_no_two_are_the_same(exercise: Exercise) -> None:
+def test_each_known_mistake_is_named_as_itself_and_no_two_are_the_same(exercise: Exercise) -> None:
     right, path = answers(exercise, body_of(exercise)), exercise.file.with_name('exercise.py')
     seen: list[tuple[str, Results]] = []
     for mistake in MISTAKES[exercise.part]:

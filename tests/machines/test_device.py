@@ -1,4 +1,4 @@
-"""Which device is taken, and how it computes: cards that are not here are emulated by what torch would say of them."""
+"""The choice of a device and how it computes: GPUs that this machine lacks are emulated by what torch would report."""
 import shutil
 import warnings
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def test_code_runs_on_the_generation_that_it_was_built_for(built: str, capabilit
     assert device.runs_on(built, capability) == runs
 
 
-def test_a_card_is_compiled_for_if_all_that_takes_is_there(
+def test_blocks_are_compiled_for_a_card_if_all_that_takes_is_available(
         card: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch) -> None:
     card((8, 0))
     monkeypatch.setattr(device, 'find_spec', lambda name: object())

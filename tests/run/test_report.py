@@ -1,4 +1,4 @@
-"""The report of a run: what its files say stands on the page, whatever they hold, and it never ends a run."""
+"""The report of a run: it shows what the run's files say, whatever they hold, and it never ends a run."""
 import html
 import json
 import math
@@ -24,7 +24,7 @@ MACHINE = 'device cuda (NVIDIA H200), which was asked for'
 
 def run_in(folder: Path, seed: int = 0, speed: float = 1000.0, first_step: int = 0, steps: int = 40,
            **settings: Any) -> Path:
-    """A folder as a run of 100 tokens a step leaves it, which measures each tenth step."""
+    """Write a folder as a run of 100 tokens a step leaves it, with measurements at each tenth step."""
     log, random = Log(folder, True, first_step, steps), np.random.default_rng(seed)
     about = {'settings': {'learning_rate': 1e-3, 'n_layer': 4, **settings}, 'parameters': 1234567, 'python': '3.11',
              'torch': '2.13'}
@@ -49,7 +49,7 @@ def page_of(folder: Path) -> str:
 
 
 def values(whole: str, name: str, chart: str) -> tuple[list[float], list[float]]:
-    """The points of a curve, as they are written for the script."""
+    """Return the points of a curve, as they are written for the script."""
     [figure] = [part for part in whole.split('<figure')[1:] if re.search(f'<figcaption>{chart}', part)]
     [(x, y)] = re.findall(rf'data-name="{name}" data-x="(.*?)" data-y="(.*?)"', figure)
     return [float(value) for value in x.split()], [float(value) for value in y.split()]
@@ -64,7 +64,7 @@ def test_what_a_run_has_left_stands_in_its_report(tmp_path: Path) -> None:
         assert y == pytest.approx([row[key] for row in rows if key in row], rel=1e-4)
     best = min((row for row in rows if 'val_loss' in row), key=lambda row: row['val_loss'])
     assert f'<td class="number">{best["val_loss"]:.4g}</td><td></td><td class="number">{best["step"]}</td>' in whole
-    for row in rows[::10]:  # the table of evaluations, in which a step has read what was read before it
+    for row in rows[::10]:  # the table of evaluations: a step has read the tokens before it
         figures = (f'{100 * row["step"]:,}', *(f'{row[f"{name}"]:.4g}' for name in ('train_loss', 'val_loss')))
         assert f'{row["step"]}</th>' + ''.join(f'<td class="number">{text}</td>' for text in figures) in whole
     for title in ('Learning rate', 'Gradient norm', 'Tokens per second'):
@@ -85,7 +85,7 @@ def test_the_page_needs_nothing_else_and_what_it_shows_stays_text(tmp_path: Path
     assert '{{' not in whole and 'nan' not in whole
 
 
-def test_a_run_that_was_resumed_is_told_whole(tmp_path: Path) -> None:
+def test_a_run_that_was_resumed_is_shown_whole(tmp_path: Path) -> None:
     run_in(tmp_path, steps=20)
     run_in(tmp_path, first_step=15, steps=40)
     whole = page_of(tmp_path)
@@ -130,7 +130,7 @@ def test_a_damaged_file_beside_the_numbers_is_left_out(content: str, tmp_path: P
     assert '<td>unknown</td>' in whole and 'Settings' not in whole and values(whole, 'training', 'Loss')
 
 
-def test_a_report_that_fails_is_one_line_and_the_run_goes_on(
+def test_a_report_that_fails_is_one_line_and_the_run_continues(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(folder: Path) -> None:
         raise ValueError('a mistake')
@@ -165,9 +165,9 @@ def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
 # Several runs
 
 
-def test_two_runs_stand_in_one_page_by_tokens_and_by_time(
+def test_two_runs_share_one_page_by_tokens_and_by_time(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run_in(tmp_path / 'out-a', 0, speed=10.0)  # 10 seconds for a step
+    run_in(tmp_path / 'out-a', 0, speed=10.0)  # 10 seconds a step
     run_in(tmp_path / 'b/out-a', 1, speed=20.0, learning_rate=3e-3, wandb=None)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
@@ -225,7 +225,7 @@ def test_a_curve_has_at_most_as_many_points_as_are_seen() -> None:
     assert curves.thinned(short) is short
 
 
-def test_of_a_long_file_some_rows_are_read_and_every_evaluation(tmp_path: Path) -> None:
+def test_some_rows_of_a_long_file_are_read_and_every_evaluation(tmp_path: Path) -> None:
     rows = [{'step': i, 'loss': 1.0, 'padding': 'x' * 300} | ({'val_loss': 1.0} if i % 777 == 5 else {})
             for i in range(10_000)]
     (tmp_path / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)) + '\n', encoding='utf-8')
