@@ -19,6 +19,7 @@ from plaingpt import console, files, schema
 from plaingpt.errors import DONE, STOPPED, code_of, drop, is_missing_package, missing_package
 from plaingpt.run import report
 from plaingpt.run.records import SAMPLE_HEADER, read_columns, row_of
+from plaingpt.run.reference import Reference
 from plaingpt.run.upload import Uploader, reason
 
 NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
@@ -117,6 +118,7 @@ class Log:
         self.bar: tqdm[Any] | None = None
         self.step, self.values, self.last_kept, self.row_start = -1, dict[str, float](), -1, NO_ROW
         self.reached = first_step  # of the last update, which need not have a row
+        self.reference: Reference | None = None  # the curve of another run, to be drawn beside this one's
         self.uploader = uploader or Uploader('', self.line)
         self.on_closed: Callable[[str], None] | None = None  # called once the console has no reader any more
         if self.folder:
@@ -255,7 +257,7 @@ class Log:
             columns = read_columns(self.folder / 'metrics.jsonl', plot.COLUMNS)
             if np.isfinite([columns['loss'], columns['val_loss']]).any():
                 with files.written_whole(path) as file:
-                    file.write(plot.draw(columns, os.path.basename(os.path.abspath(self.folder))))
+                    file.write(plot.draw(columns, os.path.basename(os.path.abspath(self.folder)), self.reference))
 
     def report(self) -> None:
         """Write report.html, once there is something to report."""

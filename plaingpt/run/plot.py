@@ -12,6 +12,7 @@ from PIL import Image
 
 from plaingpt.console import short
 from plaingpt.published import PUBLISHED
+from plaingpt.run.reference import Reference
 
 Values = NDArray[np.float64]
 Columns = Mapping[str, Values]  # of the same length: one value for each row, NaN where it was not measured
@@ -20,7 +21,7 @@ PANELS = {'lr': 'learning rate', 'grad_norm': 'gradient norm', 'tokens_per_secon
 HELLASWAG = ('hellaswag_acc_norm', 'hellaswag_cleaned_acc_norm')  # in completion style; the text as it is, or cleaned
 COLUMNS = ('step', 'tokens', 'loss', 'val_loss', 'val_loss_stderr', 'val_bits_per_byte', *PANELS,
            *HELLASWAG, *(f'{name}_stderr' for name in HELLASWAG))
-TRAIN, VALIDATION, INK, FAINT = '#3b6ea8', '#d1495b', '#2b2b2b', '#7f7f7f'
+TRAIN, VALIDATION, INK, FAINT, GREY = '#3b6ea8', '#d1495b', '#2b2b2b', '#7f7f7f', '#d8d8d8'
 STYLE: dict[Any, Any] = {  # matplotlib's settings: only the lines that help to read a value
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#c8c8c8',
     'axes.grid': True, 'axes.axisbelow': True, 'grid.color': '#ececec',
@@ -76,6 +77,15 @@ def draw_measured(axes: Axes, x: Values, y: Values, error: Values, colour: str) 
     """What was measured now and then, within its standard error."""
     axes.fill_between(x, y - error, y + error, color=colour, alpha=0.2, linewidth=0)
     axes.plot(x, y, color=colour, linewidth=1.5, marker='o', markersize=3 if len(x) < 60 else 0)
+
+
+def draw_reference(axes: Axes, columns: Columns, reference: Reference) -> None:
+    """The validation loss of another run, at the same tokens, named where it begins."""
+    x, y = reference.beside(*line_of_tokens(columns))
+    axes.plot(x, y, color=GREY, linewidth=4, zorder=0, solid_capstyle='round')
+    if len(x):
+        axes.annotate(f'{reference.name} {y[-1]:.3f}', (x[0], y[0]), xytext=(8, -2), textcoords='offset points',
+                      ha='left', va='top', color=FAINT, fontsize=10)
 
 
 def draw_losses(axes: Axes, columns: Columns) -> None:
@@ -146,9 +156,9 @@ def best(columns: Columns) -> str:
     return f'best validation loss {y[at]:.3f}{per_byte}, at step {x[at]:,.0f}'
 
 
-def picture(columns: Columns, title: str) -> Figure:
+def picture(columns: Columns, title: str, reference: Reference | None = None) -> Figure:
     """Losses against steps (above: against tokens), below them a panel for each of PANELS that was measured, and beside
-    them HellaSwag."""
+    them HellaSwag. The validation loss of another run is grey."""
     steps, tokens = line_of_tokens(columns)
     end, has_tokens = max(columns['step'][-1], 1), len(tokens) > 1
     panels = [name for name in PANELS if np.isfinite(columns[name]).any()]
@@ -159,6 +169,8 @@ def picture(columns: Columns, title: str) -> Figure:
 
     losses = figure.add_subplot(grid[0, :])
     draw_losses(losses, columns)
+    if reference:
+        draw_reference(losses, columns, reference)
     losses.set_title(title, loc='left', fontsize=12, fontweight='bold', color=INK, pad=8)
     losses.set_title(best(columns), loc='right', pad=8)
     scale(losses, end, 'step 0')
@@ -183,9 +195,9 @@ def picture(columns: Columns, title: str) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def draw(columns: Columns, title: str) -> bytes:
+def draw(columns: Columns, title: str, reference: Reference | None = None) -> bytes:
     """The PNG of a run, some loss of which must be there."""
     full, small = io.BytesIO(), io.BytesIO()
-    picture(columns, title).savefig(full, format='png', facecolor='white')
+    picture(columns, title, reference).savefig(full, format='png', facecolor='white')
     Image.open(full).convert('RGB').quantize(64).save(small, format='png', optimize=True)  # in 64 colours
     return small.getvalue()

@@ -18,8 +18,10 @@ from plaingpt import console, errors, files, page, schema
 from plaingpt.errors import DATA, UserError
 from plaingpt.page import Html
 from plaingpt.published import PUBLISHED, TITLES
+from plaingpt.run import reference
 from plaingpt.run.curves import SMALL, Curve, Values, chart, figure
 from plaingpt.run.records import columns_of, number, read_samples, read_some
+from plaingpt.run.reference import Reference
 
 HELLASWAG = ('hellaswag_acc_norm', 'hellaswag_cleaned_acc_norm')  # of the text as it is, or cleaned
 PANELS = {'lr': 'Learning rate', 'grad_norm': 'Gradient norm', 'tokens_per_second': 'Tokens per second'}
@@ -48,6 +50,7 @@ class Story(NamedTuple):
     about: dict[str, Any]  # run.json; {} if there is none
     status: dict[str, Any]  # status.json
     evaluation: dict[str, Any]  # evaluation.json
+    reference: Reference | None = None  # the curve of another run that its settings name
 
     def measured(self, *names: str) -> list[Values]:
         """The columns where the first of them was measured."""
@@ -82,7 +85,16 @@ def read(folder: Path, name: str = '') -> Story:
         about=about,
         status=status,
         evaluation=evaluation,
+        reference=reference_of(about.get('settings', {}).get('reference')),
     )
+
+
+def reference_of(path: object) -> Reference | None:
+    """Return the curve that a run's settings name, unless it is gone."""
+    try:
+        return reference.read(str(path)) if path else None
+    except UserError:
+        return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -104,6 +116,10 @@ def losses(stories: Sequence[Story], what: str) -> Html:
         x, val_x = (steps if what == 'steps' else story.after(steps, what) for steps in (step, val_step))
         curves.append(Curve(f'{prefix}training', x, loss, look(run, several)))
         curves.append(Curve(f'{prefix}validation', val_x, val, look(run, several, True), 'measured', error))
+        if story.reference and what == 'steps':
+            tokens, step = story.measured('tokens', 'step')
+            at, y = story.reference.beside(np.append(0.0, step + 1), np.append(0.0, tokens))
+            curves.append(Curve(f"{story.reference.name}, another run's validation", at, y, 'grey', 'measured'))
     curves = [curve for curve in curves if len(curve.x)]
     end = max((float(curve.x[-1]) for curve in curves), default=0.0)
     if not curves or (what != 'steps' and not end):

@@ -55,6 +55,8 @@ RUN = {
         Run('', r'(?m)^124,3\d\d,\d+ parameters: 12 layers of 12 heads'),
     f'{DEFAULT} --check=True': Run('', r'\n9 checks passed\n'),
     f'{DEFAULT} --overwrite=True': Run(TRAIN, r'\n=== step 3 ===\n'),
+    f'{DEFAULT} --overwrite=True --reference=docs/curves/stdlib.csv': Run(TRAIN, r'\n=== step 3 ===\n'),
+    'python -m plaingpt.run.reference out-stdlib mine.csv': Run('', r'mine\.csv is written'),
     f'{DEFAULT} --init_from=auto': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
     '.venv/bin/python sample.py --out_dir=out-stdlib --start="def main("': Run(SAMPLE, r'(?m)^def main\('),
     '.venv/bin/python sample.py --out_dir=out-stdlib --interactive=True':
@@ -234,7 +236,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     these tests need in it."""
     folder = tmp_path_factory.mktemp('clone')
     for pattern in ('*.py', 'plaingpt/**/*.py', 'plaingpt/**/*.html', '*.txt', 'README.md', 'Makefile',
-                    'benchmarks/*.py', 'config/*.py', 'course/*.py', 'data/*/prepare.py'):
+                    'benchmarks/*.py', 'config/*.py', 'course/*.py', 'docs/curves/*.csv', 'data/*/prepare.py'):
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.relative_to(ROOT))
