@@ -213,7 +213,7 @@ def figures_of_split(model: Model, ids: Ids, n_bytes: int) -> dict[str, float]:
         windows.append(nats[start + 1:start + T + 1].mean())
     left = np.isnan(nats)
     left[0] = False
-    assert 0 < left.sum() < T, 'the other windows leave a rest at the end'
+    assert 0 < left.sum() < T, 'the other windows leave a remainder'
     last_nats, last_is_right = read_window(model, ids, len(ids) - T - 1)
     nats[left], is_right[left] = last_nats[left[-T:]], last_is_right[left[-T:]]
     return figures_of(nats[1:], is_right[1:], n_bytes, windows)

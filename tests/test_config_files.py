@@ -165,7 +165,7 @@ def test_each_config_file_opens_with_its_command_and_is_understood(train: Module
     name_of_run = {'wandb_run_name': settings['wandb_run_name']} if '{time}' in source else {}
     assert {key: settings[key] for key in given} == executed(source) | name_of_run
     prepare = re.search(r'python data/(\w+)/prepare\.py(?: .*--name=(\w+))?', comment.group())
-    assert prepare, 'it says how its text is prepared'
+    assert prepare, 'it says how the text is prepared'
     assert (ROOT / 'data' / prepare[1] / 'prepare.py').exists()
     assert settings['dataset'] == (prepare[2] or prepare[1])
 

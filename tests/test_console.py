@@ -62,7 +62,7 @@ def write_shards(folder: Path) -> None:
 
 @pytest.mark.parametrize('work', [evaluate, write_corpus, write_shards])
 @pytest.mark.parametrize('where', ['terminal', 'file', 'second process'])
-def test_all_long_work_tells_its_progress_in_the_same_words(
+def test_all_long_work_reports_its_progress_in_the_same_words(
         work: Callable[[Path], None], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(console, 'PLAIN_SECONDS', 0.0)

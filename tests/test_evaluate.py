@@ -299,7 +299,7 @@ def questions(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     return ['--tasks=val,hellaswag,lambada', f'--hellaswag={tiny_dataset}/hellaswag.jsonl', f'--lambada={lambada}']
 
 
-def test_each_task_has_its_table_and_the_published_figures_stand_below(
+def test_each_task_has_its_table_with_the_published_figures_below(
         trained: Path, questions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [f'--out_dir={trained}', *questions, '--eval_iters=1', '--device=cpu', '--limit=4']
     evaluate.main([*command, f'--json={tmp_path}/figures.json'])
@@ -374,7 +374,7 @@ def test_processes_that_would_measure_different_things_are_refused(trained: Path
     assert not (tmp_path / 'x.json').exists()
 
 
-def test_the_file_of_figures_stands_beside_the_checkpoints_or_under_their_name(
+def test_the_file_of_figures_is_beside_the_checkpoints_or_under_their_name(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for run in ('out-a', 'out-b'):

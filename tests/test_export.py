@@ -54,7 +54,7 @@ def write_run(folder: Path, model: GPT, vocabulary: tokenizer.Tokenizer | None, 
     """Write a checkpoint such as train.py leaves."""
     config = {name: getattr(model.config, name) for name in checkpoint.SHAPE}
     state = {'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config), 'iter_num': 7,
-             'config': config | {'dataset': '/home/somebody/data/novels', 'batch_size': 2, 'block_size': 16,
+             'config': config | {'dataset': '/home/alice/data/novels', 'batch_size': 2, 'block_size': 16,
                                  'gradient_accumulation_steps': 3, 'total_batch_size': 0},
              'best': {'loss': [1.25, 6], 'bits_per_byte': [0.75, 6]},
              'tokenizer': vocabulary.state() if vocabulary else None, **more}
@@ -246,7 +246,7 @@ def test_the_model_card_has_the_numbers_of_the_run(tmp_path: Path) -> None:
                  '| tokens seen | 672 |', '| tokens of the corpus | 12,345 |',
                  '| validation loss, nats per token | 1.2500, at step 6 |', '| bits per byte | 0.7500 |', "'byte'"):
         assert part in text, part
-    assert 'somebody' not in text + (folder / 'plaingpt.json').read_text(encoding='utf-8')
+    assert 'alice' not in text + (folder / 'plaingpt.json').read_text(encoding='utf-8')
     assert 'license' in text and '@' not in text
 
 

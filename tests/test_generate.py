@@ -129,7 +129,7 @@ def test_padding_ids_are_never_drawn() -> None:
         assert model.generate(prompt(2, 3) % 50, 30, **how, n_vocab=50).max() < 50
 
 
-def test_a_row_that_has_stopped_repeats_the_stop_token_and_all_stopped_ends() -> None:
+def test_a_row_that_has_stopped_repeats_the_stop_token_until_all_have_stopped() -> None:
     model = random_gpt()
     free = model.generate(prompt(3, 4), 40, seed=7)[:, 4:]  # (3, 40)
     # a token that all three rows choose, at different times, the last of them before the end

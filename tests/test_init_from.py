@@ -31,7 +31,7 @@ def test_weights_without_a_tokenizer_have_that_of_gpt2_or_of_their_corpus(tiny_d
 
 
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_every_stage_says_the_same_of_a_checkpoint_that_brings_no_tokenizer(
+def test_every_stage_says_the_same_of_a_checkpoint_without_a_tokenizer(
         tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """nanoGPT's checkpoint of 50,304 ids has GPT-2's tokens, although the corpus of that name here has other tokens."""
     model = GPT(GPTConfig(T, 50304, 1, 1, 8))
@@ -44,7 +44,7 @@ def test_every_stage_says_the_same_of_a_checkpoint_that_brings_no_tokenizer(
     questions.write_text(json.dumps({'text': 'A naïve reader asks for bread'}), encoding='utf-8')  # 'char' has no ï
 
     sample.main([f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=5', '--start=naïve', '--device=cpu'])
-    assert capsys.readouterr().out.startswith('naïve'), 'which no character of the corpus could write'
+    assert capsys.readouterr().out.startswith('naïve'), 'no character of the corpus could write it'
     evaluate.main([f'--out_dir={run}', '--tasks=lambada', f'--lambada={questions}', '--device=cpu'])
     export.main([f'--out_dir={run}', '--to=ckpt', f'--to_dir={tmp_path / "new"}'])
     assert open_model(str(tmp_path / 'new'))[1]['tokenizer']['name'] == 'gpt2'

@@ -212,9 +212,9 @@ def test_a_folder_without_all_the_weights_is_refused(their_gpt2: Any, tmp_path: 
     refuses('misshapen', lambda folder: rewrite(folder, **{wte: torch.zeros(V, 9)}), f'{wte} is ({V}, 9)')
 
 
-def test_a_name_that_is_neither_here_nor_on_the_hub_is_one_clear_message(tmp_path: Path) -> None:
+def test_a_name_that_is_neither_local_nor_on_the_hub_is_one_clear_message(tmp_path: Path) -> None:
     assert_refused(tmp_path / 'nowhere', 'no folder')
-    assert_refused('nobody-has-this/gpt2', 'no GPT-2 weights')  # conftest has turned the network off
+    assert_refused('no-such-owner/gpt2', 'no GPT-2 weights')  # conftest has turned the network off
 
 
 @pytest.mark.parametrize('form', ['one file', 'without prefix', 'several files', 'float16', 'a head alone',
@@ -535,7 +535,7 @@ def test_a_compiled_loss_is_the_same_and_so_is_each_gradient(
     model.cap = cap
     x, y = x[:, :-1], x[:, 1:].clone()
     y[0, 5:] = -1
-    assert (model.lm_head(model.transformer(x)).abs() > 15).any(), 'a cap has something to do'
+    assert (model.lm_head(model.transformer(x)).abs() > 15).any(), 'the cap has an effect'
 
     def learn() -> list[Tensor | None]:
         model.zero_grad()

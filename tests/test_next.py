@@ -97,7 +97,7 @@ def test_a_run_without_a_checkpoint_names_no_command_that_samples_it(elsewhere: 
 
 
 @pytest.mark.slow
-def test_what_a_message_says_to_run_repairs_what_is_wrong(elsewhere: Place) -> None:
+def test_a_command_that_a_message_names_repairs_the_fault(elsewhere: Place) -> None:
     [settings] = elsewhere.run('train.py', '--xyz=1', code=errors.COMMAND)
     assert "\nout_dir: str = 'out'" in elsewhere.follow(settings)
     wrong = shlex.join([sys.executable, str(elsewhere.clone / 'train.py'), 'config/train_stdlbi.py'])
@@ -169,7 +169,7 @@ def test_shards_are_made_anew_and_resumed_by_the_command_that_a_message_names(el
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_what_a_message_says_to_run_takes_the_weights_of_others(elsewhere: Place) -> None:
+def test_a_command_that_a_message_names_takes_the_weights_of_others(elsewhere: Place) -> None:
     weights = GPT(GPTConfig(16, 50304, 1, 1, 64)).state_dict()
     torch.save(weights, elsewhere.folder / 'their weights.pt')
     [convert] = elsewhere.run('sample.py', '--init_from=their weights.pt', code=errors.CHECKPOINT)
@@ -245,7 +245,7 @@ def test_a_clone_that_cannot_be_written_to_prepares_trains_and_samples_elsewhere
     assert sorted(read_only.clone.rglob('*')) == before
 
 
-def test_a_command_is_quoted_and_found_from_where_its_reader_stands(
+def test_a_command_is_quoted_and_found_from_its_readers_folder(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = "a b'c\"d$e`f;g&h|i*j?k[l]m(n)o#p!q~r\\s"
     monkeypatch.chdir(ROOT)

@@ -78,7 +78,7 @@ def test_data_parallel_machines_all_get_the_gradient_of_the_whole_batch(n: int) 
 
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('n', [1, 2, 3])
-def test_fsdp_machines_get_their_pieces_of_it_from_pieces_of_the_weights(n: int) -> None:
+def test_fsdp_machines_get_pieces_of_that_gradient_from_pieces_of_the_weights(n: int) -> None:
     model, (x, y) = GPT(SHAPE), batch(7)
     expected = whole_gradient(model, x, y)
     pieces = [[p.detach().flatten().tensor_split(n)[machine].clone() for p in model.parameters()]

@@ -30,7 +30,7 @@ def write(path: Path, content: str = 'x') -> Path:
     return path
 
 
-def test_urls_are_told_from_paths() -> None:
+def test_urls_are_distinguished_from_paths() -> None:
     assert [is_url(url) for url in ('s3://bucket/a', 'file:///a', 'memory://a', 'abfs://a@b/c')] == [True] * 4
     assert [is_url(path) for path in ('out', '/a//b', 'C:\\a', 'C:/a', './s3:/a', '', 'a b://c')] == [False] * 7
 

@@ -314,7 +314,7 @@ def test_ids_of_long_documents_are_tiktokens_own(document: str, file: File, enco
 
 @settings(EXAMPLES, max_examples=100)
 @given(prompt=texts)
-def test_a_prompt_has_tiktokens_ids_and_ends_where_it_says_so(prompt: str, encoding: tiktoken.Encoding) -> None:
+def test_a_prompt_has_tiktokens_ids_with_each_end_of_text_as_one_id(prompt: str, encoding: tiktoken.Encoding) -> None:
     vocabulary = tokenizer.load_tiktoken(encoding.name)
     ids = vocabulary.encode_prompt(prompt)
     assert ids == encoding.encode(prompt, allowed_special={END}, disallowed_special=())

@@ -467,7 +467,7 @@ def test_a_reader_that_leaves_ends_it_without_a_word(trained: Path) -> None:
 # Prompts from stdin, one a line
 
 
-def test_each_line_of_a_pipe_is_continued_after_all_that_stands_before_it(trained: Path, run_script: Run) -> None:
+def test_each_line_of_a_pipe_is_continued_after_all_lines_before_it(trained: Path, run_script: Run) -> None:
     arguments = (f'--out_dir={trained}', '--interactive=True', '--max_new_tokens=5', '--temperature=0', '--device=cpu')
     result = run_script('sample.py', *arguments, '--start=# ', typed='def\nd\u2603f\n\nimport os, sys, re\n')
     assert result.returncode == 0, result.stderr

@@ -40,6 +40,6 @@ def test_a_value_that_does_not_fit_is_named_in_one_line(number: int) -> None:
 
 
 @pytest.mark.parametrize('text', ['[' * 200_000, '{"a":' * 200_000, '1' * 5000, '', '{', b'\xff', b'\xff\xfe\x00'])
-def test_whatever_is_wrong_with_json_is_a_value_error(text: str | bytes) -> None:
+def test_any_error_in_json_is_a_value_error(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r'nested|digits|line 1|decode'):
         parse(text)

@@ -93,7 +93,7 @@ def texts(pairs: Iterable[Pair]) -> list[tuple[str, str]]:
     return [(BYTES.decode(context), BYTES.decode(ending)) for context, ending in pairs]
 
 
-def test_completion_asks_with_the_text_as_it_stands() -> None:
+def test_completion_asks_with_the_unchanged_text() -> None:
     questions = completion(RAW, BYTES)
     assert questions.labels == [3, 0]
     assert texts(questions.pairs[:2]) == [('A man is sitting on a roof. he', ' is using wrap to wrap skis.'),

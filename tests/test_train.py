@@ -276,7 +276,7 @@ def test_every_setting_is_read_somewhere() -> None:
     assert [name for name in names if name not in read] == []
 
 
-def test_what_a_plan_reads_of_the_settings_has_their_types() -> None:
+def test_the_settings_that_a_plan_reads_have_the_types_of_train_py() -> None:
     declared = inspect.get_annotations(train)
     for field in dataclasses.fields(RunSettings):
         if field.name != 'given':
@@ -411,7 +411,7 @@ def test_samples_are_drawn_before_the_first_step_between_and_after_the_last(run:
     assert losses(rows) == losses(run(tmp_path / 'none', max_iters=9)), 'samples do not change what is learned'
 
 
-def test_a_sample_from_what_the_corpus_cannot_write_continues_its_validation_text_and_says_so(
+def test_a_sample_whose_start_the_corpus_cannot_write_continues_its_validation_text_and_says_so(
         run: Run, tmp_path: Path, tiny_text: str, capsys: pytest.CaptureFixture[str]) -> None:
     for start in ('☃', ''):
         run(tmp_path / f'from {len(start)}', max_iters=2, sample_interval=5, sample_tokens=5, sample_start=start)
@@ -550,7 +550,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(run: Run, tmp_path: 
     for name in ('best.pt', 'ckpt.pt'):
         if (tmp_path / name).exists():
             state = checkpoint.load(tmp_path / name)
-            assert all(weight.isfinite().all() for weight in state['model'].values()), 'nothing broken was saved'
+            assert all(weight.isfinite().all() for weight in state['model'].values()), 'no broken weight was saved'
 
 
 # ------------------------------------------------------------------------------------------------
@@ -789,8 +789,8 @@ def test_resume_takes_the_shape_from_the_checkpoint_and_refuses_another(run: Run
     run(tmp_path, init_from='resume', max_iters=13, bias=True, vocab_size=0)
 
 
-def test_what_a_resumed_run_is_told_about_its_optimizer_counts(run: Run, tmp_path: Path,
-                                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_takes_new_settings_for_its_optimizer(run: Run, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path)
     moments = last(tmp_path)['optimizer']['state']
     capsys.readouterr()

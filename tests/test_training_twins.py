@@ -85,7 +85,7 @@ def complaints_about_marks(plain: str, model: str, fast: str) -> list[str]:
             *(f'{name} is nowhere: {line}' for name, line in named.items() if name not in exist)]
 
 
-def test_train_py_says_of_each_function_and_part_of_the_plain_file_what_became_of_it() -> None:
+def test_train_py_says_what_became_of_each_function_and_part_of_the_plain_file() -> None:
     plain, model, fast = ((ROOT / name).read_text(encoding='utf-8')
                           for name in ('train_trivialised.py', 'model_trivialised.py', 'train.py'))
     assert complaints_about_marks(plain, model, fast) == []

@@ -110,7 +110,7 @@ def test_each_picture_is_the_table_of_its_head(saved: Saved, tmp_path: Path) -> 
         assert f'<th scope="row">layer {n}, head {h}</th><td class="number">{parts.percent(itself)}</td>' in whole
 
 
-def test_a_text_with_markup_stays_a_text(saved: Saved, tmp_path: Path) -> None:
+def test_a_text_with_markup_stays_text(saved: Saved, tmp_path: Path) -> None:
     whole = drawn(tmp_path, saved(), f'--text={HOSTILE}')
     assert re.findall(r'<img(?! src="data:image/png;base64,)', whole) == []
     assert whole.count('<script') == whole.count('</script') == 1
@@ -298,7 +298,7 @@ def test_a_text_cannot_run_a_script(opened: 'Chrome') -> None:
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_it_is_light_or_dark_as_the_reader_has_it_and_can_be_read(scheme: str, opened: 'Chrome') -> None:
+def test_the_page_is_light_or_dark_as_the_reader_prefers_and_legible(scheme: str, opened: 'Chrome') -> None:
     features = {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]}
     opened.execute_cdp_cmd('Emulation.setEmulatedMedia', features)
     colours = """const style = getComputedStyle(document.body), soft = document.querySelector('.soft')

@@ -87,11 +87,11 @@ def test_most_of_a_file_reversed_is_seen_at_the_first_window(corpus: Path) -> No
         assert 'is damaged: bytes ' in refused(tokens.read, start, 17)
 
 
-def test_a_shard_is_compared_from_its_header_on_and_the_command_to_make_it_anew_is_named(sharded: Path) -> None:
+def test_a_shard_is_compared_from_its_header_on_and_the_command_that_makes_it_anew_is_named(sharded: Path) -> None:
     tokens = open_split(sharded, 'train', 16, 257)
     assert tokens.read(0, len(tokens)).tolist() == list(TEXT.encode()[60_000:])
     flip(sharded / 'train_000002.bin', 70_000)
-    assert tokens.read(0, len(tokens)).size, 'what was compared is not compared again'
+    assert tokens.read(0, len(tokens)).size, 'no block is compared twice'
     meta = json.loads((sharded / 'meta.json').read_text(encoding='utf-8'))
     made = {'created_by': 'python data/fineweb_edu/prepare.py --input=mine.txt'}
     (sharded / 'meta.json').write_text(json.dumps(meta | made), encoding='utf-8')

@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_message_and_the_same_command_resumes(
 
 
 @pytest.mark.parametrize('has_terminal', [False, True])
-def test_progress_tells_tokens_speed_and_what_is_left(
+def test_progress_shows_tokens_speed_and_what_is_left(
         has_terminal: bool, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr('plaingpt.console.PLAIN_SECONDS', 0.0)
@@ -336,8 +336,8 @@ def fineweb(tmp_path: Path) -> Path:
 
 def test_fineweb_edus_shards_are_build_nanogpts_sequence_from_local_files_and_from_a_dataset(
         fineweb: Path, documents: list[str], gpt2_stand_in: tiktoken.Encoding, tmp_path: Path) -> None:
-    """As its script makes it: the end of text, then encode_ordinary, document after document. The same through
-    `datasets`, which finds the files of a configuration, and of no other."""
+    """build-nanogpt writes the end of text, then encode_ordinary, document after document. `datasets` gives the same,
+    from the files of one configuration, and of no other."""
     import pyarrow
     import pyarrow.parquet
 

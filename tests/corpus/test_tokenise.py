@@ -113,7 +113,7 @@ def test_pieces_are_read_apart_and_hold_each_document_once(
     assert {piece.name for piece in pieces if piece.is_apart} == {str(path) for path in files[:2]}
 
 
-def test_small_row_groups_are_read_together_and_a_large_one_by_the_process_that_can_stop_on_the_way(
+def test_small_row_groups_are_read_together_and_a_large_one_by_the_process_that_can_stop_midway(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, 'PIECE', 1000)
     path = write_parquet(tmp_path / 'a.parquet', ['x' * 10] * 100)  # two rows in each group

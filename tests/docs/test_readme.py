@@ -450,7 +450,7 @@ def test_every_optimisation_has_its_row() -> None:
     assert rows == {name: count for name, count in marks.items() if count}
 
 
-def test_the_plain_files_are_as_short_as_it_says() -> None:
+def test_the_plain_files_are_as_short_as_readme_says() -> None:
     stated = re.search(r'Two files, (\d+) lines', README)
     names = ('model_trivialised.py', 'train_trivialised.py')
     lines = sum(len((ROOT / name).read_text(encoding='utf-8').splitlines()) for name in names)

@@ -168,7 +168,7 @@ def test_a_text_that_a_token_may_span_is_not_cut(tmp_path: Path, monkeypatch: py
             assert (len(list(found.parts(text))) > 10) == found.may_cut
 
 
-def test_a_sample_stops_at_their_token_and_ollama_learns_which_it_is(
+def test_a_sample_stops_at_the_models_own_token_and_ollama_is_told_which_it_is(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     gguf = pytest.importorskip('gguf')
     folder = their_folder(tmp_path / 'source', 303, tie_word_embeddings=False)
@@ -322,12 +322,12 @@ def test_a_tokenizer_of_gpt2s_kind_is_read_from_a_folder(is_one_file: bool, tmp_
 
 def test_a_model_of_the_hub_has_the_tokenizer_beside_it(tmp_path: Path, run_script: Callable[..., Any]) -> None:
     """Without network, the tokenizer comes out of the cache that a download has left."""
-    cache = tmp_path / 'hub/models--somebody--novels'
+    cache = tmp_path / 'hub/models--alice--novels'
     (cache / 'refs').mkdir(parents=True)
     (cache / 'refs/main').write_text('0' * 40, encoding='utf-8')
     folder = their_folder(cache / 'snapshots' / ('0' * 40), 300)
     their_tokenizer().save(str(folder / 'tokenizer.json'))
-    arguments = ['export.py', '--init_from=somebody/novels', f'--to_dir={tmp_path}/exported']
+    arguments = ['export.py', '--init_from=alice/novels', f'--to_dir={tmp_path}/exported']
     result = run_script(*arguments, cwd=tmp_path, environment={'HF_HOME': str(tmp_path)})
     assert result.returncode == 0, result.stderr
     state = json.loads((tmp_path / 'exported/plaingpt.json').read_text(encoding='utf-8'))

@@ -80,7 +80,7 @@ def test_transformers_computes_the_same_logits_and_the_same_greedy_text(n_head: 
 
 
 @pytest.mark.parametrize('decides', ['generation_config.json', 'config.json'])
-def test_their_generation_stops_at_no_ordinary_token(decides: str, tmp_path: Path) -> None:
+def test_generation_in_transformers_stops_at_no_ordinary_token(decides: str, tmp_path: Path) -> None:
     """By default, nanochat's generation would begin with token 0 and stop at token 1."""
     vocabulary = build('char', False, ('ab',))
     folder = run(write_run(tmp_path, model_like(replace(SHAPE, vocab_size=8)), vocabulary))

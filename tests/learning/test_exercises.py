@@ -33,7 +33,7 @@ def test_there_are_22_exercises_each_with_known_mistakes_and_a_hint() -> None:
 
 
 @each
-def test_a_hole_is_not_passed_and_the_lines_of_the_plain_file_are(exercise: Exercise) -> None:
+def test_a_hole_fails_and_the_lines_of_the_plain_file_pass(exercise: Exercise) -> None:
     path = exercise.file.with_name('exercise.py')
     assert of_lines(exercise, exercise.text(exercise.hole()), path) == (False, 'nothing is written there yet')
     passed, says = of_lines(exercise, exercise.text(), path)

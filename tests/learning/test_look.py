@@ -62,7 +62,7 @@ def test_each_table_is_the_one_that_the_kernel_does_not_store(
 
 @kinds
 @torch.no_grad()
-def test_each_lens_is_what_the_model_would_say_without_the_layers_above(kind: dict[str, Any]) -> None:
+def test_each_lens_is_what_the_model_would_predict_without_the_layers_above(kind: dict[str, Any]) -> None:
     model, idx = model_of(kind), some_tokens()
     layers = model.transformer.h
     lens = look(model, idx).lens

@@ -215,7 +215,7 @@ def test_a_process_that_does_not_meet_the_others_ends_with_code_8_in_every_phase
 
 
 @pytest.mark.slow
-def test_an_interface_that_does_not_exist_is_named_before_anything_is_waited_for(processes: Processes) -> None:
+def test_an_interface_that_does_not_exist_is_named_before_any_wait(processes: Processes) -> None:
     processes.start(by_hand(0, free_port()) | {'GLOO_SOCKET_IFNAME': 'nowhere0'})
     [(code, text)] = processes.ends()
     assert code == errors.COMMAND

@@ -208,7 +208,7 @@ def test_a_second_interrupt_leaves_at_once(start: Start, tmp_path: Path, tiny_da
 
 
 @pytest.mark.slow
-def test_signals_are_heard_by_a_process_that_waits_for_others(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+def test_signals_reach_a_process_that_waits_for_others(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
     """Python's own handlers would have to wait as long: for peers that never come, or for one that is frozen in a
     step."""
     for number, code in [(signal.SIGTERM, errors.STOPPED), (signal.SIGINT, errors.INTERRUPTED)]:
@@ -280,7 +280,7 @@ def test_torchrun_passes_a_signal_on_and_both_processes_stop_at_the_same_step(st
     wait_for(process, 'iter ')
     process.send_signal(signal.SIGUSR1)
     printed = end_of(process)
-    assert process.returncode == 1, 'which torchrun makes of every code'
+    assert process.returncode == 1, 'torchrun makes 1 of every code'
     assert len(set(re.findall(r'stopped before step (\d+)', printed))) == 1
     assert printed.count('stopped before step') == 2
     assert status_of(tmp_path / 'run')['exit_code'] == errors.STOPPED

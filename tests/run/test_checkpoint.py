@@ -203,8 +203,8 @@ def test_nanogpts_run_resumes_here_with_its_moments(tmp_path: Path, corpus: toke
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_our_checkpoint_is_one_of_nanogpts(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
-                                           run: Callable[..., Path]) -> None:
+def test_a_checkpoint_of_plaingpt_is_one_of_nanogpts(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
+                                                     run: Callable[..., Path]) -> None:
     """nanoGPT's sample.py loads with torch's own defaults, strips the prefix of compiled models, builds the model from
     model_args, and loads strictly; its train.py does so on resume."""
     path = run(tmp_path, bias=bias, gelu='exact')
@@ -494,7 +494,7 @@ def test_a_file_that_would_run_a_command_is_refused_whatever_the_environment_say
     assert witness.exists(), 'the pickle would have run'
 
 
-def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / 'ckpt.pt'
     assert refused(checkpoint.load, path, code=errors.CHECKPOINT) == f'no checkpoint at {path}'
     assert f'no checkpoint at {tmp_path}' in refused(checkpoint.load, tmp_path, code=errors.CHECKPOINT)

@@ -28,7 +28,7 @@ def right_panel(columns: dict[str, plot.Values]) -> Axes:
     return plot.picture(columns, 'out-gpt2').axes[-1]
 
 
-def test_hellaswag_stands_beside_the_losses_against_tokens() -> None:
+def test_hellaswag_is_drawn_beside_the_losses_against_tokens() -> None:
     columns = columns_of('hellaswag_acc_norm', 0.31)
     panel = right_panel(columns)
     assert panel.get_title('left') == 'HellaSwag acc_norm, completion style, GPT-3 as OpenAI scored it'

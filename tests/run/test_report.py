@@ -55,7 +55,7 @@ def values(whole: str, name: str, chart: str) -> tuple[list[float], list[float]]
     return [float(value) for value in x.split()], [float(value) for value in y.split()]
 
 
-def test_what_a_run_has_left_stands_in_its_report(tmp_path: Path) -> None:
+def test_the_report_holds_what_a_run_has_left(tmp_path: Path) -> None:
     whole, rows = page_of(run_in(tmp_path / 'out-a')), rows_of(tmp_path / 'out-a')
     assert '<h1>out-a</h1>' in whole and '<td>done</td><td class="number">1,234,567</td>' in whole
     for name, key in (('training', 'loss'), ('validation', 'val_loss')):
@@ -197,7 +197,7 @@ def test_two_runs_share_one_page_by_tokens_and_by_time(
     (['--html=a.html'], 'give the folders of some runs', COMMAND),
     (['out', '--pdf=a'], '--pdf=a: there is no such option', COMMAND),
     (['out', '--html='], 'give the folders of some runs', COMMAND)])
-def test_what_is_no_run_and_no_option_is_refused(
+def test_a_folder_without_a_run_and_an_unknown_option_are_refused(
         arguments: list[str], message: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -273,7 +273,7 @@ def test_train_and_evaluate_write_it_without_a_secret(
         assert 'hunter2' not in (tmp_path / 'out' / file).read_text(encoding='utf-8')
 
 
-def test_published_figures_stand_below_those_measured(tmp_path: Path) -> None:
+def test_published_figures_are_below_the_measured_ones(tmp_path: Path) -> None:
     run_in(tmp_path)
     row = {'checkpoint': 'out', 'step': 40, 'dataset': 'openwebtext', 'val': {'loss': 3.5, 'perplexity': 33.1},
            'hellaswag_completion': {'acc': 0.28, 'acc_norm': None}}
