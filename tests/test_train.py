@@ -901,7 +901,7 @@ def test_without_a_compiler_a_run_is_not_compiled(run: Run, tmp_path: Path, monk
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv('CXX', 'no-such-compiler')
     run(tmp_path, max_iters=1, compile=True)
-    assert '; not compiled, for want of a C++ compiler, no-such-compiler\n' in capsys.readouterr().out
+    assert '; not compiled, as that needs a C++ compiler, no-such-compiler\n' in capsys.readouterr().out
 
 
 def test_a_compiled_run_compiles_its_blocks_and_its_loss(run: Run, tmp_path: Path,
