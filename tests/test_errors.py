@@ -283,7 +283,7 @@ def test_what_else_the_system_refuses_is_no_damage_and_no_full_disk(files: dict[
     try:
         for where in ('fixed', 'fixed/new'):
             code, message = under_limit(resource.RLIMIT_NOFILE, 100, f'{command}{tmp_path}/{where}')
-            assert code == COMMAND and f'{tmp_path}/{where}' in message and 'can only be read' in message, message
+            assert code == COMMAND and f'{tmp_path}/{where}' in message and 'is read-only' in message, message
     finally:
         subprocess.run(['umount', '--lazy', str(tmp_path / 'fixed')], check=True)
 

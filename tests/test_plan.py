@@ -252,7 +252,7 @@ def test_max_epochs_ends_the_plan_only_if_the_corpus_is_known(tmp_path: Path) ->
 
 def test_a_resumed_run_and_gpt2s_weights_are_planned_without_a_download(run_dir: Path, tiny_dataset: Path) -> None:
     resumed = lines_of(f'--out_dir={run_dir}', '--init_from=resume', f'--dataset={tiny_dataset}', '--max_iters=9')
-    assert 'it goes on at step 3' in resumed
+    assert 'it continues at step 3' in resumed
     assert resumed[0].startswith(f'{sizes.n_parameters(GPT(checkpoint.config_of(checkpoint.load_newest(run_dir)))):,} ')
     assert lines_of('--init_from=gpt2-xl')[0].startswith('1,557,611,200 parameters: 48 layers of 25 heads, 1600 wide')
     cropped = lines_of('--init_from=gpt2', '--block_size=64')[0]

@@ -229,7 +229,7 @@ def test_without_a_compiler_a_model_writes_uncompiled(trained: Path, monkeypatch
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv('CXX', 'no-such-compiler')
     sample.main([f'--out_dir={trained}', '--device=cpu', '--num_samples=1', '--max_new_tokens=5', '--compile=True'])
-    assert '\nnot compiled, for want of a C++ compiler, no-such-compiler\n' in capsys.readouterr().err
+    assert '\nnot compiled, as that needs a C++ compiler, no-such-compiler\n' in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -521,7 +521,7 @@ def test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damag
     data[4096:-4096] = data[4096:-4096][::-1]
     (corpus / 'train.bin').write_bytes(data)
     message = refused(run, tmp_path / 'bare', max_iters=4, init_from='resume', dataset=corpus, code=errors.DATA)
-    assert 'is another one than this run has read' in message and message.count('43,506 tokens') == 2
+    assert 'is not the one that this run has read' in message and message.count('43,506 tokens') == 2
     (corpus / 'meta.json').write_bytes(meta)
     message = refused(run, tmp_path / 'run', max_iters=4, init_from='resume', dataset=corpus, code=errors.DATA)
     assert re.match(rf'{corpus}/train.bin is damaged: bytes \d', message) and 'prepare.py' in message
@@ -901,7 +901,7 @@ def test_without_a_compiler_a_run_is_not_compiled(run: Run, tmp_path: Path, monk
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv('CXX', 'no-such-compiler')
     run(tmp_path, max_iters=1, compile=True)
-    assert '; not compiled, for want of a C++ compiler, no-such-compiler\n' in capsys.readouterr().out
+    assert '; not compiled, as that needs a C++ compiler, no-such-compiler\n' in capsys.readouterr().out
 
 
 def test_a_compiled_run_compiles_its_blocks_and_its_loss(run: Run, tmp_path: Path,

@@ -104,7 +104,7 @@ def test_the_changes_work_together(tmp_path: Path, run_script: Callable[..., Com
     again = run_script(str(script), *arguments, '--max_iters=6', '--init_from=resume', '--epsilon=1e-6', cwd=tmp_path)
     assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
 
-    assert "tensorboard is off: No module named 'a_package_that_is_missing'; the run goes on" in first.stdout
+    assert "tensorboard is off: No module named 'a_package_that_is_missing'; the run continues" in first.stdout
     assert re.search(r'^resuming at step 4, with .*epsilon=1e-06 \(was 1e-08\)', again.stdout, re.MULTILINE)
     rows = [json.loads(line) for line in (tmp_path / 'out/metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     assert [row['lr'] for row in rows[:3]] == pytest.approx([1e-2, 0.5e-2, (1 - 0.5**0.5) * 1e-2])

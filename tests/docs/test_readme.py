@@ -284,7 +284,7 @@ def test_gpt2_trains_on_a_cpu_and_continues_without_a_key_for_wandb(clone: Path,
     (tmp_path / 'some.jsonl').write_bytes((ROOT / 'tests/data/documents.jsonl').read_bytes() * 10)
     prepare = f'python data/openwebtext/prepare.py --input={tmp_path}/some.jsonl --val_fraction=0.1'
     output = shell(clone, ACTIVATE, prepare, f'{GPT2_ON_A_CPU} {SHORT_GPT2}')
-    assert len(re.findall(r'^wandb is off: .*; the run goes on$', output, re.MULTILINE)) == 1
+    assert len(re.findall(r'^wandb is off: .*; the run continues$', output, re.MULTILINE)) == 1
     assert re.search(r'^tokens per iteration will be: 2,048 = 8 windows of 256', output, re.MULTILINE)
     assert re.search(r'^step 2: train loss \d+\.\d+, val loss \d+\.\d+$', output, re.MULTILINE)
     assert output.endswith('python sample.py --out_dir=out\n')

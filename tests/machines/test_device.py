@@ -68,14 +68,14 @@ def test_blocks_are_compiled_for_a_card_if_all_that_takes_is_available(
     monkeypatch.delenv('CC', raising=False)
     assert pick_compile('auto', 'cuda') == (True, 'which pays on cuda')
     card((7, 5))
-    assert pick_compile('auto', 'cuda') == (False, 'for want of a newer card')
+    assert pick_compile('auto', 'cuda') == (False, 'as that needs a newer card')
     card((9, 0))
     monkeypatch.setattr(shutil, 'which', lambda name: None)
-    assert pick_compile('auto', 'cuda') == (False, 'for want of a C compiler, gcc or clang or cc')
+    assert pick_compile('auto', 'cuda') == (False, 'as that needs a C compiler, gcc or clang or cc')
     monkeypatch.setenv('CC', '/opt/bin/icx')
     assert pick_compile('auto', 'cuda')[0]
     monkeypatch.setattr(device, 'find_spec', lambda name: None)
-    assert pick_compile('auto', 'cuda') == (False, 'for want of Triton')
+    assert pick_compile('auto', 'cuda') == (False, 'as that needs Triton')
     assert pick_compile('auto', 'cpu')[0] is False
 
 

@@ -484,7 +484,7 @@ def test_of_two_runs_in_one_folder_the_second_waits_for_the_first(start: Start, 
     assert [process.returncode for process in both] == [errors.PEER_LOST] * 2, printed
     assert f'{shared} belongs to process {first.pid} on ' in printed[0]
     new = start('-c', ALONE, *arguments(shared, tiny_dataset, init_from='scratch', start_timeout=3, **long))
-    assert ': waiting up to 3 s for its end' in end_of(new) and new.returncode == errors.PEER_LOST
+    assert ': waiting up to 3 s for it to end' in end_of(new) and new.returncode == errors.PEER_LOST
     assert first.poll() is None, 'the first run continues'
     third = start('-c', ALONE, *arguments(shared, tiny_dataset, **long))
     wait_for(third, f'belongs to process {first.pid}')

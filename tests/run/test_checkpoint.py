@@ -288,7 +288,7 @@ def test_other_formats_are_named_with_the_way_in(saved: Path, tmp_path: Path) ->
     state, old = torch.load(saved), tmp_path / 'old.pt'
     torch.save(state, old, _use_new_zipfile_serialization=False)
     message = refused(checkpoint.load, old, code=errors.CHECKPOINT)
-    assert "PyTorch's format of before 1.6" in message
+    assert "PyTorch's format before 1.6" in message
     command = message.splitlines()[1]
     subprocess.run(shlex.split(command.replace(command.split(' -c ')[0], sys.executable)), check=True)
     assert not differences(checkpoint.load(tmp_path / 'old.converted.pt')['model'], checkpoint.load(saved)['model'])

@@ -462,7 +462,7 @@ def run_with_wandb(folder: Path, first: int, last: int, before: str = '', **envi
 @pytest.mark.parametrize('of_pictures', ['matplotlib', 'PIL'])
 def test_without_the_packages_the_run_continues(of_pictures: str, tmp_path: Path) -> None:
     missing = f"import sys; sys.modules['wandb'] = sys.modules['{of_pictures}'] = None\n"
-    remedy = f'{python()} -m pip install -r requirements.txt; the run goes on'
+    remedy = f'{python()} -m pip install -r requirements.txt; the run continues'
     lines, errors = run_with_wandb(tmp_path, 0, 3, before=missing)
     assert lines == [
         f'wandb is off: the package wandb is missing: {remedy}',
@@ -477,7 +477,7 @@ def test_without_a_key_wandb_asks_for_none_and_the_run_continues(tmp_path: Path)
     lines, errors = run_with_wandb(tmp_path, 0, 3)
     remedy = f'run `{python()} -m wandb login`, or set WANDB_MODE=offline'
     assert lines == [
-        f'wandb is off: there is no API key ({remedy}); the run goes on',
+        f'wandb is off: there is no API key ({remedy}); the run continues',
         '=== step 2 ===', 'import os',
     ]
     assert errors == ''
@@ -548,5 +548,5 @@ def test_wandb_that_fails_later_costs_one_line(tmp_path: Path, capsys: pytest.Ca
         for step in range(1, 4):
             log.row(step, loss=1.0)
     out = capsys.readouterr().out
-    assert re.fullmatch(r'wandb is off: .*; the run goes on\n', out)
+    assert re.fullmatch(r'wandb is off: .*; the run continues\n', out)
     assert steps_of(tmp_path) == [0, 1, 2, 3]

@@ -141,7 +141,7 @@ def test_a_report_that_fails_is_one_line_and_the_run_continues(
         log.row(1, loss=1.0)
         log.plot()
     said = capsys.readouterr().out.splitlines()
-    assert said == [f'{tmp_path}/report.html is not drawn: a mistake; the run goes on'] * 2
+    assert said == [f'{tmp_path}/report.html is not drawn: a mistake; the run continues'] * 2
     assert len(rows_of(tmp_path)) == 2 and (tmp_path / 'loss.png').exists()
     monkeypatch.undo()
     run_in(tmp_path, steps=10)

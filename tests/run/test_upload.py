@@ -306,7 +306,7 @@ def test_a_slow_upload_holds_up_neither_close_nor_the_end_of_the_process(tmp_pat
                             cwd=ROOT, capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
-        f'file://{tmp_path}/ckpt.pt is not uploaded: 0.5 seconds were not enough; the run goes on', "['ckpt.pt']"]
+        f'file://{tmp_path}/ckpt.pt is not uploaded: 0.5 seconds were not enough; the run continues', "['ckpt.pt']"]
 
 
 @pytest.mark.parametrize('url', ['memory://nobody/was/here', 'file:///nobody/was/here', 'file:///nobody/here/ckpt.pt'])
@@ -328,7 +328,7 @@ def test_fetching_from_a_missing_bucket_is_answered_in_one_line(
 
 @pytest.mark.parametrize(('url', 'answer'), [
     ('nosuch://bucket/run', r'nosuch://bucket/run cannot be used: Protocol not known'),
-    ('backup', r"'backup' is no URL: write s3://bucket/folder, or file:///.*/backup"),
+    ('backup', r"'backup' is not a URL: write s3://bucket/folder, or file:///.*/backup"),
     ('ftp://me:secret@host/run', r'ftp://\*\*\*@host/run was given with a password'),
     ('oci://bucket@namespace/run', r'the package ocifs is missing: .*python -m pip install ocifs'),
 ])
