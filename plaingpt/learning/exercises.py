@@ -114,6 +114,6 @@ EXERCISES = [
         ' hold top_p of the probability; temperature 0 takes the likeliest. A draw is a whole number below 2**63:'
         ' draw / 2**63 of the probability lies before its token.',
         'Sort by probability first (topk). With cumsum, the probability before a token is the sum up to it less '
-        'its own: where that is top_p or more, the token is not needed. Places among the sorted are not token '
+        'its own: if that is top_p or more, the token is not needed. Places among the sorted are not token '
         'ids.'),
 ]

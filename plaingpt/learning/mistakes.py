@@ -1,4 +1,4 @@
-"""Known mistakes: what one says of each, and what of the plain file's lines it changes.
+"""Known mistakes: each in words, and as a change of the plain file's lines.
 
 A learner's lines are told a cause only if the plain file with this change gives the same numbers as they do.
 """

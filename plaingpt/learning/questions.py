@@ -1,4 +1,4 @@
-"""What the parts are asked. Numbers are float64 here, and drawn from the same seed for the plain file and the learner's
+"""The questions that parts are asked. Numbers are float64 here, and drawn from the same seed for the plain file and the learner's
 lines."""
 import copy
 from collections import Counter

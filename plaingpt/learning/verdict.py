@@ -1,5 +1,5 @@
-"""What a learner's lines do: the same as the plain file's, or as the plain file's with a known mistake in them, or else
-where they first differ. A verdict is a measurement: no cause is named that has not given the same numbers."""
+"""The verdict on a learner's lines: they do the same as the plain file's, or as the plain file's with a known mistake in
+them, or else it says where they first differ. A verdict is a measurement: no cause is named that has not given the same numbers."""
 import itertools
 import json
 import math
@@ -93,7 +93,7 @@ def numbers(value: Any) -> Iterator[Tensor]:
 def kind(value: Any) -> str:
     """Return what an answer is made of, in words."""
     if value is None:
-        return 'nothing (is there a `return`?)'
+        return 'nothing (has it a `return`?)'
     if isinstance(value, Tensor):
         return f'a tensor of shape {tuple(value.shape)}'
     if isinstance(value, int | float):
@@ -252,7 +252,7 @@ def on_time(exercise: Exercise, text: str, path: Path, give: Any) -> Verdict:
         while frame and frame.f_code.co_filename != str(path):
             frame = frame.f_back
         where = f'line {frame.f_lineno}: {text.splitlines()[frame.f_lineno - 1].strip()}\n' if frame else ''
-        give(Verdict(False, f'{where}it has not ended after {LONGEST:.0f} seconds: does its loop come to an end?'))
+        give(Verdict(False, f'{where}it has not ended after {LONGEST:.0f} seconds: does its loop end?'))
         os._exit(0)
 
     timer = threading.Timer(LONGEST, end)

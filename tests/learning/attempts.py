@@ -81,7 +81,7 @@ def most_frequent_pair(words):
         for pair in pairwise(word):
             counts[pair] += n
     min(counts, key=lambda pair: (-counts[pair], pair), default=None)
-""", 'this returns nothing (is there a `return`?)'),
+""", 'this returns nothing (has it a `return`?)'),
     ('encode', """
 def encode(text, merges):
     numbers = {pair: 256 + i for i, pair in enumerate(merges)}
@@ -131,7 +131,7 @@ def softmax(x):
 def softmax(x):
     e = (x - x.amax(-1, keepdim=True)).exp()
     e / e.sum(-1, keepdim=True)
-""", 'nothing (is there a `return`?)'),
+""", 'nothing (has it a `return`?)'),
     ('cross_entropy', """
 def cross_entropy(logits, targets):
     p = torch.softmax(logits, -1)

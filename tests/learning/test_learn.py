@@ -128,4 +128,4 @@ def test_an_endless_loop_is_ended_and_shown() -> None:
     assert (code, passed) == (0, False)
     line, _, rest = says.partition('\n')
     assert re.fullmatch(r'line \d+: (while i < 1:|pass)', line)
-    assert rest == 'it has not ended after 1 seconds: does its loop come to an end?'
+    assert rest == 'it has not ended after 1 seconds: does its loop end?'
