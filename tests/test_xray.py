@@ -119,22 +119,25 @@ def test_a_text_with_markup_stays_text(saved: Saved, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('heads', ['as they are', 'noisy'])
-def test_the_page_needs_nothing_else_and_is_small(heads: str) -> None:
-    """The model has GPT-2's shape, and the text is the longest."""
-    config = GPTConfig(block_size=64, vocab_size=50257, n_layer=12, n_head=12, n_embd=48)
-    ids = torch.randint(50257, (1, 64))
+@pytest.mark.parametrize(('n_layer', 'n_head'), [(12, 12), (24, 16), (48, 25)])
+def test_the_page_needs_nothing_else_and_is_small(n_layer: int, n_head: int, heads: str) -> None:
+    """The model has the shape of a GPT-2, and the text is the longest."""
+    config = GPTConfig(block_size=64, vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=4 * n_head)
+    T = xray.most_tokens(n_layer * n_head)
+    ids = torch.randint(50257, (1, T))
     lens, tables = look(gpt_class(config)(config).eval(), ids)
     if heads == 'noisy':
         scores = torch.randn(tables.shape) * 3
-        tables = scores.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -math.inf).softmax(dim=-1)
-    seen = page.Xray('a model', 'It is one.', [Word(' language')] * 64, predictions(lens, ids[0].tolist(), 5, 50257),
+        tables = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(dim=-1)
+    seen = page.Xray('a model', 'It is one.', [Word(' language')] * T, predictions(lens, ids[0].tolist(), 5, 50257),
                      [' language'] * 50257, tables, 600)
     whole = page.render(seen)
     assert 500_000 < len(whole.encode()) < 1_000_000
+    assert {144: 64, 384: 35, 1200: 9}[n_layer * n_head] == T
     code = re.sub(r'base64,[\w+/=]*', '', whole)
     assert not re.search(r'https?:|//\w|<script[^>]|<link|@import|url\(', code)
     assert set(re.findall(r'src="(.{5})', whole)) == {'data:'}
-    assert '{{' not in whole and whole.count('<img') == 144
+    assert '{{' not in whole and whole.count('<img') == n_layer * n_head
 
 
 @pytest.mark.parametrize('n', range(1, 5))
@@ -205,6 +208,8 @@ def test_a_terminal_shows_surprise_in_colour_unless_it_is_not_wanted(no_color: s
     ({}, [f'--text={"a" * 65}'], '--text has 65 tokens, and at most 64 can be shown: give a shorter one'),
     ({'block_size': 16}, [f'--text={"a" * 16}'],
      '--text has 16 tokens, and at most 15 can be shown, as the model reads 16 at a time: give a shorter one'),
+    ({'n_layer': 16, 'n_head': 16, 'n_embd': 32}, [f'--text={"a" * 48}'],
+     '--text has 48 tokens, and at most 46 can be shown of 256 heads: give a shorter one'),
     ({'has_start': False, 'vocab_size': 256}, ['--text=a'], '--text has 1 tokens: give a longer one, of which '),
     ({}, ['--text='], '--text has 0 tokens: give a longer one, of which '),
     ({}, ['--top=0'], '--top=0: must be 1 or more'),

@@ -1,5 +1,5 @@
-"""The questions that parts are asked. Numbers are float64 here, and drawn from the same seed for the plain file and the learner's
-lines."""
+"""The questions that parts are asked. Numbers are float64 here, drawn from the same seed for the plain file and for the
+learner's lines."""
 import copy
 from collections import Counter
 from collections.abc import Callable

@@ -1,5 +1,6 @@
-"""The verdict on a learner's lines: they do the same as the plain file's, or as the plain file's with a known mistake in
-them, or else it says where they first differ. A verdict is a measurement: no cause is named that has not given the same numbers."""
+"""The verdict on a learner's lines: they do the same as the plain file's, or the same as the plain file's with a known
+mistake, or it says where they first differ. It is a measurement: no cause is named that has not given the same
+numbers."""
 import itertools
 import json
 import math
