@@ -1,4 +1,4 @@
-"""How tests, and benchmarks/kills.py, compare what runs leave behind and which messages refuse them."""
+"""Comparisons for the tests and benchmarks/kills.py: the files that runs leave, and the messages that refuse."""
 import random
 import shutil
 from collections.abc import Callable, Iterator

@@ -258,8 +258,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     for name, texts in (('seen', known), ('unseen', unseen)):
         write_lines(folder / f'{name}.jsonl', [{'text': text} for text in texts])
     run('data.text.prepare', f'--input={folder}/seen.jsonl', f'--val_input={folder}/unseen.jsonl',
-        f'--to_dir={folder}/mine', '--tokenizer=bpe:400')
-    return Corpus(folder / 'mine', unseen)
+        f'--to_dir={folder}/corpus', '--tokenizer=bpe:400')
+    return Corpus(folder / 'corpus', unseen)
 
 
 @pytest.fixture(scope='module')
@@ -442,8 +442,8 @@ def rate_at(schedule: str, it: int, warmup: int, end: int) -> float:
 def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepare a short text as bytes."""
     folder = tmp_path_factory.mktemp('play')
-    run('data.text.prepare', f'--input={DATA}/play.txt', f'--to_dir={folder}/mine', '--tokenizer=byte')
-    return folder / 'mine'
+    run('data.text.prepare', f'--input={DATA}/play.txt', f'--to_dir={folder}/corpus', '--tokenizer=byte')
+    return folder / 'corpus'
 
 
 SMALL = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=4', '--eval_iters=1',

@@ -199,7 +199,7 @@ def test_the_commands_of_nanogpts_relatives_are_understood(train: ModuleType) ->
 
 
 def test_no_setting_of_train_is_ambiguous_to_torchrun(train: ModuleType) -> None:
-    """torchrun's parser looks at every option on the line, and exits where one may begin two of its own options."""
+    """torchrun's parser looks at every option on the line, and exits if one may begin two of its own options."""
     torchrun = importlib.import_module('torch.distributed.run')
     with pytest.raises(SystemExit):
         torchrun.parse_args(['--standalone', 'train.py', '--max=3'])  # ambiguous, so the check can fail

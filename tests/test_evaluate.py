@@ -447,7 +447,7 @@ def test_what_cannot_be_evaluated_is_refused(trained: Path, tiny_dataset: Path, 
     (tmp_path / 'odd.jsonl').write_text(json.dumps({'text': 'words in 中文'}), encoding='utf-8')
     odd = [where, '--tasks=lambada', f'--lambada={tmp_path}/odd.jsonl', '--device=cpu']
     assert "character '中'" in refused(evaluate.main, odd, code=errors.DATA)
-    message = refused(evaluate.main, [where, f'--dataset={tmp_path}/mine'], code=errors.DATA)
+    message = refused(evaluate.main, [where, f'--dataset={tmp_path}/absent'], code=errors.DATA)
     assert 'prepare.py' in message
 
 

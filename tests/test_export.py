@@ -568,16 +568,16 @@ def test_a_second_export_leaves_no_file_of_the_first(tmp_path: Path) -> None:
     byte, char = build('byte'), build('char', False)
     source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), byte)
     folder = run(source, to='llmc')
-    (folder / 'mine.txt').write_text('x', encoding='utf-8')
+    (folder / 'keep.txt').write_text('x', encoding='utf-8')
     write_run(source, random_model(replace(SHAPE, vocab_size=char.n_vocab)), char)
     assert run(source, to='llmc') == folder
-    assert sorted(path.name for path in folder.iterdir()) == ['mine.txt', 'model.bin', 'plaingpt.json']
+    assert sorted(path.name for path in folder.iterdir()) == ['keep.txt', 'model.bin', 'plaingpt.json']
 
     assert '--to=hf' in refused(run, source, to_dir=folder, code=errors.COMMAND)
     run(source, to_dir=folder, overwrite=True)
     write_run(source, random_model(replace(SHAPE, vocab_size=257)), byte)
     run(source, to='llmc', to_dir=folder, overwrite=True)
-    assert {'config.json', 'model.safetensors', 'model.bin', 'mine.txt'} < {path.name for path in folder.iterdir()}
+    assert {'config.json', 'model.safetensors', 'model.bin', 'keep.txt'} < {path.name for path in folder.iterdir()}
 
 
 def test_an_export_removes_no_file_that_the_one_before_merely_lists(tmp_path: Path) -> None:

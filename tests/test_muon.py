@@ -133,7 +133,7 @@ def test_each_group_is_given_its_rate_and_muon_its_momentum_at_each_step() -> No
 
 
 def test_the_state_of_all_groups_is_one_with_a_number_for_each_parameter() -> None:
-    """Muon keeps one number for each of a weight, AdamW two; and AdamW's settings are those that Muon shows."""
+    """Muon keeps one number for each of a weight, AdamW two; and Muon lists AdamW's groups with its own."""
     give(train, **MODERN)
     model = modern()
     optimizer = train.make_optimizer(model)

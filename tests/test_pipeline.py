@@ -107,29 +107,29 @@ def test_make_train_trains_to_the_stated_loss_and_can_be_repeated(clone: Path) -
 @pytest.mark.slow
 def test_the_users_own_text_is_prepared_trained_on_killed_resumed_and_sampled(clone: Path) -> None:
     text = Path(sysconfig.get_paths()['stdlib'], '__future__.py').read_text(encoding='utf-8')
-    (clone / 'mine.txt').write_text(text, encoding='utf-8')
-    run(clone, '.venv/bin/python data/text/prepare.py --input=mine.txt --tokenizer=bpe:512 --name=mine')
+    (clone / 'book.txt').write_text(text, encoding='utf-8')
+    run(clone, '.venv/bin/python data/text/prepare.py --input=book.txt --tokenizer=bpe:512 --name=book')
 
-    command = ['.venv/bin/python', 'train.py', 'config/train_stdlib.py', '--dataset=mine', '--out_dir=out-mine',
+    command = ['.venv/bin/python', 'train.py', 'config/train_stdlib.py', '--dataset=book', '--out_dir=out-book',
                '--init_from=auto', '--max_iters=300', '--lr_decay_iters=300', '--warmup_iters=20', '--n_layer=2',
                '--eval_interval=100', '--eval_iters=2', '--log_interval=1', '--sample_interval=150']
-    metrics = clone / 'out-mine/metrics.jsonl'
+    metrics = clone / 'out-book/metrics.jsonl'
     with subprocess.Popen(command, cwd=clone, env=terminal(), stdout=subprocess.DEVNULL) as process:
         # until it has saved step 100, and continued
         wait_until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_bytes().count(b'\n') > 120))
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert json.loads((clone / 'out-mine/status.json').read_text(encoding='utf-8'))['state'] == 'running'
+    assert json.loads((clone / 'out-book/status.json').read_text(encoding='utf-8'))['state'] == 'running'
 
     output = run(clone, ' '.join(command))  # the same command again
     assert re.search(r'^resuming at step [12]00$', output, re.MULTILINE)
-    rows = rows_of(clone / 'out-mine')
+    rows = rows_of(clone / 'out-book')
     assert [row['step'] for row in rows] == list(range(301))
-    assert set(samples_of(clone / 'out-mine')) == {0, 150, 300}
+    assert set(samples_of(clone / 'out-book')) == {0, 150, 300}
 
     (clone / 'start.txt').write_text(' '.join(text.split()[:4]), encoding='utf-8')
-    sample = '.venv/bin/python sample.py --out_dir=out-mine --start=FILE:start.txt --num_samples=1 --temperature=0'
+    sample = '.venv/bin/python sample.py --out_dir=out-book --start=FILE:start.txt --num_samples=1 --temperature=0'
     written = run(clone, f'{sample} --max_new_tokens=80')
     assert written.startswith(text[:100]), 'the model overfits so short a text'
-    table = run(clone, '.venv/bin/python evaluate.py --out_dir=out-mine --split=train')
-    assert float(re.findall(r'^out-mine, step 300 +(\S+)', table, re.MULTILINE)[0]) < 0.5
+    table = run(clone, '.venv/bin/python evaluate.py --out_dir=out-book --split=train')
+    assert float(re.findall(r'^out-book, step 300 +(\S+)', table, re.MULTILINE)[0]) < 0.5

@@ -388,10 +388,10 @@ def test_two_machines_that_share_a_folder_may_download_at_the_same_time(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('plaingpt.tasks.CORPORA', tmp_path / 'data')
     with serving(tmp_path / 'web', InStep) as address, ThreadPoolExecutor() as machines:
-        write(tmp_path / 'web/mine.jsonl', WORDS)
-        loading = [machines.submit(load, 'lambada', f'{address}/mine.jsonl', 0, ALONE) for _ in range(2)]
+        write(tmp_path / 'web/words.jsonl', WORDS)
+        loading = [machines.submit(load, 'lambada', f'{address}/words.jsonl', 0, ALONE) for _ in range(2)]
         assert [machine.result() for machine in loading] == [WORDS, WORDS]
-    assert [path.name for path in (tmp_path / 'data/lambada').iterdir()] == ['mine.jsonl']
+    assert [path.name for path in (tmp_path / 'data/lambada').iterdir()] == ['words.jsonl']
 
 
 def test_without_a_path_the_original_is_downloaded_and_anything_else_refused(

@@ -1,7 +1,7 @@
 """Training: the schedule, the optimizer, the batch, the files of a run, and interruptions, which change nothing.
 
 Most runs take place in this process, on a tiny model and real text. None draws its picture (run/test_log.py does),
-but for those in a process of their own.
+except those in a process of their own.
 """
 import ast
 import dataclasses

@@ -209,7 +209,7 @@ def test_a_terminal_shows_surprise_in_colour_unless_it_is_not_wanted(no_color: s
     ({'block_size': 16}, [f'--text={"a" * 16}'],
      '--text has 16 tokens, and at most 15 can be shown, as the model reads 16 at a time: give a shorter one'),
     ({'n_layer': 16, 'n_head': 16, 'n_embd': 32}, [f'--text={"a" * 48}'],
-     '--text has 48 tokens, and at most 46 can be shown of 256 heads: give a shorter one'),
+     '--text has 48 tokens, and at most 45 can be shown of 256 heads: give a shorter one'),
     ({'has_start': False, 'vocab_size': 256}, ['--text=a'], '--text has 1 tokens: give a longer one, of which '),
     ({}, ['--text='], '--text has 0 tokens: give a longer one, of which '),
     ({}, ['--top=0'], '--top=0: must be 1 or more'),

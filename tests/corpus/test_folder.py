@@ -263,10 +263,10 @@ def test_a_corpus_is_a_name_in_data_or_any_folder(tiny_dataset: Path) -> None:
 def test_a_folder_is_called_by_the_shortest_name_that_means_it_and_no_corpus_in_data(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ('stdlib', 'mine', 'a/b'):
+    for name in ('stdlib', 'book', 'a/b'):
         (tmp_path / name).mkdir(parents=True)
-    for folder, name in ((CORPORA / 'stdlib', 'stdlib'), (CORPORA / 'none', 'none'), (Path('mine'), 'mine'),
-                         (tmp_path / 'mine', 'mine'), (Path('a/b'), 'a/b'), (Path('stdlib'), f'{tmp_path}/stdlib'),
+    for folder, name in ((CORPORA / 'stdlib', 'stdlib'), (CORPORA / 'none', 'none'), (Path('book'), 'book'),
+                         (tmp_path / 'book', 'book'), (Path('a/b'), 'a/b'), (Path('stdlib'), f'{tmp_path}/stdlib'),
                          (tmp_path / 'a/b', f'{tmp_path}/a/b'), (Path(), str(tmp_path))):
         assert dataset_of(folder) == name
         assert data_folder(name).absolute() == folder.absolute()

@@ -270,9 +270,9 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> 
 def test_hidden_files_are_no_documents_unless_they_are_named(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ('notes.txt', 'more/notes.txt', '.ipynb_checkpoints/notes-checkpoint.txt', '._notes.txt', '.x/a.txt'):
-        (tmp_path / '.mine' / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / '.mine' / name).write_text(f'This is {name}', encoding='utf-8')
-    folder, seen = tmp_path / '.mine', Counter(['This is notes.txt', 'This is more/notes.txt'])
+        (tmp_path / '.book' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / '.book' / name).write_text(f'This is {name}', encoding='utf-8')
+    folder, seen = tmp_path / '.book', Counter(['This is notes.txt', 'This is more/notes.txt'])
     for pattern in ('', '/**', '/**/*.txt'):
         assert prepared(tmp_path, monkeypatch, f'--input={folder}{pattern}') == seen
         assert 'hidden files, whose names begin with a dot, are left out: 3\n' in capsys.readouterr().out

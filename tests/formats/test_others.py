@@ -261,7 +261,7 @@ class Call:
 
 
 def test_the_class_that_a_file_names_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its module exists, and records any attribute that is asked of it."""
+    """Its module exists, and records every access to an attribute."""
     touched: list[str] = []
 
     class Trap(types.ModuleType):
@@ -353,8 +353,8 @@ def test_a_run_without_a_tokenizer_is_made_with_a_line_and_a_corpus_brings_one(
 
 
 def test_nanogpts_gelu_is_the_exact_one_unless_a_setting_says_otherwise(tmp_path: Path) -> None:
-    """Neither nanoGPT's files, nor those of its relatives, which have its names and the other GELU, say which one it
-    is."""
+    """nanoGPT's files do not say which one it is; nor do those of its relatives, which have its names and the other
+    GELU."""
     args = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'block_size': 16, 'bias': True, 'vocab_size': 64, 'dropout': 0.0}
     tree = {'model': GPT(GPTConfig(16, 64, 1, 2, 8)).state_dict(), 'model_args': args, 'iter_num': 3}
     torch.save(tree, tmp_path / 'ckpt.pt')
