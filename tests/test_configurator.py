@@ -345,9 +345,9 @@ def test_a_file_that_is_no_text_is_refused(script: ModuleType) -> None:
 
 
 def test_a_missing_config_file_is_answered_with_the_nearest(script: ModuleType) -> None:
-    write('', 'mine.py')
+    write('', 'mytext.py')
     assert 'config/ has eval_gpt2, eval_gpt2_large, ' in complaint(script, 'zzzz.py')
-    assert complaint(script, 'mine') == 'there is no config file mine\ndid you mean mine.py?'
+    assert complaint(script, 'mytext') == 'there is no config file mytext\ndid you mean mytext.py?'
     for typed in ('train_gpt2', 'config/train_gpt2.py', 'train_gpt-2.py'):
         first, second = complaint(script, typed).splitlines()
         assert first == f'there is no config file {typed}'

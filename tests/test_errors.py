@@ -72,7 +72,7 @@ WRONG = [
     Wrong(trains('--init_from=auto --overwrite=True'), COMMAND, ['--overwrite=True', '--init_from=auto']),
     # the corpus
     Wrong(trains('--dataset={empty}/openwebtext'), DATA, ['openwebtext', 'python data/openwebtext/prepare.py']),
-    Wrong(trains('--dataset={empty}/mine'), DATA, ['{empty}/mine', 'python data/text/prepare.py']),
+    Wrong(trains('--dataset={empty}/mytext'), DATA, ['{empty}/mytext', 'python data/text/prepare.py']),
     Wrong(trains('--dataset={pickled}'), DATA, ['meta.pkl', 'prepare.py']),
     Wrong(trains('--dataset={odd}'), DATA, ['{odd}/train.bin', 'bytes', 'prepare']),
     Wrong(trains('--vocab_size=50'), DATA, ['{corpus}/train.bin holds token', '0 to 49', '--vocab_size=']),
@@ -92,7 +92,7 @@ WRONG = [
     # the other scripts
     Wrong('evaluate --out_dir={empty}', CHECKPOINT, ['{empty}']),
     Wrong('evaluate --out_dir={run} --batch_size=0', COMMAND, ['--batch_size=0']),
-    Wrong('evaluate --out_dir={run} --dataset={empty}/mine', DATA, ['{empty}/mine', 'prepare.py']),
+    Wrong('evaluate --out_dir={run} --dataset={empty}/mytext', DATA, ['{empty}/mytext', 'prepare.py']),
     Wrong('evaluate --out_dir={run} --dataset={gpt2_corpus}', DATA, ['gpt2', 'char']),
     Wrong('sample --out_dir={empty}', CHECKPOINT, ['{empty} holds no checkpoint']),
     Wrong('sample --out_dir={run} --start=☃', DATA, ['☃']),

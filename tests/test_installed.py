@@ -68,13 +68,13 @@ def test_the_wheel_has_one_name_at_the_top(wheel: Path) -> None:
 
 def test_from_text_to_sample_in_any_folder_by_the_commands_that_are_printed(programs: Path, tmp_path: Path,
                                                                             tiny_text: str) -> None:
-    (tmp_path / 'mine.txt').write_text(tiny_text, encoding='utf-8')
-    said = run(programs, tmp_path, 'plaingpt train --dataset=mine', code=DATA)
+    (tmp_path / 'mytext.txt').write_text(tiny_text, encoding='utf-8')
+    said = run(programs, tmp_path, 'plaingpt train --dataset=mytext', code=DATA)
     [prepare] = re.findall(r'first run: (plaingpt prepare text .*)', said)
-    said = run(programs, tmp_path, prepare.replace('YOUR_TEXT', 'mine.txt') + ' --tokenizer=byte')
-    assert 'to data/mine' in said and (tmp_path / 'data/mine/train.bin').exists()
+    said = run(programs, tmp_path, prepare.replace('YOUR_TEXT', 'mytext.txt') + ' --tokenizer=byte')
+    assert 'to data/mytext' in said and (tmp_path / 'data/mytext/train.bin').exists()
     train, sample = (line.strip() for line in said.partition('next:\n')[2].splitlines())
-    assert train == 'plaingpt train config/train_stdlib.py --dataset=mine --out_dir=out-mine'
+    assert train == 'plaingpt train config/train_stdlib.py --dataset=mytext --out_dir=out-mytext'
     said = run(programs, tmp_path, f'{train} {SHORT}')
     assert '=== step 3 ===' in said and f'try next: {sample}' in said
     run(programs, tmp_path, f'{sample} --num_samples=1 --max_new_tokens=5')
@@ -83,8 +83,8 @@ def test_from_text_to_sample_in_any_folder_by_the_commands_that_are_printed(prog
     again = run(programs, tmp_path, 'python -m torch.distributed.run --standalone --nproc_per_node=2 -m plaingpt '
                 f'{train.removeprefix("plaingpt ")} --init_from=resume {more}')
     assert 'resuming at step 3' in again and '=== step 5 ===' in again
-    assert 'bits_per_byte' in run(programs, tmp_path, 'python -m plaingpt evaluate --out_dir=out-mine --eval_iters=1')
-    run(programs, tmp_path, 'plaingpt xray --out_dir=out-mine --text=def')
+    assert 'bits_per_byte' in run(programs, tmp_path, 'python -m plaingpt evaluate --out_dir=out-mytext --eval_iters=1')
+    run(programs, tmp_path, 'plaingpt xray --out_dir=out-mytext --text=def')
     run(programs, tmp_path, 'plaingpt learn start gelu')
     assert 'nothing is written there yet' in run(programs, tmp_path, 'plaingpt learn check gelu', code=1)
 

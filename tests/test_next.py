@@ -24,7 +24,7 @@ PYTHON = shlex.quote(sys.executable)  # as messages name it: no virtual environm
 TRAIN = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2',
          '--max_iters=2', '--gradient_accumulation_steps=1', '--eval_iters=1', '--sample_tokens=3']  # a short run
 SAMPLE = ['--device=cpu', '--num_samples=1', '--max_new_tokens=3']
-TEXT = "it's mine.txt"
+TEXT = "it's mytext.txt"
 
 
 class Place:
@@ -237,11 +237,11 @@ def test_a_clone_that_cannot_be_written_to_prepares_trains_and_samples_elsewhere
     read_only.follow(sample, *SAMPLE)
     assert {'out-stdlib', 'stdlib'} <= {path.name for path in (tmp_path / 'for all').iterdir()}
 
-    folder = tmp_path / 'my corpora' / 'of mine'
+    folder = tmp_path / 'my corpora' / 'of mytext'
     train, sample = read_only.run('data/text/prepare.py', f'--input={TEXT}', '--tokenizer=char', f'--to_dir={folder}')
     read_only.follow(train, *TRAIN)
     read_only.follow(sample, *SAMPLE)
-    assert sorted(path.name for path in folder.parent.iterdir()) == ['of mine', 'out-of mine']
+    assert sorted(path.name for path in folder.parent.iterdir()) == ['of mytext', 'out-of mytext']
     assert sorted(read_only.clone.rglob('*')) == before
 
 

@@ -70,7 +70,7 @@ def test_a_damaged_block_is_refused_with_its_bytes_and_the_others_are_read(corpu
     flip(path, 5 * BLOCK + 17)
     flip(path, size - 5000)
     meta = json.loads((corpus / 'meta.json').read_text(encoding='utf-8'))
-    command = f'data/text/prepare.py --input=mine.txt --to_dir={corpus}'
+    command = f'data/text/prepare.py --input=mytext.txt --to_dir={corpus}'
     (corpus / 'meta.json').write_text(json.dumps(meta | {'created_by': f'python {command}'}), encoding='utf-8')
     tokens = open_split(corpus, 'train', 16, 257)
     message = refused(tokens.read, len(tokens) - 1, 1)
@@ -93,13 +93,13 @@ def test_a_shard_is_compared_from_its_header_on_and_the_command_that_makes_it_an
     flip(sharded / 'train_000002.bin', 70_000)
     assert tokens.read(0, len(tokens)).size, 'no block is compared twice'
     meta = json.loads((sharded / 'meta.json').read_text(encoding='utf-8'))
-    made = {'created_by': 'python data/fineweb_edu/prepare.py --input=mine.txt'}
+    made = {'created_by': 'python data/fineweb_edu/prepare.py --input=mytext.txt'}
     (sharded / 'meta.json').write_text(json.dumps(meta | made), encoding='utf-8')
     tokens = open_split(sharded, 'train', 16, 257)
     tokens.read(59_990, 20)  # across two files
     message = refused(tokens.read, 60_000 + (BLOCK - 1024) // 2, 1)
     assert f'{sharded}/train_000002.bin is damaged: bytes 65,536 to 121,023' in message
-    assert message.endswith(f' data/fineweb_edu/prepare.py --input=mine.txt --to_dir={sharded} --overwrite=True')
+    assert message.endswith(f' data/fineweb_edu/prepare.py --input=mytext.txt --to_dir={sharded} --overwrite=True')
 
 
 def test_each_block_is_read_whole_once_and_then_no_byte_is_read_beside_those_asked_for(

@@ -372,7 +372,7 @@ def test_a_corpus_that_is_not_prepared_names_the_command_that_does_it(tmp_path: 
             (CORPORA, 'text', 'data/text/prepare.py --input=YOUR_TEXT'),
             (tmp_path, 'openwebtext', f'data/openwebtext/prepare.py --to_dir={tmp_path}/openwebtext'),
             (tmp_path, 'stdlib', f'data/stdlib/prepare.py --to_dir={tmp_path}/stdlib'),
-            (tmp_path, "it's mine", f"""data/text/prepare.py --input=YOUR_TEXT --to_dir='{tmp_path}/it'"'"'s mine'""")]:
+            (tmp_path, "it's text", f"""data/text/prepare.py --input=YOUR_TEXT --to_dir='{tmp_path}/it'"'"'s text'""")]:
         assert refused(read_meta, place / name).endswith(f'first run: {errors.python()} {command}')
     for pattern in ('no*.bin', 'no[1]', '*/*.bin'):
         assert refused(read_meta, tmp_path / pattern).endswith('\ngive a folder, or a glob of .bin or .npy')

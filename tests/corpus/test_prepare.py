@@ -228,19 +228,19 @@ def test_the_users_own_documents_become_a_corpus(
         spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [f'Document {i}: ' + 'naïve 🙂\r\n' * (i % 5) for i in range(50)]
     rows = [json.dumps({'body': text}) for text in [*texts[:20], '', *texts[20:]]]
-    (tmp_path / 'mine.jsonl').write_text('\n'.join(rows), encoding='utf-8')
+    (tmp_path / 'novel.jsonl').write_text('\n'.join(rows), encoding='utf-8')
     load('text', tmp_path, monkeypatch).main(
-        [f'--input={tmp_path}/mine.jsonl', '--column=body', f'--tokenizer={spec}', '--name=mine', '--val_fraction=0.2'])
+        [f'--input={tmp_path}/novel.jsonl', '--column=body', f'--tokenizer={spec}', '--name=novel', '--val_fraction=0.2'])
 
-    train, val = documents_of(tmp_path / 'mine', 'train'), documents_of(tmp_path / 'mine', 'val')
+    train, val = documents_of(tmp_path / 'novel', 'train'), documents_of(tmp_path / 'novel', 'val')
     assert Counter(train + val) == Counter(texts)  # each once, and the empty one not at all
     assert len(val) == 10, 'a fifth of those that are not empty'
     assert train == [text for text in texts if text in train], 'the order of the file'
     assert max(map(texts.index, val)) > 30 > min(map(texts.index, val)), 'drawn from the whole file'
     out = capsys.readouterr().out
-    for line in ('found: files 1, documents 50', f'vocabulary: {spec}, {tokenizer_of(tmp_path / "mine").n_vocab:,} ids',
-                 'python train.py config/train_stdlib.py --dataset=mine --out_dir=out-mine',
-                 'python sample.py --out_dir=out-mine'):
+    for line in ('found: files 1, documents 50', f'vocabulary: {spec}, {tokenizer_of(tmp_path / "novel").n_vocab:,} ids',
+                 'python train.py config/train_stdlib.py --dataset=novel --out_dir=out-novel',
+                 'python sample.py --out_dir=out-novel'):
         assert line in out
 
 
@@ -617,13 +617,13 @@ def test_a_name_that_decides_nothing_is_reported(tmp_path: Path, monkeypatch: py
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     main = load('text', tmp_path / 'data', monkeypatch).main
     given = [f'--input={TEXTS}/play.txt', '--tokenizer=byte', f'--to_dir={tmp_path}/it']
-    for more, count in (([], 0), (['--name=mine'], 1)):
+    for more, count in (([], 0), (['--name=mytext'], 1)):
         main([*given, *more])
         assert capsys.readouterr().out.count('name has no effect: to_dir decides\n') == count
     assert [path.name for path in tmp_path.iterdir()] == ['it']
 
 
-@pytest.mark.parametrize('name', ['text', 'mine', 'a.b_c-2', 'Bücher', '日本語', 'हिन्दी', 'ไทย', 'com10'])
+@pytest.mark.parametrize('name', ['text', 'mytext', 'a.b_c-2', 'Bücher', '日本語', 'हिन्दी', 'ไทย', 'com10'])
 def test_a_corpus_may_have_a_name_of_any_script(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'text').mkdir()
     (tmp_path / 'text/prepare.py').touch()

@@ -578,13 +578,13 @@ def test_a_failure_midway_leaves_the_old_files_alone(tmp_path: Path, monkeypatch
 
 def test_a_corpus_that_was_interrupted_between_its_files_names_the_command_that_was_typed(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, 'argv', ['data/text/prepare.py', '--input=mine.txt', '--tokenizer', 'byte'])
+    monkeypatch.setattr(sys, 'argv', ['data/text/prepare.py', '--input=mytext.txt', '--tokenizer', 'byte'])
     monkeypatch.setattr('plaingpt.corpus.checksums.write', lambda *_: sys.exit('killed'))
     with pytest.raises(SystemExit):
         write(tmp_path / 'out', [numbered(40)])
     with pytest.raises(UserError, match='is not complete') as caught:
         open_split(tmp_path / 'out', 'train', 16, 257)
-    command = f'data/text/prepare.py --input=mine.txt --tokenizer=byte --to_dir={tmp_path}/out'
+    command = f'data/text/prepare.py --input=mytext.txt --tokenizer=byte --to_dir={tmp_path}/out'
     assert str(caught.value).endswith(command) and 'go on with: ' in str(caught.value)
 
 

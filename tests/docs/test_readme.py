@@ -56,7 +56,7 @@ RUN = {
     f'{DEFAULT} --check=True': Run('', r'\n9 checks passed\n'),
     f'{DEFAULT} --overwrite=True': Run(TRAIN, r'\n=== step 3 ===\n'),
     f'{DEFAULT} --overwrite=True --reference=docs/curves/stdlib.csv': Run(TRAIN, r'\n=== step 3 ===\n'),
-    'python -m plaingpt.run.reference out-stdlib mine.csv': Run('', r'mine\.csv is written'),
+    'python -m plaingpt.run.reference out-stdlib mytext.csv': Run('', r'mytext\.csv is written'),
     f'{DEFAULT} --init_from=auto': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
     '.venv/bin/python sample.py --out_dir=out-stdlib --start="def main("': Run(SAMPLE, r'(?m)^def main\('),
     '.venv/bin/python sample.py --out_dir=out-stdlib --interactive=True':
@@ -66,8 +66,8 @@ RUN = {
     'python export.py --out_dir=out-stdlib --to=hf': Run('', r' out-stdlib/hf/model\.safetensors\n(?s:.*)\nnext:\n'),
     'python export.py --out_dir=out-stdlib --to=gguf': Run('', r' out-stdlib/gguf/model\.gguf\n(?s:.*)ollama create'),
     'python export.py --out_dir=out-stdlib --to=llmc': Run('', r' out-stdlib/llmc/model\.bin\n(?s:.*)train_gpt2cu'),
-    'python export.py --init_from=THEIRS.pt --out_dir=out-theirs --to=ckpt --n_head=12 --gelu=tanh':
-        Run('--n_head=4 --dataset=stdlib', r' out-theirs/ckpt\.pt\n'),
+    'python export.py --init_from=MODEL.pt --out_dir=out-model --to=ckpt --n_head=12 --gelu=tanh':
+        Run('--n_head=4 --dataset=stdlib', r' out-model/ckpt\.pt\n'),
     'python evaluate.py --out_dir=out-stdlib': Run('--eval_iters=2', r'bits_per_byte\nout-stdlib, step \d+ +\d+\.\d+ '),
     'python evaluate.py --init_from="out-stdlib/ckpt*.pt"':
         Run('--eval_iters=1', r'\nout-stdlib/ckpt\.1\.pt, step \d .*\nout-stdlib/ckpt\.pt, step \d '),
@@ -93,10 +93,10 @@ RUN = {
     'python train_trivialised.py --n_layer=1': PLAIN,
     'python train_trivialised.py --learning_rate=4e-4': PLAIN,
     'python train_trivialised.py': PLAIN,
-    'python data/text/prepare.py --input=PATH --tokenizer=bpe:4096 --name=mine':
-        Run('', r'\n    python train\.py config/train_stdlib\.py --dataset=mine --out_dir=out-mine\n'),
-    f'{DEFAULT} --dataset=mine --out_dir=out-mine': Run(TRAIN, r'\n=== step 3 ===\n'),
-    'python sample.py --out_dir=out-mine': Run(SAMPLE, r'-{15}\n'),
+    'python data/text/prepare.py --input=PATH --tokenizer=bpe:4096 --name=mytext':
+        Run('', r'\n    python train\.py config/train_stdlib\.py --dataset=mytext --out_dir=out-mytext\n'),
+    f'{DEFAULT} --dataset=mytext --out_dir=out-mytext': Run(TRAIN, r'\n=== step 3 ===\n'),
+    'python sample.py --out_dir=out-mytext': Run(SAMPLE, r'-{15}\n'),
     'python train.py --help': Run('', re.escape("out_dir: str = 'out'\n")),
     'python benchmarks/fast_marks.py': Run('', r'(?m)^AdamW +\d'),
     'python benchmarks/memory.py': Run('--n_layer=1', r'2 processes: ddp 16\.\d\d .*, zero1 1[23]\.\d\d .*, fsdp 8\.'),
@@ -270,7 +270,7 @@ def test_the_commands_do_what_readme_says(clone: Path, tiny_text: str) -> None:
     for number, text in enumerate(tiny_text.split('\nclass ')):
         (clone / f'texts/{number}.txt').write_text(text, encoding='utf-8')
     torch, model = importlib.import_module('torch'), importlib.import_module('model')
-    torch.save(model.GPT(model.GPTConfig(16, 1024, 1, 4, 16)).state_dict(), clone / 'THEIRS.pt')
+    torch.save(model.GPT(model.GPTConfig(16, 1024, 1, 4, 16)).state_dict(), clone / 'MODEL.pt')
     for command, (more, expected) in RUN.items():
         output = shell(clone, ACTIVATE, f'{command.replace("PATH", "texts")} {more}')
         found = re.search(expected, output)

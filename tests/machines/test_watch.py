@@ -670,7 +670,7 @@ def test_training_continues_while_a_checkpoint_is_written(monkeypatch: pytest.Mo
 def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path: Path, tiny_dataset: Path) -> None:
     left = ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp', 'ckpt.pt.0a1b2c3d.tmp', '.best.pt.0a1b2c3d.uploading',
             '.ckpt.pt.0a1b2c3d.uploading.tmp')
-    foreign = ('thesis.tmp', 'ckpt.pt.old.tmp', '.mine.uploading', 'ckpt-mine.pt', 'ckpt.final.pt', 'my best.pt')
+    foreign = ('thesis.tmp', 'ckpt.pt.old.tmp', '.mytext.uploading', 'ckpt-mytext.pt', 'ckpt.final.pt', 'my best.pt')
     for name in (*left, *foreign):
         (tmp_path / name).write_bytes(b'half')
     upload_to = (tmp_path / 'elsewhere').as_uri()  # removes old copies
