@@ -293,9 +293,9 @@ def test_documents_on_both_sides_of_the_split_are_counted(
     for name, text in (('a', 'two'), ('b', 'four'), ('c', 'three')):
         write(tmp_path / f'val/{name}.txt', text)
     prepared(tmp_path, monkeypatch, f'--input={tmp_path}/*.txt', f'--val_input={tmp_path}/val')
-    assert 'of the documents in val.bin, 2 are in train.bin too' in capsys.readouterr().out
+    assert 'of the documents in val.bin, 2 are in train.bin, too' in capsys.readouterr().out
     prepared(tmp_path, monkeypatch, f'--input={tmp_path}/*.txt', '--val_fraction=0.3')
-    assert 'train.bin too' not in capsys.readouterr().out
+    assert 'train.bin, too' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('empty', ['{"text": ""}', '{"text": null}', ''])
@@ -364,7 +364,7 @@ def test_a_text_is_prepared_with_the_tokenizer_of_a_run_a_model_a_corpus_or_a_fi
 @pytest.mark.parametrize('suffix', ['.json', '.csv', '.tsv'])
 def test_a_table_is_not_read_as_text(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f'a{suffix}').write_text('[{"text": "one"}, {"text": "two"}]', encoding='utf-8')
-    with pytest.raises(UserError, match=r'is no text: .*\n.*\.jsonl.*\.txt') as error:
+    with pytest.raises(UserError, match=r'is not text: .*\n.*\.jsonl.*\.txt') as error:
         prepared(tmp_path, monkeypatch, f'--input={tmp_path}/a{suffix}')
     assert error.value.code == DATA
 
@@ -600,7 +600,7 @@ def test_every_corpus_is_written_where_to_dir_says_and_nothing_elsewhere(
 
 
 @pytest.mark.parametrize(('argument', 'message'), [
-    ('--to_dir=s3://bucket/corpus', '--to_dir=s3://bucket/corpus is no folder of this machine'),
+    ('--to_dir=s3://bucket/corpus', '--to_dir=s3://bucket/corpus is not a folder on this machine'),
     ('--to_dir=data/stdlib', '--to_dir=data/stdlib: that folder is for the corpus of data/stdlib/prepare.py: give an'),
 ])
 def test_a_folder_that_cannot_be_the_corpus_is_refused_before_any_text_is_read(
