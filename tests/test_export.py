@@ -658,7 +658,7 @@ def test_wrong_commands_are_answered_in_a_line_or_two(tmp_path: Path, monkeypatc
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     assert 'has 2: leave it out' in refused(run, folder, n_head=4, code=errors.COMMAND)
     assert 'float16 or q8_0' in refused(run, folder, to='gguf', dtype='bfloat16', code=errors.COMMAND)
-    assert 'no multiple of 32' in refused(run, folder, to='gguf', dtype='q8_0', code=errors.COMMAND)
+    assert 'not a multiple of 32' in refused(run, folder, to='gguf', dtype='q8_0', code=errors.COMMAND)
     assert 'float32 or bfloat16' in refused(run, folder, to='llmc', dtype='float16', code=errors.COMMAND)
     assert 'to must be' in refused(run, folder, to='onnx', code=errors.COMMAND)
     assert '--to_dir' in refused(export.main, ['--out_dir=s3://bucket/run'], code=errors.COMMAND)

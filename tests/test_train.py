@@ -510,7 +510,7 @@ def test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damag
         run: Run, tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Most of train.bin is reversed: checksums notice the damage; without them, as in other projects' corpora, a sample
     of the file notices that it is another one, and the run says that it checks no more than that."""
-    line = 'has no checksums: damage in the middle of a file may pass unseen\n'
+    line = 'has no checksums: damage in the middle of a file may go unnoticed\n'
     corpus = Path(shutil.copytree(tiny_dataset, tmp_path / 'corpus'))
     run(tmp_path / 'run', max_iters=2, dataset=corpus)
     assert line not in capsys.readouterr().out

@@ -228,19 +228,19 @@ def test_the_users_own_documents_become_a_corpus(
         spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [f'Document {i}: ' + 'naïve 🙂\r\n' * (i % 5) for i in range(50)]
     rows = [json.dumps({'body': text}) for text in [*texts[:20], '', *texts[20:]]]
-    (tmp_path / 'novel.jsonl').write_text('\n'.join(rows), encoding='utf-8')
+    (tmp_path / 'own.jsonl').write_text('\n'.join(rows), encoding='utf-8')
     load('text', tmp_path, monkeypatch).main(
-        [f'--input={tmp_path}/novel.jsonl', '--column=body', f'--tokenizer={spec}', '--name=novel', '--val_fraction=0.2'])
+        [f'--input={tmp_path}/own.jsonl', '--column=body', f'--tokenizer={spec}', '--name=own', '--val_fraction=0.2'])
 
-    train, val = documents_of(tmp_path / 'novel', 'train'), documents_of(tmp_path / 'novel', 'val')
+    train, val = documents_of(tmp_path / 'own', 'train'), documents_of(tmp_path / 'own', 'val')
     assert Counter(train + val) == Counter(texts)  # each once, and the empty one not at all
     assert len(val) == 10, 'a fifth of those that are not empty'
     assert train == [text for text in texts if text in train], 'the order of the file'
     assert max(map(texts.index, val)) > 30 > min(map(texts.index, val)), 'drawn from the whole file'
     out = capsys.readouterr().out
-    for line in ('found: files 1, documents 50', f'vocabulary: {spec}, {tokenizer_of(tmp_path / "novel").n_vocab:,} ids',
-                 'python train.py config/train_stdlib.py --dataset=novel --out_dir=out-novel',
-                 'python sample.py --out_dir=out-novel'):
+    for line in ('found: files 1, documents 50', f'vocabulary: {spec}, {tokenizer_of(tmp_path / "own").n_vocab:,} ids',
+                 'python train.py config/train_stdlib.py --dataset=own --out_dir=out-own',
+                 'python sample.py --out_dir=out-own'):
         assert line in out
 
 
@@ -293,9 +293,9 @@ def test_documents_on_both_sides_of_the_split_are_counted(
     for name, text in (('a', 'two'), ('b', 'four'), ('c', 'three')):
         write(tmp_path / f'val/{name}.txt', text)
     prepared(tmp_path, monkeypatch, f'--input={tmp_path}/*.txt', f'--val_input={tmp_path}/val')
-    assert 'of the documents in val.bin, 2 are in train.bin too' in capsys.readouterr().out
+    assert 'of the documents in val.bin, 2 are in train.bin, too' in capsys.readouterr().out
     prepared(tmp_path, monkeypatch, f'--input={tmp_path}/*.txt', '--val_fraction=0.3')
-    assert 'train.bin too' not in capsys.readouterr().out
+    assert 'train.bin, too' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('empty', ['{"text": ""}', '{"text": null}', ''])
@@ -364,7 +364,7 @@ def test_a_text_is_prepared_with_the_tokenizer_of_a_run_a_model_a_corpus_or_a_fi
 @pytest.mark.parametrize('suffix', ['.json', '.csv', '.tsv'])
 def test_a_table_is_not_read_as_text(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f'a{suffix}').write_text('[{"text": "one"}, {"text": "two"}]', encoding='utf-8')
-    with pytest.raises(UserError, match=r'is no text: .*\n.*\.jsonl.*\.txt') as error:
+    with pytest.raises(UserError, match=r'is not text: .*\n.*\.jsonl.*\.txt') as error:
         prepared(tmp_path, monkeypatch, f'--input={tmp_path}/a{suffix}')
     assert error.value.code == DATA
 
@@ -602,7 +602,7 @@ def test_every_corpus_is_written_where_to_dir_says_and_nothing_elsewhere(
 
 
 @pytest.mark.parametrize(('argument', 'message'), [
-    ('--to_dir=s3://bucket/corpus', '--to_dir=s3://bucket/corpus is no folder of this machine'),
+    ('--to_dir=s3://bucket/corpus', '--to_dir=s3://bucket/corpus is not a folder on this machine'),
     ('--to_dir=data/stdlib', '--to_dir=data/stdlib: that folder is for the corpus of data/stdlib/prepare.py: give an'),
 ])
 def test_a_folder_that_cannot_be_the_corpus_is_refused_before_any_text_is_read(

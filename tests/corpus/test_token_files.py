@@ -296,7 +296,7 @@ def test_each_shard_is_compared_with_what_its_maker_wrote(described: Path) -> No
     path.write_bytes(with_header(20240520, 1, 49, data[1024:-2]))
     assert f'{path} has 49 tokens, and meta.json says 50' in refused(open_split, described, 'train', 16, 150)
     path.unlink()
-    assert f'{path} is not there' in refused(open_split, described, 'train', 16, 150)
+    assert f'{path} is missing' in refused(open_split, described, 'train', 16, 150)
     assert len(open_split(described / '*_00000[01].bin', 'train', 16, 150)) == 50, 'a glob may name a part of them'
     path.write_bytes(data)
     (described / 'train_000003.bin').write_bytes(data)

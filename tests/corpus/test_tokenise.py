@@ -524,7 +524,7 @@ def test_a_long_text_is_sent_to_no_process_and_is_known_on_both_sides_of_the_spl
     assert len(batches) == 28
     assert max(len(ForkingPickler.dumps(batch)) for batch in batches) < 1000
     write(tmp_path / 'out', [['other'], *pieces], np.array([2]))
-    assert 'of the documents in val.bin, 1 are in train.bin too' in capsys.readouterr().out
+    assert 'of the documents in val.bin, 1 are in train.bin, too' in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures('small_parts')
@@ -585,7 +585,7 @@ def test_a_corpus_that_was_interrupted_between_its_files_names_the_command_that_
     with pytest.raises(UserError, match='is not complete') as caught:
         open_split(tmp_path / 'out', 'train', 16, 257)
     command = f'data/text/prepare.py --input=mytext.txt --tokenizer=byte --to_dir={tmp_path}/out'
-    assert str(caught.value).endswith(command) and 'go on with: ' in str(caught.value)
+    assert str(caught.value).endswith(command) and 'continue with: ' in str(caught.value)
 
 
 def test_a_disk_that_is_full_ends_the_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

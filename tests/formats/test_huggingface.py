@@ -55,12 +55,12 @@ def test_only_gpt2s_own_keys_of_a_config_are_read_and_no_others_are_passed_on(hf
 
 
 @pytest.mark.parametrize(('name', 'value', 'message'), [
-    ('quantization_config', {'load_in_4bit': True}, 'another model than GPT-2: it has quantization_config'),
+    ('quantization_config', {'load_in_4bit': True}, 'a different model from GPT-2: it has quantization_config'),
     ('n_layer', 10**4, 'too few for n_layer=10000'), ('n_layer', 10**8, 'more than any'),
     ('n_layer', 10**9, 'n_layer is 1000000000'),
     ('n_embd', 2**40, 'n_embd is'), ('n_embd', 10**6, 'more than any machine holds'),
-    ('vocab_size', 10**8, 'by its settings'),
-    ('n_positions', 2**27, 'by its settings'), ('n_head', 0, 'n_head is 0'), ('n_head', 3, 'n_head=3'),
+    ('vocab_size', 10**8, 'by the settings'),
+    ('n_positions', 2**27, 'by the settings'), ('n_head', 0, 'n_head is 0'), ('n_head', 3, 'n_head=3'),
     ('n_head', None, 'n_head is None'), ('n_embd', [8], 'of the type list'), ('n_embd', True, 'n_embd is True'),
     ('activation_function', [], 'activation_function'), ('tie_word_embeddings', 'no', "tie_word_embeddings is 'no'"),
     ('model_type', '\x1b[31mgpt2', r"'\x1b[31mgpt2'"), ('model_type', ['gpt2'], 'of the type list'),

@@ -185,13 +185,13 @@ def test_what_transformers_saves_is_read(hf_folder: Path, tmp_path: Path) -> Non
 def test_a_setting_that_makes_another_model_of_it_is_refused(name: str, value: Any, hf_folder: Path) -> None:
     rewrite(hf_folder / 'config.json', **{name: value})
     message = refused(open_model, str(hf_folder), code=errors.CHECKPOINT)
-    assert f'another model than model_modern.py: it has {name}=' in message and str(hf_folder) in message
+    assert f'a different model from model_modern.py: it has {name}=' in message and str(hf_folder) in message
 
 
 @pytest.mark.parametrize(('name', 'value', 'message'), [
     ('num_hidden_layers', 10**4, 'too few for n_layer=10000'), ('num_hidden_layers', None, 'num_hidden_layers is None'),
     ('hidden_size', 2**40, 'hidden_size is'), ('hidden_size', 10**6, 'more than any machine holds'),
-    ('vocab_size', 300, 'by its settings'), ('num_attention_heads', 0, 'num_attention_heads is 0'),
+    ('vocab_size', 300, 'by the settings'), ('num_attention_heads', 0, 'num_attention_heads is 0'),
     ('num_attention_heads', 3, 'n_head=3'), ('num_attention_heads', 16, 'must be even'),
     ('model_type', 'llama', 'llama')])
 def test_a_config_that_promises_what_the_weights_do_not_hold_is_refused(

@@ -221,7 +221,7 @@ def test_an_imported_model_can_be_evaluated_exported_and_trained_on(
 def test_other_models_are_refused_with_the_reason(tree: dict[str, Any], reason: str, tmp_path: Path) -> None:
     torch.save(tree, tmp_path / 'chkpoint_100.pth')
     message = refused(open_model, str(tmp_path / 'chkpoint_100.pth'), code=errors.CHECKPOINT)
-    assert 'is another model than GPT-2' in message and reason in message
+    assert 'is a different model from GPT-2' in message and reason in message
 
 
 def test_a_model_that_only_looks_like_gpt_from_scratchs_is_refused(
