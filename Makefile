@@ -6,7 +6,7 @@ PY = .venv/bin/python
 # benchmarks/NOTES.md.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help train test test-fast lint ladder bench
+.PHONY: help train test test-fast lint ladder reference bench
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,9 @@ lint: .venv/test  ## check style and types
 ladder: .venv/test  ## climb README's ladder, and record its numbers in docs/ladder.md: half an hour and more
 	$(PY) data/stdlib/prepare.py
 	$(PY) course/ladder.py
+
+reference:  ## write the settings into docs/reference.md
+	python3 docs/reference.py
 
 # ablate.py takes more than an hour, kills.py one, damage.py and modern.py half of one: they are called by name
 by_name = %/ablate.py %/kills.py %/damage.py %/modern.py

@@ -36,7 +36,8 @@ from plaingpt.machines.processes import Process
 from plaingpt.machines.watch import Watch, explained
 from plaingpt.metrics import Predictor
 from plaingpt.paths import is_url, matching
-from plaingpt.published import PUBLISHED
+from plaingpt.published import PUBLISHED, TITLES
+from plaingpt.run import report as run_report
 from plaingpt.run.checkpoint import State
 from plaingpt.tasks import Row, is_raw, load, measure_hellaswag, measure_lambada
 
@@ -63,11 +64,6 @@ backend: str = 'auto'
 PLACE = ('init_from', 'out_dir', 'dataset', 'hellaswag', 'lambada', 'json', 'device')
 MEASURES = {'hellaswag': measure_hellaswag, 'lambada': measure_lambada}  # the tasks beside 'val'
 SAME = '{} must be the same on all machines'
-TITLES = {
-    'hellaswag_completion': 'HellaSwag in completion style, as build-nanogpt and llm.c score it',
-    'hellaswag_lm_eval': 'HellaSwag as lm-eval scores it',
-    'lambada_openai': "LAMBADA as lm-eval's lambada_openai scores it",
-}
 
 
 class Measured(NamedTuple):
@@ -183,7 +179,7 @@ def as_json(all_measured: Sequence[Measured], about: dict[str, Any]) -> bytes:
     return dumps({'measured': rows, 'published': PUBLISHED, **about}, indent=2, allow_nan=False).encode() + b'\n'
 
 
-def write_json(path: str, content: bytes) -> None:
+def write_json(path: Path, content: bytes) -> None:
     with files.written_whole(path) as file:
         file.write(content)
     console.say(f'\nall figures are in {path}')
@@ -212,7 +208,8 @@ def main(args: list[str]) -> None:
             return
         notes = notes_on(questions)
         console.say(report(all_measured, notes))
-        write_json(json or json_file(where, found), as_json(all_measured, {
+        path = Path(json or json_file(where, found))
+        write_json(path, as_json(all_measured, {
             'settings': settings,
             'dtype': name_of(compute.dtype),
             'device': card(process.device) or process.device.type,
@@ -220,6 +217,9 @@ def main(args: list[str]) -> None:
             'python': platform.python_version(),
             'torch': str(torch.__version__),
         }))
+        if path.name == 'evaluation.json' and (path.parent / 'metrics.jsonl').is_file():  # of a run
+            run_report.write(path.parent)
+            console.say(f'{path.parent / "report.html"} shows them beside the run')
 
 
 if __name__ == '__main__':

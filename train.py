@@ -6,6 +6,9 @@ Train a GPT: on a laptop, on one card, or on many.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    GPT-2, on the 8 cards of one machine
 """
 import math
+import os
+import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -39,6 +42,7 @@ from plaingpt.machines.watch import Watch, explained
 from plaingpt.machines.zero import Zero
 from plaingpt.plan import RunSettings, amount, show_plan
 from plaingpt.run import checkpoint, wandb
+from plaingpt.run import reference as references
 from plaingpt.run.log import Log, Pace
 from plaingpt.run.run import Learner, Run, Work
 from plaingpt.run.upload import Uploader
@@ -65,6 +69,7 @@ log_interval: int = 1  # steps
 always_save_checkpoint: bool = True  # at each evaluation; False: only when the validation loss is the best so far
 keep: int = 2  # checkpoints: ckpt.pt, and those before it as ckpt.1.pt ...; best.pt does not count
 sample_interval: int = 2000  # steps; samples are drawn before the first step and after the last one too; 0 draws none
+reference: str = ''  # a curve to draw beside this run's, in grey: docs/curves/stdlib.csv: is this run right?
 sample_start: str = '\n'  # what a sample continues
 sample_tokens: int = 100
 hellaswag_interval: int = 0  # steps; HellaSwag is asked before the first step and after the last one too; 0: never
@@ -123,7 +128,8 @@ deterministic: bool = False  # on cuda: bit for bit the same each time, and slow
 
 # Of these each process of a run may have its own: they say where things are, or what only process 0 does. A corpus is
 # compared by what it holds, as questions are.
-PLACE = ('out_dir', 'dataset', 'upload_to', 'hellaswag', 'wandb_log', 'wandb_project', 'wandb_run_name', 'device')
+PLACE = ('out_dir', 'dataset', 'reference', 'upload_to', 'hellaswag', 'wandb_log', 'wandb_project', 'wandb_run_name',
+         'device')
 LEARNED_BY_HEART = 0.1  # of the first loss: overfit_single_batch passes below it
 PATIENCE = 10  # steps in a row that are skipped because something is not finite; then the run ends
 SLOW = 5  # seconds: a longer step shows its micro-batches on a terminal
@@ -273,6 +279,8 @@ def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: S
     is_kept = process.is_main and not (eval_only or overfit_single_batch)
     uploader = Uploader(upload_to if is_kept else '', console.say)
     log = Log(None if eval_only else folder, process.is_main, learner.step, work.last_step, uploader)
+    log.reference = references.read(reference) if reference else None
+    introduce(log, learner, record)
     watch.on_end = log.end
     run_id = origin.state.get('wandb_run_id', '') if origin.is_resumed else ''
     if wandb_log:
@@ -285,6 +293,15 @@ def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: S
     pace = Pace(work.n_windows * learner.raw_model.config.block_size, learner.raw_model.flops_per_token(), peak)
     with log, explained(watch, less_memory()), checkpoint.Saver(folder, keep, uploader, watch.beat) as saver:
         yield Run(folder, log, saver, watch, stop, process, record, run_id, learner.step, work, log_interval, pace)
+
+
+def introduce(log: Log, learner: Learner, record: dict[str, Any]) -> None:
+    """Write down what the run is and who runs it, for its report. The launcher of several processes is not known."""
+    about = {'settings': record, 'parameters': sum(p.numel() for p in learner.raw_model.parameters()),
+             'python': platform.python_version(), 'torch': str(torch.__version__)}
+    machine = (f'{processes.describe(learner.process)}; {learner.compute.line}; '
+               f'{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores')
+    log.introduce(about, shlex.join([errors.python(), *map(console.shown, sys.argv)]), machine)
 
 
 def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
@@ -492,6 +509,8 @@ def refuse_mistakes(given: set[str]) -> None:
                         'give --min_lr=0, or a tenth of the learning rate')
     if overwrite and init_from in ('resume', 'auto'):
         raise UserError(f'--overwrite=True starts over; --init_from={init_from} goes on: give one of them')
+    if reference:
+        references.read(reference)
     if arch == 'modern':
         refuse_rates_of_gpt2(given)
         if init_from in sizes.GPT2:

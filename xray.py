@@ -34,18 +34,29 @@ top: int = 5  # of the likeliest tokens, so many are shown
 html: str = 'xray.html'  # the page, a file; '' writes none
 # ------------------------------------------------------------------------------------------------
 
-MOST_TOKENS = 64  # more make a page that is large, and that no one takes in
+MOST_TOKENS = 64  # more would be too much to take in, and of GPT-2's 144 heads a page of more than a megabyte
 SHADES = (None, 223, 216, 209, 202)  # of a terminal's 256 colours, from pale to strong
 NATS_OF_SHADE = 1.5
 
 
-def read(vocabulary: Tokenizer, block_size: int) -> list[int]:
-    """Return the ids of the text, after the one that begins a document, if there is one."""
+def most_tokens(n_heads: int) -> int:
+    """Return of how many tokens the pictures of all heads fit into a page: each has the square of that number of cells,
+    and is as large as some 450 of them beside these."""
+    return min(MOST_TOKENS, int(math.sqrt(max(16, (MOST_TOKENS**2 + 450) * 144 / max(1, n_heads) - 450))))
+
+
+def read(vocabulary: Tokenizer, block_size: int, n_heads: int, is_given: bool) -> list[int]:
+    """Return the ids of the text, after the one that begins a document, if there is one. A text that was not given is
+    shortened as need be."""
     ids = vocabulary.encode_prompt(text)
     start = [] if vocabulary.bos is None or ids[:1] == [vocabulary.bos] else [vocabulary.bos]
-    most = min(MOST_TOKENS, block_size - len(start))
+    fit = most_tokens(n_heads)
+    most = min(fit, block_size - len(start))
+    if not is_given:
+        ids = ids[:most]
     if len(ids) > most:
-        why = '' if most == MOST_TOKENS else f', as the model reads {block_size} at a time'
+        why = (f', as the model reads {block_size} at a time' if most < fit else
+               f' of {n_heads} heads' if most < MOST_TOKENS else '')
         raise UserError(f'--text has {len(ids)} tokens, and at most {most} can be shown{why}: give a shorter one')
     if len(start + ids) < 2:
         raise UserError(f'--text has {len(ids)} tokens: give a longer one, of which something can be predicted')
@@ -90,13 +101,14 @@ def report(seen: Xray) -> None:
 
 def main(args: list[str]) -> None:
     script = sys.modules[__name__]
-    configurator.configure(script, args)
+    _, given = configurator.configure(script, args)
     configurator.check_range(script, 'top', 1, below=configurator.MANY)
     if html and Path(html).is_dir():
         raise UserError(f'--html={html} is a folder: give the name of a file')
     model, state = open_model(init_from or out_dir)
     vocabulary = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
-    seen = see(model, state, vocabulary, read(vocabulary, model.config.block_size))
+    c = model.config
+    seen = see(model, state, vocabulary, read(vocabulary, c.block_size, c.n_layer * c.n_head, 'text' in given))
     report(seen)
     if html:
         with files.written_whole(Path(html)) as file:

@@ -47,7 +47,7 @@ from plaingpt.errors import CHECK_FAILED, CHECKPOINT, COMMAND, DATA, NOT_FINITE,
 from plaingpt.formats import huggingface, llmc, others
 from plaingpt.formats.exported import Exported
 from plaingpt.init_from import learned_tokenizer, open_model, shared_tokenizer
-from plaingpt.run import checkpoint, log, plot
+from plaingpt.run import checkpoint, log, plot, records
 from tests.comparing import leaves
 
 # ------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def of_questions(path: Path) -> Any:
 
 def of_log(path: Path) -> Any:
     log.drop_rows(path, 1000)
-    return log.read_columns(path, plot.COLUMNS)
+    return records.read_columns(path, plot.COLUMNS)
 
 
 def of_samples(path: Path) -> bytes:

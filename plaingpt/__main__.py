@@ -16,7 +16,7 @@ from plaingpt.paths import PREPARE, STAGES
 
 
 def scripts() -> dict[str, str]:
-    """Return the file of each script, by the words that start it, such as 'train' or 'prepare stdlib'."""
+    """Return the file of each script under the words that start it, such as 'train' or 'prepare stdlib'."""
     stages = {file.stem: file for file in STAGES.glob('*.py')}
     texts = {f'prepare {file.parent.name}': file for file in PREPARE.glob('*/prepare.py')}
     return {words: str(file) for words, file in sorted((stages | texts).items())
@@ -30,7 +30,7 @@ def start(args: list[str]) -> None:
     n_words = 2 if args[0] == 'prepare' else 1
     words = ' '.join(args[:n_words])
     if words not in (known := scripts()):
-        raise errors.UserError(f'plaingpt {words}: there is no such stage; these are: {", ".join(known)}')
+        raise errors.UserError(f'plaingpt {words}: there is no such stage; there are {", ".join(known)}')
     sys.argv = [known[words], *args[n_words:]]
     sys.path.insert(0, str(STAGES))
     runpy.run_path(known[words], run_name='__main__')

@@ -1,4 +1,4 @@
-"""What looks random here, and is a pure function of its key: the same on every machine, with nothing to save."""
+"""Numbers that look random, and are a pure function of their key: the same on every machine, with nothing to save."""
 from typing import Any, TypeVar
 
 import numpy.typing as npt

@@ -1,10 +1,10 @@
 """
-Before a run: are model and run wired right? Each check exists for a bug that real codebases have had.
+Checks before a run: are the model and the run wired right? Each check exists for a bug that real codebases have had.
 
     python train.py config/train_gpt2.py --check=True
 
 All of them use what the run itself has built, on its device, with its strategy and its number of processes, and a
-window of at most 64 tokens for each process. Nothing is written but a temporary file; the run is not begun.
+window of at most 64 tokens for each process. Nothing is written but a temporary file; the run does not begin.
 """
 import math
 import tempfile
@@ -33,26 +33,26 @@ from plaingpt.run.run import Learner
 
 Backward = Callable[[Learner, Iterable[Part]], Tensor]  # train's: the gradient of micro-batches; it returns their loss
 LENGTH = 64  # tokens of the window
-SCANNED = 1_000_000  # tokens of each split whose ids are looked at
-NEAR = 0.5  # nats from what is expected of new weights
-SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # nats that rounding may make of a loss
-LEARNED = 0.5  # of the first loss: overfitting one window gets below it
+SCANNED = 1_000_000  # tokens of each split whose ids are checked
+NEAR = 0.5  # nats between the loss of new weights and the expected one
+SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # nats by which rounding may change a loss
+LEARNED = 0.5  # of the first loss: overfitting one window gets below this
 STEPS = 200  # at most, to get there
-WAKING = 2  # steps after which each matrix is another than 0
-STILL = 10  # steps after which a loss that has not come down at all will not
+WAKING = 2  # steps after which no matrix is 0 any more
+STILL = 10  # steps after which a loss that has not come down at all never will
 
 
 class Result(NamedTuple):
-    """What a check has found."""
+    """The outcome of a check."""
 
     name: str
-    has_passed: bool | None  # None: it means nothing here
+    has_passed: bool | None  # None if it does not apply to this run
     seen: str
     cause: str = ''  # where to look first, if it has failed
 
 
 class Trial:
-    """One window for each process, and what the run itself does with it."""
+    """A window for each process, and what the run itself does with it."""
 
     def __init__(self, data: Data, learner: Learner, is_new: bool, backward: Backward, seed: int,
                  grad_clip: float) -> None:
@@ -64,17 +64,17 @@ class Trial:
         self.part = next(parts_of(corpus, starts, 1, self.config, self.process))
         self.predict = Predictor(learner.model, self.config, self.process, learner.compute, batch_size=1)
         self.first_loss = 0.0  # in training
-        self.is_stuck = False  # several processes wait for a gradient that one parameter will never have
+        self.is_stuck = False  # several processes would wait for a gradient that one parameter will never have
         for group in learner.optimizer.param_groups:
-            # constant; the wider a model, the smaller its steps
+            # a constant rate; the wider a model, the smaller its steps
             group['lr'] = min(1e-2, 1 / self.config.n_embd) * group['scale']
 
     def loss(self, predict: Predictor) -> float:
-        """Of this process's window, in nats per token, without dropout."""
+        """Return the loss of this process's window, in nats per token, without dropout."""
         return F.cross_entropy(predict(self.part.x).flatten(0, 1), self.part.y.flatten()).item()
 
     def evaluated(self) -> float:
-        """What the run's own evaluation says of the loss: nats per token over one window for each process."""
+        """Return the loss by the run's own evaluation: nats per token over one window for each process."""
         return metrics.evaluate(self.predict, self.data.splits['val'], self.process.world_size, None)['loss']
 
     def differentiate(self, step: int) -> float:
@@ -92,8 +92,8 @@ class Trial:
         optimizer.zero_grad()
 
     def wake(self) -> None:
-        """Learn until no matrix is 0 any more. The modern model begins with some that are, and what is multiplied with
-        them has no effect and no gradient: its head learns in the first step, what the head sees in the second."""
+        """Learn until no matrix is 0 any more. The modern model begins with some that are, and what they multiply has
+        no effect and no gradient: its head learns in the first step, and what the head sees in the second."""
         for step in range(WAKING + 10 * self.learner.scaler.is_enabled()):  # float16 moves nothing at first
             if all(strategies.complete(p.detach()).any() for p in self.model.parameters() if p.dim() > 1):
                 return
@@ -103,7 +103,7 @@ class Trial:
 
 @contextmanager
 def dropout_of(model: nn.Module, p: float) -> Iterator[None]:
-    """Every dropout of the model has this probability, until the block ends."""
+    """Give every dropout of the model this probability until the block ends."""
     before = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
     for module in before:
         module.p = p
@@ -119,7 +119,7 @@ def names(found: list[str]) -> str:
 
 
 def prints(model: GPT) -> Tensor:
-    """Two sums for each parameter, (P, 2) in float64: they change with nearly any change of it."""
+    """Return two sums for each parameter, (P, 2) in float64: they change with nearly any change of it."""
     rows = []
     for p in model.parameters():
         numbers = strategies.complete(p.detach()).cpu()
@@ -132,8 +132,8 @@ def prints(model: GPT) -> Tensor:
 
 
 def ids(trial: Trial) -> Result:
-    """Ids of a damaged corpus, or of another tokenizer, may lie outside the table; a text of another tokenizer cannot
-    be read. Look at it!"""
+    """Check that the model's table has a row for each id, which fails if the corpus is damaged or of another tokenizer.
+    Show some text, too: if the tokenizer is the wrong one, it cannot be read. Look at it!"""
     largest = max(int(corpus.read(0, min(SCANNED, len(corpus))).max()) for corpus in trial.data.splits.values())
     shift = bool((trial.part.x[:, 1:] == trial.part.y[:, :-1]).all())  # y is what comes next
     text = trial.data.tokenizer.decode(trial.part.x[0].tolist())[:40] if trial.data.tokenizer else ''
@@ -145,8 +145,8 @@ def ids(trial: Trial) -> Result:
 
 
 def initial_loss(trial: Trial) -> Result:
-    """New weights know nothing: they guess among V tokens, which costs ln V, and a little more as logits are not quite
-    equal: half their variance, which is that of the head's weights, 0.02^2 or 0, times its width."""
+    """Check that new weights know nothing. They guess among V tokens, which costs ln V, and a little more as logits are
+    not quite equal: half their variance, which is that of the head's weights, 0.02^2 or 0, times its width."""
     if not trial.is_new:
         return Result('initial loss', None, 'the weights are not new')
     guess = math.log(trial.config.vocab_size)
@@ -158,8 +158,8 @@ def initial_loss(trial: Trial) -> Result:
 
 
 def causality(trial: Trial) -> Result:
-    """A token must not change what is predicted before it, and must change what is predicted from it on: a mask of ones
-    and zeros that is added to the scores, say, masks nothing."""
+    """Check that a token changes nothing that is predicted before it, and does change what is predicted from it on: a
+    mask of ones and zeros that is added to the scores, say, masks nothing."""
     name, x, T = 'causality', trial.part.x, trial.config.block_size
     if T == 1:
         return Result(name, None, 'a window of one token has no future')
@@ -176,8 +176,8 @@ def causality(trial: Trial) -> Result:
 
 
 def nonlinearity(trial: Trial) -> Result:
-    """Two Linear layers with nothing between them are one: the MLP's non-linearity stands between c_fc and c_proj,
-    and nothing but dropout after them."""
+    """Check that the MLP's non-linearity stands between c_fc and c_proj, and nothing but dropout after them: two Linear
+    layers with nothing between them are one."""
     given, got = dict[nn.Module, Tensor](), dict[nn.Module, Tensor]()
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -198,15 +198,15 @@ def nonlinearity(trial: Trial) -> Result:
 
 
 def evaluation(trial: Trial) -> Result:
-    """The same windows have the same loss, although there is dropout in training: half of everything, for a moment."""
+    """Check that the same windows have the same loss twice, even if training drops half of everything."""
     with dropout_of(trial.model, 0.5):
         first, second = trial.evaluated(), trial.evaluated()
     return Result('evaluation', math.isclose(first, second, rel_tol=1e-6), f'twice, with loss {first:.6f} and '
-                  f'{second:.6f}', 'dropout goes on where model.eval() should have ended it')
+                  f'{second:.6f}', 'dropout is still on after model.eval()')
 
 
 def gradient(trial: Trial) -> Result:
-    """A parameter without a gradient is not used, and learns nothing."""
+    """Check that every parameter has a gradient: one without is not used, and learns nothing."""
     trial.first_loss = trial.differentiate(0)
     found = torch.zeros(len(list(trial.model.parameters())), device=trial.process.device)
     for i, p in enumerate(trial.model.parameters()):
@@ -220,7 +220,8 @@ def gradient(trial: Trial) -> Result:
 
 
 def update(trial: Trial) -> Result:
-    """An optimizer that was built before the model was divided updates what nobody uses any more."""
+    """Check that a step moves every parameter: an optimizer that was built before the model was divided updates tensors
+    that the model does not use any more."""
     if trial.is_stuck:
         return Result('update', None, 'there is no gradient')
     before = prints(trial.model)
@@ -236,7 +237,8 @@ def update(trial: Trial) -> Result:
 
 
 def same_weights(trial: Trial) -> Result:
-    """Each process has read another window; if they exchange gradients, their weights are equal all the same."""
+    """Check that all processes have the same weights. Each has read a different window, so they must have exchanged
+    their gradients."""
     if trial.process.world_size == 1:
         return Result('processes', None, 'there is one')
     equal = processes.agree(prints(trial.model).to(trial.process.device)).all(dim=1).tolist()
@@ -246,7 +248,7 @@ def same_weights(trial: Trial) -> Result:
 
 
 def overfit(trial: Trial) -> Result:
-    """A model that cannot overfit one window learns nothing else."""
+    """Check that the model overfits one window: if it cannot, it learns nothing else."""
     if trial.is_stuck:
         return Result('overfit', None, 'there is no gradient')
     with dropout_of(trial.model, 0.0):
@@ -261,18 +263,18 @@ def overfit(trial: Trial) -> Result:
 
 
 def saved(trial: Trial) -> Result:
-    """A checkpoint must hold all that the model computes with."""
+    """Check that a checkpoint holds all that the model computes with."""
     weights, _ = strategies.gather(trial.model, trial.learner.optimizer, trial.process)
-    config, ours = trial.model.config, trial.loss(trial.predict)
-    theirs = ours
+    config, before = trial.model.config, trial.loss(trial.predict)
+    after = before
     if trial.process.is_main:
         state = {'model': weights, 'model_args': checkpoint.model_args(config), 'config': checkpoint.shape_of(config)}
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.write(Path(folder), state, 2, False)
             loaded = checkpoint.model_of(checkpoint.load_newest(Path(folder))).to(trial.process.device)
-        theirs = trial.loss(Predictor(loaded, trial.config, trial.process, trial.learner.compute, batch_size=1))
-    is_same = abs(ours - theirs) <= SAME[trial.learner.compute.dtype] * max(1.0, ours)
-    return Result('checkpoint', is_same, f'loss {ours:.6f} before it was saved, and {theirs:.6f} after it was loaded',
+        after = trial.loss(Predictor(loaded, trial.config, trial.process, trial.learner.compute, batch_size=1))
+    is_same = abs(before - after) <= SAME[trial.learner.compute.dtype] * max(1.0, before)
+    return Result('checkpoint', is_same, f'loss {before:.6f} before it was saved, and {after:.6f} after it was loaded',
                   'something that the model computes with is no parameter: make it one, or derive it from GPTConfig')
 
 
@@ -280,9 +282,9 @@ CHECKS = (ids, initial_loss, causality, nonlinearity, evaluation, gradient, upda
 
 
 def run_checks(data: Data, learner: Learner, is_new: bool, backward: Backward, seed: int, grad_clip: float) -> None:
-    """Do all checks, each with a line, on what a run has built before its first step; `is_new` says that its weights
-    have been drawn, and have learned nothing. Every process must call it. Raises UserError that names those that
-    failed, on any process."""
+    """Do all checks on what a run has built before its first step, and print a line for each; `is_new` says that its
+    weights have just been drawn, and have learned nothing. Every process must call it. Raise UserError, which names the
+    checks that failed on any process."""
     process, failed, done = learner.process, [], 0
     trial = Trial(data, learner, is_new, backward, seed, grad_clip)
     console.say(f'{processes.describe(process)}; {learner.compute.line}')

@@ -1,4 +1,4 @@
-"""The console: the only place that prints. Lines for people and their scripts, and nothing that steers a terminal."""
+"""The console: the only place that prints. Its lines are for people and their scripts, and steer no terminal."""
 import errno
 import os
 import re
@@ -14,16 +14,17 @@ from tqdm import tqdm
 T = TypeVar('T')
 
 RANKS = ('RANK', 'OMPI_COMM_WORLD_RANK', 'SLURM_PROCID')  # what torchrun, mpirun and srun call the number of a process
-PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
-# What may steer a terminal, or show a line in another order than it has
+PLAIN_SECONDS = 10.0  # between two lines of progress if there is no terminal
+# Characters that may steer a terminal, or show those of a line in another order
 CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
-LONGEST = 1000  # characters in a line of a message, which may be a command with long paths
+LONGEST = 1000  # characters in a line of a message: it may be a command with long paths
 
 
 def iter_line(
     step: int, loss: float, ms: float, mfu: float | None, lr: float, norm: float | None, tokens_per_second: float
 ) -> str:
-    """nanoGPT's line, which people parse, and what it lacks after that. mfu is a fraction; None leaves it out."""
+    """Return nanoGPT's line, which people parse, and after it what that lacks. mfu is a fraction; None leaves it out.
+    """
     parts = [f'iter {step}: loss {loss:.4f}', f'time {ms:.2f}ms']
     if mfu is not None:
         parts.append(f'mfu {100 * mfu:.2f}%')
@@ -34,7 +35,7 @@ def iter_line(
 
 
 def parameter_lines(groups: Iterable[dict[str, Any]]) -> str:
-    """nanoGPT's lines on the weights that an optimizer updates, in any number of groups."""
+    """Return nanoGPT's lines on the weights that an optimizer updates, in any number of groups."""
     sizes: dict[bool, list[int]] = {True: [], False: []}  # of parameters that decay, and of others
     by_muon = 0
     for group in groups:
@@ -48,12 +49,12 @@ def parameter_lines(groups: Iterable[dict[str, Any]]) -> str:
 
 
 def step_line(step: int, train_loss: float, val_loss: float) -> str:
-    """nanoGPT's line of an evaluation."""
+    """Return nanoGPT's line for an evaluation."""
     return f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}'
 
 
 def short(number: float) -> str:
-    """1234567 as 1.23M: three digits, so that it fits into a bar and under an axis."""
+    """Return 1234567 as 1.23M: three digits, so that it fits into a bar and under an axis."""
     for size, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
         if abs(number) >= 0.9995 * size:
             return f'{number / size:.3g}{letter}'
@@ -61,7 +62,7 @@ def short(number: float) -> str:
 
 
 def size(n: float) -> str:
-    """Bytes, in powers of ten."""
+    """Return a number of bytes in units that are powers of ten."""
     for unit, name in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')):
         if n >= unit:
             return f'{n / unit:.3g} {name}' if n < 999.5 * unit else f'{n / unit:,.0f} {name}'
@@ -69,7 +70,7 @@ def size(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """An estimate."""
+    """Return a time in minutes or hours, rounded as an estimate may be."""
     if seconds < 3600:
         return f'{seconds / 60:.0f} min' if seconds >= 60 else '< 1 min'
     return f'{seconds / 3600:,.1f} h' if seconds < 360_000 else f'{seconds / 3600:,.0f} h'
@@ -94,7 +95,8 @@ def note(text: str) -> None:
 
 
 def note_traceback(*error: Any) -> None:
-    """Print an error that no code expected, as sys.excepthook: it may quote what a file holds."""
+    """Print an error that no code expected, in place of sys.excepthook: it may quote a file, and that may steer the
+    terminal."""
     note(''.join(traceback.format_exception(*error)).rstrip())
 
 
@@ -111,7 +113,7 @@ def write(text: str, to: TextIO | None) -> None:
 
 
 def put(text: str, to: TextIO) -> None:
-    """Write a text in which what may steer a terminal is meant to."""
+    """Write a text that may steer the terminal on purpose."""
     try:
         to.write(text)
         to.flush()
@@ -127,7 +129,8 @@ def say_shaded(parts: Iterable[tuple[str, int | None]]) -> None:
         text = printable(text, sys.stdout.encoding)
         if has_colours and colour is not None:
             before, after = f'\x1b[38;5;16;48;5;{colour}m', '\x1b[0m'
-            text = before + text.replace('\n', f'{after}\n{before}') + after  # it would reach to the end of the line
+            # each line ends its own colour, which would else reach to the edge of the terminal
+            text = before + text.replace('\n', f'{after}\n{before}') + after
         put(text, sys.stdout)
 
 
@@ -147,7 +150,7 @@ def shown(text: str) -> str:
 
 
 def shown_word(match: re.Match[str]) -> str:
-    """Return what `shown` makes of one word; it is done word by word, so that no text takes long."""
+    """Return what `shown` makes of one word; it works word by word, so that no text takes long."""
     scheme, colon, rest = match[0].partition('://')
     rest, mark, query = rest.partition('?')
     urls = [re.sub(r'^[^/]*@', '***@', url) for url in rest.split('://')]  # of several that are chained with ::
@@ -165,8 +168,8 @@ def message(text: str) -> str:
 
 
 class Progress(AbstractContextManager['Progress']):
-    """How far long work is, in the main process: a bar on a terminal, elsewhere a line every PLAIN_SECONDS, and the
-    first of either after `delay` seconds. What is left is judged by what was done since the first update."""
+    """The progress of long work, shown by the main process: a bar on a terminal, elsewhere a line every PLAIN_SECONDS,
+    and the first of either after `delay` seconds. The time left is judged by the work done since the first update."""
 
     def __init__(self, total: int, label: str, unit: str, delay: float = 0.0, say: Callable[[str], None] = say) -> None:
         self.total, self.label, self.unit, self.say = total, label, unit, say
@@ -179,7 +182,7 @@ class Progress(AbstractContextManager['Progress']):
         self.bar.close()
 
     def update(self, done: float, note: str = '') -> None:
-        """Say, if it is time to, that so much of the total is done, and what else there is to say."""
+        """Say, if a line is due, how much of the total is done, and the note."""
         now = time.monotonic()
         self.begun = self.begun or (now, done)
         seconds, new = now - self.begun[0], done - self.begun[1]
@@ -197,7 +200,7 @@ class Progress(AbstractContextManager['Progress']):
 
 def progress(items: Iterable[T], total: int, label: str, unit: str, delay: float = 0.0,
              say: Callable[[str], None] = say) -> Iterator[T]:
-    """Yield `items`, of which there are `total`, and say how far that is."""
+    """Yield all `total` of the `items`, and show the progress."""
     with Progress(total, label, unit, delay, say) as shown:
         for done, item in enumerate(items):
             shown.update(done)

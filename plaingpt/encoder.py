@@ -1,17 +1,17 @@
-"""The tokenizer of a corpus that is prepared: one that is made for it, or that of a model."""
+"""The tokenizer of a corpus that is being prepared: one made for it, or that of a model."""
 import os
 from collections.abc import Callable
 
 from plaingpt.corpus.tokenizer import Tokenizer
 
-NAMES = ('char', 'byte', 'gpt2')  # which may be folders, too
+NAMES = ('char', 'byte', 'gpt2')  # tokenizers, even if there are folders of these names
 
 
 def encoder_for(spec: str, build: Callable[[], Tokenizer]) -> Tokenizer:
-    """Return the tokenizer of a run, of a file of weights, of a Hugging Face folder, of a prepared corpus or of a
-    tokenizer.json, if there is one at the path `spec`; if not, what `build` makes of that."""
+    """Return the tokenizer of the run, file of weights, Hugging Face folder, prepared corpus or tokenizer.json at the
+    path `spec`, or, if nothing is there, the one that `build` makes."""
     if spec in NAMES or not os.path.exists(spec):
         return build()
-    from plaingpt.init_from import tokenizer_of  # it loads PyTorch, which processes that tokenise do without
+    from plaingpt.init_from import tokenizer_of  # it loads PyTorch, which the processes that tokenise do without
 
     return tokenizer_of(spec)

@@ -1,5 +1,4 @@
-"""What a user sees when something is wrong: one message that says what to do next, and an exit code that scripts can
-read."""
+"""Errors as a user sees them: one message that says what to do next, and an exit code that scripts can read."""
 import errno
 import os
 import re
@@ -16,12 +15,12 @@ from plaingpt.paths import IS_INSTALLED, STAGES
 DONE = 0
 CHECK_FAILED = 1  # for example, overfit_single_batch did not overfit
 COMMAND = 2  # a wrong command or setting
-DATA = 3  # token files or texts that are missing, damaged or do not fit
-CHECKPOINT = 4  # a checkpoint that is missing, damaged or does not fit
+DATA = 3  # token files or texts are missing or damaged, or do not fit
+CHECKPOINT = 4  # a checkpoint is missing or damaged, or does not fit
 NOT_FINITE = 5  # the loss is NaN or infinite
 OUT_OF_MEMORY = 6
 DISK_FULL = 7
-PEER_LOST = 8  # another process is lost, cannot be met, or owns the folder: run the same command again
+PEER_LOST = 8  # another process is lost, cannot be reached, or owns the folder: run the same command again
 STOPPED = 75  # stopped after saving: run the same command again
 INTERRUPTED = 130  # Ctrl-C, as shells count it
 BROKEN_PIPE = 141  # the output has no reader any more, as shells count it
@@ -29,16 +28,16 @@ BROKEN_PIPE = 141  # the output has no reader any more, as shells count it
 REQUIREMENTS = STAGES / 'requirements.txt'
 ALL_GPUS = '-m torch.distributed.run --standalone --nproc_per_node=gpu'  # torchrun, which need not be on the PATH
 PACKAGES = ('PIL', 'datasets', 'fsspec', 'gguf', 'huggingface_hub', 'matplotlib', 'pyarrow', 's3fs', 'safetensors',
-            'tiktoken', 'tokenizers', 'wandb')  # in there, and imported only where they are used
+            'tiktoken', 'tokenizers', 'wandb')  # in that file, and imported only where they are used
 MAKE_ROOM = 'make room, and run the same command again'
-OTHER_FOLDER = 'give a folder that may be written to, or change whose it is: ls -ld shows that'
+OTHER_FOLDER = 'give a folder that you may write to, or change its owner, which ls -ld shows'
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SYSTEM = {  # what the system refuses: what that means, and what to do
+SYSTEM = {  # refusals of the system: what each means, and what to do
     errno.ENOSPC: ('the disk is full', MAKE_ROOM),
     errno.EDQUOT: ('the disk is full: the quota is used up', MAKE_ROOM),
     errno.EFBIG: ('the disk is full: no file may become larger', 'see `ulimit -f`, or write to another disk'),
-    errno.ENOENT: ('there is no such file or folder', 'check the name; what was there may have been moved or deleted'),
-    errno.EROFS: ('this file system can only be read', 'give a folder on another one'),
+    errno.ENOENT: ('there is no such file or folder', 'check the name: the file may have been moved or deleted'),
+    errno.EROFS: ('this file system is read-only', 'give a folder on another one'),
     errno.EACCES: ('permission is denied', OTHER_FOLDER),
     errno.EPERM: ('permission is denied', OTHER_FOLDER),
     errno.EMFILE: ('too many files are open in this process', 'raise the limit: ulimit -n 4096'),
@@ -46,13 +45,13 @@ SYSTEM = {  # what the system refuses: what that means, and what to do
     errno.ENAMETOOLONG: ('the name is too long', 'give a shorter one'),
     errno.EEXIST: ('there is another file of that name', 'give another name'),
     errno.EISDIR: ('this is a folder', 'give the name of a file'),
-    errno.ENOTDIR: ('a part of this path is a file, and no folder', 'give another path'),
+    errno.ENOTDIR: ('a part of this path is a file, not a folder', 'give another path'),
 }
 
 
 class UserError(ValueError):
-    """A mistake that the message lets its reader repair: what is wrong, where, what to type next, in at most three
-    lines."""
+    """A mistake that its message helps the user to repair: what is wrong, where, and what to type next, in at most
+    three lines."""
 
     def __init__(self, message: str, code: int = COMMAND) -> None:
         super().__init__(console.message(message))
@@ -65,7 +64,7 @@ def first_line(error: BaseException) -> str:
 
 
 def typed(path: Path, folder: Path | None = None) -> str:
-    """Return what to type for a path in a POSIX shell in `folder`, or else where this process was started."""
+    """Return what to type for a path in a POSIX shell in `folder`, or else in the current folder."""
     here = folder or Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
@@ -89,8 +88,8 @@ def command(*files: str, **settings: object) -> str:
 
 def command_of(files: Sequence[str], settings: Mapping[str, object], launcher: str = '',
                folder: Path | None = None) -> str:
-    """Return what `command` does, with a launcher between Python and the script, or in another folder than the current
-    one, where the paths in the settings start."""
+    """Return what `command` does, with a launcher between Python and the script, or in a `folder` other than the
+    current one: paths in the settings then start there."""
     options = (f'--{name}={shlex.quote(str(value))}' for name, value in settings.items())
     others = (file if IS_INSTALLED else typed(STAGES / file, folder) for file in files[1:])
     words = (*started(files[0], launcher, folder), *others, *options)
@@ -115,8 +114,8 @@ def is_missing_package(error: BaseException) -> bool:
 
 
 def missing_package(error: BaseException) -> UserError:
-    """What to type where a package is not installed. fsspec, which raises errors of its own, names it in their
-    cause."""
+    """Return the error of a package that is not installed, which says what to type. fsspec, which raises errors of its
+    own, names the package in their cause."""
     cause = error if isinstance(error, ModuleNotFoundError) else error.__cause__
     package = (getattr(cause, 'name', None) or 'fsspec[full]').partition('.')[0]
     is_in_file = package in PACKAGES and REQUIREMENTS.is_file()
@@ -125,7 +124,7 @@ def missing_package(error: BaseException) -> UserError:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On cards PyTorch has a class for it; in main memory it is a RuntimeError."""
+    """Return whether memory ran out. PyTorch has a class for that on GPUs; in main memory it is a RuntimeError."""
     words = ('out of memory', "can't allocate memory", 'not enough memory', 'CUBLAS_STATUS_ALLOC_FAILED',
              'CUDNN_STATUS_ALLOC_FAILED')
     return isinstance(error, MemoryError) or (
@@ -133,8 +132,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def of_system(error: BaseException) -> OSError | None:
-    """Return what the system has refused, if that is behind this error: PyTorch raises another one in its place,
-    libraries in Rust tell its number, and numpy only that some bytes were not written."""
+    """Return the system's refusal, if one is behind this error: PyTorch raises another error in its place, libraries in
+    Rust tell its number, and numpy says only that some bytes were not written."""
     if number := re.search(r'\(os error (\d+)\)|^\d+ requested and \d+ written$', str(error)):
         code = int(number[1] or errno.ENOSPC)
         return OSError(code, os.strerror(code))
@@ -143,8 +142,9 @@ def of_system(error: BaseException) -> OSError | None:
 
 
 def refusal(error: BaseException, what: str | Path = '', code: int | None = None, remedy: str = '') -> UserError:
-    """Say what the system has refused, for `what` or else the file that the error names, and what to do about it; the
-    `remedy` is for errors that are in no table. The code is that of the caller's matter, unless the disk is full."""
+    """Return an error that says what the system has refused, for `what` or else the file that the error names, and what
+    to do about it; the `remedy` is for errors that SYSTEM does not list. The exit code is the caller's, unless the disk
+    is full."""
     number, name, words = 0, '', first_line(error)
     if refused := of_system(error):
         number, name, words = refused.errno or 0, refused.filename or '', refused.strerror or words
@@ -155,7 +155,7 @@ def refusal(error: BaseException, what: str | Path = '', code: int | None = None
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code of a process that this error ends."""
+    """Return the exit code of a process that this error ends."""
     if isinstance(error, UserError):
         return error.code
     if is_missing_package(error):
@@ -168,8 +168,8 @@ def code_of(error: BaseException) -> int:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call main with the command line's arguments. A UserError ends the process with its message and code, no
-    traceback; and so does a package that is not installed."""
+    """Call main with the command line's arguments. A UserError ends the process with its message and code, and without
+    a traceback; so does a package that is not installed."""
     sys.excepthook = console.note_traceback
     try:
         main(sys.argv[1:])
@@ -196,7 +196,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def leave(message: str, code: int) -> NoReturn:
-    """The last words of a process, whose readers may be gone."""
+    """Say the last words of a process, whose readers may be gone, and end it."""
     for stream, words in ((sys.stdout, ''), (sys.stderr, f'{console.shown(message)}\n')):
         try:
             console.write(words, stream)
@@ -206,5 +206,5 @@ def leave(message: str, code: int) -> NoReturn:
 
 
 def drop(stream: TextIO) -> None:
-    """Send the output that has no reader any more nowhere, with what is left in its buffer."""
+    """Discard output that has no reader any more, and what is left in its buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

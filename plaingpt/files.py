@@ -1,5 +1,5 @@
-"""Files that are whole or not there: the one place that writes under a temporary name and renames; and a small one that
-is overwritten in place."""
+"""Files that are either whole or absent: the one place that writes under a temporary name and renames. A small file may
+also be overwritten in place."""
 import json
 import os
 import re
@@ -13,12 +13,12 @@ from typing import Any
 
 from plaingpt.errors import of_system
 
-UNFINISHED = '.tmp'  # how the name of a file ends that is not whole yet
+UNFINISHED = '.tmp'  # how the name of a file ends until it is whole
 
 
 @contextmanager
 def about(path: str | Path) -> Iterator[None]:
-    """Raise what the system refuses in here as an OSError that names the file, whatever a library makes of it."""
+    """Raise what the system refuses in this block as an OSError that names the file, whatever a library makes of it."""
     try:
         yield
     except BrokenPipeError:  # of the console
@@ -34,9 +34,10 @@ def about(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def written_whole(path: str | Path, is_shared: bool = False) -> Iterator[BufferedRandom]:
-    """Yield a file to write, and to read back, which takes the place of `path` in one moment at the end: then its bytes
-    and its name are on the disk. If anything goes wrong before that, the old file stays. A killed process leaves the
-    temporary file for the next one to write over. With is_shared, machines that share the folder may write at once."""
+    """Yield a file to write, and to read back. At the end it takes the place of `path` in one moment: its bytes and its
+    name are then on the disk. If anything goes wrong before that, the old file stays. If the process is killed, its
+    temporary file stays for the next one to overwrite. With is_shared, machines that share the folder may write at
+    once."""
     path = Path(path)
     suffix = f'.{secrets.token_hex(4)}{UNFINISHED}' if is_shared else UNFINISHED
     temporary = path.with_name(path.name + suffix)
@@ -54,8 +55,8 @@ def written_whole(path: str | Path, is_shared: bool = False) -> Iterator[Buffere
 
 
 def overwrite(path: Path, content: bytes, room: int) -> None:
-    """Write the content, and spaces up to `room` bytes, over those of the file in one write: after the first time it
-    succeeds on a full disk, too, which has no room for a new file. Readers skip the spaces, as JSON's do."""
+    """Write the content, and spaces up to `room` bytes, over those of the file in one write. After the first time this
+    succeeds even on a full disk, which has no room for a new file. Readers skip the spaces, as JSON's do."""
     with about(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -67,7 +68,7 @@ def overwrite(path: Path, content: bytes, room: int) -> None:
 
 @contextmanager
 def appended(path: Path) -> Iterator[BufferedWriter]:
-    """Yield the file, and its folder if that is gone, to write at its end."""
+    """Yield the file to append to; make its folder if that is gone."""
     with about(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'ab') as file:
@@ -75,19 +76,20 @@ def appended(path: Path) -> Iterator[BufferedWriter]:
 
 
 def left_by_kills(folder: Path, names: str, suffix: str = UNFINISHED) -> list[Path]:
-    """Return what is left of files that were not whole yet, if their names match the regular expression `names`."""
+    """Return the temporary files that killed processes have left, if the names meant for them match the regular
+    expression `names`."""
     pattern = re.compile(rf'({names})(\.[0-9a-f]{{8}})?{re.escape(suffix)}')
     return [path for path in folder.glob('*') if pattern.fullmatch(path.name)]
 
 
 def put_on_disk(file: BufferedRandom) -> None:
-    """Wait until what was written to the file so far would outlive a loss of power."""
+    """Block until what was written to the file so far would outlive a power cut."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def put_names_on_disk(folder: Path) -> None:
-    """Wait until the names that the folder gives its files would, too, where the system can say so."""
+    """Block until the names of the files in a folder would outlive a power cut, too, if the system can tell."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -97,8 +99,8 @@ def put_names_on_disk(folder: Path) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Give the file at `path` a second name, in place of the file that had it; copy it where the file system knows no
-    links. Raise OSError and change nothing if neither works."""
+    """Give the file at `path` a second name, in place of any file that had it; copy it if the file system knows no
+    links. If neither works, raise OSError and change nothing."""
     temporary = name.with_name(name.name + UNFINISHED)
     temporary.unlink(missing_ok=True)
     try:
@@ -108,13 +110,13 @@ def link(path: Path, name: Path) -> None:
             shutil.copyfileobj(file, copy)
         return
     os.replace(temporary, name)
-    temporary.unlink(missing_ok=True)  # rename(2) does nothing where both are names of one file
+    temporary.unlink(missing_ok=True)  # rename(2) does nothing if both are names of one file
 
 
 def read_json(path: Path) -> Any:
-    """Return what the file holds: None if there is no such file, or it is no JSON. Raise OSError if it cannot be read.
+    """Return what the file holds: None if there is no such file, or it is not JSON. Raise OSError if it cannot be read.
     """
     try:
         return json.loads(path.read_text(encoding='utf-8'))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # the last: of endless brackets
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # the last one: of endless brackets
         return None

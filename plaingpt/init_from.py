@@ -1,4 +1,4 @@
-"""What a name stands for, 'resume', 'gpt2-xl', a checkpoint, a folder, a URL: a model, and what it has learned."""
+"""The model that a name stands for: 'resume', 'gpt2-xl', a checkpoint, a folder or a URL; and what it has learned."""
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,9 @@ GPT2_SIZES = (50257, tokenizer.model_vocab_size(50257))  # ids of GPT-2's tokeni
 
 
 def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None = None) -> tuple[GPT, State]:
-    """The model that `where` names: a checkpoint file or the folder of a run, here or at a URL, llm.c's model file, a
-    Hugging Face folder, or a GPT-2 of the hub; and its checkpoint, of which the last three have little or nothing.
-    `answers` are those of `checkpoint.load`."""
+    """Return the model that `where` names, and its checkpoint: a checkpoint file or the folder of a run, on this
+    machine or at a URL; or llm.c's model file, a Hugging Face folder or a GPT-2 of the hub, whose checkpoint holds
+    little or nothing. `answers` are those of `checkpoint.load`."""
     path = Path(where)
     if is_url(where):
         with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +45,7 @@ def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None 
         model = gpt_class(config).from_weights(config, weights)
         return model, huggingface.read_origin(path) or huggingface_tokenizer.read(where)
     else:
-        raise UserError(f'{where!r} is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2', CHECKPOINT)
+        raise UserError(f'{where!r} is no checkpoint, run, Hugging Face folder or name of a GPT-2', CHECKPOINT)
     return checkpoint.model_of(state, dropout), state
 
 
@@ -80,33 +80,33 @@ class ModelSettings:
 
     @property
     def answers(self) -> dict[str, Any]:
-        """What the user says of a foreign checkpoint that may not say it itself."""
+        """Return what the user says about a foreign checkpoint that may not say it itself."""
         return {name: getattr(self, name) for name in self.given & {'n_head', 'gelu'}}
 
     @property
     def is_new(self) -> bool:
-        """Whether the weights are drawn, and no file gives them; with 'auto', if there is no run to resume."""
+        """Return whether the weights are drawn at random: no file gives them, and 'auto' has found no run to resume."""
         return self.init_from in ('scratch', 'start') or (
             self.init_from == 'auto' and not checkpoint.holds_run(Path(self.out_dir)))
 
     def new_config(self, n_vocab: int) -> GPTConfig:
-        """The shape of a new model, for a tokenizer of n_vocab ids."""
+        """Return the shape of a new model, for a tokenizer of n_vocab ids."""
         return GPTConfig(self.block_size, self.vocab_size or tokenizer.model_vocab_size(n_vocab), self.n_layer,
                          self.n_head, self.n_embd, self.dropout, self.bias, self.gelu, self.tie_weights, self.arch,
                          self.shortcuts and self.arch == 'modern')
 
     def refuse_other_shape(self, config: GPTConfig) -> None:
-        """Weights decide the shape of their model: raise UserError where a setting that the user gave says otherwise.
-        Only the block_size may be another: a shorter one."""
+        """Raise UserError if a setting that the user gave contradicts the weights, which decide the shape of their
+        model. Only the block_size may differ: it may be shorter."""
         for name in self.given.intersection(SHAPE) - {'block_size'}:
-            ours, theirs = getattr(self, name), getattr(config, name)
-            if ours != theirs and (name, ours) != ('vocab_size', 0):
-                raise UserError(f'{name}={ours} was given, and the model in {self.init_from!r} has {theirs}\n'
+            asked, found = getattr(self, name), getattr(config, name)
+            if asked != found and (name, asked) != ('vocab_size', 0):
+                raise UserError(f'{name}={asked} was given, and the model in {self.init_from!r} has {found}\n'
                                 f'leave {name} out, or start another model with --init_from=scratch')
 
 
 class Origin(NamedTuple):
-    """What a run begins with."""
+    """The model that a run begins with, and where it comes from."""
 
     model: GPT
     state: State  # the checkpoint that the weights come from; {} if there is none
@@ -119,8 +119,8 @@ class Origin(NamedTuple):
 
 
 def begin(settings: ModelSettings, n_vocab: int, may_share_folder: bool, process: Process) -> Origin:
-    """The model of a run on a corpus of n_vocab ids. If it `may_share_folder` with another run, none there is refused.
-    Every process must call it."""
+    """Return the model of a run on a corpus of n_vocab ids. Raise UserError if its folder holds another run already,
+    unless it `may_share_folder`. Every process must call it."""
     run = Path(settings.out_dir)
     state = find_run(run, settings, process) if settings.init_from in ('resume', 'auto') else State()
     is_resumed = bool(state)
@@ -141,9 +141,9 @@ def begin(settings: ModelSettings, n_vocab: int, may_share_folder: bool, process
 
 
 def find_run(run: Path, settings: ModelSettings, process: Process) -> State:
-    """The newest checkpoint in the folder of a run, which is fetched first if it was uploaded from another machine.
-    Return {} if 'auto' finds none; raise UserError if 'resume' does, and on all processes if they find different ones.
-    """
+    """Return the newest checkpoint in the folder of a run, which is fetched first if it was uploaded from another
+    machine. If there is none, return {} for 'auto', and raise UserError for 'resume'. Raise it in all processes, too,
+    if they find different ones."""
     if process.local_rank == 0:
         checkpoint.fetch_run(run, settings.upload_to)
     processes.wait_for_all(process)
@@ -164,18 +164,18 @@ def find_run(run: Path, settings: ModelSettings, process: Process) -> State:
 
 
 def corpus_of(state: State, dataset: str = '') -> Path:
-    """The corpus that was asked for, or else the one that a checkpoint's run has read."""
+    """Return the folder of the corpus that was asked for, or else of the one that a checkpoint's run has read."""
     return data_folder(dataset or state.get('config', {}).get('dataset', 'openwebtext'))
 
 
 def learned_tokenizer(state: State, vocab_size: int, folder: Path, is_of_corpus: bool = False) -> Tokenizer:
-    """Return the tokenizer that `learned_reference` says. Raises UserError if it has more ids than the model."""
+    """Return the tokenizer that `learned_reference` names. Raise UserError if it has more ids than the model."""
     code = CHECKPOINT if state.get('tokenizer') else DATA
     vocabulary = tokenizer.from_state(learned_reference(state, vocab_size, folder, is_of_corpus), code)
     if vocabulary.n_vocab > vocab_size:
         remedy = '' if state.get('tokenizer') else (
             f'\nit brings none: evaluate.py and export.py take that of any corpus, as --dataset=\n'
-            f'or prepare its own: {how_to_prepare(folder)}')
+            f'or prepare its own corpus: {how_to_prepare(folder)}')
         raise UserError(f'the model knows {vocab_size} tokens, and the tokenizer {vocabulary.name} has '
                         f'{vocabulary.n_vocab}: it has learned another one{remedy}', CHECKPOINT)
     return vocabulary
@@ -183,9 +183,9 @@ def learned_tokenizer(state: State, vocab_size: int, folder: Path, is_of_corpus:
 
 def learned_reference(state: State, vocab_size: int, folder: Path, is_of_corpus: bool = False) -> dict[str, Any]:
     """Return the tokenizer that a model of vocab_size ids has learned, in the form of `Tokenizer.state()` or of
-    `reference()`: that of its checkpoint. If that has none, it is GPT-2's for a model of as many ids, or if there is no
-    corpus in `folder`; and else the corpus's, as it always is for a run of this project, whose files could not be had,
-    and if the caller knows that it `is_of_corpus`."""
+    `reference()`: that of its checkpoint. If the checkpoint has none, it is the corpus's if the caller knows that it
+    `is_of_corpus`, or if the run was one of this project, which could not get its tokenizer's files; else it is GPT-2's
+    if the model has as many ids, or if there is no corpus in `folder`, and else the corpus's."""
     if state.get('tokenizer'):
         return dict(state['tokenizer'])
     is_known = is_of_corpus or bool(state.get('data'))
@@ -195,8 +195,8 @@ def learned_reference(state: State, vocab_size: int, folder: Path, is_of_corpus:
 
 
 def tokenizer_of(where: str) -> Tokenizer:
-    """The tokenizer of what a path names: a run, a file of weights, a Hugging Face folder, a corpus, a tokenizer.json.
-    """
+    """Return the tokenizer of what a path names: a run, a file of weights, a Hugging Face folder, a corpus or a
+    tokenizer.json."""
     path = Path(where)
     if checkpoint.holds_run(path) or path.suffix in ('.pt', '.pth'):
         state = checkpoint.load_newest(path) if path.is_dir() else checkpoint.load(path)
@@ -207,14 +207,14 @@ def tokenizer_of(where: str) -> Tokenizer:
     if path.is_dir() and not state and not huggingface_tokenizer.is_in(path):
         config = huggingface.read_config(where, 0.0)[0] if (path / 'config.json').is_file() else None
         if config is None or config.vocab_size not in GPT2_SIZES:
-            raise UserError(f'--tokenizer={where}: in this folder there is no run, no corpus and no tokenizer',
+            raise UserError(f'--tokenizer={where}: this folder holds no run, no corpus and no tokenizer',
                             CHECKPOINT)
     return tokenizer.from_state(state.get('tokenizer') or {'name': 'gpt2'}, CHECKPOINT)
 
 
 def shared_tokenizer(learned: dict[str, Any], folder: Path) -> Tokenizer | None:
-    """The tokenizer of a corpus, which must be the one that the model has learned; None if its files cannot be had.
-    Raises UserError if it is another one."""
+    """Return the tokenizer of a corpus, which must be the one that the model has learned; None if its files are not
+    available. Raise UserError if it is another one."""
     meta = read_meta(folder)
     of_corpus = meta['tokenizer']
     try:

@@ -1,5 +1,5 @@
-"""One process at a time owns a folder and writes to it: it locks a file there, and the lock ends with the process,
-however that ends. If the file system knows no locks, the file counts that its owner touches every few seconds."""
+"""A lock with which one process at a time owns a folder and writes to it: it locks a file there, and the lock ends with
+the process, however that ends. If the file system knows no locks, the owner touches the file every few seconds."""
 import errno
 import json
 import os
@@ -19,15 +19,15 @@ from plaingpt.errors import PEER_LOST, UserError
 NAME = '.lock'
 POLL = 0.5  # seconds between two attempts to become the owner
 BEAT = 5.0  # seconds between two touches
-STALE = 60.0  # seconds without one after which an owner is taken for dead
-SETTLE = 2.0  # seconds in which others who have seen the same stale file replace it, too: the last of them owns it
+STALE = 60.0  # seconds without a touch after which an owner is taken for dead
+SETTLE = 2.0  # seconds in which other processes that saw the same stale file replace it, too: the last one owns it
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextmanager
 def owned(folder: Path, patience: float = 0.0, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Own the folder, which is made if there is none, until the block ends. Wait at most `patience` seconds for another
-    owner to end, and then raise UserError."""
+    """Own the folder until the block ends; make it if it is missing. If another process owns it for longer than
+    `patience` seconds, raise UserError."""
     is_new, path, token = not folder.exists(), folder / NAME, secrets.token_hex(8)
     file, ended = wait_for(path, token, patience, while_waiting), threading.Event()
     threading.Thread(target=beat, args=(file, path, token, ended), daemon=True).start()
@@ -36,7 +36,7 @@ def owned(folder: Path, patience: float = 0.0, while_waiting: Callable[[], None]
     finally:
         ended.set()
         if sys.platform == 'win32':
-            file.close()  # or else it cannot be removed
+            file.close()  # or else Windows would not remove it
         with suppress(OSError):
             if token_in(path) == token:
                 path.unlink()
@@ -47,10 +47,10 @@ def owned(folder: Path, patience: float = 0.0, while_waiting: Callable[[], None]
 
 
 def beat(file: FileIO, path: Path, token: str, ended: threading.Event) -> None:
-    """Give signs of life, in a thread of the owner. If another process owns the folder by now, as this one was halted
-    for long or the folder deleted, end this one: they must not both write."""
+    """Give signs of life, in a thread of the owner. If this process was halted for long, or the folder was deleted,
+    another process may own it by now: then end this one, as they must not both write."""
     while not ended.wait(BEAT):
-        with suppress(OSError, ValueError):  # a network that fails for a moment; a file that is closed at the end
+        with suppress(OSError, ValueError):  # the network may fail for a moment; the file is closed at the end
             if token_in(path) not in ('', token):
                 break
             os.utime(path if sys.platform == 'win32' else file.fileno())
@@ -60,7 +60,8 @@ def beat(file: FileIO, path: Path, token: str, ended: threading.Event) -> None:
 
 
 def wait_for(path: Path, token: str, patience: float, while_waiting: Callable[[], None]) -> FileIO:
-    """Return the file of the owner, which this process has become."""
+    """Block until this process owns the folder, and return the file that says so. Raise UserError after `patience`
+    seconds."""
     end, has_said = time.monotonic() + patience, False
     while not (file := take(path, token)):
         owner = owner_of(path)
@@ -68,7 +69,7 @@ def wait_for(path: Path, token: str, patience: float, while_waiting: Callable[[]
             raise UserError(f'{path.parent} belongs to {owner}\n'
                             'run the same command again when that has ended, or give another folder', PEER_LOST)
         if not has_said:
-            console.say(f'{path.parent} belongs to {owner}: waiting up to {patience:.0f} s for its end')
+            console.say(f'{path.parent} belongs to {owner}: waiting up to {patience:.0f} s for it to end')
             has_said = True
         while_waiting()
         time.sleep(POLL)
@@ -76,7 +77,7 @@ def wait_for(path: Path, token: str, patience: float, while_waiting: Callable[[]
 
 
 def take(path: Path, token: str) -> FileIO | None:
-    """Return the file if this process owns it now. What it holds says who that is."""
+    """Return the file if this process can own it now, and sign it."""
     path.parent.mkdir(parents=True, exist_ok=True)  # an owner that has written nothing removes it
     file = open(path, 'a+b', buffering=0)  # not inherited by programs that this one starts
     try:
@@ -86,20 +87,20 @@ def take(path: Path, token: str) -> FileIO | None:
         return claim(path, token) if error.errno in NO_LOCKS else None
     file.truncate(0)
     sign(file, token)
-    if token_in(path) != token:  # its owner has ended, and removed it: this is another file
+    if token_in(path) != token:  # its owner has just ended and removed it: the path is another file's, or free
         file.close()
         return None
     if sys.platform != 'win32':
-        os.register_at_fork(after_in_child=file.close)
+        os.register_at_fork(after_in_child=file.close)  # a child must not keep the lock when the owner has ended
     return file
 
 
 def lock(file: FileIO) -> None:
-    """Lock the file. Raise OSError if another process has."""
+    """Lock the file. Raise OSError if another process holds the lock."""
     if sys.platform == 'win32':
         import msvcrt
 
-        file.seek(1 << 20)  # others can read what is before that
+        file.seek(1 << 20)  # far behind the content, which other processes can then still read
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
@@ -108,18 +109,18 @@ def lock(file: FileIO) -> None:
 
 
 def claim(path: Path, token: str) -> FileIO | None:
-    """Own it without locks: put another file in place of one that is empty or was not touched for long, as the file
-    system's own clock tells."""
-    mine = path.with_name(f'{NAME}.{secrets.token_hex(4)}')
-    file = open(mine, 'x+b', buffering=0)
+    """Own the folder without locks: replace a file that is empty or was not touched for long. A new file tells the time
+    by the file system's own clock."""
+    new = path.with_name(f'{NAME}.{secrets.token_hex(4)}')
+    file = open(new, 'x+b', buffering=0)
     sign(file, token)
     with suppress(FileNotFoundError):
-        there = path.stat()
-        if there.st_size and os.fstat(file.fileno()).st_mtime - there.st_mtime < STALE:
+        old = path.stat()
+        if old.st_size and os.fstat(file.fileno()).st_mtime - old.st_mtime < STALE:
             file.close()
-            mine.unlink()
+            new.unlink()
             return None
-    mine.replace(path)
+    new.replace(path)
     time.sleep(SETTLE)
     if token_in(path) == token:
         return file
@@ -133,13 +134,14 @@ def sign(file: FileIO, token: str) -> None:
 
 
 def token_in(path: Path) -> str:
-    """Return what tells the owner from all others; '' if there is none. Raise OSError if the file cannot be read."""
+    """Return the token that tells the owner from all others; '' if there is none. Raise OSError if the file cannot be
+    read."""
     found = files.read_json(path)
     return str(found.get('token', '')) if isinstance(found, dict) else ''
 
 
 def owner_of(path: Path) -> str:
-    """Return who owns the folder, and since when, as far as the file tells."""
+    """Return which process owns the folder, and since when, as far as the file tells."""
     match files.read_json(path):
         case {'host': str(host), 'pid': int(pid), 'start': int() | float() as start}:
             return f'process {pid} on {host}, which began {console.duration(max(0.0, time.time() - start))} ago'

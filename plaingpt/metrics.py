@@ -1,4 +1,4 @@
-"""How good is a model on a corpus: loss, perplexity, accuracy and bits per byte over a split, and their table."""
+"""How good a model is on a corpus: loss, perplexity, accuracy and bits per byte over a split, and their table."""
 import math
 from contextlib import AbstractContextManager, nullcontext
 
@@ -16,12 +16,12 @@ from plaingpt.corpus.token_files import TokenFile
 from plaingpt.machines.device import Compute, to_device
 from plaingpt.machines.processes import Process, Progress, compute_together
 
-Best = dict[str, list[float]]  # for each metric its best value in validation, and the step at which it was
+Best = dict[str, list[float]]  # for each metric its best value in validation, and the step that reached it
 
 
 class Predictor:
-    """What a model says comes next, without dropout and without a gradient. Several processes may share the model, each
-    of which may hold a part of it: all of them must call this alike."""
+    """A model's predictions of the next token, without dropout and without a gradient. Several processes may share the
+    model, and each may hold a part of it: all of them must call this alike."""
 
     def __init__(self, model: nn.Module, config: GPTConfig, process: Process, compute: Compute,
                  batch_size: int) -> None:
@@ -29,8 +29,7 @@ class Predictor:
         self.batch_size = batch_size  # sequences that one process takes at a time
 
     def __call__(self, x: Tensor, is_odd: bool = False) -> Tensor:
-        """x (B, T) -> logits (B, T, V) in float32 at least. An `is_odd` shape is not worth a graph of its own where the
-        model is compiled."""
+        """x (B, T) -> logits (B, T, V) in float32 at least. A shape that `is_odd` is not worth compiling for."""
         was_training = self.model.training
         self.model.eval()
         stance: AbstractContextManager[None] = self.compute.eager() if is_odd else nullcontext()
@@ -44,10 +43,11 @@ class Predictor:
 
 def evaluate(predict: Predictor, corpus: TokenFile, n_windows: int, token_sizes: list[int] | None,
              progress: Progress = console.progress) -> dict[str, float]:
-    """Every metric over the same n_windows windows (or all, if there are fewer), and the standard error of the loss,
-    with the windows as its independent samples. With n_windows = 0, over each token of the corpus but its first: one
-    more window ends with it, and what the others have in common with that counts once. Every process must call it, and
-    reads its part. Without token_sizes, the UTF-8 bytes of each id, there are no bits per byte."""
+    """Return every metric over the same n_windows windows each time (or all, if there are fewer), and the standard
+    error of the loss, with the windows as its independent samples. With n_windows = 0, every token of the corpus but
+    the first is predicted: one more window ends with the corpus, and what it shares with the window before counts once.
+    Every process must call it, and reads its part. Without token_sizes, the UTF-8 bytes of each id, there are no bits
+    per byte."""
     T, batch_size = predict.config.block_size, predict.batch_size
     starts = fixed_starts(len(corpus), T, n_windows or len(corpus))
     n_whole, n_left = len(starts), 0 if n_windows else (len(corpus) - 1) % T  # tokens after the last whole window
@@ -58,8 +58,8 @@ def evaluate(predict: Predictor, corpus: TokenFile, n_windows: int, token_sizes:
     names = list[str]()  # of the sums
 
     def measure_batch(number: int) -> Tensor:
-        mine = starts[number * batch_size:(number + 1) * batch_size]
-        x, y = read_batch(corpus, mine, T, batch_size, predict.config.vocab_size)
+        in_batch = starts[number * batch_size:(number + 1) * batch_size]
+        x, y = read_batch(corpus, in_batch, T, batch_size, predict.config.vocab_size)
         y[n_whole - number * batch_size:, :T - n_left] = -1
         sums = sums_of(predict(x), to_device(y, predict.process.device), sizes)
         names[:] = sums
@@ -77,7 +77,7 @@ def sums_of(logits: Tensor, y: Tensor, sizes: Tensor) -> dict[str, Tensor]:
     """Return what one batch, logits (B, T, V) and targets (B, T), adds to each sum that `figures` reads. Targets of -1
     do not count; `sizes` (V,) are the bytes that each token stands for."""
     logits, targets = logits.flatten(0, 1), y.flatten()  # (N, V), (N,)
-    nats = F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')  # (N,), 0 where there is no target
+    nats = F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')  # (N,), 0 without a target
     of_tokens = {  # (N,) each
         'nats': nats,
         'bits': nats / math.log(2),
@@ -93,8 +93,8 @@ def sums_of(logits: Tensor, y: Tensor, sizes: Tensor) -> dict[str, Tensor]:
 
 
 def figures(sums: dict[str, float], n_windows: int) -> dict[str, float]:
-    """Return the metrics that these sums amount to: one more is a line here and, unless the sums suffice, one in
-    `sums_of`. An accuracy, which is better when it is higher, has a name that ends with this word."""
+    """Return the metrics that follow from these sums. One more metric is a line here and, unless the sums suffice, one
+    in `sums_of`. If higher is better, its name must end in 'accuracy'."""
     loss, mean = sums['nats'] / sums['tokens'], sums['windows'] / n_windows
     variance = max(0.0, sums['squares'] / n_windows - mean**2)
     doubt = {'loss_stderr': math.sqrt(variance / (n_windows - 1))} if n_windows > 1 else {}
@@ -112,7 +112,7 @@ def exp(x: float) -> float:
 
 
 def keep_best(best: Best, results: dict[str, float], step: int) -> bool:
-    """Note the step at which each metric was at its best so far. Return whether this step is that of the loss."""
+    """Note the step at which each metric was at its best so far. Return whether this step has the best loss."""
     for name, value in results.items():
         if not name.endswith('_stderr') and (name not in best or is_better(name, value, best[name][0])):
             best[name] = [value, step]
@@ -124,12 +124,12 @@ def is_better(name: str, new: float, old: float) -> bool:
 
 
 def table(results: dict[str, dict[str, float]], best: Best) -> str:
-    """A line for each row of results, such as 'train' and 'val', one for the best, and a column for each metric, with
-    its standard error where there is one."""
+    """Return a line for each row of results, such as 'train' and 'val', and one for the best. Each metric has a column,
+    with its standard error if there is one."""
     rows = results | ({'best': {name: value for name, (value, _) in best.items()}} if best else {})
-    there = dict.fromkeys(name for row in rows.values() for name in row)
-    names = [name for name in there if not name.endswith('_stderr')]
-    blank = {name: ' ' * len(' ± 0.0000') if f'{name}_stderr' in there else '' for name in names}  # aligns decimals
+    found = dict.fromkeys(name for row in rows.values() for name in row)
+    names = [name for name in found if not name.endswith('_stderr')]
+    blank = {name: ' ' * len(' ± 0.0000') if f'{name}_stderr' in found else '' for name in names}  # aligns decimals
     cells = {'': names} | {label: [cell(row, name, blank[name]) for name in names] for label, row in rows.items()}
     if best:
         cells['at step'] = [f'{best[name][1]:.0f}{blank[name]}' if name in best else '' for name in names]
@@ -140,7 +140,7 @@ def table(results: dict[str, dict[str, float]], best: Best) -> str:
 
 
 def cell(row: dict[str, float], name: str, blank: str) -> str:
-    """'3.1416 ± 0.0027', or with a blank where the standard error is not known, or ''"""
+    """Return '3.1416 ± 0.0027', with the blank in place of an unknown standard error, or '' without a value."""
     if name not in row:
         return ''
     number = f'{row[name]:.4f}' if row[name] < 1e8 else f'{row[name]:.4e}'

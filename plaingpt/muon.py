@@ -1,6 +1,6 @@
 """
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): of a matrix's momentum only the directions count.
-U S V^T, its singular value decomposition, becomes U V^T, so that each direction is learned at the same rate, and not
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): only the directions of a matrix's momentum count.
+U S V^T, its singular value decomposition, becomes U V^T, so that all directions are learned at the same rate, and not
 only the few that dominate a gradient.
 """
 import math
@@ -15,21 +15,21 @@ from torch.optim import AdamW, Optimizer
 from plaingpt.machines import strategies
 
 STEPS = 5  # of the iteration: singular values then lie between about 0.7 and 1.2, which is near enough to 1
-A, B, C = 3.4445, -4.7750, 2.0315  # its polynomial, a x + b x^3 + c x^5: a small x grows fast, and none leaves bounds
-RISE = 300  # steps until the momentum has come from FIRST to LAST
+A, B, C = 3.4445, -4.7750, 2.0315  # its polynomial, a x + b x^3 + c x^5: a small x grows fast, and none gets too large
+RISE = 300  # steps in which the momentum rises from FIRST to LAST
 FIRST, LAST = 0.85, 0.95
 
 
 def momentum_at(step: int) -> float:
-    """Return how much of the mean gradient stays from one step to the next."""
+    """Return the share of the mean gradient that is kept from one step to the next."""
     return FIRST + (LAST - FIRST) * min(1.0, step / RISE)
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the nearest orthogonal matrix, about, to each of these (K, m, n): singular values go to 1, the directions
-    stay. A Newton-Schulz iteration, which needs products only, and these in `dtype`."""
+    """Return about the nearest orthogonal matrix to each of these (K, m, n): singular values go to 1, directions stay.
+    This is a Newton-Schulz iteration, which needs nothing but matrix products, here in `dtype`."""
     is_tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.mT if is_tall else matrices  # the smaller square is the one to compute
+    x = matrices.mT if is_tall else matrices  # x @ x.mT is then the smaller of the two squares
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)  # no singular value is above 1
     for _ in range(STEPS):
         square = x @ x.mT
@@ -39,8 +39,8 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Muon for the groups that have `parts`, which say how many matrices lie in each weight, one on top of the other;
-    AdamW for the others. Products are in `dtype`, or as precise as the weights."""
+    """Muon for the groups that have `parts`, the number of matrices that are stacked in each weight; AdamW for the
+    others. Products are in `dtype`, or as precise as the weights."""
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float],
                  dtype: torch.dtype | None = None) -> None:
@@ -55,7 +55,7 @@ class Muon(Optimizer):
         alike = defaultdict[torch.Size, list[tuple[nn.Parameter, dict[str, Any]]]](list)
         for group in self.param_groups:
             for p in group['params'] if 'parts' in group else ():
-                if p.grad is not None:  # a weight without a part in the loss stays, as with AdamW
+                if p.grad is not None:  # a weight that the loss does not depend on stays, as with AdamW
                     alike[torch.Size((len(p) // group['parts'], p.size(1)))].append((p, group))
         for (rows, columns), weights in alike.items():
             directions = [self.direction(p, group['momentum']).view(-1, rows, columns) for p, group in weights]
@@ -66,7 +66,8 @@ class Muon(Optimizer):
                 p.sub_(strategies.shard_like(update.reshape(p.shape), p), alpha=rate)
 
     def direction(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """Return where a weight is to go, whole: its mean gradient, and a part of the next one (Nesterov 1983)."""
+        """Return the direction in which to move a whole weight: its mean gradient, and a part of the next one (Nesterov
+        1983)."""
         if 'momentum_buffer' not in self.state[p]:
             self.state[p]['momentum_buffer'] = torch.zeros_like(p)
         mean = self.state[p]['momentum_buffer']

@@ -53,7 +53,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -
     for first, *others in values:
         cells = join(Html(f'<td{kind}>{value}</td>') for kind, value in zip(kinds[1:], others, strict=True))
         lines.append(Html(f'<tr><th scope="row"{kinds[0]}>{first}</th>{cells}</tr>'))
-    return Html(f'<table><caption>{html(caption)}</caption><thead><tr>{titles}</tr></thead>'
+    above = Html(f'<caption>{html(caption)}</caption>') if caption else ''
+    return Html(f'<table>{above}<thead><tr>{titles}</tr></thead>'
                 f'<tbody>{join(lines)}</tbody></table>')
 
 
@@ -75,17 +76,16 @@ def picture(rows: Sequence[bytes], alt: str, hint: str, colour: tuple[int, int, 
 
 
 def png(rows: Sequence[bytes], colour: tuple[int, int, int]) -> bytes:
-    """Return the table as a PNG, whose palette has the colour 256 times, from transparent to opaque."""
+    """Return the table as a PNG: each pixel has the colour, and the byte is how opaque it is. (A palette of 256 such
+    colours takes more room than the pixels of a small table.)"""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
-    header = struct.pack('>IIBBBBB', len(rows[0]), len(rows), 8, 3, 0, 0, 0)  # 8 bits, which are indices of the palette
-    pixels = b''.join(b'\0' + row for row in rows)  # each row as it is, unfiltered
+    header = struct.pack('>IIBBBBB', len(rows[0]), len(rows), 8, 6, 0, 0, 0)  # 8 bits of red, green, blue and opacity
+    pixels = b''.join(b'\0' + b''.join(bytes((*colour, value)) for value in row) for row in rows)  # rows unfiltered
     return b''.join((
         b'\x89PNG\r\n\x1a\n',
         chunk(b'IHDR', header),
-        chunk(b'PLTE', bytes(colour) * 256),
-        chunk(b'tRNS', bytes(range(256))),
         chunk(b'IDAT', zlib.compress(pixels, 9)),
         chunk(b'IEND', b''),
     ))

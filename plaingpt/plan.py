@@ -1,11 +1,10 @@
 """
-Before a run: what it amounts to. How many tokens and steps, parameters and bytes, how many hours on which card.
+The plan of a run, before it begins: how many tokens and steps, parameters and bytes, and how many hours on which GPU.
 
     python train.py config/train_gpt2.py --plan=True
 
-Nothing is written, and of a corpus only the size is read. Models are built on PyTorch's meta device, where tensors have
-a shape and no numbers; only a run that starts from a checkpoint loads that one. Bytes are in powers of ten: 1 GB is
-10^9.
+Nothing is written, and only the size of a corpus is read. Models are built on PyTorch's meta device, where tensors have
+a shape and no numbers; a checkpoint is loaded only if the run starts from it. Bytes are in powers of ten: 1 GB is 10^9.
 """
 import json
 import math
@@ -34,17 +33,17 @@ from plaingpt.run.run import Work
 CARDS = {'RTX 4090': 24e9, 'A100': 80e9, 'H100 HBM3': 80e9, 'B200': 180e9}  # bytes of memory
 UTILISATION = 0.4  # of the FLOP/s that a card promises: an assumption, and a good one for GPT-2's sizes
 PROCESSES = (2, 4, 8)
-REPEATS = 4.0  # epochs: up to here a repeated text teaches nearly as much as a new one (Muennighoff et al. 2023)
+REPEATS = 4.0  # epochs up to which a repeated text teaches nearly as much as a new one (Muennighoff et al. 2023)
 GPT2_STEP = 500_000  # tokens: what GPT-2's and GPT-3's smallest models learn from in one step (Brown et al. 2020)
 GPT2_SIZED = 100e6  # parameters
-MOST_WINDOWS = 2**24  # in a step: each process keeps their numbers
+MOST_WINDOWS = 2**24  # in a step: each process keeps their numbers in memory
 Grouping = Callable[[GPT], list[dict[str, Any]]]  # the parameter groups of an optimizer
-ANY_STEP = sys.maxsize  # where no epoch ends the run
+ANY_STEP = sys.maxsize  # if no epoch ends the run
 
 
 @dataclass(frozen=True)
 class RunSettings(ModelSettings):
-    """The settings of train.py that decide what a run takes."""
+    """The settings of train.py that decide how much data, memory and time a run takes."""
 
     dataset: str
     seed: int
@@ -67,7 +66,7 @@ class RunSettings(ModelSettings):
 
 
 def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, block_size: int) -> int:
-    """Windows that all processes together read for one update."""
+    """Return the number of windows that all processes together read for one update."""
     n_windows = total_batch_size // block_size if total_batch_size else micro_batches * batch_size
     if n_windows > MOST_WINDOWS:
         asked = (f'total_batch_size={total_batch_size}' if total_batch_size else
@@ -81,7 +80,8 @@ def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, 
 
 
 def amount(settings: RunSettings, block_size: int, epoch: int, world_size: int, place: checkpoint.Place) -> Work:
-    """The work of a run that goes on from a place. An `epoch` has so many windows; 0 where that is not known."""
+    """Return the work of a run that continues from a place. `epoch` is its number of windows, 0 if that is not
+    known."""
     n_windows = windows_in_step(settings.total_batch_size, settings.gradient_accumulation_steps, settings.batch_size,
                                 block_size)
     n_parts = math.ceil(n_windows / (settings.batch_size * world_size))
@@ -94,16 +94,16 @@ def amount(settings: RunSettings, block_size: int, epoch: int, world_size: int, 
 
 
 class Corpus(NamedTuple):
-    """What is known of a corpus without reading it."""
+    """The facts about a corpus that are known without reading it."""
 
-    prints: dict[str, Any]  # of each split; empty where there is no corpus
+    prints: dict[str, Any]  # the fingerprint of each split; empty if there is no corpus
     n_vocab: int
     tokenizer_bytes: int  # in a checkpoint
     line: str  # for people
 
 
 def look_at(dataset: str) -> Corpus:
-    """The corpus of this name; where it is not there, or damaged, none, and GPT-2's vocabulary."""
+    """Return the corpus of this name; if it is missing or damaged, an empty one with GPT-2's vocabulary."""
     folder = data_folder(dataset)
     try:
         meta = read_meta(folder)
@@ -112,8 +112,8 @@ def look_at(dataset: str) -> Corpus:
     except UserError as error:
         if error.code != DATA:
             raise
-        return Corpus({}, 50257, 36 * 50257, f'{str(error).splitlines()[0]}: its epochs cannot be told, and its '
-                                             "vocabulary is taken for GPT-2's")
+        return Corpus({}, 50257, 36 * 50257, f'{str(error).splitlines()[0]}: its epochs are not known, and its '
+                                             "vocabulary is taken to be GPT-2's")
     reference = json.dumps(meta['tokenizer'], ensure_ascii=False).encode(errors='replace')
     is_named = meta['tokenizer'].keys() == {'name'} and meta['tokenizer']['name'] != 'byte'  # the file has all of it
     train, val = (f'{prints[split]["tokens"]:,}' for split in ('train', 'val'))
@@ -122,7 +122,7 @@ def look_at(dataset: str) -> Corpus:
 
 
 def shape_of(settings: RunSettings, n_vocab: int) -> tuple[GPTConfig, checkpoint.State]:
-    """The model of a run, and the checkpoint that it resumes; {} if there is none."""
+    """Return the shape of a run's model, and the checkpoint that it resumes; {} if there is none."""
     state: checkpoint.State = {}
     if settings.is_new:
         return settings.new_config(n_vocab), state
@@ -140,14 +140,14 @@ def shape_of(settings: RunSettings, n_vocab: int) -> tuple[GPTConfig, checkpoint
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the lines for people are made of."""
+    """All that the printed lines are made from."""
 
     settings: RunSettings
     model: GPT  # on the meta device
     groups: list[sizes.Group]
     corpus: Corpus
     epoch: int  # windows; 0 if that is not known
-    place: checkpoint.Place  # from which it goes on
+    place: checkpoint.Place  # from which the run continues
     world_size: int
 
     @property
@@ -160,20 +160,21 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Tokens of the whole run."""
+        """Return the tokens of the whole run."""
         new_steps = self.work.last_step - self.place.step
         return self.place.tokens + new_steps * self.work.n_windows * self.model.config.block_size
 
     @property
     def disk_bytes(self) -> int:
-        """What checkpoint.make_ready asks for."""
+        """Return the room that checkpoint.make_ready asks for."""
         return checkpoint.bytes_needed(sizes.tensor_bytes(self.model, self.groups), self.settings.keep)
 
     def held(self, strategy: strategies.Strategy, n: int, width: int = 4) -> sizes.Held:
         return sizes.held(self.model, self.groups, strategy, n, width, not self.settings.reshard_after_forward)
 
     def peak(self, strategy: strategies.Strategy, n: int, width: int, recomputes: bool) -> int:
-        """Bytes of each of n processes. Those offloaded by fsdp are in main memory."""
+        """Return the most bytes that each of n processes holds. Those that fsdp offloads are in main memory, and left
+        out."""
         held = self.held(strategy, n, width)
         if self.settings.cpu_offload and strategy == 'fsdp':
             held = sizes.Held(0, 0, 0, held.gathered)
@@ -192,12 +193,12 @@ def about_the_model(plan: Plan) -> Iterator[str]:
            f'{config.block_size}, {config.vocab_size} ids')
     for part, number in sizes.parts_of(plan.model).items():
         if not number and part != 'head':
-            continue  # the other model has it
+            continue  # only the other model has this part
         yield row(part, f'{number:,}' if number else 'tied', f'{number / n:.1%}', width=13)
 
 
 def about_the_work(plan: Plan) -> Iterator[str]:
-    """Steps, tokens, epochs, operations, and what of it ends up on the disk."""
+    """Yield the steps, tokens, epochs and operations, and what is written to the disk."""
     settings, work, T = plan.settings, plan.work, plan.model.config.block_size
     step, flops = work.n_windows * T, plan.model.flops_per_token()
     each = f'each of {plan.world_size} processes' if plan.world_size > 1 else 'one process'
@@ -209,7 +210,7 @@ def about_the_work(plan: Plan) -> Iterator[str]:
     yield (f'the run: {work.last_step:,} steps, {plan.total:,} tokens{epochs}; {plan.total * flops:.2e} FLOP, '
            f'{flops:,} a token')
     if plan.place.step:
-        yield f'it goes on at step {plan.place.step}'
+        yield f'it continues at step {plan.place.step}'
     file = sizes.checkpoint_bytes(plan.model, plan.groups, plan.corpus.tokenizer_bytes)
     yield (f'a checkpoint: {size(file)}; {settings.out_dir} needs {size(plan.disk_bytes)}, for '
            f'keep={settings.keep} of them, the best and a new one; {size(free_bytes(settings.out_dir))} are free')
@@ -221,7 +222,7 @@ def free_bytes(folder: str) -> int:
 
 
 def about_memory(plan: Plan) -> Iterator[str]:
-    """Each strategy in turn, with and without activation checkpointing, in float32 and in bfloat16."""
+    """Yield the memory of each strategy, with and without activation checkpointing, in float32 and in bfloat16."""
     batch = plan.settings.batch_size
     kept = [sizes.activations(plan.model.config, batch, width) for width in (4, 2)]
     yield row(f'a micro-batch of {batch} windows', 'float32', 'bfloat16')
@@ -243,14 +244,14 @@ def about_memory(plan: Plan) -> Iterator[str]:
 
 
 def about_time(plan: Plan) -> Iterator[str]:
-    """Hours on cards that have the memory for it."""
+    """Yield the hours on each card that has the memory for it."""
     settings = plan.settings
     dtype, width = ('float32', 4) if settings.dtype == 'float32' else ('bfloat16', 2)
     flops = plan.total * plan.model.flops_per_token()
     needs = {n: plan.peak(settings.strategy, n, width, settings.activation_checkpointing) for n in (1, 8)}
     yield row(f'time, {settings.strategy}, {dtype}', 'memory', '1 card', '8 cards')
     for card, memory in CARDS.items():
-        seconds = flops / (UTILISATION * (peak_flops(card, dtype) or math.nan))  # on one of them
+        seconds = flops / (UTILISATION * (peak_flops(card, dtype) or math.nan))  # on one card
         yield row(card, size(memory), *(duration(seconds / n) if need <= memory else 'too small'
                                         for n, need in needs.items()))
     yield (f'an estimate, for cards that do {UTILISATION:.0%} of the FLOP/s that they promise: small models and small '
@@ -258,7 +259,7 @@ def about_time(plan: Plan) -> Iterator[str]:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What the user may not have meant."""
+    """Return a warning about each thing that the user may not have meant."""
     settings, config, work = plan.settings, plan.model.config, plan.work
     counts = {split: mark['tokens'] for split, mark in plan.corpus.prints.items()}
     n, step = sizes.n_parameters(plan.model), work.n_windows * config.block_size
@@ -294,7 +295,7 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def describe(settings: RunSettings, grouped: Grouping, world_size: int) -> Iterator[str]:
-    """The lines of a plan for so many processes."""
+    """Yield the lines of a plan for so many processes."""
     corpus = look_at(settings.dataset)
     config, state = shape_of(settings, corpus.n_vocab)
     n_tokens = corpus.prints['train']['tokens'] if corpus.prints else 0

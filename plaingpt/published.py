@@ -1,9 +1,9 @@
-"""Figures that others have published, to stand beside ours."""
+"""Figures that other projects have published, to stand beside this project's."""
 
-# What others have measured, on all examples. OpenWebText: nanoGPT's README. Completion style: acc as stated in
-# build-nanogpt's hellaswag.py, acc_norm as drawn by llm.c. lm-eval: as stated in both. LAMBADA: the first row is
-# lm-eval's, the accuracies of the other GPT-2s are llm-foundry's. GPT-3: Brown et al. 2020, table H.1, zero-shot, in a
-# scoring of OpenAI's own, which llm.c draws beside the completion style.
+# All are measured on all examples. OpenWebText: nanoGPT's README. Completion style: acc as stated in build-nanogpt's
+# hellaswag.py, acc_norm as drawn by llm.c. lm-eval: as stated in both. LAMBADA: the first row is lm-eval's, the
+# accuracies of the other GPT-2s are llm-foundry's. GPT-3: Brown et al. 2020, table H.1, zero-shot, in a scoring of
+# OpenAI's own, which llm.c draws beside the completion style.
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     'val of openwebtext': {
         'GPT-2 124M': {'loss': 3.12},
@@ -35,4 +35,11 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         'GPT-3 760M': {'acc': 0.604, 'perplexity': 6.53},
         'GPT-3 1.3B': {'acc': 0.636, 'perplexity': 5.44},
     },
+}
+
+# The title of each scoring in a table
+TITLES = {
+    'hellaswag_completion': 'HellaSwag in completion style, as build-nanogpt and llm.c score it',
+    'hellaswag_lm_eval': 'HellaSwag as lm-eval scores it',
+    'lambada_openai': "LAMBADA as lm-eval's lambada_openai scores it",
 }

@@ -6,9 +6,9 @@ Shapes that the content of a file must have before any of it is used. A shape lo
     [int, str]  [int, ...]    a list of these two; a list of any number of ints
     (int, None)               either of these
     {'a', 'b'}  range(9)      one of these values; one of these whole numbers
-    int                       a value of this type: an int is a float, too, but True is no int, and half a surrogate
-                              pair, which JSON may have and UTF-8 has not, no str
-    a function                whatever it says True to
+    int                       a value of this type: an int is a float, too; True is not an int, and half a surrogate
+                              pair, which JSON may have and UTF-8 cannot, is not a str
+    a function                a value for which it returns True
 """
 import json
 import re
@@ -19,10 +19,10 @@ from typing import Any
 
 from plaingpt.errors import UserError
 
-COUNT = range(2**63)  # what is counted
+COUNT = range(2**63)  # any number of things
 EMPTY: dict[Any, Any] = {str: ()}  # a dict without entries
 PLAIN = (str, bool, int, float, None)
-MISSING = object()  # in place of a part that is not there, or that has no shape
+MISSING = object()  # in place of a part that is missing, or of a shape that a part lacks
 SURROGATE = re.compile('[\ud800-\udfff]')
 
 
@@ -31,13 +31,13 @@ def damaged(path: Path, fault: object, code: int, remedy: str = '') -> UserError
 
 
 def refuse(content: object, shape: Any, path: Path, code: int, remedy: str = '') -> None:
-    """Raise UserError, which names the key, if what the file holds is not of that shape."""
+    """Raise UserError, which names the key, if the content of a file does not have that shape."""
     if fault := next(faults(content, shape, ''), None):
         raise damaged(path, fault, code, remedy)
 
 
 def read_json(path: Path, shape: Any, code: int, remedy: str = '') -> Any:
-    """Return what a file of JSON holds. Raises UserError if it is no JSON, or not of that shape."""
+    """Return what a file of JSON holds. Raise UserError if it is not JSON, or does not have that shape."""
     try:
         content = parse(path.read_bytes())
     except ValueError as error:
@@ -47,7 +47,7 @@ def read_json(path: Path, shape: Any, code: int, remedy: str = '') -> Any:
 
 
 def parse(text: str | bytes) -> Any:
-    """Return what is written in JSON. Raises ValueError for all that can be wrong with it."""
+    """Return what is written in JSON. Raise ValueError for anything that can be wrong with it."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -59,7 +59,7 @@ def fits(content: object, shape: Any) -> bool:
 
 
 def faults(value: Any, shape: Any, name: str) -> Iterator[str]:
-    """Yield what is not of that shape, such as "best.loss is 'x'"; `name` is that of the value."""
+    """Yield each part that does not have that shape, such as "best.loss is 'x'"; `name` is the value's."""
     if isinstance(shape, dict) and isinstance(value, dict):
         for entry in entries(value, shape, name):
             yield from faults(*entry)
@@ -76,7 +76,7 @@ def faults(value: Any, shape: Any, name: str) -> Iterator[str]:
 
 
 def entries(value: dict[Any, Any], shape: dict[Any, Any], name: str) -> Iterator[tuple[Any, Any, str]]:
-    """Yield the entries of a dict that its shape speaks of: value, shape and name of each."""
+    """Yield the entries of a dict that its shape speaks of: the value, shape and name of each."""
     for key, of in shape.items():
         if isinstance(key, type):
             for one, part in value.items():
@@ -87,7 +87,7 @@ def entries(value: dict[Any, Any], shape: dict[Any, Any], name: str) -> Iterator
 
 
 def is_one(value: Any, shape: Any) -> bool:
-    """Return whether the value is of a shape that has no parts."""
+    """Return whether the value has a shape that has no parts."""
     if isinstance(shape, set | range):
         return type(value) in ((int,) if isinstance(shape, range) else (int, str)) and value in shape
     if isinstance(shape, type):
@@ -97,6 +97,6 @@ def is_one(value: Any, shape: Any) -> bool:
 
 
 def shown(value: object) -> str:
-    """Return a value in a few words, and in one line."""
+    """Return a value in a few words, on one line."""
     is_short = value is None or isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() < 99)
     return 'missing' if value is MISSING else repr(value)[:80] if is_short else f'of the type {type(value).__name__}'

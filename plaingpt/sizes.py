@@ -1,5 +1,5 @@
 """
-What a model takes: parameters, and the bytes that a process which trains it holds, and when. A weight, its gradient and
+The size of a model: its parameters, and the bytes that a process holds while it trains it. A weight, its gradient and
 AdamW's two moments, or Muon's one, are float32, 4 bytes each; the rest depends on the batch.
 """
 from typing import Any, NamedTuple, Self
@@ -14,15 +14,15 @@ GPT2 = {  # Radford et al. 2019, table 2; their vocabulary is 50257 tokens, thei
     'gpt2-xl': GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600)}
 FLOAT = 4  # bytes
 RECORD = 350  # bytes that a checkpoint takes for each tensor beside its numbers: a name, a shape, a checksum
-REST = 4000  # bytes that it takes for settings and the like
+REST = 4000  # bytes that a checkpoint takes for settings and the like
 
 
 def parts_of(model: GPT) -> dict[str, int]:
-    """The parameters of each part; they add up to those of the model."""
+    """Return the number of parameters in each part; they add up to the model's."""
     labels = {'wte': 'token table', 'wpe': 'position table', '.mix': 'shortcuts', '.attn.': 'attention',
               '.mlp.': 'MLPs', 'ln_': 'LayerNorms', 'lm_head': 'head'}
     sizes = dict.fromkeys(labels.values(), 0)
-    for name, p in model.named_parameters():  # tied weights are one, and have the first name
+    for name, p in model.named_parameters():  # tied weights come once, under their first name
         sizes[next(label for word, label in labels.items() if word in name)] += p.numel()
     return sizes
 
@@ -34,33 +34,33 @@ def n_parameters(model: GPT) -> int:
 class Group(NamedTuple):
     """The parameters that an optimizer treats alike."""
 
-    sizes: list[int]  # of the parameters
-    n_moments: int  # numbers that it keeps for each of theirs
+    sizes: list[int]  # numbers in each parameter
+    n_moments: int  # numbers that the optimizer keeps for each of those
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> Self:
-        """Return what counts of an optimizer's group."""
+        """Return the sizes of an optimizer's group."""
         return cls([p.numel() for p in group['params']], sum(name != 'step' for name in names_of(group)))
 
 
 def moments(groups: list[Group]) -> int:
-    """The bytes of what an optimizer keeps of all parameters."""
+    """Return the bytes that an optimizer keeps for all parameters."""
     return sum(FLOAT * group.n_moments * sum(group.sizes) for group in groups)
 
 
 def tensor_bytes(model: GPT, groups: list[Group]) -> int:
-    """The bytes of all weights and their moments."""
+    """Return the bytes of all weights and their moments."""
     return FLOAT * n_parameters(model) + moments(groups)
 
 
 def checkpoint_bytes(model: GPT, groups: list[Group], tokenizer_bytes: int) -> int:
-    """A file with each weight and its moments, all float32, and the tokenizer."""
+    """Return the bytes of a file with each weight and its moments, all float32, and the tokenizer."""
     tensors = sum((1 + group.n_moments) * len(group.sizes) for group in groups)
     return tensor_bytes(model, groups) + RECORD * tensors + REST + tokenizer_bytes
 
 
 class Held(NamedTuple):
-    """Bytes that a process holds from one step to the next (gradients: once there is one), and those of other
+    """Bytes that a process holds from one step to the next (the gradients, from the first one on), and those of other
     processes' weights and gradients that it holds for a moment."""
 
     weights: int
@@ -71,12 +71,12 @@ class Held(NamedTuple):
 
 def held(model: GPT, groups: list[Group], strategy: strategies.Strategy, n: int, width: int,
          keeps_blocks: bool = False) -> Held:
-    """What the fullest of `n` processes holds. The optimizer has these `groups` of parameters. Weights travel in
+    """Return what the fullest of `n` processes holds. The optimizer has these `groups` of parameters. Weights travel in
     `width` bytes; `keeps_blocks` is fsdp without reshard_after_forward."""
     whole = FLOAT * n_parameters(model)
     if n == 1:
         return Held(whole, whole, moments(groups))
-    if strategy != 'fsdp':  # machines/zero.py deals whole tensors out; with ddp those of Muon
+    if strategy != 'fsdp':  # machines/zero.py deals out whole tensors: with zero1 all, with ddp those of Muon
         divided = [(size, group.n_moments) for group in groups if strategy == 'zero1' or group.n_moments == 1
                    for size in group.sizes]
         shares = [0] * n
@@ -91,46 +91,48 @@ def held(model: GPT, groups: list[Group], strategy: strategies.Strategy, n: int,
 
 
 class Activations(NamedTuple):
-    """Bytes that one micro-batch needs beside weights: what the forward pass keeps for the backward pass, and more."""
+    """Bytes that one micro-batch needs beside the weights: what the forward pass keeps for the backward pass, and
+    more."""
 
     block: int  # kept by one block
     blocks: int  # kept by all of them
     inputs: int  # kept by all of them with activation checkpointing: what goes into each
     around: int  # kept before and after the blocks
-    kept: int  # of the loss, from there on: its log-probabilities, or the gradients of the head and of what it is given
+    kept: int  # from the loss on: its log-probabilities, or the gradients of the head and of the head's input
     loss: int  # all there is at the loss: also the gradient of logits and log-probabilities; or a part of the logits
-    within: int  # made and dropped while a block goes back
+    within: int  # made and dropped in the backward pass of a block
 
 
 def kept_of_token(config: GPTConfig, width: int) -> int:
-    """Bytes that a block keeps of each token."""
+    """Return the bytes that a block keeps for each token."""
     C, H = config.n_embd, config.n_head
     # The first norm keeps x and the second x + attention: 2 C of the residual stream. Each product keeps what it
     # multiplies: c_attn C, attention's c_proj C, c_fc C, the MLP's c_proj 4 C. Attention keeps q, k and v, 3 C, and
     # GELU, or ReLU squared, its input, 4 C.
     token = 2 * C * FLOAT + 14 * C * width
-    if config.arch == 'gpt2':  # the softmaxes' denominators; mean and 1/std of each LayerNorm; which are dropped
+    if config.arch == 'gpt2':  # the softmaxes' denominators; mean and 1/std of each LayerNorm; a mark for each dropped
         return token + (H + 4) * FLOAT + 2 * C * (config.dropout > 0)
-    # Beside v, its product gives q and k, which are kept before they are turned, and under autocast in float32.
+    # The product that gives v also gives q and k, which are kept before they are turned, and under autocast in float32.
     token += 3 * C * width + 2 * C * FLOAT * (width < FLOAT) + (3 * H + 2) * FLOAT
-    # Shortcuts keep x before it is mixed, and what is mixed into v, whose own numbers may then go.
+    # Shortcuts keep x before it is mixed, and what is mixed into v; v's own need not be kept.
     return token + config.shortcuts * C * (FLOAT + 2 * width - 3 * width * (width < FLOAT))
 
 
 def activations(config: GPTConfig, batch_size: int, width: int) -> Activations:
-    """The tensors that a model's forward keeps, where matrix products have numbers of `width` bytes: 4, or 2 under
-    autocast, which leaves the residual stream, statistics and the loss in float32. With dropout a card keeps a byte for
-    each number that may be dropped; a CPU keeps 4, and attention's (T, T) tables, which are not counted here."""
+    """Return the bytes of the tensors that a model's forward pass keeps. Numbers in matrix products have `width` bytes:
+    4, or 2 under autocast, which leaves the residual stream, statistics and the loss in float32. With dropout a GPU
+    keeps a byte for each number that may be dropped; a CPU keeps 4, and attention's (T, T) tables, which are not
+    counted here."""
     n, C, V, is_modern = batch_size * config.block_size, config.n_embd, config.vocab_size, config.arch == 'modern'
     casts = 12 * C * C * width * (width < FLOAT)  # the weights of the products, as bfloat16
     block = n * kept_of_token(config, width) + casts
     within = n * C * (2 * FLOAT + (4 + 8 * is_modern) * width)  # gradients: of the residual stream, of GELU or ReLU^2
-    # the norm at the end, and the modern one at the beginning, keep what they are given; x, y and which targets count
-    # are int64
+    # the norm at the end, and the modern model's at the beginning, keep their input; x, y and which targets count are
+    # int64
     around = n * ((1 + is_modern) * C * FLOAT + 2 * FLOAT + 3 * 8)
-    half = width * (width < FLOAT)  # of what autocast makes in addition
-    # A card whose blocks are compiled compiles the loss, too, which is not counted here: it has all logits at once, and
-    # their gradient, 2 n V numbers of `width` bytes, however many these are.
+    half = width * (width < FLOAT)  # bytes of each number that autocast copies
+    # If the blocks are compiled, so is the loss, which is not counted here: it has all logits at once, and their
+    # gradient, 2 n V numbers of `width` bytes, however many these are.
     if n * V <= MOST_LOGITS:
         around += n * C * width + V * C * half  # lm_head keeps what it multiplies
         kept, loss = ((1 + is_modern) * FLOAT * n * V, (3 + is_modern) * FLOAT * n * V)  # the cap keeps them once more
@@ -141,19 +143,19 @@ def activations(config: GPTConfig, batch_size: int, width: int) -> Activations:
 
 
 def peak(config: GPTConfig, held: Held, needs: Activations, accumulates: bool, recomputes: bool) -> int:
-    """The most bytes of tensors that a process holds in a step: at the loss, in the last block on the way back, or at
-    the end, before and in the update. The gradients of a step that `accumulates` are there all the time, and so are
-    those of several processes; others come as activations go. With activation checkpointing one block at a time
-    `recomputes` what it keeps."""
+    """Return the most bytes of tensors that a process holds in a step: at the loss, in the last block as the backward
+    pass begins, or at the end, before and in the update. A step that `accumulates` holds its gradients all the time,
+    and so does one of several processes; else they come as activations go. With activation checkpointing one block at a
+    time `recomputes` what it keeps."""
     base = held.weights + held.moments + held.gathered + held.gradients * accumulates
     base += needs.inputs if recomputes else needs.blocks
     at_loss = base + needs.around + needs.loss
     in_block = base + needs.block * recomputes + needs.within
     at_end = held.weights + held.moments + held.gathered + held.gradients
-    # The last gradient is that of the token table. A new one is added to what is there; that of a tied table is the sum
-    # of two, since it is the head as well, and for a moment all three are there.
+    # The last gradient is that of the token table. A new one is added to the old one; that of a tied table is the sum
+    # of two, since it is the head as well, and for a moment all three exist.
     at_table = at_end + FLOAT * config.vocab_size * config.n_embd * (accumulates + 2 * config.tie_weights)
-    # Muon has all matrices of one shape, a third of those of the blocks, in six forms at once; of several processes,
-    # which share them, each has less.
+    # Muon holds all matrices of one shape, a third of those of the blocks, in six forms at once; several processes
+    # share them, and each holds less.
     at_update = at_end + 6 * FLOAT * 4 * config.n_layer * config.n_embd**2 * (config.arch == 'modern')
     return max(at_loss, in_block, at_table, at_update)

@@ -1,8 +1,8 @@
 """
-Two tests of what a model knows, each by how many nats it would cost it to be told how a text goes on.
+Two tests of what a model knows, each by the nats that it costs the model to be told how a text continues.
 
-    HellaSwag (Zellers et al. 2019)    which of four endings is right? The cheapest one is the answer of the model
-    LAMBADA (Paperno et al. 2016)      what is the last word? The likeliest token, at each place, is the answer
+    HellaSwag (Zellers et al. 2019)    which of four endings is right? The model's answer is the cheapest one
+    LAMBADA (Paperno et al. 2016)      what is the last word? The model's answer is the likeliest token at each place
 
 HellaSwag is quoted in two scorings, whose figures differ by percents and must not be compared. 'completion', that of
 build-nanogpt and llm.c, reads the raw context, and divides by tokens. 'lm_eval', that of EleutherAI's harness, cleans
@@ -32,8 +32,8 @@ from plaingpt.metrics import Predictor, exp
 from plaingpt.paths import CORPORA
 
 Row = dict[str, Any]  # a line of a test's file
-Pair = tuple[list[int], list[int]]  # the ids of a text, and of how it may go on
-LABELS = ('0', '1', '2', '3')  # of the right one among four endings
+Pair = tuple[list[int], list[int]]  # the ids of a text, and of an ending for it
+LABELS = ('0', '1', '2', '3')  # which of the four endings is right
 
 
 # ------------------------------------------------------------------------------------------------
@@ -41,8 +41,8 @@ LABELS = ('0', '1', '2', '3')  # of the right one among four endings
 
 
 def load(task: str, path: str, limit: int, process: Process) -> list[Row]:
-    """Return the first `limit` rows (0: all) of one of TASKS, from the file or URL at `path`, or, if that is '', from
-    the original, which one process of each machine downloads. Every process must call it."""
+    """Return the first `limit` rows (0: all) of one of TASKS, from the file or URL `path`; if that is '', from the
+    original, which one process of each machine downloads. Every process must call it."""
     folder, option = CORPORA / task, f'--{task}'
     if not path or path.startswith(('http://', 'https://')):
         url, sha256 = (path, '') if path else (TASKS[task].url, TASKS[task].sha256)
@@ -59,7 +59,8 @@ def load(task: str, path: str, limit: int, process: Process) -> list[Row]:
 
 
 def read(task: str, path: str, limit: int = 0) -> Iterator[Row]:
-    """The rows of a .jsonl file, packed or not. Raises UserError that names a line which is no example of the task."""
+    """Yield the rows of a .jsonl file, packed or not. Raise UserError, which names a line that is not an example of the
+    task."""
     with documents.opened(path) as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -79,7 +80,7 @@ def is_text(value: object) -> bool:
 
 
 def parted(row: object) -> tuple[str, str]:
-    """The context and the last word of a row of LAMBADA; one of them is '' if it is none."""
+    """Return the context and the last word of a row of LAMBADA. If it is no such row, one of them is ''."""
     match row:
         case {'text': str(text)}:
             context, _, word = text.rpartition(' ')
@@ -120,8 +121,8 @@ TASKS = {
 
 
 def is_raw(rows: Sequence[Row]) -> bool:
-    """Whether this is HellaSwag as published, rather than one of the files that others have cleaned: these have joined
-    the two parts of the context."""
+    """Return whether this is HellaSwag as published, and not one of the files that others have cleaned: these join the
+    two parts of the context."""
     return all('ctx_a' in row for row in rows)
 
 
@@ -130,15 +131,15 @@ def is_raw(rows: Sequence[Row]) -> bool:
 
 
 class Questions(NamedTuple):
-    """Each has the same number of endings, which stand one after the other."""
+    """Questions with the same number of endings, all of which stand one after the other."""
 
     pairs: list[Pair]
-    lengths: list[int]  # of each ending, by which its nats are divided for acc_norm
+    lengths: list[int]  # of each ending: acc_norm divides its nats by that
     labels: list[int]  # of each question: which of its endings is right
 
 
 def completion(rows: Iterable[Row], vocabulary: Tokenizer) -> Questions:
-    """HellaSwag as build-nanogpt and llm.c ask it: context and ending as they stand, each in tokens of its own."""
+    """Return HellaSwag as build-nanogpt and llm.c ask it: context and ending as they stand, each in its own tokens."""
     pairs, labels = [], []
     for row in rows:
         context = vocabulary.encode(row['ctx'])
@@ -148,8 +149,8 @@ def completion(rows: Iterable[Row], vocabulary: Tokenizer) -> Questions:
 
 
 def lm_eval(rows: Iterable[Row], vocabulary: Tokenizer) -> Questions:
-    """HellaSwag as lm-eval asks it. Files that others have cleaned no longer say where the second part of the context
-    begins, which lm-eval capitalises: there it stays as it is."""
+    """Return HellaSwag as lm-eval asks it. It capitalises the second part of the context; files that others have
+    cleaned no longer say where that begins, and leave it as it is."""
     pairs, lengths, labels = [], [], []
     for row in rows:
         context = f'{row["ctx_a"]} {row.get("ctx_b", "").capitalize()}' if 'ctx_a' in row else row['ctx']
@@ -162,19 +163,19 @@ def lm_eval(rows: Iterable[Row], vocabulary: Tokenizer) -> Questions:
 
 
 def cleaned(text: str) -> str:
-    """Without the marks that WikiHow's headings have left: '[header] How to', ' [title] Look', '[substeps]'."""
+    """Return the text without the marks of WikiHow's headings: '[header] How to', ' [title] Look', '[substeps]'."""
     text = text.strip().replace(' [title]', '. ')
     return re.sub(r'\[.*?\]', '', text).replace('  ', ' ')
 
 
 def last_words(rows: Iterable[Row], vocabulary: Tokenizer) -> list[Pair]:
-    """LAMBADA as lm-eval's lambada_openai asks it: the word after the last space, with that space."""
+    """Return LAMBADA as lm-eval's lambada_openai asks it: for the word after the last space, with that space."""
     return [encode_together(context, f' {word}', vocabulary) for context, word in map(parted, rows)]
 
 
 def encode_together(context: str, ending: str, vocabulary: Tokenizer) -> Pair:
-    """The tokens of the whole text, parted where those of the context alone end. Spaces at the end of the context go to
-    the ending, as most tokens begin with theirs."""
+    """Return the tokens of the whole text, parted where those of the context alone end. Spaces at the end of the
+    context go to the ending, as most tokens begin with their space."""
     bare = context.rstrip()
     before = vocabulary.encode(bare)
     return before, vocabulary.encode(context + ending)[len(before):]
@@ -185,25 +186,25 @@ def encode_together(context: str, ending: str, vocabulary: Tokenizer) -> Pair:
 
 
 class Piece(NamedTuple):
-    """What the model reads at once: the last n_told of these ids are what it is told, those before are the context."""
+    """The ids that the model reads at once: the last n_told are those it is told, and the others are the context."""
 
-    pair: int  # the number of the pair that it is a part of
+    pair: int  # the number of the pair that this is part of
     ids: list[int]  # at most block_size + 1
     n_told: int
 
 
-NOTHING = Piece(0, [0, 0], 0)  # for a process that has nothing left to read while others have
+NOTHING = Piece(0, [0, 0], 0)  # for a process that has nothing left to read while others do
 
 
 def pieces(pairs: Iterable[Pair], block_size: int) -> Iterator[Piece]:
-    """One for each pair, without the beginning of a context that is too long. Of an ending that is too long itself, a
-    piece for each block_size tokens."""
+    """Yield one piece for each pair, without the beginning of a context that is too long. If the ending itself is too
+    long, yield a piece for each block_size tokens of it."""
     for number, (context, ending) in enumerate(pairs):
         ids, untold = [*context, *ending], len(ending)
         while untold:
             last = ids[-block_size - 1:]
             n_told = min(untold, len(last) - 1)
-            assert n_told, 'the first token of all follows nothing'
+            assert n_told, 'the very first token follows nothing'
             yield Piece(number, last, n_told)
             ids, untold = ids[:-n_told], untold - n_told
 
@@ -213,8 +214,8 @@ def size(piece: Piece) -> int:
 
 
 def batches(todo: list[Piece], most: int) -> list[list[Piece]]:
-    """Part the pieces, of which the longest come first, into batches of at most `most` tokens, filled up as `to_batch`
-    does it: short ones are read in greater numbers. One that is longer is a batch of its own."""
+    """Part the pieces, the longest first, into batches of at most `most` tokens with the padding of `to_batch`: more
+    short ones fit into a batch. A piece of more than `most` tokens is a batch of its own."""
     found, first = list[list[Piece]](), 0
     while first < len(todo):
         last = first + max(1, most // (size(todo[first]) - 1))
@@ -224,7 +225,7 @@ def batches(todo: list[Piece], most: int) -> list[list[Piece]]:
 
 
 def to_batch(batch: list[Piece]) -> tuple[Tensor, Tensor]:
-    """x and y (B, T), filled up on the right: y is -1 wherever nothing is told."""
+    """Return x and y (B, T), padded on the right: y is -1 wherever nothing is told."""
     T = max(len(piece.ids) for piece in batch) - 1
     x, y = torch.zeros(len(batch), T, dtype=torch.int64), torch.full((len(batch), T), -1)
     for row, (_, ids, n_told) in enumerate(batch):
@@ -236,9 +237,9 @@ def to_batch(batch: list[Piece]) -> tuple[Tensor, Tensor]:
 
 def score(predict: Predictor, pairs: list[Pair], label: str,
           progress: Progress = console.progress) -> tuple[Tensor, Tensor]:
-    """What each ending costs, in nats (N,), and how many of its tokens were not the model's first choice (N,). Every
-    process must call it. Which pieces are read together does not depend on the number of processes, so that neither
-    does any bit of the result."""
+    """Return the cost of each ending, in nats (N,), and how many of its tokens were not the model's first choice (N,).
+    Every process must call it. The number of processes does not decide which pieces are read together, and so changes
+    no bit of the result."""
     todo = sorted(pieces(pairs, predict.config.block_size), key=size, reverse=True)  # too little memory shows at once
     parts = batches(todo, predict.batch_size * predict.config.block_size)  # as many tokens as an evaluation reads
     most = max(map(len, parts))
@@ -266,7 +267,7 @@ def score(predict: Predictor, pairs: list[Pair], label: str,
 
 
 def choices(questions: Questions, nats: Tensor) -> dict[str, float]:
-    """How often the right ending is the cheapest (acc), and the cheapest for its length (acc_norm)."""
+    """Return how often the right ending is the cheapest (acc), and the cheapest for its length (acc_norm)."""
     labels = torch.tensor(questions.labels)
     lengths = torch.tensor(questions.lengths, dtype=torch.float64)
     results: dict[str, float] = {}
@@ -277,13 +278,14 @@ def choices(questions: Questions, nats: Tensor) -> dict[str, float]:
 
 
 def share(name: str, is_right: Tensor) -> dict[str, float]:
-    """How many of (N,) are, and the standard error of that, which a single one does not have."""
+    """Return the share of (N,) examples that are right, and its standard error, which a single example does not
+    have."""
     n, mean = len(is_right), is_right.double().mean().item()
     return {name: mean} | ({f'{name}_stderr': math.sqrt(mean * (1 - mean) / (n - 1))} if n > 1 else {})
 
 
 def measure_hellaswag(rows: list[Row], vocabulary: Tokenizer, predict: Predictor) -> dict[str, dict[str, float]]:
-    """The figures of either scoring, under its name."""
+    """Return the figures of each scoring under its name."""
     results = {}
     for name, ask in (('hellaswag_completion', completion), ('hellaswag_lm_eval', lm_eval)):
         questions = ask(rows, vocabulary)
@@ -293,8 +295,8 @@ def measure_hellaswag(rows: list[Row], vocabulary: Tokenizer, predict: Predictor
 
 
 def measure_lambada(rows: list[Row], vocabulary: Tokenizer, predict: Predictor) -> dict[str, dict[str, float]]:
-    """How often all tokens of the last word are the model's first choices, and the perplexity of words: exp of their
-    mean cost in nats, whatever their number of tokens."""
+    """Return how often all tokens of the last word are the model's first choices, and the perplexity of words: exp of
+    their mean cost in nats, whatever their number of tokens."""
     nats, missed = score(predict, last_words(rows, vocabulary), 'lambada_openai')
     return {'lambada_openai': {**share('acc', missed == 0), 'perplexity': exp(nats.mean().item())}}
 
@@ -302,7 +304,7 @@ def measure_lambada(rows: list[Row], vocabulary: Tokenizer, predict: Predictor) 
 class InTraining(NamedTuple):
     """HellaSwag in completion style, for a run to answer again and again."""
 
-    prefix: str  # 'hellaswag_', or another one where the text is cleaned, and the figures not the published ones
+    prefix: str  # 'hellaswag_', or another one if the text was cleaned: its figures cannot be compared
     questions: Questions
 
     def answer(self, predict: Predictor, progress: Progress) -> dict[str, float]:
@@ -311,7 +313,7 @@ class InTraining(NamedTuple):
 
 
 def for_training(path: str, limit: int, vocabulary: Tokenizer | None, process: Process) -> InTraining:
-    """Every process must call it. Raises UserError where the tokenizer is not to be had."""
+    """Return the questions for a run. Every process must call it. Raise UserError if the tokenizer is not available."""
     if vocabulary is None:
         raise UserError("HellaSwag cannot be asked without the files of the corpus's tokenizer:\n"
                         'connect once, so that tiktoken gets them, or give --hellaswag_interval=0', DATA)

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, a megabyte of his plays, and the corpora that nanoGPT makes of it."""
+"""Tiny Shakespeare, a megabyte of the plays, and the corpora that nanoGPT makes from it."""
 from pathlib import Path
 
 from plaingpt import console
@@ -20,7 +20,7 @@ def read(path: str, folder: Path) -> str:
 
 def prepare(path: str, folder: Path, spec: str, usual: str, config: str) -> None:
     """Split the text by position, tokenise it as `spec` says, and name the commands that train on it and sample. The
-    `config` is for a corpus in the `usual` tokens; one in others is trained on from scratch."""
+    `config` is for a corpus in the `usual` tokens; with any others, training starts from scratch."""
     text = read(path, folder)
     parts, validation = tokenise.split_text(text, 0.1)
     encoder = encoder_for(spec, lambda: tokenise.build_tokenizer(spec, parts, validation, eot=False))

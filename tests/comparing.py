@@ -1,4 +1,4 @@
-"""How tests, and benchmarks/kills.py, compare what runs leave, and what they refuse."""
+"""Comparisons for the tests and benchmarks/kills.py: the files that runs leave, and the messages that refuse."""
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ ALONE = Process(0, 1, torch.device('cpu'), '')  # a process that trains alone
 
 
 def give(script: ModuleType, **settings: Any) -> None:
-    """Set settings of a script as its command line does; all others have their defaults."""
+    """Set some settings of a script as its command line would; all others have their defaults."""
     configurator.configure(script, [f'--{name}={value}' for name, value in settings.items()])
 
 
@@ -33,13 +33,13 @@ def predictor_of(model: GPT, batch_size: int) -> Predictor:
 
 
 def learner_of(model: GPT, optimizer: torch.optim.Optimizer, scale: float | None = None) -> Learner:
-    """What learns in a process that is alone, in float32; with a `scale` of the loss, as for float16."""
+    """Return a learner in a process that is alone, in float32; with a `scale` of the loss, as for float16."""
     scaler = torch.amp.GradScaler('cpu', init_scale=scale or 1.0, enabled=scale is not None)
     return Learner(model, model, optimizer, scaler, ALONE, choose(ALONE.device, 'float32', compile=False))
 
 
 def in_three_groups(model: GPT) -> list[dict[str, Any]]:
-    """In place of train.parameter_groups: the two tables are a group of their own, which learns at half the rate."""
+    """Stand in for train.parameter_groups: the two tables are a group of their own, which learns at half the rate."""
     tables = [model.transformer.wte.weight, model.transformer.wpe.weight]
     others = [p for p in model.parameters() if all(p is not table for table in tables)]
     return [{'params': tables, 'weight_decay': 0.1, 'scale': 0.5},
@@ -48,14 +48,15 @@ def in_three_groups(model: GPT) -> list[dict[str, Any]]:
 
 
 def copy_script(name: str, target: Path) -> Path:
-    """A script of the repository in a folder of its own, with what it imports, so that it writes there."""
+    """Copy a script of the repository, with what it imports, into a folder of its own, so that it writes there."""
     shutil.copytree(ROOT / 'plaingpt', target / 'plaingpt', ignore=shutil.ignore_patterns('__pycache__'))
     for file in ('configurator.py', name):
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, target / file)
     return target / name
 
-# How far apart two numbers may be, in float64, where two runs add the same things up in another order. Rounding parts
+
+# The tolerance between two numbers, in float64, if two runs add up the same terms in another order. Rounding separates
 # them by 1e-12 at most; a factor that is wrong by a millionth, by more than 1e-8.
 ROUNDING = 1e-9
 
@@ -63,7 +64,7 @@ ROUNDING = 1e-9
 @contextmanager
 def in_float64() -> Iterator[None]:
     """Make, train and save models in float64 until the block ends. For float32 no tolerance holds on every machine:
-    AdamW divides a gradient by its own size, so where it is 0 but for rounding, rounding decides a whole step."""
+    AdamW divides a gradient by its own size, so if it is 0 except for rounding, rounding decides a whole step."""
     torch.set_default_dtype(torch.float64)
     try:
         yield
@@ -72,7 +73,7 @@ def in_float64() -> Iterator[None]:
 
 
 def refused(call: Callable[..., Any], *positional: Any, code: int, **named: Any) -> str:
-    """The message, of at most three lines, with which a call refuses what it was given."""
+    """Return the message, of at most three lines, with which a call refuses its arguments."""
     with pytest.raises(UserError) as caught:
         call(*positional, **named)
     assert caught.value.code == code
@@ -81,19 +82,19 @@ def refused(call: Callable[..., Any], *positional: Any, code: int, **named: Any)
 
 
 def damaged(data: bytes, seed: int) -> bytes:
-    """What bad disks, torn copies and careless programs make of a file."""
+    """Return what bad disks, torn copies and careless programs make of a file."""
     source = random.Random(seed)
     i, j = sorted(source.sample(range(len(data)), 2))
     n = min(source.choice((1, 16, 512, 4096, 70_000)), len(data) - i)
     new = [bytes([data[i] ^ 1 << source.randrange(8)]) + data[i + 1:i + n],  # a bit
            bytes(n), source.randbytes(n), data[i:i + n][::-1],
-           data[j - j % n:][:n].ljust(n, b'\0'),  # of another place
+           data[j - j % n:][:n].ljust(n, b'\0'),  # copied from another place
            b'', 2 * data[i:i + n]]
     return source.choice([*(data[:i] + middle + data[i + n:] for middle in new), data[:i]])
 
 
 def leaves(tree: Any, name: str = '') -> Iterator[tuple[str, Any]]:
-    """Everything in a checkpoint that is neither a dict nor a list, by its path."""
+    """Yield everything in a checkpoint that is neither a dict nor a list, with its path."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
     if items is None:
         yield name, tree
@@ -103,7 +104,7 @@ def leaves(tree: Any, name: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def differences(first: Any, second: Any) -> list[str]:
-    """The paths at which two checkpoints, or parts of them, are not bit for bit the same."""
+    """Return the paths at which two checkpoints, or parts of them, are not bit for bit the same."""
     one, two = dict(leaves(first)), dict(leaves(second))
     return [name for name in one.keys() | two.keys() if name not in one or name not in two or not (
         torch.equal(one[name], two[name]) if isinstance(one[name], Tensor) else one[name] == two[name])]
@@ -115,8 +116,8 @@ def assert_equal_to_rounding(first: Any, second: Any, rounding: float = ROUNDING
     assert one.keys() == two.keys()
     for name, value in one.items():
         if isinstance(value, Tensor | float):
-            ours, theirs = (torch.as_tensor(tree[name], dtype=torch.float64) for tree in (one, two))
-            torch.testing.assert_close(ours, theirs, atol=rounding, rtol=0, msg=f'{name}: {ours} is not {theirs}')
+            first, second = (torch.as_tensor(tree[name], dtype=torch.float64) for tree in (one, two))
+            torch.testing.assert_close(first, second, atol=rounding, rtol=0, msg=f'{name}: {first} is not {second}')
         else:
             assert value == two[name], name
 

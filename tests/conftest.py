@@ -1,4 +1,4 @@
-"""What the tests share: texts, a vocabulary, a small corpus, and a way to run a script as a user does."""
+"""Shared parts of the tests: texts, a vocabulary, a small corpus, and a way to run a script as a user does."""
 import hashlib
 import importlib
 import json
@@ -22,18 +22,19 @@ if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
 ROOT = Path(__file__).parents[1]
-DATA = Path(__file__).parent / 'data'  # its README says what is there
+DATA = Path(__file__).parent / 'data'  # its README describes each file
 OURS = sorted('.'.join(path.relative_to(ROOT).with_suffix('').parts)
               for path in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py')))  # the modules of this project
 
 # Before torch is imported, here and in every process that a test starts: one thread each, since threads that wait for
-# each other starve where other programs want the cores, and no network.
+# each other starve when other programs want the cores; and no network.
 os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', HF_HUB_OFFLINE='1')
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What our own files do must not be deprecated, whatever the libraries do among themselves. And the signals that
-    tests send must arrive although `nohup` or `&` started the tests: a run leaves what was ignored when it began."""
+    """Turn deprecation warnings in this project's own files into errors, whatever the libraries do among themselves.
+    And let the signals that tests send arrive although `nohup` or `&` started the tests: a run leaves alone what was
+    ignored when it began."""
     for category in ('DeprecationWarning', 'FutureWarning'):
         config.addinivalue_line('filterwarnings', fr'error::{category}:({"|".join(OURS)})\Z')
     for name in ('SIGINT', 'SIGQUIT', 'SIGHUP'):  # Windows lacks two of them
@@ -43,14 +44,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip the tests marked `gpu` where there is none."""
+    """Skip the tests marked `gpu` if the machine has none."""
     if item.get_closest_marker('gpu') and not importlib.import_module('torch').cuda.is_available():
         pytest.skip('needs a GPU')
 
 
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
-    """Every test draws the same numbers, alone or after others."""
+    """Have every test draw the same numbers, alone or after others."""
     random.seed(0)
     if 'torch' in sys.modules:
         sys.modules['torch'].manual_seed(0)
@@ -58,12 +59,14 @@ def _seeds() -> None:
 
 @pytest.fixture(scope='module')
 def no_pictures() -> Iterator[None]:
-    """Runs of this file draw no loss.png, which costs as much time as a hundred of their steps."""
+    """Have the runs of a file draw no loss.png and no report.html, which cost as much time as a hundred of their
+    steps."""
     def draw_nothing(log: object) -> None:
-        """In place of Log.plot."""
+        """Stand in for Log.plot and Log.report."""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('plaingpt.run.log.Log.plot', draw_nothing)
+        for name in ('plot', 'report'):
+            patch.setattr(f'plaingpt.run.log.Log.{name}', draw_nothing)
         yield
 
 
@@ -76,22 +79,23 @@ def float64() -> Iterator[None]:
 
 @pytest.fixture(scope='session')
 def documents() -> list[str]:
-    """Texts of every kind, from tests/data/documents.jsonl. Half a character, which one of them has, is U+FFFD."""
+    """Return texts of every kind, from tests/data/documents.jsonl. The half character that one of them has becomes
+    U+FFFD."""
     lines = (DATA / 'documents.jsonl').read_bytes().splitlines()
     return [json.loads(line)['text'].replace('\ud83d', '\ufffd') for line in lines if line]
 
 
 @pytest.fixture(scope='session')
 def small_encoding() -> 'tiktoken.Encoding':
-    """The vocabulary in tests/data/vocabulary: 50,257 ids, as GPT-2 has, but most of them for other tokens."""
+    """Return the vocabulary in tests/data/vocabulary: 50,257 ids, as GPT-2 has, but most of them for other tokens."""
     constructor = importlib.import_module('tests.data.vocabulary.tiktoken_ext.openai_public').gpt2
     return importlib.import_module('tiktoken').Encoding(**constructor())
 
 
 @pytest.fixture
 def gpt2_stand_in(small_encoding: 'tiktoken.Encoding', monkeypatch: pytest.MonkeyPatch) -> 'tiktoken.Encoding':
-    """The small vocabulary under the name 'gpt2', here and in every process that the test starts: for all that does not
-    depend on which id stands for which token."""
+    """Return the small vocabulary under the name 'gpt2', here and in every process that the test starts: for all that
+    does not depend on which id stands for which token."""
     monkeypatch.setitem(importlib.import_module('tiktoken.registry').ENCODINGS, 'gpt2', small_encoding)
     monkeypatch.setenv('PYTHONPATH', str(DATA / 'vocabulary'), prepend=os.pathsep)
     return small_encoding
@@ -99,8 +103,8 @@ def gpt2_stand_in(small_encoding: 'tiktoken.Encoding', monkeypatch: pytest.Monke
 
 @pytest.fixture(scope='session')
 def shared_data() -> Path:
-    """Real texts and GPT-2's own vocabulary, which cannot be part of the repository: a folder beside the checkout. Only
-    for what tests/data cannot show: that published numbers come out."""
+    """Return the folder beside the checkout that holds real texts and GPT-2's own vocabulary, which cannot be part of
+    the repository. It serves only what tests/data cannot show: that published numbers come out."""
     folder = ROOT.parent / 'shared/data'
     if not folder.is_dir():
         pytest.skip(f'compares with published data, which is not in {folder}')
@@ -109,7 +113,7 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def tiktoken_cache(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """GPT-2's own vocabulary where tiktoken looks for it, so that it downloads nothing."""
+    """Put GPT-2's own vocabulary where tiktoken looks for it, so that it downloads nothing."""
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(shared_data / 'tiktoken'))
     return shared_data / 'tiktoken'
 
@@ -117,8 +121,8 @@ def tiktoken_cache(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope='session')
 def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `python script arguments...` in a process of its own: run_script('sample.py', '--start=x', cwd=tmp_path,
-    environment={'NAME': 'value'}, typed='a line'). A script's path starts at the root of the repository, where it also
-    runs by default."""
+    environment={'NAME': 'value'}, typed='a line'). A script's path starts at the root of the repository, which is also
+    its working folder by default."""
 
     def run(script: str, *arguments: str, cwd: Path = ROOT, environment: Mapping[str, str] | None = None,
             typed: str = '') -> subprocess.CompletedProcess[str]:
@@ -133,8 +137,8 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope='module')
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator['Chrome']:
-    """Chromium without a window, a profile of its own and no network, where Debian's chromium and chromium-driver are
-    installed."""
+    """Yield Chromium without a window, with a profile of its own and no network, if Debian's chromium and
+    chromium-driver are installed."""
     webdriver = pytest.importorskip('selenium.webdriver', reason='looks at a page in a browser: selenium is missing')
     programs = [shutil.which('chromium'), shutil.which('chromedriver')]
     if None in programs:
@@ -154,16 +158,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator['Chrome']:
 
 @pytest.fixture(scope='session')
 def tiny_text() -> str:
-    """About 50 kB of real text that every machine has: the source of Python's json package."""
+    """Return about 50 kB of real text that every machine has: the source of Python's json package."""
     files = sorted(Path(json.__file__).parent.glob('*.py'))
     return '\n'.join(file.read_text(encoding='utf-8') for file in files)
 
 
 @pytest.fixture(scope='session')
 def tiny_dataset(tiny_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of characters as prepare.py would leave it: nine tenths of tiny_text in train.bin, the rest in val.bin.
-    Written without the project's own writer, so that this states the format. `--dataset=FOLDER` trains on it, and
-    `--hellaswag=FOLDER/hellaswag.jsonl` asks questions in these characters."""
+    """Return a corpus of characters as prepare.py would leave it: nine tenths of tiny_text in train.bin, the rest in
+    val.bin. It is written without the project's own writer, so that this function states the format. `--dataset=FOLDER`
+    trains on it, and `--hellaswag=FOLDER/hellaswag.jsonl` asks questions in these characters."""
     folder = tmp_path_factory.mktemp('tiny')
     tokenizer = importlib.import_module('plaingpt.corpus.tokenizer').build('char', lambda: [tiny_text], eot=False)
     cut = len(tiny_text) * 9 // 10

@@ -1,7 +1,7 @@
-"""The figures of evaluate.py and train.py are those of plain arithmetic, written out here from the raw text on: GPT-2
+"""The figures of evaluate.py and train.py equal plain arithmetic, written out here from the raw text on: GPT-2
 in numpy, byte-pair encoding, the scorings of HellaSwag and LAMBADA, the schedules of the learning rate, AdamW.
 
-Nothing of the project computes what is expected. Only the functions of ASKED reach it, to run what is checked, and the
+No code of the project computes the expected figures. Only those of ASKED import it, to run what is checked, and the
 last test holds this file to that.
 """
 import ast
@@ -23,15 +23,15 @@ import pytest
 import torch
 
 DATA = Path(__file__).parent / 'data'
-OLD = DATA / 'run_0.1.0'  # by characters, tied, without biases, GELU by tanh: in each of these, `trained` is otherwise
+OLD = DATA / 'run_0.1.0'  # by characters, tied, without biases, GELU by tanh: `trained` differs in each of these
 Array = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 Rows = list[dict[str, Any]]
-Ending = tuple[list[int], list[int], int]  # the ids of a context and of what may follow it, and its length
-ASKED = {'run', 'costs_of_endings'}  # the functions that import what is of the project
-EXACT = 1e-9  # relative, in float64: only the order of additions differs
+Ending = tuple[list[int], list[int], int]  # the ids of a context, the ids of an ending, and the ending's length
+ASKED = {'run', 'costs_of_endings'}  # the only functions that import the project
+EXACT = 1e-9  # relative tolerance in float64: only the order of additions differs
 PEAK, FLOOR = 1e-2, 1e-3  # of the learning rate
-# What the questions in data/ lack: endings beyond ASCII, marks in odd places, spaces at the end of a context
+# Cases that the questions in data/ lack: endings beyond ASCII, marks in odd places, spaces at the end of a context
 ODD: dict[str, dict[str, Any]] = {
     'hellaswag': {'activity_label': 'Cafés', 'ctx_a': 'The waiter brings tea [title]and ', 'ctx_b': 'éclairs [step]',
                   'ctx': 'The waiter brings tea [title]and  éclairs [step]', 'label': 2,
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures('no_pictures')
 
 
 # ------------------------------------------------------------------------------------------------
-# What the project says
+# Figures of the project
 
 
 def run(script: str, *arguments: str, in_float64: bool = True) -> None:
@@ -54,7 +54,7 @@ def run(script: str, *arguments: str, in_float64: bool = True) -> None:
 
 
 def costs_of_endings(folder: Path, questions: Path, scoring: str) -> tuple[list[float], list[int]]:
-    """Return the nats of each ending in the questions of HellaSwag, and what they are divided by: no file has them."""
+    """Return the nats of each ending in HellaSwag's questions, and the divisor of each: no file has them."""
     tasks, comparing = importlib.import_module('plaingpt.tasks'), importlib.import_module('tests.comparing')
     init_from = importlib.import_module('plaingpt.init_from')
     with comparing.in_float64():
@@ -87,19 +87,20 @@ def measured(folder: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------
 # Byte-pair encoding (Sennrich et al. 2016), as GPT-2 has it
 
-# GPT-2's words. For the texts below, Python's classes of characters are those of its pattern.
+# GPT-2's words. For the texts below, Python's character classes are those of its pattern.
 WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
 
 
 class Vocabulary(NamedTuple):
-    """What a corpus has learned, as its meta.json says it, in GPT-2's way to write bytes."""
+    """A vocabulary that a corpus has learned, as its meta.json holds it, in GPT-2's way to write bytes."""
 
     ids: dict[str, int]
     ranks: dict[tuple[str, str], int]  # of the merges
     symbols: list[str]  # of the 256 bytes
 
     def encode(self, text: str) -> list[int]:
-        """Merge the pair of the lowest rank in a word, at all its places from left to right, until no pair has one."""
+        """Merge the pair of the lowest rank in a word, at all its places from left to right, until no pair has a
+        rank."""
         found = []
         for word in WORD.findall(text):
             parts = [self.symbols[byte] for byte in word.encode()]
@@ -167,7 +168,7 @@ def attention(model: Model, name: str, x: Array) -> Array:
     for head in range(model.n_head):
         part = slice(head * D, (head + 1) * D)
         scores = q[:, part] @ k[:, part].T / math.sqrt(D)  # (T, T)
-        scores[np.triu_indices(T, 1)] = -np.inf  # what comes later is not seen
+        scores[np.triu_indices(T, 1)] = -np.inf  # later tokens are hidden
         heads.append(np.exp(log_softmax(scores)) @ v[:, part])  # (T, D)
     return linear(model, f'{name}.c_proj', np.concatenate(heads, axis=1))
 
@@ -180,7 +181,7 @@ def activation(model: Model, x: Array) -> Array:
 
 
 def log_probabilities(model: Model, ids: Sequence[int] | Ids) -> Array:
-    """Return what the model says comes after each of ids (T,): (T, V)."""
+    """Return the model's log-probabilities of the token after each of ids (T,): (T, V)."""
     x = model.weights['transformer.wte.weight'][ids] + model.weights['transformer.wpe.weight'][:len(ids)]  # (T, C)
     for layer in range(model.n_layer):
         block = f'transformer.h.{layer}'
@@ -202,8 +203,8 @@ def read_window(model: Model, ids: Ids, start: int) -> tuple[Array, Array]:
 
 
 def figures_of_split(model: Model, ids: Ids, n_bytes: int) -> dict[str, float]:
-    """Measure each token but the first in windows that do not overlap, and those that are left in one more, which ends
-    with the last token. `n_bytes` is the size of the text without its first token."""
+    """Measure each token but the first in windows that do not overlap, and the remaining ones in one more window, which
+    ends with the last token. `n_bytes` is the size of the text without its first token."""
     T = model.block_size
     nats, is_right = np.full(len(ids), np.nan), np.full(len(ids), np.nan)
     windows = []
@@ -212,7 +213,7 @@ def figures_of_split(model: Model, ids: Ids, n_bytes: int) -> dict[str, float]:
         windows.append(nats[start + 1:start + T + 1].mean())
     left = np.isnan(nats)
     left[0] = False
-    assert 0 < left.sum() < T, 'there is an end that no window of the others reaches'
+    assert 0 < left.sum() < T, 'the other windows leave a remainder'
     last_nats, last_is_right = read_window(model, ids, len(ids) - T - 1)
     nats[left], is_right[left] = last_nats[left[-T:]], last_is_right[left[-T:]]
     return figures_of(nats[1:], is_right[1:], n_bytes, windows)
@@ -227,28 +228,28 @@ def figures_of(nats: Array, is_right: Array, n_bytes: int, windows: list[float])
 
 
 class Corpus(NamedTuple):
-    """Documents to learn from, and others to validate on, for their tokens."""
+    """A corpus: the folder to learn from, and the documents to validate on."""
 
     folder: Path
     unseen: list[str]
 
     @property
     def ids(self) -> Ids:
-        """Return those of the documents to validate on, with an end after each."""
+        """Return the ids of the documents to validate on, with an end after each."""
         vocabulary = vocabulary_of(self.folder)
         end = max(vocabulary.ids.values()) + 1
         return np.array([i for text in self.unseen for i in (*vocabulary.encode(text), end)])
 
     @property
     def n_bytes(self) -> int:
-        """Return those of the text after the first token, which is a single letter."""
+        """Return the bytes of the text after the first token, which is a single letter."""
         return sum(len(text.encode()) for text in self.unseen) - 1
 
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Prepare a corpus. To learn from: the first half of HellaSwag's and LAMBADA's rows, with the right answers. To
-    validate on: what is short in documents.jsonl, in many scripts."""
+    """Prepare a corpus: to learn from, the first half of HellaSwag's and LAMBADA's rows, with the right answers; to
+    validate on, the short documents of documents.jsonl, in many scripts."""
     folder = tmp_path_factory.mktemp('corpus')
     documents = [row['text'].replace('\ud83d', '\ufffd') for row in read_lines(DATA / 'documents.jsonl')]
     unseen = ['A beginning.', *(text for text in documents if 0 < len(text) < 1000)]
@@ -257,8 +258,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     for name, texts in (('seen', known), ('unseen', unseen)):
         write_lines(folder / f'{name}.jsonl', [{'text': text} for text in texts])
     run('data.text.prepare', f'--input={folder}/seen.jsonl', f'--val_input={folder}/unseen.jsonl',
-        f'--to_dir={folder}/mine', '--tokenizer=bpe:400')
-    return Corpus(folder / 'mine', unseen)
+        f'--to_dir={folder}/corpus', '--tokenizer=bpe:400')
+    return Corpus(folder / 'corpus', unseen)
 
 
 @pytest.fixture(scope='module')
@@ -285,7 +286,7 @@ def test_loss_perplexity_accuracy_and_bits_per_byte_are_those_of_each_token_but_
 
 
 def test_a_run_of_an_older_version_has_these_figures_in_float32(tmp_path: Path) -> None:
-    """Its tokens are characters of a single text, and count with the bytes of these."""
+    """Its tokens are characters of a single text, and count with the bytes of that text."""
     folder = Path(shutil.copytree(OLD, tmp_path / 'run'))
     characters = json.loads((OLD / 'corpus/meta.json').read_text(encoding='utf-8'))['tokenizer']['characters']
     texts = {}
@@ -300,7 +301,7 @@ def test_a_run_of_an_older_version_has_these_figures_in_float32(tmp_path: Path) 
 
 
 def test_a_number_of_batches_is_as_many_windows_spread_evenly_over_the_split(trained: Path, corpus: Corpus) -> None:
-    """train.py evaluates in this way, too: here on 2 batches of 8."""
+    """train.py evaluates in the same way: here on 2 batches of 8."""
     model, ids, vocabulary = read_model(trained), corpus.ids, vocabulary_of(corpus.folder)
     symbols_of = {i: symbols for symbols, i in vocabulary.ids.items()}
     T, n_windows = model.block_size, (len(ids) - 1) // model.block_size
@@ -321,16 +322,16 @@ def test_a_number_of_batches_is_as_many_windows_spread_evenly_over_the_split(tra
 
 
 def tell(model: Model, context: Sequence[int], ending: Sequence[int]) -> tuple[float, bool]:
-    """Return what the ending costs after as much of the context as the model can read, in nats, and whether each of its
-    tokens is the first choice."""
+    """Return the nats of the ending after as much of the context as the model can read, and whether each of its tokens
+    is the first choice."""
     ids = np.array([*context, *ending])[-model.block_size - 1:]
-    assert len(ending) < len(ids), 'a token follows another'
+    assert len(ending) < len(ids), 'the first token of an ending follows another'
     said, targets = log_probabilities(model, ids[:-1])[-len(ending):], ids[-len(ending):]
     return -said[np.arange(len(ending)), targets].sum(), bool((said.argmax(axis=1) == targets).all())
 
 
 def by_completion(row: dict[str, Any], vocabulary: Vocabulary) -> Iterator[Ending]:
-    """Ask as build-nanogpt's hellaswag.py and llm.c do: context and ending are encoded each alone, the latter after a
+    """Ask as build-nanogpt's hellaswag.py and llm.c do: context and ending are encoded separately, the ending after a
     space, and acc_norm divides by the tokens of the ending."""
     for ending in row['endings']:
         ids = vocabulary.encode(' ' + ending)
@@ -346,7 +347,7 @@ def cleaned(text: str) -> str:
 
 
 def parted(context: str, ending: str, vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
-    """Encode as lm-eval does: both together, and cut where the context alone would end, without spaces at its end."""
+    """Encode as lm-eval does: both together, then cut where the context alone would end, without spaces at its end."""
     n_spaces = len(context) - len(context.rstrip())
     if n_spaces > 0:
         context, ending = context[:-n_spaces], context[-n_spaces:] + ending
@@ -363,7 +364,7 @@ def by_lm_eval(row: dict[str, Any], vocabulary: Vocabulary) -> Iterator[Ending]:
 
 
 def share(name: str, is_right: Sequence[bool]) -> dict[str, float]:
-    """Return how many are right, and the standard error of that."""
+    """Return the share that is right, and its standard error."""
     numbers = np.array(is_right, dtype=np.float64)
     return {name: numbers.mean(), f'{name}_stderr': np.std(numbers, ddof=1) / math.sqrt(len(numbers))}
 
@@ -391,9 +392,9 @@ def test_hellaswag_chooses_the_ending_that_costs_least_in_all_and_for_its_length
     expected = share('acc', least == labels) | share('acc_norm', least_for_its_length == labels)
     run('evaluate', f'--out_dir={trained}', '--tasks=hellaswag', f'--hellaswag={file}', '--device=cpu')
     assert measured(trained)[f'hellaswag_{scoring}'] == pytest.approx(expected, rel=EXACT)
-    assert expected['acc'] != expected['acc_norm'], 'or else a wrong one might pass'
+    assert expected['acc'] != expected['acc_norm'], 'or else the wrong one might pass'
     longest = max(len(context) + len(ending) for endings in questions for context, ending, _ in endings)
-    assert longest > model.block_size + 1, 'of some contexts, the beginning is not read'
+    assert longest > model.block_size + 1, 'the beginning of some contexts is not read'
 
 
 def test_lambada_counts_the_words_that_are_first_choices_and_their_perplexity(
@@ -427,8 +428,8 @@ def nanogpts_rate(it: int, warmup_iters: int, lr_decay_iters: int) -> float:
 
 
 def rate_at(schedule: str, it: int, warmup: int, end: int) -> float:
-    """Return the rate of another schedule: after nanoGPT's warm-up a straight line down, for 'wsd' in the last quarter.
-    """
+    """Return the rate of another schedule: nanoGPT's warm-up, then a straight line down; for 'wsd' in the last
+    quarter."""
     if it < warmup:
         return nanogpts_rate(it, warmup, end)
     if schedule == 'constant':
@@ -441,8 +442,8 @@ def rate_at(schedule: str, it: int, warmup: int, end: int) -> float:
 def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepare a short text as bytes."""
     folder = tmp_path_factory.mktemp('play')
-    run('data.text.prepare', f'--input={DATA}/play.txt', f'--to_dir={folder}/mine', '--tokenizer=byte')
-    return folder / 'mine'
+    run('data.text.prepare', f'--input={DATA}/play.txt', f'--to_dir={folder}/corpus', '--tokenizer=byte')
+    return folder / 'corpus'
 
 
 SMALL = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=4', '--eval_iters=1',
@@ -451,7 +452,7 @@ SMALL = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_s
 
 
 def rates_of(folder: Path) -> list[float]:
-    """Return the rate of every step, of which none is missing."""
+    """Return the rate of every step; none is missing."""
     rows = [row for row in read_lines(folder / 'metrics.jsonl') if 'lr' in row]
     assert [row['step'] for row in rows] == list(range(len(rows)))
     return [row['lr'] for row in rows]
@@ -461,7 +462,8 @@ def rates_of(folder: Path) -> list[float]:
 @pytest.mark.parametrize(('warmup', 'end'), [(5, 32), (0, 40), (7, 1000)])
 def test_each_step_learns_at_the_rate_of_its_schedule(
         schedule: str, warmup: int, end: int, play: Path, tmp_path: Path) -> None:
-    """The first two runs go to the end of the schedule and beyond; the last is cut short, which moves no end."""
+    """The first two runs reach the end of the schedule and go beyond; the last is cut short, which does not move the
+    end."""
     run('train', f'--dataset={play}', f'--out_dir={tmp_path}', *SMALL, '--max_iters=40', '--eval_interval=100',
         f'--schedule={schedule}', f'--warmup_iters={warmup}', f'--lr_decay_iters={end}')
     expected = [nanogpts_rate(it, warmup, end) if schedule == 'cosine' else rate_at(schedule, it, warmup, end)
@@ -476,7 +478,7 @@ def test_without_decay_every_step_learns_at_the_highest_rate(play: Path, tmp_pat
 
 
 def test_with_max_epochs_the_lowest_rate_is_reached_as_the_run_ends(play: Path, tmp_path: Path) -> None:
-    windows = len(np.fromfile(play / 'train.bin', dtype='<u2')) // 8 - 1  # one has to give way to the offset
+    windows = len(np.fromfile(play / 'train.bin', dtype='<u2')) // 8 - 1  # one is lost to the offset
     n_steps = math.ceil(0.75 * windows / 4)
     run('train', f'--dataset={play}', f'--out_dir={tmp_path}', *SMALL, '--max_epochs=0.75', '--warmup_iters=3')
     assert rates_of(tmp_path) == pytest.approx([nanogpts_rate(it, 3, n_steps) for it in range(n_steps)], rel=EXACT)
@@ -489,9 +491,9 @@ def test_each_update_is_adamws_at_the_rate_of_its_step(play: Path, tmp_path: Pat
     states = sorted((read_checkpoint(path) for path in tmp_path.glob('ckpt*.pt')), key=lambda state: state['iter_num'])
     assert [state['iter_num'] for state in states] == [1, 2, 3, 4, 5, 6, 7, 8]
     for before, after in pairwise(states):
-        t = after['iter_num']  # this update and those before it
+        t = after['iter_num']  # updates so far, with this one
         rate = nanogpts_rate(t - 1, 3, 6)
-        names = [name for name in after['model'] if name != 'lm_head.weight']  # it is wte.weight
+        names = [name for name in after['model'] if name != 'lm_head.weight']  # the head is wte.weight
         matrices = [name for name in names if after['model'][name].ndim == 2]
         in_order = [*matrices, *(name for name in names if name not in matrices)]
         assert len(in_order) == len(after['optimizer']['state'])

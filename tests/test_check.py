@@ -1,4 +1,4 @@
-"""--check=True finds the bugs that it exists for, each planted in a real run, and none in a healthy run. This file is
+"""--check=True finds each bug that it is meant to find, planted in a real run, and none in a healthy run. This file is
 also the script that torchrun starts: it checks a list of runs, one after the other, in one group of processes."""
 import json
 import math
@@ -44,7 +44,7 @@ Patch = pytest.MonkeyPatch
 
 
 class Plain(model.Attention):
-    """Attention as in model.py, in parts that a bug can take the place of."""
+    """Attention as in model.py, in parts that a bug can replace."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -59,35 +59,35 @@ class Plain(model.Attention):
 
 
 class AdditiveMask(Plain):
-    """A table of ones and zeros, which is added to the scores: it masks nothing."""
+    """A table of ones and zeros that is added to the scores: it masks nothing."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(q.size(2), q.size(2)).tril())
 
 
 class Blind(Plain):
-    """A mask that leaves each token to itself."""
+    """A mask that hides all tokens but the token itself."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.eye(q.size(2)).bool())
 
 
 class Unprojected(Plain):
-    """The output projection is created, and never applied."""
+    """An output projection that is created, and never applied."""
 
     def project(self, y: Tensor) -> Tensor:
         return self.dropout(y)
 
 
 class AlwaysDropping(Plain):
-    """Attention's dropout does not ask whether the model is in training."""
+    """Attention whose dropout does not ask whether the model is in training."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout.p)
 
 
 class Unsaved(Plain):
-    """It computes with a number that is drawn anew in each model, and is in no checkpoint."""
+    """Attention that computes with a number drawn anew in each model, and saved in no checkpoint."""
 
     def __init__(self, config: model.GPTConfig) -> None:
         super().__init__(config)
@@ -98,7 +98,7 @@ class Unsaved(Plain):
 
 
 class LateGelu(model.MLP):
-    """GELU after the second Linear, and nothing between the two."""
+    """An MLP with GELU after the second Linear, and nothing between the two."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(F.gelu(self.c_proj(self.c_fc(x))))
@@ -122,7 +122,7 @@ SDPA: Sdpa = F.scaled_dot_product_attention
 
 
 def plant_mask(mask: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
-    """A mask (T, T), made of a table of ones, in place of the causal one of the modern model."""
+    """Return a plant for a mask (T, T), made of a table of ones, in place of the causal one of the modern model."""
     def masked(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         return SDPA(q, k, v, attn_mask=mask(torch.ones(q.size(2), k.size(2))))
 
@@ -143,7 +143,7 @@ class ModernUnprojected(model_modern.Attention):
 
 
 class ModernUnsaved(model_modern.Attention):
-    """It computes with a number that is drawn anew in each model, and is in no checkpoint."""
+    """Attention that computes with a number drawn anew in each model, and saved in no checkpoint."""
 
     def __init__(self, config: model.GPTConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -155,7 +155,7 @@ class ModernUnsaved(model_modern.Attention):
 
 
 class LateSquare(model_modern.MLP):
-    """ReLU squared after the second Linear, and nothing between the two."""
+    """An MLP with ReLU squared after the second Linear, and nothing between the two."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.c_proj(self.c_fc(x))).square()
@@ -172,7 +172,7 @@ def plant_modern(name: str, kind: type) -> Callable[[Patch], None]:
 
 
 def plant_modern_weights(patch: Patch) -> None:
-    """As GPT-2's begin, but for their size: the head is not 0."""
+    """Draw large first weights: the head is not 0."""
     def init_weights(self: model.GPT) -> None:
         with torch.no_grad():
             for p in self.parameters():
@@ -182,14 +182,14 @@ def plant_modern_weights(patch: Patch) -> None:
 
 
 def plant_modern_ascent(patch: Patch) -> None:
-    """Steps go up the gradient."""
+    """Make steps go up the gradient."""
     parameter_groups = train.parameter_groups
     patch.setattr(train, 'parameter_groups', lambda model: [
         group | {'scale': -group['scale']} for group in parameter_groups(model)])
 
 
 def plant_silence(patch: Patch) -> None:
-    """Each process updates the weights that it owns, and sends them to none."""
+    """Let each process update the weights that it owns, and send them to none."""
     step = Zero.step
 
     def step_alone(self: Zero, closure: object = None) -> None:
@@ -201,13 +201,13 @@ def plant_silence(patch: Patch) -> None:
 
 
 def plant_lost_weights(patch: Patch) -> None:
-    """The optimizer does not know one of the groups."""
+    """Hide one of the groups from the optimizer."""
     parameter_groups = train.parameter_groups
     patch.setattr(train, 'parameter_groups', lambda model: parameter_groups(model)[1:])
 
 
 def plant_early_optimizer(patch: Patch) -> None:
-    """The optimizer is built before the model is divided."""
+    """Build the optimizer before the model is divided."""
     distribute, make_optimizer, early = strategies.distribute, train.make_optimizer, list[torch.optim.Optimizer]()
 
     def distribute_late(raw_model: model.GPT, *arguments: Any) -> nn.Module:
@@ -219,12 +219,12 @@ def plant_early_optimizer(patch: Patch) -> None:
 
 
 def plant_no_exchange(patch: Patch) -> None:
-    """Each process trains a model of its own."""
+    """Let each process train a model of its own."""
     patch.setattr(strategies, 'distribute', lambda raw_model, *_: raw_model)
 
 
 def plant_training_mode(patch: Patch) -> None:
-    """Evaluation does not end dropout."""
+    """Leave dropout on in evaluation."""
     patch.setattr(model.GPT, 'eval', lambda self: self)
 
 
@@ -238,7 +238,7 @@ def plant_large_weights(patch: Patch) -> None:
 
 
 def plant_same_targets(patch: Patch) -> None:
-    """The target of a token is the token itself."""
+    """Make each token its own target."""
     read_batch = batches.read_batch
 
     def read_same(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -249,7 +249,7 @@ def plant_same_targets(patch: Patch) -> None:
 
 
 def plant_ascent(patch: Patch) -> None:
-    """Steps go up the gradient."""
+    """Make steps go up the gradient."""
     make_optimizer = train.make_optimizer
 
     def make_climber(*arguments: Any) -> torch.optim.Optimizer:
@@ -262,7 +262,7 @@ def plant_ascent(patch: Patch) -> None:
 
 
 def plant_wrong_divisor(patch: Patch) -> None:
-    """The loss that evaluation reports is per window, not per token."""
+    """Report the loss of evaluation per window, not per token."""
     right = metrics.evaluate
 
     def wrong(*arguments: Any) -> dict[str, float]:
@@ -273,7 +273,7 @@ def plant_wrong_divisor(patch: Patch) -> None:
 
 
 def plant_crash(patch: Patch) -> None:
-    """A name that only the main process has, as in a log line."""
+    """Use a name that only the main process has, as in a log line."""
     clip = strategies.clip
 
     def clip_and_log(*arguments: Any) -> float:
@@ -285,7 +285,7 @@ def plant_crash(patch: Patch) -> None:
 
 
 class Bug(dict[str, Any]):
-    """How a bug is planted, the settings of its run, and the checks that must fail."""
+    """A bug: how it is planted, the settings of its run, and the checks that must fail."""
 
     def __init__(self, plant: Callable[[Patch], None], *fails: str, **settings: Any) -> None:
         super().__init__(settings)
@@ -312,10 +312,10 @@ MODERN_BUGS = {
     'an additive mask': Bug(plant_mask(torch.tril), 'causality'),
     'a mask that hides all others': Bug(plant_mask(lambda table: torch.eye(len(table)).bool()), 'causality'),
     'an unused projection': Bug(plant_modern('Attention', ModernUnprojected), 'gradient', 'update'),
-    # before the square of a 0 nothing learns, and c_proj is 0 at first
+    # c_proj is 0 at first, and nothing before the square of a 0 learns
     'a misplaced ReLU squared': Bug(plant_modern('MLP', LateSquare), 'MLP', 'gradient', 'update'),
     'no ReLU squared': Bug(plant_modern('MLP', NoSquare), 'MLP'),
-    # what is 0 at first stays 0, and then nothing before it counts
+    # weights that are 0 at first stay 0, and nothing before them counts
     'an optimizer built before fsdp': Bug(plant_early_optimizer, 'causality', 'gradient', 'update', 'overfit',
                                           strategy='fsdp'),
     'q, k and v left out by the optimizer': Bug(plant_lost_weights, 'update'),
@@ -354,7 +354,7 @@ def arguments_of(settings: dict[str, Any]) -> list[str]:
 
 def answer(settings: dict[str, Any], bug: Bug | None = None,
            process: processes.Process | None = None) -> tuple[int, str]:
-    """The exit code of a check, and what it raises; in a group of processes, or alone."""
+    """Return the exit code of a check, and the message that it raises; in a group of processes, or alone."""
     with pytest.MonkeyPatch.context() as patch:
         if bug is not None:
             bug.plant(patch)
@@ -371,7 +371,7 @@ def answer(settings: dict[str, Any], bug: Bug | None = None,
 
 
 def verdicts(printed: str) -> dict[str, str]:
-    """PASS, FAIL or SKIP for each check, in the order of the lines."""
+    """Return PASS, FAIL or SKIP for each check, in the order of the lines."""
     return {name: word for word, name in re.findall(r'^(PASS|FAIL|SKIP) ([^:]+): ', printed, re.MULTILINE)}
 
 
@@ -409,7 +409,7 @@ def test_a_healthy_run_passes(name: str, tiny_dataset: Path, tmp_path: Path,
     assert [check for check, word in found.items() if word == 'SKIP'] == skipped
     assert list(found) == NAMES
     assert printed.endswith(f'\n{len(NAMES) - len(skipped)} checks passed\n')
-    assert not out.exists(), 'nothing is written'
+    assert not out.exists(), 'a check writes nothing'
 
 
 @pytest.mark.parametrize('name', ALL_BUGS)
@@ -418,7 +418,7 @@ def test_a_planted_bug_is_named(name: str, tiny_dataset: Path, tmp_path: Path,
     bug = ALL_BUGS[name]
     code, message = answer(bug | {'dataset': tiny_dataset, 'out_dir': tmp_path / 'out'}, bug)
     printed = capsys.readouterr().out
-    assert len(verdicts(printed)) == len(NAMES), 'all are run, although one fails'
+    assert len(verdicts(printed)) == len(NAMES), 'all checks run, although one fails'
     assert failures(printed) == bug.fails
     assert code == errors.CHECK_FAILED and message.endswith(f' checks failed: {", ".join(bug.fails)}')
 
@@ -438,9 +438,9 @@ def test_each_parameter_without_a_gradient_is_named(tiny_dataset: Path, tmp_path
     assert f'FAIL gradient: none for {weights}\n' in printed and f'FAIL update: nothing moves {weights}\n' in printed
 
 
-def test_an_id_beyond_the_vocabulary_is_found_wherever_it_stands(tmp_path: Path,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    """In a corpus without meta.json, where nobody has noted the largest one."""
+def test_an_id_beyond_the_vocabulary_is_found_wherever_it_is(tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    """The corpus has no meta.json, so no file says which id is the largest."""
     for split, ids in (('train', [5] * 5000 + [50304] + [5] * 40), ('val', [5] * 500)):
         (tmp_path / f'{split}.bin').write_bytes(b''.join(i.to_bytes(2, 'little') for i in ids))
     code, _ = answer({'dataset': tmp_path, 'out_dir': tmp_path / 'out'})
@@ -448,9 +448,10 @@ def test_an_id_beyond_the_vocabulary_is_found_wherever_it_stands(tmp_path: Path,
     assert re.search(r'FAIL ids: up to 50304, and the model knows 50304\b', capsys.readouterr().out)
 
 
-def test_a_run_that_exists_is_checked_as_it_would_go_on_and_left_alone(
+def test_a_run_that_exists_is_checked_as_it_would_resume_and_left_alone(
         tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Resumed, from its weights, and before it is started over; new weights alone have a loss that is known."""
+    """The run is checked as resumed, from its weights, and before it starts over; only new weights have a loss that is
+    known."""
     common = {'dataset': tiny_dataset, 'out_dir': tmp_path}
     train.main([*arguments_of(common), '--check=False', '--max_iters=30', '--eval_iters=1', '--warmup_iters=0',
                 '--sample_interval=0', '--learning_rate=1e-2'])
@@ -493,8 +494,8 @@ def test_two_processes_pass_and_fail_together(tiny_dataset: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_process_that_crashes_alone_is_named(tiny_dataset: Path, tmp_path: Path) -> None:
-    """As where only the main process has made a variable: the other would wait for it without end. Without torchrun,
-    which kills the other before it can speak, and shows the traceback of the first."""
+    """Suppose only the main process has made a variable: the other would wait for it forever. The test runs without
+    torchrun, which kills the other before it can print, and shows the traceback of the first."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
@@ -507,7 +508,7 @@ def test_a_process_that_crashes_alone_is_named(tiny_dataset: Path, tmp_path: Pat
     assert [process.returncode for process in both] == [errors.PEER_LOST, 1]
     assert re.search(rf"(?m)^process 1 \(pid {both[1].pid} on .*\): name 'losses' is not defined$", said), said
     assert "NameError: name 'losses' is not defined" in traceback
-    assert list(verdicts(out)) == NAMES[:6], 'up to the step in which it crashed'
+    assert list(verdicts(out)) == NAMES[:6], 'up to the check in which it crashed'
     assert list(tmp_path.iterdir()) == []
 
 

@@ -98,7 +98,7 @@ def test_a_dataset_that_the_hub_does_not_give_is_one_message_and_nothing_before_
 
 @pytest.mark.slow
 def test_the_table_beside_peers_has_a_row_for_each_question(tmp_path: Path, run_script: RunScript) -> None:
-    """Of tiny models, and of those peers that are installed."""
+    """The rows are of tiny models, and of those peers that are installed."""
     result = run_script('benchmarks/peers.py', '--size=tiny', '--rounds=1', '--threads=1', f'--to={tmp_path}/table.md',
                         '--rows=step,memory,write,load,save')
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,5 @@
-"""nanoGPT's settings and config files, and ours: train.py understands all of them, and none is in torchrun's way."""
+"""nanoGPT's settings and config files, and plainGPT's own: train.py understands all of them, and none is in torchrun's
+way."""
 import importlib
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import configurator
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'config').glob('*.py'))
 
-# nanoGPT's settings with their defaults; its dtype, device, compile and backend are 'auto' here
+# nanoGPT's settings with their defaults; dtype, device, compile and backend are 'auto' here
 NANOGPT: dict[str, Any] = {
     'out_dir': 'out', 'eval_interval': 2000, 'log_interval': 1, 'eval_iters': 200, 'eval_only': False,
     'always_save_checkpoint': True, 'init_from': 'scratch', 'wandb_log': False, 'wandb_project': 'owt',
@@ -22,7 +23,7 @@ NANOGPT: dict[str, Any] = {
     'decay_lr': True, 'warmup_iters': 2000, 'lr_decay_iters': 600000, 'min_lr': 6e-5, 'backend': 'auto',
     'device': 'auto', 'dtype': 'auto', 'compile': 'auto',
 }
-# What a nanoGPT user types for each: another value than the default, and what it must become
+# For each setting, a value other than the default as a nanoGPT user types it, and what it must become
 TYPED: dict[str, tuple[str, Any]] = {
     'out_dir': ('out-a', 'out-a'), 'eval_interval': ('10', 10), 'log_interval': ('5', 5), 'eval_iters': ('20', 20),
     'eval_only': ('True', True), 'always_save_checkpoint': ('False', False), 'init_from': ('gpt2-xl', 'gpt2-xl'),
@@ -36,7 +37,7 @@ TYPED: dict[str, tuple[str, Any]] = {
     'compile': ('False', False),
 }
 # The contents of nanoGPT's config files, without its comments
-THEIRS = {
+CONFIG_FILES = {
     'train_gpt2': """
 wandb_log = True
 wandb_project = 'owt'
@@ -103,12 +104,12 @@ IMPORTS_TIME = "import time\n\nwandb_run_name = 'ft-' + str(time.time())\n"
 
 @pytest.fixture(scope='module')
 def train() -> ModuleType:
-    """train.py, with the settings that it really has."""
+    """Return train.py, with its real settings."""
     return importlib.import_module('train')
 
 
 def executed(source: str) -> dict[str, Any]:
-    """What nanoGPT makes of a config file: run it."""
+    """Return what nanoGPT makes of a config file by running it."""
     values: dict[str, Any] = {}
     exec(source, values)
     del values['__builtins__']
@@ -131,20 +132,20 @@ def test_every_setting_of_nanogpt_is_taken_from_the_command_line(train: ModuleTy
     assert given == {name}
 
 
-@pytest.mark.parametrize('name', THEIRS)
+@pytest.mark.parametrize('name', CONFIG_FILES)
 def test_nanogpts_config_files_mean_what_they_mean_there(train: ModuleType, name: str, tmp_path: Path) -> None:
     path = tmp_path / f'{name}.py'
-    path.write_text(THEIRS[name], encoding='utf-8')
+    path.write_text(CONFIG_FILES[name], encoding='utf-8')
     settings, given = configurator.configure(train, [str(path)])
-    expected = executed(THEIRS[name])
+    expected = executed(CONFIG_FILES[name])
     assert {key: settings[key] for key in given} == expected
-    ours, _ = configurator.configure(train, [str(ROOT / 'config' / path.name)])
-    assert {key: ours[key] for key in expected} == expected, 'our file of that name agrees'
+    found, _ = configurator.configure(train, [str(ROOT / 'config' / path.name)])
+    assert {key: found[key] for key in expected} == expected, 'the file of that name agrees'
 
 
 def test_the_config_file_that_imports_time_names_the_run_by_the_clock(train: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / 'finetune_shakespeare.py'
-    path.write_text(IMPORTS_TIME + THEIRS[path.stem], encoding='utf-8')
+    path.write_text(IMPORTS_TIME + CONFIG_FILES[path.stem], encoding='utf-8')
     settings, _ = configurator.configure(train, [str(path)], 1700000000.5)
     assert (settings['wandb_run_name'], settings['max_iters']) == ('ft-1700000000.5', 20)
     settings, _ = configurator.configure(train, [str(ROOT / 'config/finetune_shakespeare.py')])
@@ -164,7 +165,7 @@ def test_each_config_file_opens_with_its_command_and_is_understood(train: Module
     name_of_run = {'wandb_run_name': settings['wandb_run_name']} if '{time}' in source else {}
     assert {key: settings[key] for key in given} == executed(source) | name_of_run
     prepare = re.search(r'python data/(\w+)/prepare\.py(?: .*--name=(\w+))?', comment.group())
-    assert prepare, 'it says how its text is prepared'
+    assert prepare, 'it says how the text is prepared'
     assert (ROOT / 'data' / prepare[1] / 'prepare.py').exists()
     assert settings['dataset'] == (prepare[2] or prepare[1])
 
@@ -185,10 +186,10 @@ def test_the_folders_that_configs_write_to_differ(train: ModuleType) -> None:
     assert len(set(folders)) == len(folders)
 
 
-def test_the_commands_of_the_neighbours_are_understood(train: ModuleType) -> None:
-    ours = str(ROOT / 'config/train_gpt2.py')
+def test_the_commands_of_nanogpts_relatives_are_understood(train: ModuleType) -> None:
+    config = str(ROOT / 'config/train_gpt2.py')
     line = '--device=cpu --compile=False --block_size=256 --batch_size=4 --n_layer=4 --n_head=4'
-    settings, _ = configurator.configure(train, [ours, *line.split()])
+    settings, _ = configurator.configure(train, [config, *line.split()])
     assert (settings['device'], settings['compile'], settings['n_layer'], settings['n_embd']) == ('cpu', False, 4, 768)
     line = ('--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 '
             '--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0')
@@ -198,10 +199,10 @@ def test_the_commands_of_the_neighbours_are_understood(train: ModuleType) -> Non
 
 
 def test_no_setting_of_train_is_ambiguous_to_torchrun(train: ModuleType) -> None:
-    """torchrun's parser looks at every option on the line, and exits where one may begin two of its own options."""
+    """torchrun's parser looks at every option on the line, and exits if one may begin two of its own options."""
     torchrun = importlib.import_module('torch.distributed.run')
     with pytest.raises(SystemExit):
-        torchrun.parse_args(['--standalone', 'train.py', '--max=3'])  # ambiguous: so the check can fail
+        torchrun.parse_args(['--standalone', 'train.py', '--max=3'])  # ambiguous, so the check can fail
     settings, _ = configurator.configure(train, [])
     for name, value in settings.items():
         for option in ([f'--{name}={value}'], [f'--{name}', str(value)], [f'--{name.replace("_", "-")}={value}']):

@@ -1,4 +1,4 @@
-"""Settings: what a config file and the command line may say, what becomes of it, and what a mistake is answered."""
+"""Settings: the syntax of config files and of the command line, the resulting values, and the answers to mistakes."""
 import importlib.util
 import os
 import re
@@ -55,7 +55,7 @@ if __name__ == '__main__':
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script with settings, in a folder of its own, which is also the current one."""
+    """Return a script with settings, in a folder of its own, which is also the current one."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / 'script.py'
     path.write_text(SCRIPT, encoding='utf-8')
@@ -72,7 +72,7 @@ def write(text: str, name: str = 'a.py') -> str:
 
 
 def complaint(script: ModuleType, *args: str) -> str:
-    """What a user is told about these arguments, held to the form that every message has."""
+    """Return the answer to these arguments, checked for the form that every message has."""
     with pytest.raises(UserError) as caught:
         configurator.configure(script, list(args))
     message = str(caught.value)
@@ -345,18 +345,18 @@ def test_a_file_that_is_no_text_is_refused(script: ModuleType) -> None:
 
 
 def test_a_missing_config_file_is_answered_with_the_nearest(script: ModuleType) -> None:
-    write('', 'mine.py')
+    write('', 'mytext.py')
     assert 'config/ has eval_gpt2, eval_gpt2_large, ' in complaint(script, 'zzzz.py')
-    assert complaint(script, 'mine') == 'there is no config file mine\ndid you mean mine.py?'
+    assert complaint(script, 'mytext') == 'there is no config file mytext\ndid you mean mytext.py?'
     for typed in ('train_gpt2', 'config/train_gpt2.py', 'train_gpt-2.py'):
         first, second = complaint(script, typed).splitlines()
         assert first == f'there is no config file {typed}'
         nearest = second.removeprefix('did you mean ').split(' or ')[0].rstrip('?')
-        assert Path(nearest).resolve() == ROOT / 'config/train_gpt2.py', 'the answer can be typed as it stands'
+        assert Path(nearest).resolve() == ROOT / 'config/train_gpt2.py', 'the answer can be typed as printed'
 
 
 def run(script: ModuleType, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The script as a process of its own, in the folder `cwd`."""
+    """Run the script as a process of its own, in the folder `cwd`."""
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONIOENCODING': 'utf-8'}
     command = [sys.executable, str(script.__file__), *args]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, encoding='utf-8')

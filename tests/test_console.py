@@ -1,4 +1,4 @@
-"""What reaches the console: the progress of all long work, and nothing that a file or a server could steer it with."""
+"""The console: the progress of all long work reaches it, and nothing by which a file or a server could steer it."""
 import json
 import os
 import re
@@ -23,7 +23,7 @@ from tests.comparing import predictor_of
 
 ROOT = Path(__file__).parents[1]
 PREPARE = 'data/text/prepare.py'
-STEERING = '\x1b]52;c;ZXZpbA==\x07\x9b2J\x7f\u202e\u2028\b'  # sets the clipboard, clears the screen, turns a line round
+STEERING = '\x1b]52;c;ZXZpbA==\x07\x9b2J\x7f\u202e\u2028\b'  # sets the clipboard, clears the screen, reverses a line
 LINE = re.compile(r'(evaluating on val|tokenising): ([\d,.]+)/([\d,]+) (batches|documents|files), '
                   r'(?:[\d,]+ tokens, [\d,]+ tokens/s, |[\d,.]+ [kM]?B of text, )?'
                   r'\d\d:\d\d so far, (?:about \d\d:\d\d|unknown time) to go')
@@ -38,7 +38,7 @@ class SlowPacker(tokenise.Packer):
 
 
 def evaluate(folder: Path) -> None:
-    """As the trained model of the tests is evaluated, one window at a time, slowly."""
+    """Evaluate the trained model of the tests, one window at a time, slowly."""
     np.arange(500, dtype='<u2').tofile(folder / 'val.bin')
     predict = predictor_of(GPT(GPTConfig(8, 512, 1, 1, 8)), 1)
     predict.model.register_forward_hook(lambda *_: time.sleep(0.01))
@@ -62,7 +62,7 @@ def write_shards(folder: Path) -> None:
 
 @pytest.mark.parametrize('work', [evaluate, write_corpus, write_shards])
 @pytest.mark.parametrize('where', ['terminal', 'file', 'second process'])
-def test_all_long_work_tells_its_progress_in_the_same_words(
+def test_all_long_work_reports_its_progress_in_the_same_words(
         work: Callable[[Path], None], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(console, 'PLAIN_SECONDS', 0.0)
@@ -82,7 +82,7 @@ def test_all_long_work_tells_its_progress_in_the_same_words(
     assert numbers == sorted(numbers) and (not numbers or numbers[-1] == 49)
 
 
-def test_hours_are_told_as_hours_and_what_is_left_is_judged_by_this_run_alone(
+def test_hours_are_shown_as_hours_and_the_time_left_is_estimated_from_this_run_alone(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(console, 'PLAIN_SECONDS', 0.0)
     with console.Progress(1000, 'counting', 'sheep') as progress:
@@ -94,7 +94,7 @@ def test_hours_are_told_as_hours_and_what_is_left_is_judged_by_this_run_alone(
 
 
 @pytest.mark.parametrize('has_terminal', [False, True])
-def test_what_is_over_before_the_delay_says_nothing(
+def test_work_that_ends_before_the_delay_says_nothing(
         has_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(console, 'PLAIN_SECONDS', 0.0)
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: has_terminal)
@@ -105,30 +105,30 @@ def test_what_is_over_before_the_delay_says_nothing(
 
 
 # ------------------------------------------------------------------------------------------------
-# What may not reach a terminal
+# Text that may not reach a terminal
 
 
 def on_terminal(command: list[str], folder: Path) -> tuple[int, str]:
-    """The exit code of a command, and all that it writes to a terminal, which is real."""
+    """Return the exit code of a command, and all that it writes to a terminal, which is real."""
     pty = pytest.importorskip('pty', reason='this system has no pseudo-terminals')
-    ours, its = pty.openpty()
+    controller, terminal = pty.openpty()
     with subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=folder, stdin=subprocess.DEVNULL,
-                          stdout=its, stderr=its, env={**os.environ, 'PYTHONUTF8': '1'}) as process:
-        os.close(its)
+                          stdout=terminal, stderr=terminal, env={**os.environ, 'PYTHONUTF8': '1'}) as process:
+        os.close(terminal)
         written = b''
         while True:
             try:
-                written += (more := os.read(ours, 1 << 16))
-            except OSError:  # on Linux, the end
+                written += (more := os.read(controller, 1 << 16))
+            except OSError:  # the end, on Linux
                 more = b''
             if not more:
                 break
-        os.close(ours)
+        os.close(controller)
     return process.returncode, written.decode()
 
 
 def answer_with(reason: str) -> str:
-    """The URL of a server on this machine that answers one request with a status and this reason."""
+    """Return the URL of a server on this machine that answers one request with a status and this reason."""
     server = socket.create_server(('127.0.0.1', 0))
 
     def answer() -> None:
@@ -189,7 +189,7 @@ def test_nothing_that_a_file_a_server_or_an_argument_holds_reaches_a_terminal_ra
     code, written = on_terminal(door(tmp_path), tmp_path)
     assert code in (2, 3, 4)
     assert not set('\x1b\x07\x9b\x7f\u202e\u2028\b') & set(written)
-    assert '\\x1b]52;c;ZXZpbA' in written, 'it is shown, for all to see'
+    assert '\\x1b]52;c;ZXZpbA' in written, 'the escape is shown as text'
     assert 'Traceback' not in written
 
 

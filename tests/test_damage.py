@@ -1,4 +1,4 @@
-"""Files of every kind, damaged at random: refused in a line that names them, or read as they were."""
+"""Files of every kind, damaged at random: each is refused in a line that names it, or read as it was."""
 import re
 import subprocess
 from collections.abc import Callable

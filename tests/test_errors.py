@@ -32,7 +32,7 @@ ABSENT = 'mps' if torch.cuda.is_available() else 'cuda'
 
 
 class Wrong(NamedTuple):
-    """A command and what is said to it: the words in braces are files that a test has."""
+    """A wrong command and the answer to it; the words in braces stand for files of the test."""
 
     command: str
     code: int
@@ -72,7 +72,7 @@ WRONG = [
     Wrong(trains('--init_from=auto --overwrite=True'), COMMAND, ['--overwrite=True', '--init_from=auto']),
     # the corpus
     Wrong(trains('--dataset={empty}/openwebtext'), DATA, ['openwebtext', 'python data/openwebtext/prepare.py']),
-    Wrong(trains('--dataset={empty}/mine'), DATA, ['{empty}/mine', 'python data/text/prepare.py']),
+    Wrong(trains('--dataset={empty}/mytext'), DATA, ['{empty}/mytext', 'python data/text/prepare.py']),
     Wrong(trains('--dataset={pickled}'), DATA, ['meta.pkl', 'prepare.py']),
     Wrong(trains('--dataset={odd}'), DATA, ['{odd}/train.bin', 'bytes', 'prepare']),
     Wrong(trains('--vocab_size=50'), DATA, ['{corpus}/train.bin holds token', '0 to 49', '--vocab_size=']),
@@ -92,7 +92,7 @@ WRONG = [
     # the other scripts
     Wrong('evaluate --out_dir={empty}', CHECKPOINT, ['{empty}']),
     Wrong('evaluate --out_dir={run} --batch_size=0', COMMAND, ['--batch_size=0']),
-    Wrong('evaluate --out_dir={run} --dataset={empty}/mine', DATA, ['{empty}/mine', 'prepare.py']),
+    Wrong('evaluate --out_dir={run} --dataset={empty}/mytext', DATA, ['{empty}/mytext', 'prepare.py']),
     Wrong('evaluate --out_dir={run} --dataset={gpt2_corpus}', DATA, ['gpt2', 'char']),
     Wrong('sample --out_dir={empty}', CHECKPOINT, ['{empty} holds no checkpoint']),
     Wrong('sample --out_dir={run} --start=☃', DATA, ['☃']),
@@ -105,7 +105,7 @@ WRONG = [
     Wrong('data.text.prepare --input={typo} --tokenizer=nonsense', COMMAND, ["'nonsense'", 'char', 'bpe:N']),
     Wrong('data.text.prepare --input={typo} --name=a/b', COMMAND, ['--name=a/b']),
 ]
-# Their model comes from transformers, which takes its time
+# Their model comes from transformers, which is slow to import
 WRONG_GPT2 = [
     Wrong(fine_tunes('--init_from=gpt2'), CHECKPOINT, ["'gpt2'", 'without network']),
     Wrong(fine_tunes('--init_from={gpt2} --block_size=2048'), COMMAND,
@@ -120,7 +120,7 @@ ALL = [pytest.param(wrong, id=wrong.command.replace(TINY, '').replace('--dataset
 
 @pytest.fixture(scope='module')
 def files(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory, no_pictures: None) -> dict[str, Path]:
-    """What the commands name in braces."""
+    """Make the files that the commands name in braces."""
     folder = tmp_path_factory.mktemp('files')
     names = ('empty', 'pickled', 'odd', 'run', 'damaged', 'gpt2_corpus', 'imports', 'typo', 'gpt2')
     paths = {name: folder / name for name in names} | {'corpus': tiny_dataset}
@@ -144,7 +144,7 @@ def files(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory, no_pictu
 
 
 def answer(command: str, files: dict[str, Path]) -> tuple[int, str]:
-    """The exit code and the message of a command, run in this process."""
+    """Return the exit code and the message of a command, run in this process."""
     script, *args = command.format(**files).split()
     with pytest.raises((UserError, OSError)) as caught:
         importlib.import_module(script).main(args)
@@ -163,7 +163,7 @@ def check(wrong: Wrong, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch)
     assert 1 <= len(lines) <= 3, message
     assert all(line.strip() for line in lines)
     assert not any(word in message for word in ('Traceback', 'Error(', 'None', '<class'))
-    assert listing == {path: path.stat().st_mtime_ns for path in files['run'].iterdir()}, 'what was there is as it was'
+    assert listing == {path: path.stat().st_mtime_ns for path in files['run'].iterdir()}, 'the files stay as they were'
     for path in (files['empty'] / name for name in ('ckpt.pt', 'best.pt')):
         assert not path.exists()
 
@@ -186,7 +186,7 @@ def test_wrong_commands_with_weights_of_hugging_face_are_answered_in_words(
 
 def test_the_commands_are_right_but_for_what_is_wrong_in_them(files: dict[str, Path], tmp_path: Path,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command that all the wrong ones of train.py begin with does work."""
+    """The command with which all wrong ones of train.py begin does work."""
     monkeypatch.setattr(Log, 'plot', Log.flush)
     _, *args = trains('').format(**files | {'empty': tmp_path}).split()
     train.main(args)
@@ -203,7 +203,7 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.mark.slow
 def test_a_process_prints_the_answer_alone_and_exits_with_the_code(run_script: Script, files: dict[str, Path],
                                                                    tmp_path: Path) -> None:
-    """From another folder than the project's, too."""
+    """This holds from another folder than the project's, too."""
     commands = {
         'train.py --batchsize=3': 2, f'train.py --dataset={files["odd"]} --device=cpu --n_layer=1 --n_embd=12': 3,
         f'sample.py --out_dir={files["damaged"]}': 4, 'evaluate.py': 4, 'data/text/prepare.py': 2,
@@ -215,7 +215,7 @@ def test_a_process_prints_the_answer_alone_and_exits_with_the_code(run_script: S
         lines = result.stderr.splitlines()
         assert 1 <= len(lines) <= 3, result.stderr
         assert 'Traceback' not in result.stdout + result.stderr
-        known = ('Overriding: ', 'device ')  # what is wrong is on stderr
+        known = ('Overriding: ', 'device ')  # the answer is on stderr
         assert all(line.startswith(known) for line in result.stdout.splitlines())
 
 
@@ -231,7 +231,7 @@ def test_a_run_that_fails_says_so_in_its_status(run_script: Script, files: dict[
 
 
 def under_limit(kind: int, limit: int, command: str) -> tuple[int, str]:
-    """The exit code of a real command, and what it says is wrong, if the system refuses more than the limit."""
+    """Return the exit code of a real command, and its message, if the system refuses more than the limit."""
     result = subprocess.run(
         [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, encoding='utf-8', timeout=PATIENT,
         preexec_fn=partial(resource.setrlimit, kind, (limit, limit)), stdin=subprocess.DEVNULL, check=False)
@@ -241,7 +241,7 @@ def under_limit(kind: int, limit: int, command: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_exit_code_whatever_was_to_be_written(files: dict[str, Path], tmp_path: Path) -> None:
-    """No file may become larger than 2,000 bytes, as `ulimit -f` says it."""
+    """No file may become larger than 2,000 bytes, as `ulimit -f` sets it."""
     text = tmp_path / 'text.txt'
     text.write_text('To be, or not to be: that is the question. ' * 500, encoding='utf-8')
     source, name = f'--out_dir={files["run"]}', f'full-{os.getpid()}'
@@ -252,14 +252,14 @@ def test_a_full_disk_is_one_exit_code_whatever_was_to_be_written(files: dict[str
         for command in commands:
             code, said = under_limit(resource.RLIMIT_FSIZE, 2000, command)
             assert (code, 'the disk is full' in said) == (errors.DISK_FULL, True), (command, said)
-            assert str(tmp_path) in said or name in said, 'it names the place'
+            assert str(tmp_path) in said or name in said, 'the message names the place'
     finally:
         shutil.rmtree(ROOT / 'data' / name, ignore_errors=True)
 
 
 @pytest.mark.slow
 def test_what_else_the_system_refuses_is_no_damage_and_no_full_disk(files: dict[str, Path], tmp_path: Path) -> None:
-    """Too few open files, a name that is too long, a file system that can only be read."""
+    """The system refuses too many open files, a name that is too long, and writing to a read-only file system."""
     command = f'train.py {TINY} --dataset={files["corpus"]} --out_dir='
     said = {limit: under_limit(resource.RLIMIT_NOFILE, limit, f'{command}{tmp_path}/{limit}') for limit in (5, 6, 100)}
     assert said[100] == (errors.DONE, '')
@@ -268,7 +268,7 @@ def test_what_else_the_system_refuses_is_no_damage_and_no_full_disk(files: dict[
     code, message = under_limit(resource.RLIMIT_NOFILE, 100, f'{command}{tmp_path}/{"x" * 300}')
     assert code == COMMAND and 'too long' in message, message
 
-    (tmp_path / 'fixed').mkdir(mode=0o555)  # which root may write to, unless it gives up that capability
+    (tmp_path / 'fixed').mkdir(mode=0o555)  # root may write to it, unless it gives up that capability
     drop = ['setpriv', '--bounding-set=-dac_override', '--inh-caps=-dac_override'] if os.geteuid() == 0 else []
     if not drop or shutil.which(drop[0]):
         result = subprocess.run([*drop, sys.executable, *f'{command}{tmp_path}/fixed'.split()], cwd=ROOT,
@@ -283,7 +283,7 @@ def test_what_else_the_system_refuses_is_no_damage_and_no_full_disk(files: dict[
     try:
         for where in ('fixed', 'fixed/new'):
             code, message = under_limit(resource.RLIMIT_NOFILE, 100, f'{command}{tmp_path}/{where}')
-            assert code == COMMAND and f'{tmp_path}/{where}' in message and 'can only be read' in message, message
+            assert code == COMMAND and f'{tmp_path}/{where}' in message and 'is read-only' in message, message
     finally:
         subprocess.run(['umount', '--lazy', str(tmp_path / 'fixed')], check=True)
 
@@ -300,7 +300,7 @@ def test_no_error_of_the_system_but_a_full_disk_has_its_exit_code() -> None:
             assert (errors.code_of(error) == errors.DISK_FULL) == (name in full), name
 
 
-ABSENT_PACKAGES = {  # and a command of each that needs it
+ABSENT_PACKAGES = {  # with a command that needs each
     'tokenizers': 'data/text/prepare.py --input={typo} --name=absent --tokenizer=bpe:300',
     'tiktoken': 'data/text/prepare.py --input={typo} --name=absent --tokenizer=gpt2',
     'pyarrow': 'data/text/prepare.py --input={odd}/x.parquet --name=absent',
@@ -357,7 +357,7 @@ def test_a_missing_package_is_one_line_with_the_command_that_brings_it(files: di
     assert answers == {package: [COMMAND, line.format(package, errors.python())] for package in ABSENT_PACKAGES}
     assert not (ROOT / 'data/absent').exists() and not list(files['empty'].glob('*gguf*'))
 
-    # and from elsewhere, the file has its whole name
+    # from another folder, the file has its whole path
     result = subprocess.run([sys.executable, '-c', WITHOUT, json.dumps({'tiktoken': [str(ROOT / command) if i == 0 else
                             command for i, command in enumerate(commands['tiktoken'])]})], cwd=tmp_path,
                             capture_output=True, text=True, encoding='utf-8', timeout=600)
@@ -374,7 +374,7 @@ def test_every_package_that_is_imported_where_it_is_used_is_known_to_be_one_that
                 names += [node.module or ''] if isinstance(node, ast.ImportFrom) else []
                 found |= {name.partition('.')[0] for name in names}
     found -= {*sys.stdlib_module_names, *(file.stem for file in ROOT.glob('*.py')), 'plaingpt', 'torch', 'tqdm'}
-    # plot.py, which is imported where a picture is drawn, needs two; fsspec brings a third where a URL asks for it
+    # plot.py, which is imported to draw a picture, needs two; fsspec brings a third if a URL asks for it
     assert found | {'matplotlib', 'PIL', 's3fs'} == set(errors.PACKAGES)
 
 
@@ -393,7 +393,7 @@ def test_run_ends_a_process_cleanly(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         raise KeyboardInterrupt
 
     def fail(args: list[str]) -> None:
-        raise ZeroDivisionError('a mistake of ours')
+        raise ZeroDivisionError('a planted mistake')
 
     assert end_of(stop, monkeypatch) == DATA
     assert capsys.readouterr().err == "wrong: ['--a=1']\n"

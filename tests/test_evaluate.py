@@ -1,4 +1,4 @@
-"""Evaluation: what the table says is what a plain computation gives, whatever the batches."""
+"""Evaluation: the table shows what a plain computation gives, whatever the size of the batches."""
 import json
 import math
 import os
@@ -24,6 +24,7 @@ from plaingpt.corpus import token_files, tokenizer
 from plaingpt.corpus.folder import open_split
 from plaingpt.corpus.order import fixed_starts
 from plaingpt.init_from import open_model
+from plaingpt.published import TITLES
 from tests.comparing import ROUNDING, predictor_of, refused
 from tests.waiting import PATIENT
 
@@ -42,7 +43,7 @@ def corpus(tiny_dataset: Path) -> token_files.TokenFile:
 
 @pytest.fixture
 def model() -> GPT:
-    """Weights so large that its predictions differ from token to token."""
+    """Return a model with weights so large that its predictions differ from token to token."""
     model = GPT(GPTConfig(T, V, 2, 2, 16, dropout=0.3))
     with torch.no_grad():
         for p in model.parameters():
@@ -51,7 +52,8 @@ def model() -> GPT:
 
 
 def of_each_token(model: GPT, corpus: token_files.TokenFile, starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """One window at a time, in float64: nats (W, T), whether it was the first choice (W, T), and the targets (W, T)."""
+    """Read one window at a time, in float64: nats (W, T), whether each is the first choice (W, T), and the targets (W,
+    T)."""
     nats, firsts, targets = [], [], []
     double = GPT.from_weights(model.config, {name: p.double() for name, p in model.state_dict().items()}).eval()
     for start in starts:
@@ -66,9 +68,9 @@ def of_each_token(model: GPT, corpus: token_files.TokenFile, starts: list[int]) 
 
 
 def test_every_metric_is_what_a_plain_computation_gives(model: GPT, corpus: token_files.TokenFile) -> None:
-    sizes = [1 + i % 5 for i in range(100)]  # of the ids from 100 on, which are padding, there are none
+    sizes = [1 + i % 5 for i in range(100)]  # the ids from 100 on are padding, and have no size
     starts = fixed_starts(len(corpus), T, 13).tolist()
-    with torch.no_grad():  # a guess that is right now and then
+    with torch.no_grad():  # some guesses are right
         model.transformer.ln_f.weight.mul_(0.1)
         model.transformer.ln_f.bias.copy_(10 * model.transformer.wte.weight[corpus.read(starts[3] + 5, 1).item()])
     nats, firsts, targets = of_each_token(model, corpus, starts)
@@ -79,7 +81,7 @@ def test_every_metric_is_what_a_plain_computation_gives(model: GPT, corpus: toke
         'loss_stderr': of_windows.std().item() / math.sqrt(13),
     }
     assert measured(model, corpus, 13, 4, sizes) == pytest.approx(expected, rel=1e-4)
-    assert 0 < expected['accuracy'] < 1, 'or else a wrong one might pass'
+    assert 0 < expected['accuracy'] < 1, 'or else a wrong accuracy might pass'
     assert 'bits_per_byte' not in measured(model, corpus, 13, 4, None), 'unknown without the sizes of the tokens'
 
 
@@ -90,7 +92,7 @@ def test_the_size_of_the_batches_changes_nothing_and_fixed_windows_give_the_same
         assert measured(model, corpus, 13, batch_size, [1] * V) == pytest.approx(expected, rel=ROUNDING)
     torch.manual_seed(5)  # dropout is off: nothing is drawn
     assert measured(model, corpus, 13, 1, [1] * V) == expected
-    assert model.training, 'the mode is what it was'
+    assert model.training, 'the mode is as before'
 
 
 def test_at_most_the_whole_split_is_read_and_no_window_twice(model: GPT, corpus: token_files.TokenFile) -> None:
@@ -113,7 +115,7 @@ def test_the_whole_of_a_split_is_each_of_its_tokens_once(model: GPT, tmp_path: P
         assert found['loss'] == pytest.approx(counted.mean().item(), rel=1e-5)
         assert found['bits_per_byte'] == pytest.approx(counted.mean().item() / math.log(2), rel=1e-5)
         doubt = nats[:-1].mean(dim=1).std().item() / math.sqrt(len(starts)) if len(starts) > 1 else None
-        assert found.get('loss_stderr') == (doubt and pytest.approx(doubt, rel=1e-3)), 'of whole windows alone'
+        assert found.get('loss_stderr') == (doubt and pytest.approx(doubt, rel=1e-3)), 'of whole windows only'
 
 
 def test_a_metric_that_needs_a_sum_of_its_own_is_two_lines(model: GPT, corpus: token_files.TokenFile,
@@ -184,7 +186,7 @@ def test_a_loss_beyond_all_bounds_has_an_infinite_perplexity() -> None:
 
 @pytest.fixture(scope='module')
 def trained(tiny_dataset: Path, no_pictures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 30 steps."""
+    """Return a run of 30 steps."""
     folder = tmp_path_factory.mktemp('run')
     train.main([f'--{name}={value}' for name, value in {
         'out_dir': folder, 'dataset': tiny_dataset, 'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'block_size': T,
@@ -195,7 +197,7 @@ def trained(tiny_dataset: Path, no_pictures: None, tmp_path_factory: pytest.Temp
 
 
 def figures(folder: Path) -> Any:
-    """What the script leaves beside a checkpoint."""
+    """Return the figures that the script leaves beside a checkpoint."""
     return json.loads((folder / 'evaluation.json').read_text(encoding='utf-8'))
 
 
@@ -225,14 +227,15 @@ def test_without_a_number_of_batches_the_whole_split_is_read(trained: Path, corp
     sizes = tokenizer.from_state(state['tokenizer']).token_sizes()
     expected = measured(model, corpus, 0, 100, sizes)
     assert figures(trained)['measured'][0]['val'] == expected
-    assert expected['loss'] < 4.2 < math.log(len(sizes)), 'it has learned something'
-    assert expected['bits_per_byte'] == pytest.approx(expected['loss'] / math.log(2), rel=0.01), 'one byte each'
+    assert expected['loss'] < 4.2 < math.log(len(sizes)), 'the model has learned something'
+    assert expected['bits_per_byte'] == pytest.approx(expected['loss'] / math.log(2), rel=0.01), 'one byte a character'
 
 
 @pytest.mark.parametrize('is_folder', [False, True])
 def test_a_text_that_was_not_prepared_gives_the_figures_of_one_that_was(
         is_folder: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A document; and a folder of some, one of them without text, which end with the end-of-text token."""
+    """The texts are a document, and a folder of several, one of them without text; their documents end with the
+    end-of-text token."""
     texts = ['', 'Some text: café, 日本.\n' * 9, 'and more of it'] if is_folder else ['one document, ' * 30]
     (tmp_path / 'in').mkdir()
     for number, text in enumerate(texts):
@@ -290,13 +293,13 @@ LAST_WORDS = [{'text': 'import json and import json'}, {'text': f'return {json._
 
 @pytest.fixture(scope='module')
 def questions(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What the script is told to ask: few examples, in characters that the run knows."""
+    """Return the settings that name few questions, in characters that the run knows."""
     lambada = tmp_path_factory.mktemp('questions') / 'lambada.jsonl'
     lambada.write_text('\n'.join(map(json.dumps, LAST_WORDS)), encoding='utf-8')
     return ['--tasks=val,hellaswag,lambada', f'--hellaswag={tiny_dataset}/hellaswag.jsonl', f'--lambada={lambada}']
 
 
-def test_each_task_has_its_table_and_the_published_figures_stand_below(
+def test_each_task_has_its_table_with_the_published_figures_below(
         trained: Path, questions: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [f'--out_dir={trained}', *questions, '--eval_iters=1', '--device=cpu', '--limit=4']
     evaluate.main([*command, f'--json={tmp_path}/figures.json'])
@@ -305,16 +308,16 @@ def test_each_task_has_its_table_and_the_published_figures_stand_below(
     tables = capsys.readouterr().out.partition('val of ')[2].split('\n\n')
     assert len(tables) == 5
     for table, name in zip(tables[1:], ('hellaswag_completion', 'hellaswag_lm_eval', 'lambada_openai'), strict=False):
-        title, note, columns, ours, *theirs = table.splitlines()
+        title, note, columns, found, *published = table.splitlines()
         metrics = columns.split()
-        assert f'{measured[name]["acc"]:.4f} ± {measured[name]["acc_stderr"]:.4f}' in ours
+        assert f'{measured[name]["acc"]:.4f} ± {measured[name]["acc_stderr"]:.4f}' in found
         assert set(metrics) == {metric for metric in measured[name] if not metric.endswith('_stderr')}
-        assert [row.split('  ')[0] for row in theirs] == list(results['published'][name])
-        assert f'{results["published"][name]["GPT-2 124M"]["acc"]:.4f}' in theirs[0]
-        assert title == evaluate.TITLES[name]
+        assert [row.split('  ')[0] for row in published] == list(results['published'][name])
+        assert f'{results["published"][name]["GPT-2 124M"]["acc"]:.4f}' in published[0]
+        assert title == TITLES[name]
         assert note == results['notes'][name]
         assert note.startswith(f'{2 if name == "lambada_openai" else 4} examples')
-        assert ('OpenAI' in note) == any(row.startswith('GPT-3') for row in theirs), 'in a scoring of its own'
+        assert ('OpenAI' in note) == any(row.startswith('GPT-3') for row in published), 'GPT-3 has a scoring of its own'
     assert (measured['step'], results['device'], results['dtype']) == (30, 'cpu', 'float32')
     assert results['settings']['limit'] == 4
     assert set(results['published']['hellaswag_completion']) > set(results['published']['hellaswag_lm_eval'])
@@ -333,7 +336,7 @@ def test_text_that_was_cleaned_is_not_taken_for_that_of_the_published_figures(
 
 @pytest.mark.slow
 def test_any_number_of_processes_writes_the_same_file(trained: Path, questions: list[str], tmp_path: Path) -> None:
-    """Three have too little to do: the last of them gets no batch in some rounds."""
+    """Three processes have too little to do: the last of them gets no batch in some rounds."""
     files, command = [], [f'--init_from={trained}', *questions, '--device=cpu', '--batch_size=3']
     for n in (1, 2, 3):
         launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
@@ -348,7 +351,7 @@ def test_any_number_of_processes_writes_the_same_file(trained: Path, questions: 
 @pytest.mark.slow
 def test_processes_that_would_measure_different_things_are_refused(trained: Path, tiny_dataset: Path,
                                                                    tmp_path: Path) -> None:
-    """A setting differs; or the questions in files under the same name, as machines may have them."""
+    """A setting differs; or the questions in files of the same name, as machines may have them."""
     shutil.copy(tiny_dataset / 'hellaswag.jsonl', tmp_path)
     other = (tiny_dataset / 'hellaswag.jsonl').read_text(encoding='utf-8').replace('return', 'yield')
     (tmp_path / 'other.jsonl').write_text(other, encoding='utf-8')
@@ -371,7 +374,7 @@ def test_processes_that_would_measure_different_things_are_refused(trained: Path
     assert not (tmp_path / 'x.json').exists()
 
 
-def test_the_file_of_figures_stands_beside_the_checkpoints_or_under_their_name(
+def test_the_file_of_figures_is_beside_the_checkpoints_or_under_their_name(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for run in ('out-a', 'out-b'):
@@ -406,12 +409,12 @@ def test_what_is_not_finite_is_null_in_the_file() -> None:
 def test_the_commands_for_gpt2_give_what_transformers_gives(
         size: str, documents: list[str], gpt2_stand_in: tiktoken.Encoding, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """On tokens of text, in nanoGPT's files, with a small random GPT-2 in place of OpenAI's."""
+    """They read tokens of text, in nanoGPT's files, with a small random GPT-2 in place of OpenAI's."""
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
     shape = transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
-    theirs = transformers.GPT2LMHeadModel(shape).eval()
-    theirs.save_pretrained(tmp_path / 'gpt2')
+    reference = transformers.GPT2LMHeadModel(shape).eval()
+    reference.save_pretrained(tmp_path / 'gpt2')
     ids = gpt2_stand_in.encode_ordinary(''.join(documents))
     for split in ('train', 'val'):
         np.array(ids, dtype='<u2').tofile(tmp_path / f'{split}.bin')
@@ -423,10 +426,10 @@ def test_the_commands_for_gpt2_give_what_transformers_gives(
 
     windows = torch.tensor([ids[start:start + 65] for start in fixed_starts(len(ids), 64, 6).tolist()])
     with torch.no_grad():
-        scores = theirs(windows[:, :-1]).logits.log_softmax(dim=-1)
+        scores = reference(windows[:, :-1]).logits.log_softmax(dim=-1)
     expected = -scores.gather(2, windows[:, 1:, None]).mean().item()
     assert figures(tmp_path / 'gpt2')['measured'][0]['val']['loss'] == pytest.approx(expected, rel=1e-5)
-    assert [float(loss) for loss in printed] == pytest.approx([expected], abs=1e-4), 'of four digits'
+    assert [float(loss) for loss in printed] == pytest.approx([expected], abs=1e-4), 'as printed, with four digits'
 
 
 def test_what_cannot_be_evaluated_is_refused(trained: Path, tiny_dataset: Path, tmp_path: Path) -> None:
@@ -439,12 +442,12 @@ def test_what_cannot_be_evaluated_is_refused(trained: Path, tiny_dataset: Path, 
     assert "'piqa'" in refused(evaluate.main, [where, '--tasks=val,piqa'], code=errors.COMMAND)
     assert '--limit=-1' in refused(evaluate.main, [where, '--limit=-1'], code=errors.COMMAND)
     assert 'matches no' in refused(evaluate.main, [f'--init_from={tmp_path}/*.pt'], code=errors.CHECKPOINT)
-    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}/no/a'$"):  # errors.run says it in one line
+    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}/no/a'$"):  # errors.run prints it in one line
         evaluate.main([where, '--eval_iters=1', '--device=cpu', f'--json={tmp_path}/no/a'])
     (tmp_path / 'odd.jsonl').write_text(json.dumps({'text': 'words in 中文'}), encoding='utf-8')
     odd = [where, '--tasks=lambada', f'--lambada={tmp_path}/odd.jsonl', '--device=cpu']
     assert "character '中'" in refused(evaluate.main, odd, code=errors.DATA)
-    message = refused(evaluate.main, [where, f'--dataset={tmp_path}/mine'], code=errors.DATA)
+    message = refused(evaluate.main, [where, f'--dataset={tmp_path}/absent'], code=errors.DATA)
     assert 'prepare.py' in message
 
 

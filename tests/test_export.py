@@ -1,4 +1,4 @@
-"""Exports: the programs that others load a model with find the same weights, logits, tokens and text in them."""
+"""Exports: the programs that load a model for other users find the same weights, logits, tokens and text in them."""
 import inspect
 import json
 import os
@@ -42,7 +42,7 @@ CL100K = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\
 
 
 def random_model(config: GPTConfig) -> GPT:
-    """Weights so large, and biases so far from zero, that every one of them matters."""
+    """Return a model with weights so large, and biases so far from zero, that every one of them matters."""
     model = gpt_class(config)(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -51,10 +51,10 @@ def random_model(config: GPTConfig) -> GPT:
 
 
 def write_run(folder: Path, model: GPT, vocabulary: tokenizer.Tokenizer | None, **more: Any) -> Path:
-    """A checkpoint such as train.py leaves."""
+    """Write a checkpoint such as train.py leaves."""
     config = {name: getattr(model.config, name) for name in checkpoint.SHAPE}
     state = {'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config), 'iter_num': 7,
-             'config': config | {'dataset': '/home/somebody/data/novels', 'batch_size': 2, 'block_size': 16,
+             'config': config | {'dataset': '/home/alice/data/novels', 'batch_size': 2, 'block_size': 16,
                                  'gradient_accumulation_steps': 3, 'total_batch_size': 0},
              'best': {'loss': [1.25, 6], 'bits_per_byte': [0.75, 6]},
              'tokenizer': vocabulary.state() if vocabulary else None, **more}
@@ -64,7 +64,7 @@ def write_run(folder: Path, model: GPT, vocabulary: tokenizer.Tokenizer | None, 
 
 
 def run(folder: Path, **settings: Any) -> Path:
-    """python export.py, in this process; the folder that it fills."""
+    """Run python export.py in this process; return the folder that it fills."""
     settings = {'to': 'hf'} | settings
     export.main([f'--out_dir={folder}', *(f'--{name}={value}' for name, value in settings.items())])
     return Path(settings.get('to_dir') or folder / settings['to'])
@@ -86,19 +86,20 @@ VOCABULARIES = [('char', False), ('char', True), ('byte', False), ('byte', True)
 def test_transformers_computes_the_same_logits(bias: bool, gelu: Any, tied: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip('transformers')
     vocabulary = build('byte')
-    config = replace(SHAPE, vocab_size=384, bias=bias, gelu=gelu, tie_weights=tied)  # of which 127 are padding
+    config = replace(SHAPE, vocab_size=384, bias=bias, gelu=gelu, tie_weights=tied)  # 127 of them padding
     model = random_model(config)
     folder = run(write_run(tmp_path, model, vocabulary))
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    reference, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     idx = torch.randint(257, (3, 16))
     with torch.no_grad():
         expected = model.double()(idx)[0][:, :, :257]
-        torch.testing.assert_close(theirs.double()(idx).logits, expected, rtol=0, atol=ROUNDING)
-    assert theirs.config.n_ctx == theirs.config.n_positions == 16
-    assert (theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.vocab_size) == (256, 256, 257)
-    assert (theirs.lm_head.weight is theirs.transformer.wte.weight) == tied
-    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, 'whoever may read one file may read all'
+        torch.testing.assert_close(reference.double()(idx).logits, expected, rtol=0, atol=ROUNDING)
+    settings = reference.config
+    assert settings.n_ctx == settings.n_positions == 16
+    assert (settings.bos_token_id, settings.eos_token_id, settings.vocab_size) == (256, 256, 257)
+    assert (reference.lm_head.weight is reference.transformer.wte.weight) == tied
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, 'a user who may read one file may read all'
 
 
 @pytest.mark.parametrize('bias', [False, True])
@@ -118,7 +119,8 @@ def test_a_model_and_its_tokenizer_come_back_from_hugging_face_bit_for_bit(
 
 
 def assert_same_weights(before: GPT, after: GPT, n_vocab: int) -> None:
-    """Bit for bit, but for the padding of the vocabulary; biases that were not there are zero. And the same logits."""
+    """Assert that weights are equal bit for bit, except for the padding of the vocabulary; that new biases are zero;
+    and that the logits are the same."""
     old, new = before.state_dict(), after.state_dict()
     assert old.keys() <= new.keys()
     for name, tensor in new.items():
@@ -136,7 +138,7 @@ def assert_same_weights(before: GPT, after: GPT, n_vocab: int) -> None:
 
 @pytest.mark.parametrize(('to', 'name'), [('llmc', 'model.bin'), ('llmc', 'plaingpt.json'), ('hf', 'model.safetensors'),
                                           ('hf', 'config.json'), ('hf', 'plaingpt.json')])
-def test_of_200_random_damages_to_an_export_none_gives_another_model(to: str, name: str, tmp_path: Path) -> None:
+def test_none_of_200_random_damages_to_an_export_gives_another_model(to: str, name: str, tmp_path: Path) -> None:
     vocabulary = build('bpe:300')
     folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary), to=to)
     where = str(folder / 'model.bin' if to == 'llmc' else folder)
@@ -178,28 +180,28 @@ def test_autotokenizer_gives_the_same_ids_and_text(spec: str, eot: bool, documen
     texts = [*documents, *EDGES]
     vocabulary = build(spec, eot, tuple(texts))
     model = random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab))
-    theirs = transformers.AutoTokenizer.from_pretrained(run(write_run(tmp_path, model, vocabulary)))
+    reference = transformers.AutoTokenizer.from_pretrained(run(write_run(tmp_path, model, vocabulary)))
     for text in texts:
         ids = vocabulary.encode_prompt(text)
-        assert theirs(text)['input_ids'] == ids, repr(text[:80])
-        assert theirs.decode(ids) == text
-        assert theirs(text, split_special_tokens=True)['input_ids'] == vocabulary.encode(text)
-    assert len(theirs) == vocabulary.n_vocab
-    assert theirs.eos_token_id == theirs.bos_token_id == vocabulary.eot
-    assert theirs.unk_token is None and theirs.model_max_length == 16
+        assert reference(text)['input_ids'] == ids, repr(text[:80])
+        assert reference.decode(ids) == text
+        assert reference(text, split_special_tokens=True)['input_ids'] == vocabulary.encode(text)
+    assert len(reference) == vocabulary.n_vocab
+    assert reference.eos_token_id == reference.bos_token_id == vocabulary.eot
+    assert reference.unk_token is None and reference.model_max_length == 16
     if spec != 'char':
-        cut = vocabulary.encode('é日')[:-1]  # in the middle of a character
-        assert theirs.decode(cut) == vocabulary.decode(cut)
+        cut = vocabulary.encode('é日')[:-1]  # cut in the middle of a character
+        assert reference.decode(cut) == vocabulary.decode(cut)
 
 
 def test_an_unknown_character_has_no_id_there_either(tmp_path: Path) -> None:
     transformers = pytest.importorskip('transformers')
     vocabulary = build('char', False, ('abc',))
     folder = run(write_run(tmp_path, random_model(replace(SHAPE, vocab_size=3)), vocabulary))
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    assert theirs('cab')['input_ids'] == [2, 0, 1]
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    assert reference('cab')['input_ids'] == [2, 0, 1]
     with pytest.raises(Exception, match='UNK'):
-        theirs('cabz')
+        reference('cabz')
     assert 'refuses any other' in (folder / 'README.md').read_text(encoding='utf-8')
 
 
@@ -214,7 +216,8 @@ def test_the_merges_of_gpt2_are_recovered_in_the_published_order(tiktoken_cache:
 @pytest.mark.parametrize('pattern', [CL100K, r' \w+$|\w+|[\s\S]'])
 def test_another_pattern_of_tiktokens_cuts_words_in_the_same_places(
         pattern: str, documents: list[str], small_encoding: tiktoken.Encoding) -> None:
-    """cl100k_base's, and one that asks for the end of the text, with other tokens in place of their own."""
+    """The pattern is cl100k_base's, or one that asks for the end of the text, with other tokens in place of their
+    own."""
     vocabulary = tokenizer.Tiktoken(tiktoken.Encoding(
         'other', pat_str=pattern, mergeable_ranks=small_encoding._mergeable_ranks,
         special_tokens={'<|endoftext|>': 50300, '<|endofprompt|>': 50310}))
@@ -225,9 +228,9 @@ def test_another_pattern_of_tiktokens_cuts_words_in_the_same_places(
     assert differ, 'the pattern matters'
 
 
-def test_a_tokenizer_that_cannot_be_said_in_their_form_is_refused(small_encoding: tiktoken.Encoding) -> None:
+def test_a_tokenizer_that_hugging_faces_format_cannot_hold_is_refused(small_encoding: tiktoken.Encoding) -> None:
     ranks = small_encoding._mergeable_ranks
-    for pattern in (r'\p{L}{2}+\p{L}|[\s\S]', r'(?s).\w*'):  # which means something else there, or nothing
+    for pattern in (r'\p{L}{2}+\p{L}|[\s\S]', r'(?s).\w*'):  # they mean something else there, or nothing
         odd = tiktoken.Encoding('odd', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         with pytest.raises(UserError, match="'odd' gives other ids"):
             huggingface.tokenizer_of(tokenizer.Tiktoken(odd))
@@ -243,13 +246,13 @@ def test_the_model_card_has_the_numbers_of_the_run(tmp_path: Path) -> None:
                  '| tokens seen | 672 |', '| tokens of the corpus | 12,345 |',
                  '| validation loss, nats per token | 1.2500, at step 6 |', '| bits per byte | 0.7500 |', "'byte'"):
         assert part in text, part
-    assert 'somebody' not in text + (folder / 'plaingpt.json').read_text(encoding='utf-8')
+    assert 'alice' not in text + (folder / 'plaingpt.json').read_text(encoding='utf-8')
     assert 'license' in text and '@' not in text
 
 
 @pytest.mark.slow
 def test_the_commands_that_it_prints_and_the_card_make_text(tmp_path: Path) -> None:
-    """In processes of their own, in the folder of a user, without network."""
+    """The code runs in processes of its own, in the folder of a user, without network."""
     pytest.importorskip('transformers')
     run(write_run(tmp_path / 'my run', random_model(replace(SHAPE, vocab_size=257)), build('byte')))
     root = str(Path(export.__file__).parent)
@@ -270,10 +273,10 @@ def test_the_commands_that_it_prints_and_the_card_make_text(tmp_path: Path) -> N
 def test_weights_are_rounded_as_asked(dtype: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip('transformers')
     model = random_model(replace(SHAPE, vocab_size=256))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
         run(write_run(tmp_path, model, build('byte', False)), dtype=dtype))
-    assert str(theirs.dtype) == f'torch.{dtype}'
-    assert torch.equal(theirs.transformer.wte.weight, model.transformer.wte.weight.to(getattr(torch, dtype)))
+    assert str(reference.dtype) == f'torch.{dtype}'
+    assert torch.equal(reference.transformer.wte.weight, model.transformer.wte.weight.to(getattr(torch, dtype)))
     with torch.no_grad():
         model.transformer.wte.weight[0, 0] = 1e6
     if dtype == 'float16':
@@ -299,7 +302,7 @@ def their_name(name: str) -> str:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray[Any, Any]]]:
-    """Its settings, and its tensors, by the gguf package's own reader."""
+    """Return the settings and the tensors of a file, by the gguf package's own reader."""
     gguf = pytest.importorskip('gguf')
     reader = gguf.GGUFReader(path)
     return ({name: field.contents() for name, field in reader.fields.items()},
@@ -323,14 +326,14 @@ def test_gguf_reads_back_every_weight(bias: bool, tied: bool, spec: str, dtype: 
     assert tensors.keys() == expected.keys() | {f'{module}.bias' for module in modules - without_bias}
     for name, data in tensors.items():
         is_vector = data.ndim == 1 or name == 'position_embd.weight'
-        ours = expected.get(name, torch.zeros(data.shape))[:n_vocab if name.startswith(('token', 'output.')) else None]
+        part = expected.get(name, torch.zeros(data.shape))[:n_vocab if name.startswith(('token', 'output.')) else None]
         if dtype == 'q8_0' and not is_vector:
             weights, scales = from_q8_0(data)
-            assert (np.abs(weights - ours.numpy()) < 0.57 * scales).all(), 'half a unit, and what rounds the scale'
-            assert 0.99 < np.abs(ours.numpy()).max() / (127 * scales.max()) < 1.01
+            assert (np.abs(weights - part.numpy()) < 0.57 * scales).all(), 'half a unit, and the rounding of the scale'
+            assert 0.99 < np.abs(part.numpy()).max() / (127 * scales.max()) < 1.01
         else:
             assert data.dtype == ('float32' if is_vector else dtype), name
-            assert np.array_equal(data, ours.numpy().astype(data.dtype)), name
+            assert np.array_equal(data, part.numpy().astype(data.dtype)), name
     assert settings['general.file_type'] == {'float32': 0, 'float16': 1, 'q8_0': 7}[dtype]
     assert settings['gpt2.context_length'] == 16 and settings['gpt2.attention.head_count'] == 2
     assert settings['gpt2.block_count'] == 2 and settings['gpt2.embedding_length'] == 64
@@ -339,8 +342,8 @@ def test_gguf_reads_back_every_weight(bias: bool, tied: bool, spec: str, dtype: 
 
 
 def from_q8_0(data: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """What llama.cpp's q8_0 holds in blocks of 34 bytes: the scale of 32 weights, float16, and how many times each of
-    these has it, int8. The weights, and their scales."""
+    """Decode llama.cpp's q8_0: blocks of 34 bytes, each with the scale of 32 weights, float16, and the multiple of it
+    for each of these, int8. Return the weights, and their scales."""
     blocks = data.reshape(len(data), -1, 34)
     scales = np.repeat(blocks[..., :2].copy().view('<f2').astype('<f4'), 32, axis=-1)
     weights = scales * blocks[..., 2:].view(np.int8)
@@ -373,7 +376,7 @@ def test_its_tokenizer_is_gpt2s_kind(tiny_text: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures('gpt2_stand_in')
 def test_llama_cpp_reads_the_same_tokens_and_predicts_the_same(
         spec: str, eot: bool, bias: bool, tied: bool, dtype: str, documents: list[str], tmp_path: Path) -> None:
-    """llama.cpp itself, which lends a server to this process. In q8_0 it is compared with the weights of the file."""
+    """llama.cpp itself runs in a server within this process. In q8_0 it is compared with the weights of the file."""
     llama = pytest.importorskip('xllamacpp', reason='needs llama.cpp: pip install xllamacpp')
     texts = [text.replace('\0', '') for text in (*documents, *EDGES)]
     vocabulary = build(spec, eot, tuple(texts))
@@ -405,17 +408,17 @@ def test_llama_cpp_reads_the_same_tokens_and_predicts_the_same(
         with torch.no_grad():
             expected = model(torch.tensor([ids]))[0][0, -1, :n_vocab].log_softmax(dim=-1)
         if vocabulary.decode([int(expected.argmax())]).strip().isalnum():
-            break  # it says nothing of half a character, or of the end
+            break  # the server returns neither half a character nor the end
     answer = ask('completion', prompt=ids, n_predict=1, temperature=0, n_probs=50)
     top = answer['completion_probabilities'][0]['top_logprobs']
     assert len(top) == 50 and top[0]['id'] == expected.argmax()
-    theirs = torch.tensor([token['logprob'] for token in top])
-    # it looks GELU up in a table of float16; and with q8_0, what is multiplied has 8 bits, too
-    torch.testing.assert_close(theirs, expected[[token['id'] for token in top]], rtol=0,
+    found = torch.tensor([token['logprob'] for token in top])
+    # llama.cpp looks GELU up in a table of float16; and with q8_0, activations have 8 bits, too
+    torch.testing.assert_close(found, expected[[token['id'] for token in top]], rtol=0,
                                atol=0.3 if dtype == 'q8_0' else 2e-2)
 
 
-def test_what_gguf_cannot_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_what_gguf_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     vocabulary = build('char')
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab)), vocabulary)
     assert "'char' cannot be written as GGUF" in refused(run, folder, to='gguf', code=errors.COMMAND)
@@ -423,7 +426,7 @@ def test_what_gguf_cannot_say_is_refused_before_anything_is_written(tmp_path: Pa
 
 
 @pytest.mark.parametrize('to', ['gguf', 'llmc'])
-def test_the_exact_gelu_is_refused_where_it_would_be_another(to: str, tmp_path: Path) -> None:
+def test_the_exact_gelu_is_refused_by_formats_that_would_make_it_another(to: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=300, gelu='exact')), build('bpe:300'))
     assert '--gelu=tanh' in refused(run, folder, to=to, code=errors.COMMAND)
     assert run(folder, to=to, gelu='tanh').is_dir()
@@ -445,11 +448,11 @@ def test_a_model_and_its_tokenizer_come_back_from_llmc_bit_for_bit(spec: str, eo
     assert_same_weights(before, after, vocabulary.n_vocab)
     assert learned_tokenizer(state, after.config.vocab_size, corpus_of(state)).state() == vocabulary.state()
     (folder / 'plaingpt.json').unlink()
-    assert open_model(str(folder / 'model.bin'))[1] == {}, 'as llm.c itself leaves it'
+    assert open_model(str(folder / 'model.bin'))[1] == {}, 'as llm.c itself writes it'
 
 
 def test_the_file_of_llmc_is_what_its_format_says(tmp_path: Path) -> None:
-    """Written by hand, tensor after tensor, in llm.c's order."""
+    """The file is written by hand, tensor after tensor, in llm.c's order."""
     model = random_model(replace(SHAPE, vocab_size=257, bias=True))
     folder = run(write_run(tmp_path, model, build('byte')), to='llmc')
     w = model.state_dict()
@@ -493,7 +496,7 @@ def test_llmc_has_no_untied_head(tmp_path: Path) -> None:
     assert 'another matrix' in refused(run, folder, to='llmc', code=errors.COMMAND)
 
 
-def test_a_token_file_of_llmcs_is_left_out_where_it_cannot_be(
+def test_a_token_file_of_llmcs_is_left_out_if_it_cannot_be_written(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=256)), build('byte', False))
     assert not (run(folder, to='llmc') / 'tokenizer.bin').exists()
@@ -507,12 +510,12 @@ def test_gpt2_has_the_size_of_the_published_file() -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Any format, the folder, and a checkpoint of our own
+# Any format, the folder, and a checkpoint of plainGPT
 
 
 def test_a_new_format_is_one_entry_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    """A toy, under a name that `to` may have: it is written, refused, replaced and explained as the others are."""
+    """A toy format, under a name that `to` may have, is written, refused, replaced and explained as the others are."""
     def write(folder: Path, exported: Exported) -> None:
         biases = [name for name in exported.weights if name.endswith('ln_f.bias')]
         text = f'{exported.name} {exported.dtype} {exported.config.vocab_size} {biases} {exported.vocabulary.name}'
@@ -545,7 +548,7 @@ def test_an_export_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
     old = (folder / 'model.safetensors').read_bytes()
     write_run(source, random_model(replace(SHAPE, vocab_size=256)), build('byte', False))
     assert (run(source) / 'model.safetensors').read_bytes() != old
-    assert (folder / '.git').is_dir(), 'what a user keeps there stays'
+    assert (folder / '.git').is_dir(), 'files that a user keeps there stay'
 
     other = tmp_path / 'other'
     other.mkdir()
@@ -560,24 +563,25 @@ def test_an_export_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_a_second_export_leaves_no_file_of_the_first(tmp_path: Path) -> None:
-    """The tokens of another vocabulary, say, where the new one cannot be written. Another form is no second export."""
+    """One such file is the tokenizer of another vocabulary, if the new one cannot be written. Another format does not
+    count as a second export."""
     byte, char = build('byte'), build('char', False)
     source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), byte)
     folder = run(source, to='llmc')
-    (folder / 'mine.txt').write_text('x', encoding='utf-8')
+    (folder / 'keep.txt').write_text('x', encoding='utf-8')
     write_run(source, random_model(replace(SHAPE, vocab_size=char.n_vocab)), char)
     assert run(source, to='llmc') == folder
-    assert sorted(path.name for path in folder.iterdir()) == ['mine.txt', 'model.bin', 'plaingpt.json']
+    assert sorted(path.name for path in folder.iterdir()) == ['keep.txt', 'model.bin', 'plaingpt.json']
 
     assert '--to=hf' in refused(run, source, to_dir=folder, code=errors.COMMAND)
     run(source, to_dir=folder, overwrite=True)
     write_run(source, random_model(replace(SHAPE, vocab_size=257)), byte)
     run(source, to='llmc', to_dir=folder, overwrite=True)
-    assert {'config.json', 'model.safetensors', 'model.bin', 'mine.txt'} < {path.name for path in folder.iterdir()}
+    assert {'config.json', 'model.safetensors', 'model.bin', 'keep.txt'} < {path.name for path in folder.iterdir()}
 
 
 def test_an_export_removes_no_file_that_the_one_before_merely_lists(tmp_path: Path) -> None:
-    """plaingpt.json may be wrong, or have come from elsewhere."""
+    """plaingpt.json may be wrong, or have come from another folder."""
     source = write_run(tmp_path / 'run', random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     for to in ('hf', 'gguf', 'llmc'):
         folder = run(source, to=to)
@@ -601,7 +605,7 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> No
     process = subprocess.Popen([sys.executable, '-c', code, f'--out_dir={source}'], stdout=subprocess.PIPE, text=True,
                                cwd=Path(export.__file__).parent)
     assert process.stdout
-    assert any('writing' in line for line in process.stdout), 'it has come that far'
+    assert any('writing' in line for line in process.stdout), 'the export has come that far'
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert (tmp_path / '.hf.exporting/model.safetensors').exists() and not (tmp_path / 'hf').exists()
@@ -611,8 +615,8 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize('to', ['hf', 'gguf', 'llmc'])
-def test_a_full_disk_is_said_in_one_line_and_leaves_the_export_before_as_it_was(to: str, tmp_path: Path) -> None:
-    """As `ulimit -f` says it, whichever library writes the file."""
+def test_a_full_disk_is_one_line_and_leaves_the_previous_export_as_it_was(to: str, tmp_path: Path) -> None:
+    """The limit is that of `ulimit -f`, whichever library writes the file."""
     source = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     for limit in (500, 12_000):
         result = subprocess.run(
@@ -628,7 +632,7 @@ def test_an_export_becomes_a_run_again(tmp_path: Path, run_script: Callable[...,
     vocabulary = build('char', False, (ODD,))
     before = random_model(replace(SHAPE, vocab_size=vocabulary.n_vocab))
     folder = run(write_run(tmp_path / 'old', before, vocabulary), to='llmc')
-    with lock.owned(tmp_path / 'new'):  # as a run does that has not saved yet
+    with lock.owned(tmp_path / 'new'):  # as by a run that has not saved yet
         assert 'belongs to process' in refused(run, tmp_path / 'new', init_from=folder / 'model.bin', to='ckpt',
                                                code=errors.PEER_LOST)
     run(tmp_path / 'new', init_from=folder / 'model.bin', to='ckpt')
@@ -654,12 +658,12 @@ def test_wrong_commands_are_answered_in_a_line_or_two(tmp_path: Path, monkeypatc
     folder = write_run(tmp_path, random_model(replace(SHAPE, vocab_size=257)), build('byte'))
     assert 'has 2: leave it out' in refused(run, folder, n_head=4, code=errors.COMMAND)
     assert 'float16 or q8_0' in refused(run, folder, to='gguf', dtype='bfloat16', code=errors.COMMAND)
-    assert 'no multiple of 32' in refused(run, folder, to='gguf', dtype='q8_0', code=errors.COMMAND)
+    assert 'not a multiple of 32' in refused(run, folder, to='gguf', dtype='q8_0', code=errors.COMMAND)
     assert 'float32 or bfloat16' in refused(run, folder, to='llmc', dtype='float16', code=errors.COMMAND)
     assert 'to must be' in refused(run, folder, to='onnx', code=errors.COMMAND)
     assert '--to_dir' in refused(export.main, ['--out_dir=s3://bucket/run'], code=errors.COMMAND)
     assert 'nothing' in refused(run, tmp_path / 'nothing', code=errors.CHECKPOINT)
-    for package in ('tokenizers', 'safetensors'):  # in the order, from the last, in which it needs them
+    for package in ('tokenizers', 'safetensors'):  # from the last that it needs to the first
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(ModuleNotFoundError, match=package):
             run(folder)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a real kill, a real limit of the system on their size, an exception."""
+"""Files that are whole or absent: a real kill, a real limit of the system on their size, an exception."""
 import json
 import signal
 import subprocess
@@ -30,7 +30,7 @@ with files.written_whole(sys.argv[1]) as file:
 @pytest.mark.skipif(sys.platform == 'win32', reason='limits the size of files, and sends POSIX signals')
 @pytest.mark.parametrize(('end', 'size', 'error'), [
     ('kill', 300_000, ''), ('exception', 300_000, 'KeyError'), ('full disk', 300_000, 'File too large'),
-    ('full disk', 1200, 'File too large'),  # which is noticed when the last buffer is written
+    ('full disk', 1200, 'File too large'),  # noticed when the last buffer is written
 ])
 def test_whatever_ends_a_write_the_old_file_stays_and_the_same_command_replaces_it(
         end: str, size: int, error: str, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_machines_that_share_a_folder_write_the_same_file_at_once(tmp_path: Path
     assert [file.name for file in tmp_path.iterdir()] == ['a']
 
 
-def test_what_is_no_json_is_read_as_none(tmp_path: Path) -> None:
+def test_a_file_that_is_no_json_is_read_as_none(tmp_path: Path) -> None:
     path = tmp_path / 'a.json'
     assert files.read_json(path) is None
     for content, value in [(b'{"a": [1, "\xc3\xa9"]}', {'a': [1, 'é']}), (b'', None), (b'{"a": 1', None),

@@ -14,8 +14,8 @@ BLOCK, V = 16, 61
 
 @torch.no_grad()
 def random_gpt(dropout: float = 0.0) -> GPT:
-    """Parameters large enough that each position and each earlier token matters to what follows. The head is not tied,
-    for a random tied one likes to say the last token again."""
+    """Return a model with parameters large enough that each position and each earlier token matters to what follows.
+    The head is not tied, since a random tied one tends to predict the last token again."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(BLOCK, V, n_layer=3, n_head=4, n_embd=32, dropout=dropout, tie_weights=False))
     for name, p in model.named_parameters():
@@ -36,7 +36,7 @@ def test_cached_and_uncached_write_the_same_tokens_past_the_block(how: dict[str,
     assert cached.shape == (B, T + 2 * BLOCK)
     assert torch.equal(cached[:, :T], prompt(B, T))
     assert torch.equal(cached, model.generate(prompt(B, T), 2 * BLOCK, **how, use_cache=False))
-    assert len(set(cached[:, T:].flatten().tolist())) > 3, 'the same token again and again would prove little'
+    assert len(set(cached[:, T:].flatten().tolist())) > 3, 'one token repeated would prove little'
 
 
 def test_greedy_text_is_the_likeliest_next_token_each_time() -> None:
@@ -66,7 +66,7 @@ def test_the_cache_reads_each_token_once_until_the_window_slides(monkeypatch: py
 
     monkeypatch.setattr(GPT, 'forward', counting)
     model.generate(prompt(1, 12), 7)
-    assert read == [12, 1, 1, 1, 1, BLOCK, BLOCK]  # the last token that fits is the block's 16th
+    assert read == [12, 1, 1, 1, 1, BLOCK, BLOCK]  # the block's 16th token is the last that fits
     read.clear()
     model.generate(prompt(1, 12), 7, use_cache=False)
     assert read == [12, 13, 14, 15, 16, BLOCK, BLOCK]
@@ -74,7 +74,7 @@ def test_the_cache_reads_each_token_once_until_the_window_slides(monkeypatch: py
 
 def drawn(probabilities: Tensor, temperature: float = 1.0, top_k: int | None = None,
           top_p: float | None = None) -> Tensor:
-    """How often each token is chosen, (V,), in 40,000 draws."""
+    """Return how often each token is chosen, (V,), in 40,000 draws."""
     rows = probabilities.log().expand(40_000, -1)
     tokens = choose(rows, temperature, top_k, top_p, [draw(3, row) for row in range(len(rows))])
     return tokens.bincount(minlength=len(probabilities)) / len(rows)
@@ -85,7 +85,7 @@ def drawn(probabilities: Tensor, temperature: float = 1.0, top_k: int | None = N
     ({'temperature': 0.5}, [0.01, 0.16, 0.0025, 0.09, 0.0225]),  # squares
     ({'top_k': 1}, [0, 1, 0, 0, 0]),
     ({'top_k': 3}, [0, 0.4, 0, 0.3, 0.15]),
-    ({'top_k': 99}, [0.1, 0.4, 0.05, 0.3, 0.15]),  # more than there are
+    ({'top_k': 99}, [0.1, 0.4, 0.05, 0.3, 0.15]),  # more than V
     ({'top_p': 0.0}, [0, 1, 0, 0, 0]),
     ({'top_p': 0.39}, [0, 1, 0, 0, 0]),
     ({'top_p': 0.41}, [0, 0.4, 0, 0.3, 0]),
@@ -123,16 +123,16 @@ def test_padding_ids_are_never_drawn() -> None:
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(0.1)
         model.transformer.ln_f.bias.fill_(1.0)
-        model.lm_head.weight[50:] += 10.0  # the ids from 50 on now win by far
+        model.lm_head.weight[50:] += 10.0  # the ids from 50 on are now the likeliest by far
     for how in ({'temperature': 0.0}, {'seed': 1}, {'seed': 1, 'top_k': 60}, {'seed': 1, 'top_p': 0.99}):
-        assert model.generate(prompt(2, 3) % 50, 30, **how)[:, 3:].min() >= 50  # as they would be
+        assert model.generate(prompt(2, 3) % 50, 30, **how)[:, 3:].min() >= 50  # drawn, unless masked
         assert model.generate(prompt(2, 3) % 50, 30, **how, n_vocab=50).max() < 50
 
 
-def test_a_row_that_has_stopped_repeats_the_stop_token_and_all_stopped_ends() -> None:
+def test_a_row_that_has_stopped_repeats_the_stop_token_until_all_have_stopped() -> None:
     model = random_gpt()
     free = model.generate(prompt(3, 4), 40, seed=7)[:, 4:]  # (3, 40)
-    # a token that all three rows say, at different times, the last of them before the end
+    # a token that all three rows choose, at different times, the last of them before the end
     said_by_all = [token for token in range(V) if (free[:, :30] == token).any(dim=1).all()]
     stop = next(token for token in said_by_all if len({row.tolist().index(token) for row in free}) == 3)
     ends = [row.tolist().index(stop) for row in free]
@@ -211,7 +211,7 @@ def test_two_streams_of_one_model_do_not_disturb_each_other_nor_its_training() -
         tokens_b.append(next(b))
         assert all(module.training for module in model.modules())
     assert next(a, None) is None
-    tokens_b += list(b)  # one goes on after the other's end
+    tokens_b += list(b)  # one continues after the other's end
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.stack(tokens_a, dim=1), first[:, 4:])
     assert torch.equal(torch.stack(tokens_b, dim=1), second[:, 6:])
@@ -226,7 +226,7 @@ def test_a_stream_that_is_left_early_or_fails_leaves_the_model_as_it_was(trainin
     stream.close()
     assert all(module.training == training for module in model.modules())
     with pytest.raises(IndexError):
-        model.generate(torch.tensor([[V]]), 1)  # an id that the model does not have
+        model.generate(torch.tensor([[V]]), 1)  # an id beyond the vocabulary
     assert all(module.training == training for module in model.modules())
     assert torch.is_grad_enabled()
     assert model(prompt(1, 4), prompt(1, 4))[1].requires_grad

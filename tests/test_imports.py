@@ -1,4 +1,5 @@
-"""Who may import whom: arrows point down the list below, and never in a circle. Imports inside functions count, too."""
+"""Imports between modules: arrows point down the list below, and never form a circle. Imports inside functions count,
+too."""
 import ast
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STAGES = {'train', 'sample', 'evaluate', 'export', 'learn', 'xray'}
-PLAIN = {'train_trivialised', 'parallel_trivialised'}  # stages that others take parts of
+PLAIN = {'train_trivialised', 'parallel_trivialised'}  # stages whose parts other modules import
 FLOORS: list[set[str]] = [  # from the ground up
     {f'plaingpt.{name}' for name in (
         '__main__', 'chance', 'console', 'errors', 'files', 'lock', 'page', 'paths', 'published', 'schema')},
@@ -23,9 +24,9 @@ FLOORS: list[set[str]] = [  # from the ground up
     STAGES,
     {path.stem for path in ROOT.glob('course/*.py')},  # which are no package: each can be run
 ]
-OF_OTHER_STAGES = {('train', 'sample'), ('train', 'evaluate')}  # the only stage that may use functions of others
-OF_LEARNING = {'learn', 'xray'}  # alone may import that room
-EXCEPTIONS = {('model', 'plaingpt.formats.huggingface')}  # GPT.from_pretrained, which imports it where it needs it
+OF_OTHER_STAGES = {('train', 'sample'), ('train', 'evaluate')}  # the only stage that may use functions of other stages
+OF_LEARNING = {'learn', 'xray'}  # the only stages that may import plaingpt.learning
+EXCEPTIONS = {('model', 'plaingpt.formats.huggingface')}  # GPT.from_pretrained imports it on use
 
 
 def module_of(path: Path) -> str:
@@ -38,7 +39,7 @@ MODULES = {module_of(path): path
 
 
 def imports_of(source: str) -> Iterator[str]:
-    """The modules of this project that a file names in its import statements."""
+    """Yield the modules of this project that a file names in its import statements."""
     for node in ast.walk(ast.parse(source)):
         assert getattr(node, 'level', 0) == 0 and getattr(node, 'attr', getattr(node, 'id', '')) != 'import_module', (
             'import by full name, in an import statement')
@@ -55,7 +56,7 @@ def floor_of(module: str) -> int:
 
 
 def complaints(imports: dict[str, set[str]]) -> Iterator[str]:
-    """Each arrow that points up, and each circle."""
+    """Yield each arrow that points up, and each circle."""
     for module, others in imports.items():
         for other in others:
             is_fine = (module, other) in EXCEPTIONS | OF_OTHER_STAGES or (
@@ -77,7 +78,7 @@ def complaints(imports: dict[str, set[str]]) -> Iterator[str]:
 def test_imports_point_down() -> None:
     imports = {module: set(imports_of(path.read_text(encoding='utf-8'))) - {module} for module, path in MODULES.items()
                if path.name != '__init__.py'}
-    assert sum(map(len, imports.values())) > 100, 'they have been read'
+    assert sum(map(len, imports.values())) > 100, 'the imports have been read'
     assert list(complaints(imports)) == []
 
 

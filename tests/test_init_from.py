@@ -1,4 +1,4 @@
-"""What a name stands for; and one answer to which tokenizer a model has learned, for every stage."""
+"""The meaning of a name in init_from; and for every stage, the same answer to which tokenizer a model has learned."""
 import json
 from pathlib import Path
 
@@ -31,9 +31,9 @@ def test_weights_without_a_tokenizer_have_that_of_gpt2_or_of_their_corpus(tiny_d
 
 
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_every_stage_says_the_same_of_a_checkpoint_that_brings_no_tokenizer(
+def test_every_stage_says_the_same_of_a_checkpoint_without_a_tokenizer(
         tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """nanoGPT's, of 50,304 ids: GPT-2's tokens, although a corpus of that name is here, and in other tokens."""
+    """nanoGPT's checkpoint of 50,304 ids has GPT-2's tokens, although the corpus of that name here has other tokens."""
     model = GPT(GPTConfig(T, 50304, 1, 1, 8))
     run = tmp_path / 'run'
     run.mkdir()
@@ -44,12 +44,12 @@ def test_every_stage_says_the_same_of_a_checkpoint_that_brings_no_tokenizer(
     questions.write_text(json.dumps({'text': 'A naïve reader asks for bread'}), encoding='utf-8')  # 'char' has no ï
 
     sample.main([f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=5', '--start=naïve', '--device=cpu'])
-    assert capsys.readouterr().out.startswith('naïve'), 'which no character of the corpus could write'
+    assert capsys.readouterr().out.startswith('naïve'), 'no character of the corpus could write it'
     evaluate.main([f'--out_dir={run}', '--tasks=lambada', f'--lambada={questions}', '--device=cpu'])
     export.main([f'--out_dir={run}', '--to=ckpt', f'--to_dir={tmp_path / "new"}'])
     assert open_model(str(tmp_path / 'new'))[1]['tokenizer']['name'] == 'gpt2'
     export.main([f'--out_dir={run}', '--to=ckpt', f'--to_dir={tmp_path / "named"}', f'--dataset={tiny_dataset}'])
-    assert open_model(str(tmp_path / 'named'))[1]['tokenizer']['name'] == 'char', 'what the user says comes first'
+    assert open_model(str(tmp_path / 'named'))[1]['tokenizer']['name'] == 'char', 'the setting of the user comes first'
     message = refused(train.main, [f'--init_from={run}', f'--dataset={tiny_dataset}', f'--out_dir={tmp_path / "tuned"}',
                                    '--device=cpu'], code=errors.DATA)
     assert 'the tokenizer char, and the model has learned another: gpt2' in message
@@ -65,11 +65,11 @@ def test_a_model_is_opened_with_the_numbers_that_were_saved(tmp_path: Path) -> N
         assert (opened.config.dropout, state['iter_num']) == (0.25, 0)
         assert all(torch.equal(p, model.state_dict()[key]) for key, p in opened.state_dict().items())
     message = refused(open_model, str(tmp_path / 'nothing'), code=errors.CHECKPOINT)
-    assert 'is no checkpoint, no run, no Hugging Face folder, no name of a GPT-2' in message
+    assert 'is no checkpoint, run, Hugging Face folder or name of a GPT-2' in message
 
 
 def test_damaged_weights_end_every_stage_in_a_line(tiny_dataset: Path, tmp_path: Path) -> None:
-    """NaN is found when they are read; numbers that are only far too large, when something is predicted with them."""
+    """NaN is found when weights are read; numbers that are merely far too large, when the model predicts something."""
     model, meta = GPT(GPTConfig(T, V, 1, 1, 8)), json.loads((tiny_dataset / 'meta.json').read_text(encoding='utf-8'))
     model.get_parameter('transformer.wte.weight').data.mul_(1e4)
     (tmp_path / 'lambada.jsonl').write_text('{"text": "return self"}', encoding='utf-8')
@@ -91,8 +91,8 @@ def test_damaged_weights_end_every_stage_in_a_line(tiny_dataset: Path, tmp_path:
     assert 'infinite or NaN' in refused(export.main, [common[0]], code=errors.CHECKPOINT)
 
 
-def test_a_run_whose_tokenizer_cannot_be_had_goes_on_and_is_evaluated(tmp_path: Path) -> None:
-    """llm.c's shards for Llama 3, which tiktoken does not know: the corpus says whose tokens they are."""
+def test_a_run_whose_tokenizer_is_unavailable_continues_and_is_evaluated(tmp_path: Path) -> None:
+    """llm.c's shards for Llama 3 use a tokenizer that tiktoken does not know: the corpus says whose tokens they are."""
     for name, n_tokens in (('train_000001', 400), ('val_000000', 200)):
         ids = np.arange(n_tokens, dtype='<u4') % 1000
         (tmp_path / f'{name}.bin').write_bytes(make_header(ids.dtype, n_tokens) + ids.tobytes())

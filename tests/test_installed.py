@@ -1,4 +1,4 @@
-"""What pip installs: one name, `plaingpt`, and a command of that name, which does in any folder what a clone does."""
+"""The pip package: one name, `plaingpt`, and a command of that name, which does in any folder what a clone does."""
 import os
 import re
 import shlex
@@ -22,7 +22,7 @@ SHORT = ('--max_iters=3 --eval_interval=3 --eval_iters=1 --sample_interval=3 --s
 
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of what git would put into a clone."""
+    """Build the wheel of the files that git would put into a clone."""
     source, built = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('built')
     listed = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT,
                             capture_output=True, text=True, check=True).stdout
@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin folder of an environment in which the wheel is installed; all else is borrowed from this one."""
+    """Return the bin folder of an environment in which the wheel is installed; all else is borrowed from this one."""
     folder = tmp_path_factory.mktemp('environment')
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(folder)], check=True)
     packages = next((folder / 'lib').glob('python*/site-packages'))
@@ -49,7 +49,7 @@ def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(programs: Path, folder: Path, command: str, code: int = 0) -> str:
-    """Run what a user of the environment types in a folder, and return what is said."""
+    """Run a command as a user of the environment types it in a folder, and return what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
     environment['PATH'] = f'{programs}:{environment["PATH"]}'
     done = subprocess.run(shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True,
@@ -66,15 +66,15 @@ def test_the_wheel_has_one_name_at_the_top(wheel: Path) -> None:
     assert not [name for name in names if name.endswith(('.bin', '.pt', '.pyc')) or 'tests' in name]
 
 
-def test_from_text_to_sample_in_any_folder_by_the_commands_that_are_said(programs: Path, tmp_path: Path,
-                                                                         tiny_text: str) -> None:
-    (tmp_path / 'mine.txt').write_text(tiny_text, encoding='utf-8')
-    said = run(programs, tmp_path, 'plaingpt train --dataset=mine', code=DATA)
+def test_from_text_to_sample_in_any_folder_by_the_commands_that_are_printed(programs: Path, tmp_path: Path,
+                                                                            tiny_text: str) -> None:
+    (tmp_path / 'mytext.txt').write_text(tiny_text, encoding='utf-8')
+    said = run(programs, tmp_path, 'plaingpt train --dataset=mytext', code=DATA)
     [prepare] = re.findall(r'first run: (plaingpt prepare text .*)', said)
-    said = run(programs, tmp_path, prepare.replace('YOUR_TEXT', 'mine.txt') + ' --tokenizer=byte')
-    assert 'to data/mine' in said and (tmp_path / 'data/mine/train.bin').exists()
+    said = run(programs, tmp_path, prepare.replace('YOUR_TEXT', 'mytext.txt') + ' --tokenizer=byte')
+    assert 'to data/mytext' in said and (tmp_path / 'data/mytext/train.bin').exists()
     train, sample = (line.strip() for line in said.partition('next:\n')[2].splitlines())
-    assert train == 'plaingpt train config/train_stdlib.py --dataset=mine --out_dir=out-mine'
+    assert train == 'plaingpt train config/train_stdlib.py --dataset=mytext --out_dir=out-mytext'
     said = run(programs, tmp_path, f'{train} {SHORT}')
     assert '=== step 3 ===' in said and f'try next: {sample}' in said
     run(programs, tmp_path, f'{sample} --num_samples=1 --max_new_tokens=5')
@@ -83,13 +83,13 @@ def test_from_text_to_sample_in_any_folder_by_the_commands_that_are_said(program
     again = run(programs, tmp_path, 'python -m torch.distributed.run --standalone --nproc_per_node=2 -m plaingpt '
                 f'{train.removeprefix("plaingpt ")} --init_from=resume {more}')
     assert 'resuming at step 3' in again and '=== step 5 ===' in again
-    assert 'bits_per_byte' in run(programs, tmp_path, 'python -m plaingpt evaluate --out_dir=out-mine --eval_iters=1')
-    run(programs, tmp_path, 'plaingpt xray --out_dir=out-mine --text=def')
+    assert 'bits_per_byte' in run(programs, tmp_path, 'python -m plaingpt evaluate --out_dir=out-mytext --eval_iters=1')
+    run(programs, tmp_path, 'plaingpt xray --out_dir=out-mytext --text=def')
     run(programs, tmp_path, 'plaingpt learn start gelu')
     assert 'nothing is written there yet' in run(programs, tmp_path, 'plaingpt learn check gelu', code=1)
 
 
-def test_what_is_typed_wrongly_is_answered_with_what_there_is(programs: Path, tmp_path: Path) -> None:
+def test_a_mistyped_command_is_answered_with_the_commands_that_exist(programs: Path, tmp_path: Path) -> None:
     assert 'plaingpt train config/train_stdlib.py' in run(programs, tmp_path, 'plaingpt')
     assert run(programs, tmp_path, 'plaingpt --help') == run(programs, tmp_path, 'python -m plaingpt')
     for command in ('plaingpt trian', 'plaingpt prepare', 'plaingpt prepare nothing', 'plaingpt model'):
@@ -97,9 +97,9 @@ def test_what_is_typed_wrongly_is_answered_with_what_there_is(programs: Path, tm
     assert 'train_stdlib' in run(programs, tmp_path, 'plaingpt train config/nothing.py', code=COMMAND)
 
 
-def test_nobody_elses_process_finds_a_stage_on_its_path(programs: Path, tmp_path: Path) -> None:
+def test_no_process_of_another_package_finds_a_stage_on_its_path(programs: Path, tmp_path: Path) -> None:
     code = ('import plaingpt, importlib.util as util; '
             'print([name for name in ("train", "model", "sample", "configurator") if util.find_spec(name)])')
     assert run(programs, tmp_path, f"python -c '{code}'").strip() == '[]'
     (tmp_path / 'model.py').write_text('raise SystemExit("the model of another project")', encoding='utf-8')
-    assert 'Train a GPT' in run(programs, tmp_path, 'plaingpt train --help'), 'and our stages find their own'
+    assert 'Train a GPT' in run(programs, tmp_path, 'plaingpt train --help'), 'but plaingpt finds its stages'

@@ -1,5 +1,5 @@
-"""launch/ under stand-ins for the schedulers, which start real processes and signal them as the real ones do, and what
-its files promise to Slurm, Kubernetes and Docker."""
+"""The files of launch/ under stand-ins for the schedulers, which start real processes and signal them as the real ones
+do, and the promises of these files to Slurm, Kubernetes and Docker."""
 import fnmatch
 import importlib
 import json
@@ -28,8 +28,9 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=16', '--dropou
         '--gradient_accumulation_steps=2', '--eval_iters=1', '--eval_interval=100000', '--sample_interval=0',
         '--log_interval=10', '--warmup_iters=2', '--device=cpu', '--timeout=20']
 
-# Slurm starts the processes of a step on the nodes, not below the batch shell, and so does this: in sessions of their
-# own. It honours the options that decide who is killed when, and returns the highest code, or 128 + the signal.
+# Slurm starts the processes of a step on the nodes, not below the batch shell, and this stand-in does, too: in sessions
+# of their own. It honours the options that decide which processes are killed when, and returns the highest code, or 128
+# + the signal.
 SRUN = r"""
 import os, subprocess, sys, time
 options = dict(word.partition('=')[::2] for word in sys.argv[1:sys.argv.index('python')])
@@ -65,7 +66,7 @@ with open(os.environ['STAND_IN'] + '/scontrol', 'a') as file:
 
 
 class Slurm:
-    """A cluster of this machine alone, which runs batch scripts and signals them."""
+    """A Slurm cluster of this machine alone, which runs batch scripts and signals them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.job = folder, os.getpid()
@@ -86,8 +87,8 @@ class Slurm:
                                     stderr=log, stdin=subprocess.DEVNULL, env=self.environment)
 
     def warn(self, shell: subprocess.Popen[bytes]) -> None:
-        """What comes before the end of the time limit: the signal of the script's directive, to the processes of the
-        step, or with B: to the batch shell alone."""
+        """Send the signal that comes before the end of the time limit, as the script's directive asks: to the processes
+        of the step, or with B: to the batch shell alone."""
         where, _, name = directives()['signal'].partition('@')[0].rpartition(':')
         pids = [shell.pid] if where == 'B' else [int(pid) for pid in self.read('step')[0].split()]
         for pid in pids:
@@ -105,18 +106,18 @@ def free_port() -> int:
 
 
 def only(pattern: str, text: str) -> str:
-    """The group of a pattern that fits in one place."""
+    """Return the group of a pattern that fits in exactly one place."""
     found: list[str] = re.findall(pattern, text, re.MULTILINE)
     assert len(found) == 1, f'{pattern}: {found}'
     return found[0]
 
 
 def directives() -> dict[str, str]:
-    """The #SBATCH lines. sbatch reads them up to the first command."""
+    """Return the #SBATCH lines. sbatch reads them up to the first command."""
     lines = (LAUNCH / 'slurm.sbatch').read_text(encoding='utf-8').splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith('#'))
     found = [line.removeprefix('#SBATCH --') for line in lines[:first_command] if line.startswith('#SBATCH')]
-    assert len(found) == sum('#SBATCH --' in line for line in lines), 'one stands where sbatch does not read it'
+    assert len(found) == sum('#SBATCH --' in line for line in lines), 'sbatch does not read one of them'
     return {name: value for name, _, value in (line.partition('=') for line in found)}
 
 
@@ -125,8 +126,8 @@ def directives() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_goes_on_to_its_end(tiny_dataset: Path,
-                                                                                 tmp_path: Path) -> None:
+def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_runs_to_its_end(tiny_dataset: Path,
+                                                                              tmp_path: Path) -> None:
     slurm, out = Slurm(tmp_path), tmp_path / 'out'
     command = ['config/train_gpt2.py', '--wandb_log=False', f'--dataset={tiny_dataset}', f'--out_dir={out}', *TINY,
                '--max_iters=800', '--lr_decay_iters=800']
@@ -138,7 +139,7 @@ def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_goes_on_to_its_end
     status = json.loads((out / 'status.json').read_text(encoding='utf-8'))
     stopped = checkpoint.load(out / 'ckpt.pt')['iter_num']
     assert (status['state'], status['exit_code']) == ('stopped', errors.STOPPED)
-    assert status['step'] == stopped - 1, 'that of the last update, which --log_interval gives no row'
+    assert status['step'] == stopped - 1, 'the last update, to which --log_interval gives no row'
     assert 20 < stopped < 800
     assert f'stopped before step {stopped} of 800' in '\n'.join(slurm.read('slurm.out'))
     assert slurm.read('scontrol') == [f'requeue {slurm.job}']
@@ -147,7 +148,7 @@ def test_a_slurm_job_saves_at_its_signal_is_requeued_once_and_goes_on_to_its_end
     log = '\n'.join(slurm.read('slurm.out'))
     assert f'resuming at step {stopped}' in log
     assert log.index('iter 20: ') < log.index('resuming at step'), 'the log of the first start is still there'
-    assert slurm.read('scontrol') == [f'requeue {slurm.job}'], 'a run that is done is not requeued'
+    assert slurm.read('scontrol') == [f'requeue {slurm.job}'], 'a finished run is not requeued'
     assert checkpoint.load(out / 'ckpt.pt')['iter_num'] == 800
     steps = [json.loads(line)['step'] for line in (out / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     assert len(steps) == len(set(steps))
@@ -162,7 +163,7 @@ def test_a_slurm_job_with_a_wrong_setting_is_not_requeued(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_loses_a_process_is_requeued_and_goes_on(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_that_loses_a_process_is_requeued_and_resumes(tiny_dataset: Path, tmp_path: Path) -> None:
     slurm, out = Slurm(tmp_path), tmp_path / 'out'
     command = [f'--dataset={tiny_dataset}', f'--out_dir={out}', *TINY, '--eval_interval=20', '--max_iters=400',
                '--lr_decay_iters=400']
@@ -181,7 +182,7 @@ def test_a_slurm_job_that_loses_a_process_is_requeued_and_goes_on(tiny_dataset: 
 
 
 @pytest.mark.parametrize(('code', 'steps', 'expected'), [
-    (errors.PEER_LOST, [-1, -1, -1, -1], [0, 0, 0, 1]),  # it cannot even begin
+    (errors.PEER_LOST, [-1, -1, -1, -1], [0, 0, 0, 1]),  # the run cannot even begin
     (137, [10, 10, 10, 20, 20, 20, 20, 20], [0, 0, 0, 0, 0, 0, 0, 1]),
     (137, [5, 4, 3, 2], [0, 0, 0, 1]),
     (errors.DATA, [10], [1]), (errors.INTERRUPTED, [10], [1]), (errors.DONE, [10], [1]),
@@ -201,7 +202,7 @@ def test_a_job_that_loses_processes_without_progress_starts_again_three_times(
     monkeypatch.setenv('SLURM_JOB_ID', '13')
     if is_loss := code in (errors.PEER_LOST, 137):
         with pytest.raises(SystemExit, match=r'^(0|False)$'):
-            main([str(code), f'--out_dir={tmp_path}'])  # another job counts anew
+            main([str(code), f'--out_dir={tmp_path}'])  # another job starts a new count
     assert (tmp_path / 'requeued.json').exists() == is_loss
 
 
@@ -227,7 +228,7 @@ def test_the_slurm_script_asks_for_what_requeueing_needs() -> None:
     assert 'requeue' in asked
     assert asked['open-mode'] == 'append', 'a requeued job would begin its log anew'
     lead = int(asked['signal'].partition('@')[2])
-    assert lead >= 120, 'seconds for a step and a save; Slurm may send the signal late by none, and early by 60'
+    assert lead >= 120, 'seconds for a step and a save; Slurm sends the signal up to 60 early, never late'
     assert asked['ntasks-per-node'] == asked['gpus-per-node'], 'one process for each GPU'
     wait = only(r'--wait=(\d+)', (LAUNCH / 'slurm.sbatch').read_text(encoding='utf-8'))
     timeout = only(r'^timeout: float = ([\d.]+)', (ROOT / 'train.py').read_text(encoding='utf-8'))
@@ -269,7 +270,7 @@ def test_the_pods_of_a_run_find_each_other(manifest: dict[str, Any]) -> None:
     arguments = pod['containers'][0]['args']
     nodes = job['spec']['completions']
     assert job['spec']['completionMode'] == 'Indexed', 'a pod that fails comes back under its own number'
-    assert job['spec']['parallelism'] == nodes, 'all at once, or they wait for each other for ever'
+    assert job['spec']['parallelism'] == nodes, 'all at once, or they wait for each other forever'
     assert f'--nnodes={nodes}' in arguments
     assert '--node_rank=$(JOB_COMPLETION_INDEX)' in arguments
     assert service['spec']['clusterIP'] == 'None', 'pods have names only behind a headless service'
@@ -290,9 +291,9 @@ def test_torchrun_and_train_take_what_kubernetes_gives_them(manifest: dict[str, 
     assert 'train.py config/train_gpt2.py' in (ROOT / 'README.md').read_text(encoding='utf-8')
     settings, _ = importlib.import_module('configurator').configure(
         importlib.import_module('train'), [str(ROOT / 'config/train_gpt2.py'), *options.training_script_args[1:]])
-    assert settings['init_from'] == 'auto', 'a pod that comes back goes on'
+    assert settings['init_from'] == 'auto', 'a pod that comes back resumes'
     mounts = {mount['mountPath'] for mount in container['volumeMounts']}
-    assert {'/' + settings[name].split('/')[1] for name in ('dataset', 'out_dir')} <= mounts, 'what must outlive a pod'
+    assert {'/' + settings[name].split('/')[1] for name in ('dataset', 'out_dir')} <= mounts, 'these must outlive a pod'
 
 
 def test_kubernetes_gives_a_run_the_time_to_save(manifest: dict[str, Any]) -> None:
@@ -301,11 +302,11 @@ def test_kubernetes_gives_a_run_the_time_to_save(manifest: dict[str, Any]) -> No
         [argument for argument in pod['containers'][0]['args'] if '$' not in argument])
     assert 30 < options.shutdown_timeout < pod['terminationGracePeriodSeconds'], 'torchrun must not be killed first'
     assert {'SIGTERM', 'SIGINT', 'SIGUSR1'} <= set(options.signals_to_handle.split(','))
-    assert int(options.rdzv_conf.removeprefix('timeout=')) > 360, 'the longest pause of a Job between two attempts'
+    assert int(options.rdzv_conf.removeprefix('timeout=')) > 360, 'the longest pause between two attempts'
 
 
 def outcome(policy: dict[str, Any], code: int, conditions: list[str]) -> str:
-    """What Kubernetes does with a pod that failed: the first rule that fits, or else it counts."""
+    """Return what Kubernetes does with a pod that failed: the action of the first rule that fits, or else 'Count'."""
     for rule in policy['rules']:
         codes = rule.get('onExitCodes')
         if codes and (code in codes['values']) == (codes['operator'] == 'In'):
@@ -347,7 +348,7 @@ def test_a_pod_is_not_root_and_holds_no_secret(manifest: dict[str, Any]) -> None
     assert container['securityContext']['capabilities'] == {'drop': ['ALL']}
     assert container['securityContext']['readOnlyRootFilesystem'] is True
     assert pod['automountServiceAccountToken'] is False
-    assert 'env' not in container, 'what a container is given by name is there to be read'
+    assert 'env' not in container, 'environment variables of a container can be read'
     assert [source.keys() for source in container['envFrom']] == [{'secretRef'}]
     assert 'Secret' not in manifest
     text = (LAUNCH / 'kubernetes.yaml').read_text(encoding='utf-8')
@@ -361,9 +362,9 @@ def test_a_pod_is_not_root_and_holds_no_secret(manifest: dict[str, Any]) -> None
 
 
 @pytest.mark.slow
-def test_a_run_writes_nowhere_but_to_what_a_pod_mounts(manifest: dict[str, Any], tiny_dataset: Path,
-                                                       tmp_path: Path) -> None:
-    """In a namespace of mounts of its own, where the root is read-only; the volume is at /mnt."""
+def test_a_run_writes_only_to_what_a_pod_mounts(manifest: dict[str, Any], tiny_dataset: Path,
+                                                tmp_path: Path) -> None:
+    """The run is in a mount namespace of its own, in which the root is read-only; the volume is at /mnt."""
     container = manifest['Job']['spec']['template']['spec']['containers'][0]
     mounts = {mount['mountPath'] for mount in container['volumeMounts']}
     home = only(r'^ENV HOME=(\S+)', dockerfile())
@@ -385,8 +386,9 @@ def test_a_run_writes_nowhere_but_to_what_a_pod_mounts(manifest: dict[str, Any],
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('ends', 'expected'), [('sys.exit(75)', 75), ('os.kill(os.getpid(), 9)', 137)])
-def test_our_torchrun_ends_as_the_process_that_ended_first(tmp_path: Path, ends: str, expected: int) -> None:
-    """And not as the other one, which torchrun kills then, while it still saves, say."""
+def test_launch_torchrun_exits_with_the_code_of_the_process_that_ended_first(
+        tmp_path: Path, ends: str, expected: int) -> None:
+    """And not with the code of the other one, which torchrun then kills, perhaps while it still saves."""
     (tmp_path / 'work.py').write_text(
         f"import os, sys, time\ntime.sleep(10000) if os.environ['RANK'] == '0' else {ends}", encoding='utf-8')
     command = [sys.executable, str(LAUNCH / 'torchrun.py'), '--standalone', '--nproc_per_node=2', 'work.py']
@@ -394,7 +396,8 @@ def test_our_torchrun_ends_as_the_process_that_ended_first(tmp_path: Path, ends:
 
 
 class Pods:
-    """Two machines with a process each, all of them this one. A pod that ended is started again, as a Job would."""
+    """Two machines with a process each, both of them this machine. A pod that ended is started again, as a Job
+    would."""
 
     def __init__(self, folder: Path, *command: str) -> None:
         self.folder, self.command, self.port = folder, command, free_port()
@@ -412,7 +415,7 @@ class Pods:
                 env={**os.environ, 'PYTHONUNBUFFERED': '1'})
 
     def lose(self, pod: int) -> None:
-        """Its node is gone: nothing of it says a word."""
+        """Kill all processes of a pod, as if its node were gone."""
         session = self.pods[pod].pid
         listing = subprocess.run(['ps', '-e', '-o', 'pid=,sess='], capture_output=True, text=True, check=True).stdout
         for pid, its_session in (map(int, line.split()) for line in listing.splitlines()):
@@ -421,7 +424,7 @@ class Pods:
         self.pods[pod].wait(PATIENT)
 
     def collect(self) -> list[int]:
-        """The pods that have ended since."""
+        """Return the pods that have ended since the last call."""
         ended = [pod for pod, process in self.pods.items() if process.poll() is not None]
         self.codes += [(pod, self.pods.pop(pod).returncode) for pod in ended]
         return ended
@@ -433,7 +436,7 @@ class Pods:
 
 @pytest.fixture
 def pods(tmp_path: Path, tiny_dataset: Path) -> Iterator[Pods]:
-    """They train for so long that they are interrupted."""
+    """Yield pods that train for so long that they are interrupted."""
     group = Pods(tmp_path, 'train.py', f'--dataset={tiny_dataset}', f'--out_dir={tmp_path / "out"}', *TINY,
                  '--eval_interval=100', '--max_iters=2000', '--lr_decay_iters=2000', '--init_from=auto')
     yield group
@@ -447,7 +450,7 @@ def test_pods_meet_again_after_one_was_lost_and_a_stop_of_one_is_the_stop_of_all
     wait_until((tmp_path / 'out/ckpt.pt').exists, 'a checkpoint')
     pods.lose(1)
     pods.collect()
-    pods.start(1)  # at once: the other one has hardly noticed
+    pods.start(1)  # at once: the other pod has hardly noticed
     wait_until(pods.collect, 'the end of the other pod')
     assert pods.codes == [(1, -signal.SIGKILL), (0, errors.PEER_LOST)]
     pods.start(0)
@@ -469,20 +472,21 @@ def test_pods_meet_again_after_one_was_lost_and_a_stop_of_one_is_the_stop_of_all
 
 
 def dockerfile() -> str:
-    """Its instructions, one in a line."""
+    """Return the instructions of the Dockerfile, one in a line."""
     lines = (LAUNCH / 'Dockerfile').read_text(encoding='utf-8').splitlines()
     return '\n'.join(line for line in lines if not line.startswith('#')).replace('\\\n', ' ')
 
 
 def copies() -> Iterator[tuple[list[str], str]]:
-    """What COPY takes, and where it goes."""
+    """Yield the sources and the target of each COPY."""
     for line in re.findall(r'^(?:COPY|ADD) (.*)$', dockerfile(), re.MULTILINE):
         *sources, target = shlex.split(line)
         yield sources, target
 
 
 def is_sent(path: str) -> bool:
-    """Whether .dockerignore lets the builder see it: the last pattern that fits it, or a folder of it, decides."""
+    """Return whether .dockerignore lets the builder see a path: the last pattern that fits it, or a folder of it,
+    decides."""
     parts = path.split('/')
     heads = ['/'.join(parts[:i + 1]) for i in range(len(parts))]
     sent = True
@@ -495,7 +499,7 @@ def is_sent(path: str) -> bool:
 
 
 def sent_files(source: str) -> list[Path]:
-    """The files that COPY finds under a name, a glob or a folder, of those that the builder sees."""
+    """Return the files that COPY finds under a name, a glob or a folder, among those that the builder sees."""
     found = [*ROOT.glob(source), *ROOT.glob(f'{source}/**/*')]
     return [path for path in found if path.is_file() and is_sent(path.relative_to(ROOT).as_posix())]
 
@@ -509,7 +513,7 @@ def test_the_image_holds_files_that_exist_and_no_secret() -> None:
     assert {*ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('plaingpt/**/*.html')} <= set(held)
     rest = re.sub(r'^COPY.*', '', dockerfile(), flags=re.MULTILINE)  # it names files
     assert not re.search(r'SECRET|TOKEN|PASSWORD|API_KEY|CREDENTIAL|\bAWS_|netrc|wandb login', rest, re.IGNORECASE)
-    assert not re.search(r'curl|wget|\| *(ba)?sh\b', dockerfile()), 'nothing is run that was just downloaded'
+    assert not re.search(r'curl|wget|\| *(ba)?sh\b', dockerfile()), 'nothing runs that was just downloaded'
 
 
 @pytest.mark.parametrize('path', [
@@ -538,7 +542,7 @@ def test_the_image_has_a_fixed_base_and_its_process_is_python_and_not_root() -> 
 @pytest.mark.slow
 def test_what_the_image_holds_is_enough_to_prepare_and_to_train(tmp_path: Path) -> None:
     """Every file is where COPY puts it, and none is missing: the command that the image runs by default, a preparation,
-    and torchrun's stand-in import all of them."""
+    and launch/torchrun.py import all of them."""
     for sources, target in copies():
         for source in sources:
             for file in sent_files(source):

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval, run as its users run it on what export.py wrote, agrees with evaluate.py over the same files.
+"""EleutherAI's lm-eval, run as its users run it on an export, agrees with evaluate.py over the same files.
 
     pip install -e '.[lm-eval]'
 """
@@ -32,7 +32,8 @@ pytestmark = [pytest.mark.slow,
 
 
 def learn(config: GPTConfig) -> GPT:
-    """A small model with as many ids as GPT-2 that has learned the right answers of the first half of the examples."""
+    """Return a small model with as many ids as GPT-2 that has learned the right answers of the first half of the
+    examples."""
     gpt2, model = tokenizer.load_tiktoken('gpt2'), gpt_class(config)(config)
     questions = lm_eval(read('hellaswag', str(FILES['hellaswag'])), gpt2)
     right = [questions.pairs[4 * i + label] for i, label in enumerate(questions.labels)]
@@ -48,20 +49,21 @@ def learn(config: GPTConfig) -> GPT:
 
 
 def run_lm_eval(model: Path, folder: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """The results and the samples of its own tasks hellaswag and lambada_openai, which read our files instead of the
-    hub's. It runs away from this folder, whose evaluate.py it would take for a package of that name."""
+    """Return the results and the samples of lm-eval's own tasks hellaswag and lambada_openai, which read this project's
+    files instead of the hub's. It runs outside this folder, whose evaluate.py it would take for a package of that
+    name."""
     spec = find_spec('lm_eval')
     assert spec and spec.origin
-    theirs = Path(spec.origin).parent / 'tasks'
+    tasks = Path(spec.origin).parent / 'tasks'
     for name, path in (('hellaswag/hellaswag', FILES['hellaswag']), ('lambada/lambada_openai', FILES['lambada'])):
-        task = (theirs / f'{name}.yaml').read_text(encoding='utf-8')
+        task = (tasks / f'{name}.yaml').read_text(encoding='utf-8')
         splits = json.dumps(dict.fromkeys(('train', 'validation', 'test'), str(path)))
         task = re.sub(r'^dataset_path:.*', f'dataset_path: json\ndataset_kwargs: {{data_files: {splits}}}', task,
                       flags=re.MULTILINE)
         task = re.sub(r'^(task: .*)', r'\1_here', re.sub(r'^dataset_name:.*\n', '', task, flags=re.MULTILINE),
                       flags=re.MULTILINE)
         (folder / f'{Path(name).name}.yaml').write_text(task, encoding='utf-8')
-    shutil.copy(theirs / 'hellaswag/utils.py', folder)
+    shutil.copy(tasks / 'hellaswag/utils.py', folder)
     subprocess.run(
         [sys.executable, '-m', 'lm_eval', 'run', '--model', 'hf', '--model_args', f'pretrained={model},dtype=float32',
          '--tasks', 'hellaswag_here,lambada_openai_here', '--include_path', str(folder), '--device', 'cpu',
@@ -85,17 +87,17 @@ def test_lm_eval_gives_the_same_figures(config: GPTConfig, tmp_path: Path) -> No
                                    'float32', {}))
     evaluate.main([f'--out_dir={run}', '--tasks=hellaswag,lambada', '--device=cpu', '--dtype=float32',
                    *(f'--{name}={path}' for name, path in FILES.items())])
-    ours, = json.loads((run / 'evaluation.json').read_text(encoding='utf-8'))['measured']
+    found, = json.loads((run / 'evaluation.json').read_text(encoding='utf-8'))['measured']
     export.main([f'--out_dir={run}', '--to=hf'])
-    theirs, samples = run_lm_eval(run / 'hf', tmp_path)
+    reference, samples = run_lm_eval(run / 'hf', tmp_path)
 
     assert [len(of_task) for of_task in samples.values()] == [N, N]
     for name in ('acc', 'acc_norm'):
-        assert ours['hellaswag_lm_eval'][name] == theirs['hellaswag_here'][f'{name},none']
-        assert 0.3 < ours['hellaswag_lm_eval'][name] < 0.9, 'it knows some of them'
-    assert ours['hellaswag_lm_eval']['acc_stderr'] == pytest.approx(theirs['hellaswag_here']['acc_stderr,none'])
-    assert ours['hellaswag_completion'] != ours['hellaswag_lm_eval']
-    assert ours['lambada_openai']['acc'] == theirs['lambada_openai_here']['acc,none']
-    assert 0.1 < ours['lambada_openai']['acc'] < 0.9
-    perplexity = theirs['lambada_openai_here']['perplexity,none']
-    assert ours['lambada_openai']['perplexity'] == pytest.approx(perplexity, rel=1e-4)
+        assert found['hellaswag_lm_eval'][name] == reference['hellaswag_here'][f'{name},none']
+        assert 0.3 < found['hellaswag_lm_eval'][name] < 0.9, 'the model knows some of them'
+    assert found['hellaswag_lm_eval']['acc_stderr'] == pytest.approx(reference['hellaswag_here']['acc_stderr,none'])
+    assert found['hellaswag_completion'] != found['hellaswag_lm_eval']
+    assert found['lambada_openai']['acc'] == reference['lambada_openai_here']['acc,none']
+    assert 0.1 < found['lambada_openai']['acc'] < 0.9
+    perplexity = reference['lambada_openai_here']['perplexity,none']
+    assert found['lambada_openai']['perplexity'] == pytest.approx(perplexity, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Who owns a folder: real processes, which are killed, halted and continued."""
+"""The ownership of a folder: real processes, which are killed, halted and continued."""
 import errno
 import os
 import signal
@@ -61,8 +61,8 @@ def own(tmp_path: Path) -> Iterator[Own]:
 
 
 def becomes_owner(process: 'subprocess.Popen[str]') -> bool:
-    """Whether it does, which takes as long as it waits."""
-    assert process.stdout is not None, 'it is a pipe'
+    """Return whether a process becomes the owner; this takes as long as the process waits."""
+    assert process.stdout is not None, 'stdout is a pipe'
     return any(line == 'owner\n' for line in process.stdout)
 
 
@@ -81,14 +81,14 @@ def test_a_folder_has_one_owner_whose_end_frees_it_however_it_ends(own: Own, how
     third = own(how, 1000)
     first.kill()
     assert becomes_owner(third)
-    third.communicate('')  # the end of its input is its own
+    third.communicate('')  # it ends when its input ends
     assert third.returncode == 0
     assert list((tmp_path / 'run').iterdir()) == []
     (tmp_path / 'run').rmdir()
     fourth = own(how, 0)
     assert becomes_owner(fourth)
     fourth.communicate('')
-    assert not (tmp_path / 'run').exists(), 'nothing was written'
+    assert not (tmp_path / 'run').exists(), 'a waiting process writes nothing'
 
 
 @pytest.mark.slow
@@ -108,14 +108,14 @@ def test_an_owner_that_was_halted_for_long_ends_when_another_has_taken_its_place
 @pytest.mark.skipif(sys.platform == 'win32', reason='forks')
 def test_children_that_outlive_the_owner_do_not_own(own: Own, tmp_path: Path) -> None:
     first = own('children', 0)
-    assert first.stdout is not None, 'it is a pipe'
+    assert first.stdout is not None, 'stdout is a pipe'
     children = list(map(int, first.stdout.readline().split()))
     assert refused(lambda args: lock.owned(tmp_path / 'run').__enter__(), [], code=PEER_LOST)
     first.kill()
     first.wait()
     with lock.owned(tmp_path / 'run', 60):  # seconds, in which the child gets to run
         for child in children:
-            os.kill(child, 0)  # it lives
+            os.kill(child, 0)  # fails if the child is dead
 
 
 def test_of_many_that_begin_at_once_without_locks_one_becomes_the_owner(own: Own) -> None:
@@ -130,14 +130,14 @@ def test_a_folder_that_its_owner_removes_passes_to_the_one_that_waits(own: Own, 
     second = own('locks', 1000)
     assert second.stdout is not None and 'waiting' in second.stdout.readline()
     assert first.stdin is not None
-    first.stdin.close()  # it ends, and has written nothing
+    first.stdin.close()  # the owner ends, and has written nothing
     first.stdin = None
     assert becomes_owner(second)
     assert (tmp_path / 'run/.lock').exists()
 
 
 def test_a_copy_of_the_lock_in_its_place_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a backup was restored: the owner would end its whole process."""
+    """After a backup was restored, for instance, the owner would end its whole process."""
     monkeypatch.setattr(lock, 'BEAT', 0.01)
     with lock.owned(tmp_path / 'run'):
         content = (tmp_path / 'run/.lock').read_bytes()

@@ -1,4 +1,4 @@
-"""The model is GPT-2: transformers computes the same from the same weights. And no token knows what follows it."""
+"""The model is GPT-2: transformers computes the same from the same weights. And no token sees what follows it."""
 import json
 import math
 import shutil
@@ -21,7 +21,7 @@ from plaingpt.init_from import open_model
 from tests.comparing import ROUNDING
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {  # layers, heads and width of OpenAI's four models, and how many parameters they have
+SHAPES = {  # layers, heads, width and number of parameters of OpenAI's four models
     'gpt2': (12, 12, 768, 124_439_808),
     'gpt2-medium': (24, 16, 1024, 354_823_168),
     'gpt2-large': (36, 20, 1280, 774_030_080),
@@ -33,19 +33,19 @@ SMALL = {'n_layer': 2, 'n_head': 2, 'n_embd': 8}
 
 @pytest.fixture
 def their_gpt2(tmp_path: Path) -> Callable[..., Any]:
-    """their_gpt2(n_layer=...) is transformers' GPT-2 with every parameter at random, biases and gains too, so that none
-    can be left out or mistaken for another; it is saved in tmp_path."""
+    """Return a function: their_gpt2(n_layer=...) is transformers' GPT-2 with every parameter at random, biases and
+    gains too, so that none can be left out or mistaken for another; it is saved in tmp_path."""
     transformers = pytest.importorskip('transformers')
 
     @torch.no_grad()
     def make(scale: float = 0.2, **shape: Any) -> Any:
         torch.manual_seed(1)
         settings = {'vocab_size': V, 'n_positions': BLOCK, 'bos_token_id': 0, 'eos_token_id': 0, **SMALL, **shape}
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
-        for name, p in theirs.named_parameters():
+        reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
+        for name, p in reference.named_parameters():
             p.normal_(1.0 if 'ln_' in name and name.endswith('weight') else 0.0, scale)
-        theirs.save_pretrained(tmp_path)
-        return theirs
+        reference.save_pretrained(tmp_path)
+        return reference
 
     return make
 
@@ -64,95 +64,95 @@ def random_gpt(**settings: Any) -> GPT:
 
 
 @torch.no_grad()
-def assert_equal_models(ours: GPT, theirs: Any, B: int, T: int) -> None:
-    """The same logits, the same loss, and the same likeliest continuation of the first half of a text of T tokens; in
-    float64, which leaves no rounding to hide behind."""
-    ours, theirs = ours.double().eval(), theirs.double()
-    x = random_tokens(B, T, ours.config.vocab_size)
-    logits, _ = ours(x)
-    torch.testing.assert_close(logits, theirs(x).logits, rtol=0, atol=ROUNDING)
+def assert_equal_models(loaded: GPT, reference: Any, B: int, T: int) -> None:
+    """Assert that two models have the same logits, the same loss, and the same likeliest continuation of the first half
+    of a text of T tokens; in float64, which leaves no rounding to hide behind."""
+    loaded, reference = loaded.double().eval(), reference.double()
+    x = random_tokens(B, T, loaded.config.vocab_size)
+    logits, _ = loaded(x)
+    torch.testing.assert_close(logits, reference(x).logits, rtol=0, atol=ROUNDING)
 
-    _, loss = ours(x[:, :-1], x[:, 1:])  # transformers shifts by itself, and computes losses in float32
-    torch.testing.assert_close(loss, theirs(x, labels=x).loss.double(), rtol=1e-5, atol=0)
+    _, loss = loaded(x[:, :-1], x[:, 1:])  # transformers shifts by itself, and computes losses in float32
+    torch.testing.assert_close(loss, reference(x, labels=x).loss.double(), rtol=1e-5, atol=0)
 
     prompt = x[:, :T // 2]
-    continued = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=T // 2,
-                                eos_token_id=None, pad_token_id=0)
-    assert torch.equal(ours.generate(prompt, T // 2, temperature=0), continued)
+    continued = reference.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                                   max_new_tokens=T // 2, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(loaded.generate(prompt, T // 2, temperature=0), continued)
 
 
 @pytest.mark.parametrize('name', SHAPES)
 def test_logits_loss_and_greedy_text_are_those_of_transformers(name: str, their_gpt2: Any, tmp_path: Path) -> None:
     n_layer, n_head, n_embd, _ = SHAPES[name]  # all layers and heads, and heads of 4 instead of 64 channels
-    theirs = their_gpt2(n_layer=n_layer, n_head=n_head, n_embd=n_embd // 16)
-    ours = GPT.from_pretrained(str(tmp_path))
-    assert ours.config == GPTConfig(BLOCK, V, n_layer, n_head, n_embd // 16)
-    assert_equal_models(ours, theirs, 3, BLOCK)
+    reference = their_gpt2(n_layer=n_layer, n_head=n_head, n_embd=n_embd // 16)
+    loaded = GPT.from_pretrained(str(tmp_path))
+    assert loaded.config == GPTConfig(BLOCK, V, n_layer, n_head, n_embd // 16)
+    assert_equal_models(loaded, reference, 3, BLOCK)
 
 
 @pytest.mark.parametrize('says', [None, True, False])
 def test_a_head_that_is_not_the_table_is_kept_whatever_the_config_says(
         says: bool | None, their_gpt2: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    theirs = their_gpt2(n_layer=2, tie_word_embeddings=False)
-    assert not torch.equal(theirs.lm_head.weight, theirs.transformer.wte.weight)
+    reference = their_gpt2(n_layer=2, tie_word_embeddings=False)
+    assert not torch.equal(reference.lm_head.weight, reference.transformer.wte.weight)
     config = json.loads((tmp_path / 'config.json').read_text(encoding='utf-8'))
     del config['tie_word_embeddings']
     more = {} if says is None else {'tie_word_embeddings': says}
     (tmp_path / 'config.json').write_text(json.dumps(config | more), encoding='utf-8')
-    assert_equal_models(GPT.from_pretrained(str(tmp_path)), theirs, 2, BLOCK)
+    assert_equal_models(GPT.from_pretrained(str(tmp_path)), reference, 2, BLOCK)
     assert ('its head differs' in capsys.readouterr().err) == (says is not False)
 
 
 def test_a_state_dict_of_transformers_is_recognised_by_its_transposed_matrices(their_gpt2: Any, tmp_path: Path) -> None:
-    theirs = their_gpt2(n_layer=2)
-    answers = {'n_head': theirs.config.n_head, 'gelu': 'tanh'}
-    for part in (theirs, theirs.transformer):
+    reference = their_gpt2(n_layer=2)
+    answers = {'n_head': reference.config.n_head, 'gelu': 'tanh'}
+    for part in (reference, reference.transformer):
         torch.save(part.float().state_dict(), tmp_path / 'pytorch_model.bin')
-        ours, _ = open_model(str(tmp_path / 'pytorch_model.bin'), answers=answers)
-        assert_equal_models(ours, theirs.float(), 2, BLOCK)
+        loaded, _ = open_model(str(tmp_path / 'pytorch_model.bin'), answers=answers)
+        assert_equal_models(loaded, reference.float(), 2, BLOCK)
 
 
 @pytest.mark.slow
 def test_the_smallest_gpt2_in_full_size_is_that_of_transformers(their_gpt2: Any, tmp_path: Path) -> None:
-    theirs = their_gpt2(0.02, vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768)
-    ours = GPT.from_pretrained(str(tmp_path))
-    assert ours.config == GPTConfig(vocab_size=50257)
-    assert_equal_models(ours, theirs, 1, 64)
+    reference = their_gpt2(0.02, vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768)
+    loaded = GPT.from_pretrained(str(tmp_path))
+    assert loaded.config == GPTConfig(vocab_size=50257)
+    assert_equal_models(loaded, reference, 1, 64)
 
 
 @pytest.mark.parametrize(('activation_function', 'gelu'), [('gelu_new', 'tanh'), ('gelu_pytorch_tanh', 'tanh'),
                                                            ('gelu', 'exact')])
 def test_each_gelu_is_read_as_what_it_is(activation_function: str, gelu: str, their_gpt2: Any, tmp_path: Path) -> None:
-    theirs = their_gpt2(1.0, activation_function=activation_function).double()
-    ours = GPT.from_pretrained(str(tmp_path)).double()
-    assert ours.config.gelu == gelu
+    reference = their_gpt2(1.0, activation_function=activation_function).double()
+    loaded = GPT.from_pretrained(str(tmp_path)).double()
+    assert loaded.config.gelu == gelu
     x = random_tokens(2, BLOCK)
     # the two GELUs are about 1e-4 apart
-    torch.testing.assert_close(ours(x)[0], theirs(x).logits, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(loaded(x)[0], reference(x).logits, rtol=0, atol=ROUNDING)
 
 
 def test_an_untied_head_stays_untied(their_gpt2: Any, tmp_path: Path) -> None:
-    theirs = their_gpt2(tie_word_embeddings=False)
-    ours = GPT.from_pretrained(str(tmp_path))
-    assert not ours.config.tie_weights
-    assert not torch.equal(ours.lm_head.weight, ours.transformer.wte.weight)
-    assert_equal_models(ours, theirs, 2, BLOCK)
+    reference = their_gpt2(tie_word_embeddings=False)
+    loaded = GPT.from_pretrained(str(tmp_path))
+    assert not loaded.config.tie_weights
+    assert not torch.equal(loaded.lm_head.weight, loaded.transformer.wte.weight)
+    assert_equal_models(loaded, reference, 2, BLOCK)
 
 
 def test_a_pretrained_model_is_ready_to_be_trained_with_the_dropout_asked_for(their_gpt2: Any, tmp_path: Path) -> None:
     their_gpt2()
     torch.manual_seed(1)
-    ours = GPT.from_pretrained(str(tmp_path), dropout=0.3)
-    assert ours.config.dropout == 0.3
-    assert {module.p for module in ours.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
-    assert ours.lm_head.weight is ours.transformer.wte.weight, 'a tied head is one parameter, not two'
+    loaded = GPT.from_pretrained(str(tmp_path), dropout=0.3)
+    assert loaded.config.dropout == 0.3
+    assert {module.p for module in loaded.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight, 'a tied head is one parameter, not two'
     x = random_tokens(2, BLOCK)
-    ours(x[:, :-1], x[:, 1:])[1].backward()
-    assert all(p.requires_grad and p.is_contiguous() and p.grad is not None for p in ours.parameters())
+    loaded(x[:, :-1], x[:, 1:])[1].backward()
+    assert all(p.requires_grad and p.is_contiguous() and p.grad is not None for p in loaded.parameters())
 
 
 def assert_refused(path: Path | str, *parts: str) -> None:
-    """One clear message, of at most three lines, that names the path."""
+    """Assert that opening a path fails with one clear message, of at most three lines, that names the path."""
     with pytest.raises(errors.UserError) as caught:
         GPT.from_pretrained(str(path))
     assert caught.value.code == errors.CHECKPOINT
@@ -212,20 +212,21 @@ def test_a_folder_without_all_the_weights_is_refused(their_gpt2: Any, tmp_path: 
     refuses('misshapen', lambda folder: rewrite(folder, **{wte: torch.zeros(V, 9)}), f'{wte} is ({V}, 9)')
 
 
-def test_a_name_that_is_neither_here_nor_on_the_hub_is_one_clear_message(tmp_path: Path) -> None:
+def test_a_name_that_is_neither_local_nor_on_the_hub_is_one_clear_message(tmp_path: Path) -> None:
     assert_refused(tmp_path / 'nowhere', 'no folder')
-    assert_refused('nobody-has-this/gpt2', 'no GPT-2 weights')  # conftest has turned the network off
+    assert_refused('no-such-owner/gpt2', 'no GPT-2 weights')  # conftest has turned the network off
 
 
 @pytest.mark.parametrize('form', ['one file', 'without prefix', 'several files', 'float16', 'a head alone',
                                   'PyTorch', 'several of PyTorch'])
 def test_each_form_in_which_folders_hold_the_weights_gives_the_same_model(form: str, their_gpt2: Any,
                                                                           tmp_path: Path) -> None:
-    """OpenAI's own, 'gpt2', has no prefix, and holds the causal mask of each layer; older ones are PyTorch's files."""
+    """OpenAI's own folder, 'gpt2', has no prefix, and holds the causal mask of each layer; older folders have PyTorch's
+    files."""
     safetensors = pytest.importorskip('safetensors.torch')
-    theirs, path = their_gpt2(), tmp_path / 'model.safetensors'
+    reference, path = their_gpt2(), tmp_path / 'model.safetensors'
     if form == 'float16':
-        theirs.half().float().save_pretrained(tmp_path)
+        reference.half().float().save_pretrained(tmp_path)
     weights = safetensors.load_file(path)
     if form == 'without prefix':
         weights = {name.removeprefix('transformer.'): p for name, p in weights.items()}
@@ -239,11 +240,11 @@ def test_each_form_in_which_folders_hold_the_weights_gives_the_same_model(form: 
         safetensors.save_file(weights, path)
     elif form == 'several files':
         path.unlink()
-        theirs.save_pretrained(tmp_path, max_shard_size='10KB')
+        reference.save_pretrained(tmp_path, max_shard_size='10KB')
         assert not path.exists() and len(list(tmp_path.glob('model-*.safetensors'))) > 1
     elif form == 'PyTorch':
         path.unlink()
-        torch.save(theirs.state_dict(), tmp_path / 'pytorch_model.bin', _use_new_zipfile_serialization=False)
+        torch.save(reference.state_dict(), tmp_path / 'pytorch_model.bin', _use_new_zipfile_serialization=False)
     elif form == 'several of PyTorch':
         path.unlink()
         files = {name: f'pytorch_model-{1 + i % 2}-of-2.bin' for i, name in enumerate(weights)}
@@ -251,9 +252,9 @@ def test_each_form_in_which_folders_hold_the_weights_gives_the_same_model(form: 
             torch.save({name: p for name, p in weights.items() if files[name] == file}, tmp_path / file)
         index = json.dumps({'metadata': {}, 'weight_map': files})
         (tmp_path / 'pytorch_model.bin.index.json').write_text(index, encoding='utf-8')
-    ours = GPT.from_pretrained(str(tmp_path))
-    assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    assert_equal_models(ours, theirs, 2, BLOCK)
+    loaded = GPT.from_pretrained(str(tmp_path))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert_equal_models(loaded, reference, 2, BLOCK)
 
 
 def test_weights_are_read_in_a_process_that_cannot_import_transformers(their_gpt2: Any, tmp_path: Path) -> None:
@@ -262,24 +263,24 @@ def test_weights_are_read_in_a_process_that_cannot_import_transformers(their_gpt
             'torch.save(GPT.from_pretrained(sys.argv[1]).state_dict(), sys.argv[2])')
     path = tmp_path / 'weights.pt'
     subprocess.run([sys.executable, '-c', code, str(tmp_path), str(path)], cwd=ROOT, check=True)
-    alone, ours = torch.load(path, weights_only=True), GPT.from_pretrained(str(tmp_path)).state_dict()
-    assert alone.keys() == ours.keys() and all(torch.equal(alone[name], ours[name]) for name in ours)
+    alone, loaded = torch.load(path, weights_only=True), GPT.from_pretrained(str(tmp_path)).state_dict()
+    assert alone.keys() == loaded.keys() and all(torch.equal(alone[name], loaded[name]) for name in loaded)
 
 
 def test_weights_are_no_longer_tied_to_the_file_that_they_come_from(their_gpt2: Any, tmp_path: Path) -> None:
     their_gpt2()
-    ours, x = GPT.from_pretrained(str(tmp_path)), random_tokens(1, BLOCK)
-    before = ours(x)[0]
+    loaded, x = GPT.from_pretrained(str(tmp_path)), random_tokens(1, BLOCK)
+    before = loaded(x)[0]
     path = tmp_path / 'model.safetensors'
     with open(path, 'r+b') as file:
         file.write(bytes(path.stat().st_size))
-    assert torch.equal(ours(x)[0], before)
+    assert torch.equal(loaded(x)[0], before)
 
 
 def test_what_a_config_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:
-    theirs = pytest.importorskip('transformers').GPT2Config()
-    assert {name: getattr(theirs, name, None) for name in huggingface.DEFAULTS} == huggingface.DEFAULTS
-    assert theirs.attribute_map == huggingface.ALIASES
+    reference = pytest.importorskip('transformers').GPT2Config()
+    assert {name: getattr(reference, name, None) for name in huggingface.DEFAULTS} == huggingface.DEFAULTS
+    assert reference.attribute_map == huggingface.ALIASES
     config = tmp_path / 'config.json'
     config.write_text('{"model_type": "gpt2"}', encoding='utf-8')
     assert huggingface.read_config(str(tmp_path), 0.0) == (GPTConfig(vocab_size=50257), None)
@@ -416,7 +417,7 @@ def test_attention_drops_its_weights_and_channels_of_what_it_adds() -> None:
     attention = Attention(GPTConfig(n_embd=C, n_head=H, dropout=0.5, bias=False))
     attention.c_attn.weight[2 * C:] = attention.c_proj.weight[:] = torch.eye(C)
     x = torch.randn(16, 1, C)
-    kept = (attention(x) / x).view(16 * H, C // H)  # with a single token to look at, it would be returned as it is
+    kept = (attention(x) / x).view(16 * H, C // H)  # without dropout, a single token is returned unchanged
     # each of the two doubles what it keeps; the weights are dropped for a whole head, the rest channel by channel
     assert set(kept.flatten().tolist()) == {0.0, 4.0}
     heads_with_some = kept.any(dim=1)
@@ -482,7 +483,8 @@ def in_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
 @pytest.mark.parametrize('missing', ['none', 'some', 'all'])
 def test_a_loss_in_chunks_is_the_same_and_so_is_each_gradient(
         tie_weights: bool, rows: int, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks that divide the tokens and others; the gradient that comes from above; two micro-batches added up."""
+    """There are chunks that divide the tokens and others, a gradient that comes from above, and two micro-batches added
+    up."""
     model = random_gpt(tie_weights=tie_weights).double()
     x = random_tokens(3, BLOCK + 1)
     x, y = x[:, :-1], x[:, 1:].clone()
@@ -498,7 +500,7 @@ def test_a_loss_in_chunks_is_the_same_and_so_is_each_gradient(
     expected = learn()
     in_chunks(monkeypatch, rows)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, 'cross_entropy', None)  # which is not called
+        patch.setattr(torch.nn.functional, 'cross_entropy', None)  # not called
         found = learn()
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
     if missing == 'all':
@@ -507,7 +509,7 @@ def test_a_loss_in_chunks_is_the_same_and_so_is_each_gradient(
 
 @pytest.mark.parametrize('bias', [True, False])
 def test_a_loss_in_chunks_is_for_training_alone(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation computes no gradient, nor does one who asks for logits."""
+    """Evaluation computes no gradient, nor does a caller that asks for logits."""
     model, x = random_gpt(bias=bias), random_tokens(2, BLOCK)
     in_chunks(monkeypatch, 7)
     monkeypatch.setattr(gpt.ChunkedNats, 'forward', None)
@@ -525,7 +527,7 @@ def test_a_loss_in_chunks_is_for_training_alone(bias: bool, monkeypatch: pytest.
 def test_a_compiled_loss_is_the_same_and_so_is_each_gradient(
         backend: str, cap: float | None, precision: torch.dtype, rounding: float,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of both models, tied or not, with targets that do not count; and in bfloat16 under autocast."""
+    """This holds for both models, tied or not, with targets that do not count; and in bfloat16 under autocast."""
     model, x = random_gpt(tie_weights=cap is None), random_tokens(3, BLOCK + 1)
     model = model.double() if precision == torch.float64 else model
     with torch.no_grad():
@@ -533,7 +535,7 @@ def test_a_compiled_loss_is_the_same_and_so_is_each_gradient(
     model.cap = cap
     x, y = x[:, :-1], x[:, 1:].clone()
     y[0, 5:] = -1
-    assert (model.lm_head(model.transformer(x)).abs() > 15).any(), 'a cap has something to do'
+    assert (model.lm_head(model.transformer(x)).abs() > 15).any(), 'the cap has an effect'
 
     def learn() -> list[Tensor | None]:
         model.zero_grad()
@@ -545,7 +547,7 @@ def test_a_compiled_loss_is_the_same_and_so_is_each_gradient(
     expected = learn()
     torch.compiler.reset()
     model.compiled_nats = torch.compile(gpt.sum_of_nats, backend=backend, fullgraph=True)
-    monkeypatch.setattr(model, 'score', None)  # which is not called
+    monkeypatch.setattr(model, 'score', None)  # not called
     for one, other in zip(learn(), expected, strict=True):
         assert one is not None and other is not None
         assert distance(one, other) < rounding
@@ -556,7 +558,7 @@ def test_a_compiled_loss_is_the_same_and_so_is_each_gradient(
     ('cpu', 2**26, True, 'compiled'), ('cpu', 0, True, 'in chunks')])
 def test_a_loss_is_compiled_on_a_card_at_every_size_and_on_a_cpu_if_it_is_small(
         device: str, most: int, is_compiled: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without numbers take the place of a card's, and what they go through before the loss is left out."""
+    """Tensors without numbers take the place of a GPU's, and the layers before the loss are left out."""
     ways: list[str] = []
 
     def by(name: str) -> Callable[..., Tensor]:
@@ -595,8 +597,8 @@ def test_a_compiled_loss_is_for_training_alone() -> None:
 @pytest.mark.parametrize(('dtype', 'scale'), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
 def test_a_loss_in_chunks_is_as_exact_as_a_whole_one_in_half_precision(
         dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many tokens and a vocabulary so wide that the gradient of one logit is too small for float16, but for the
-    scale of the loss, which comes after all is computed."""
+    """There are many tokens and a vocabulary so wide that the gradient of one logit is too small for float16 without
+    the scale of the loss, which is applied after the chunks."""
     torch.manual_seed(0)
     head, states = torch.randn(20_000, 32) * 0.05, torch.randn(1024, 32)
     targets = torch.randint(20_000, (1024,))
@@ -621,7 +623,7 @@ def test_a_loss_in_chunks_is_as_exact_as_a_whole_one_in_half_precision(
 
 
 def distance(one: Tensor, other: Tensor | None) -> float:
-    """How far apart two tensors are, relative to their size."""
+    """Return how far apart two tensors are, relative to their size."""
     assert other is not None
     return float((one.detach().double() - other.detach().double()).norm() / other.detach().double().norm())
 
@@ -634,7 +636,7 @@ def test_a_model_cropped_to_a_shorter_block_computes_the_same(tie_weights: bool)
     assert cropped.transformer.wpe.weight.shape == (10, SMALL['n_embd'])
     assert (cropped.lm_head.weight is cropped.transformer.wte.weight) == tie_weights
     assert torch.equal(cropped(x)[0], model(x)[0])
-    assert model.transformer.wpe.weight.shape == (BLOCK, SMALL['n_embd']), 'the first model is as it was'
+    assert model.transformer.wpe.weight.shape == (BLOCK, SMALL['n_embd']), 'the first model is unchanged'
     assert cropped.generate(x, 5, temperature=0).shape == (2, 15)
     with pytest.raises(AssertionError):
         cropped(random_tokens(2, 11))

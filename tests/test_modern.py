@@ -1,4 +1,4 @@
-"""The modern model: where it begins, its loss in parts, what it writes, and its runs from start to sample."""
+"""The modern model: its first step, its loss in parts, its text, and its runs from start to sample."""
 import json
 import math
 import re
@@ -38,7 +38,8 @@ def config(shortcuts: bool = True, **changes: Any) -> GPTConfig:
 
 @torch.no_grad()
 def random_modern(shortcuts: bool = True) -> model_modern.GPT:
-    """All parameters at random, in float64: none is 0, and each position and each earlier token matters."""
+    """Return a model in float64 with all parameters at random: none is 0, and each position and each earlier token
+    matters."""
     torch.manual_seed(1)
     model = model_modern.GPT(config(shortcuts)).double().eval()
     for name, p in model.named_parameters():
@@ -112,12 +113,12 @@ def test_no_logit_passes_the_cap_and_small_ones_stay() -> None:
 @pytest.mark.parametrize('missing', ['none', 'some', 'all'])
 def test_a_capped_loss_in_chunks_is_the_same_and_so_is_each_gradient(rows: int, missing: str,
                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two micro-batches added up, and a gradient from above that is not 1."""
+    """Two micro-batches add up, and the gradient from above is not 1."""
     model, x = random_modern().train(), random_tokens(3, BLOCK + 1)
     x, y = x[:, :-1], x[:, 1:].clone()
     y[0, 5:] = y[2] = -1 if missing != 'none' else y[0, 0]
     y[:] = -1 if missing == 'all' else y
-    assert (model.lm_head(model.transformer(x)).abs() > 15).any(), 'the cap has something to do'
+    assert (model.lm_head(model.transformer(x)).abs() > 15).any(), 'the cap has an effect'
 
     def learn() -> list[Tensor | None]:
         model.zero_grad()
@@ -129,14 +130,15 @@ def test_a_capped_loss_in_chunks_is_the_same_and_so_is_each_gradient(rows: int, 
     monkeypatch.setattr(gpt, 'MOST_LOGITS', 0)
     monkeypatch.setattr(gpt, 'CHUNK', rows * V)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.functional, 'cross_entropy', None)  # which is not called
+        patch.setattr(torch.nn.functional, 'cross_entropy', None)  # not called
         found = learn()
     torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
     assert all(tensor is not None and bool(tensor.any()) == (missing != 'all') for tensor in found)
 
 
 def test_a_capped_loss_in_chunks_is_exact_and_nearly_so_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of logits up to twice the cap; bfloat16 has 8 bits, and sums of its numbers are four times its rounding away."""
+    """Logits are up to twice the cap; bfloat16 has 8 bits, and sums of its numbers differ by four times its
+    rounding."""
     monkeypatch.setattr(gpt, 'CHUNK', 7 * V)
     states, head, targets = torch.randn(100, 32), torch.randn(V, 32) * 1.5, torch.randint(-1, V, (100,))
     x, weight = (tensor.double().requires_grad_() for tensor in (states, head))
@@ -161,7 +163,7 @@ def test_a_capped_loss_in_chunks_is_exact_and_nearly_so_in_bfloat16(monkeypatch:
 
 @pytest.fixture(scope='module')
 def pair() -> tuple[model_modern.GPT, plain.GPT]:
-    """The same weights in both twins. The plain one keeps to the band over a whole text, however long."""
+    """Return both twins with the same weights. The plain one keeps to the band over a whole text, however long."""
     fast = random_modern()
     other = plain.GPT(config()).double()
     other.load_state_dict(fast.state_dict())
@@ -171,7 +173,8 @@ def pair() -> tuple[model_modern.GPT, plain.GPT]:
 @torch.no_grad()
 def written_by(model: Any, idx: Tensor, n_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                top_p: float | None = None, seed: int = 0) -> Tensor:
-    """What a model that reads the whole text for each token makes of the last block of idx (B, T)."""
+    """Return the text that a model that reads the whole text for each token writes after the last block of idx (B,
+    T)."""
     text = idx[:, -BLOCK:]
     for number in range(n_tokens):
         draws = [draw(seed, row, number) for row in range(len(idx))]
@@ -191,12 +194,12 @@ def test_cached_and_uncached_write_what_the_plain_twin_writes_far_past_the_block
     assert cached.shape == (2, T + n_tokens)
     assert torch.equal(cached, model.generate(idx, n_tokens, **how, use_cache=False))
     assert torch.equal(cached, written_by(other, idx, n_tokens, **how))
-    assert len(set(cached[:, T:].flatten().tolist())) > 3, 'the same token again and again would prove little'
+    assert len(set(cached[:, T:].flatten().tolist())) > 3, 'one token repeated would prove little'
 
 
-def test_positions_go_on_growing_for_blocks_and_blocks(pair: tuple[model_modern.GPT, plain.GPT]) -> None:
-    """The logits, and not only the tokens; and of a window that is read anew they would differ, for what has slid out
-    of it has been seen."""
+def test_positions_keep_growing_for_many_blocks(pair: tuple[model_modern.GPT, plain.GPT]) -> None:
+    """This compares logits, and not only tokens. A window that is read anew would give other logits, since its tokens
+    have seen what slid out of it."""
     model, other = pair
     idx, caches = random_tokens(2, 6 * BLOCK), [gpt.Cache(BLOCK) for _ in model.transformer.h]
     with torch.no_grad():
@@ -258,7 +261,7 @@ def test_a_shorter_block_computes_the_same_until_its_end_and_a_longer_one_is_ref
     with torch.no_grad():
         found, expected = cropped(x)[0], model(x)[0]
     torch.testing.assert_close(found[:, :10], expected[:, :10], rtol=0, atol=ROUNDING)
-    assert (found[:, 10:] - expected[:, 10:]).abs().amax(dim=(0, 2)).min() > 0.1, 'they no longer see the first tokens'
+    assert (found[:, 10:] - expected[:, 10:]).abs().amax(dim=(0, 2)).min() > 0.1, 'later ones miss the first tokens'
     assert f'block_size={BLOCK + 1} is longer' in refused(model.crop_block_size, BLOCK + 1, code=errors.COMMAND)
 
 
@@ -291,7 +294,7 @@ def run(tiny_dataset: Path) -> Run:
 
 @pytest.fixture(scope='module')
 def trained(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of eight steps that no test changes, with its checkpoint of step 4 as ckpt.1.pt."""
+    """Return a run of eight steps that no test changes, with its checkpoint of step 4 as ckpt.1.pt."""
     folder = tmp_path_factory.mktemp('modern') / 'run'
     train.main(arguments({'out_dir': folder, 'dataset': tiny_dataset}))
     return folder
@@ -337,8 +340,8 @@ def test_a_checkpoint_of_gpt2_from_before_there_were_others_is_gpt2s() -> None:
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('shortcuts', [True, False])
 def test_micro_batches_of_any_number_make_the_same_step(run: Run, tmp_path: Path, shortcuts: bool) -> None:
-    """Eight micro-batches of one window, two of four, and three of which the last is short; with a sixteenth of the
-    logits at a time, and with blocks that are computed twice."""
+    """The micro-batches are eight of one window, two of four, and three, the last of them short; also with a sixteenth
+    of the logits at a time, and with blocks that are computed twice."""
     same = {'total_batch_size': 8 * BLOCK, 'shortcuts': shortcuts}
     whole = checkpoint.load(run(tmp_path / 'whole', batch_size=8, eval_iters=3, **same))
     ways: list[dict[str, Any]] = [{'batch_size': 1, 'eval_iters': 24}, {'batch_size': 4, 'eval_iters': 6},
@@ -380,7 +383,7 @@ def test_bfloat16_learns_about_the_same_keeps_its_weights_exact_and_resumes(trai
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
     assert any((p != p.bfloat16()).any() for p in state['model'].values()), 'small updates are not rounded away'
     run(tmp_path / 'cut', dtype='bfloat16', max_iters=4)
-    run(tmp_path / 'cut', init_from='resume')  # in the precision that it had
+    run(tmp_path / 'cut', init_from='resume')  # in the precision of its start
     assert losses(tmp_path / 'cut') == losses(tmp_path / 'whole')
     assert not differences(checkpoint.load(tmp_path / 'cut/ckpt.pt')['model'], state['model'])
 
@@ -394,7 +397,7 @@ def test_compiled_blocks_learn_what_plain_ones_learn(trained: Path, tmp_path: Pa
 @pytest.mark.parametrize('dtype', ['float32', 'int8'])
 def test_a_run_is_evaluated_and_writes_text(trained: Path, tmp_path: Path, dtype: str,
                                             capsys: pytest.CaptureFixture[str]) -> None:
-    """To the loss of its own last evaluation, exactly or to 8 bits; and past its block."""
+    """The evaluation gives the loss of its own last evaluation, exactly or to 8 bits; and it writes past its block."""
     evaluate.main([f'--out_dir={trained}', f'--json={tmp_path}/figures.json', '--device=cpu', '--eval_iters=3',
                    '--batch_size=4', f'--dtype={dtype}'])
     [measured] = json.loads((tmp_path / 'figures.json').read_text(encoding='utf-8'))['measured']
@@ -423,7 +426,7 @@ def test_weights_of_a_modern_run_begin_another_one_with_a_shorter_block(trained:
 
 
 # ------------------------------------------------------------------------------------------------
-# What is refused
+# Refused settings
 
 
 @pytest.mark.parametrize(('changes', 'words'), [
@@ -453,7 +456,7 @@ def test_a_run_resumed_without_its_rates_or_as_another_model_is_refused(trained:
     assert checkpoint.load(tmp_path / 'run/ckpt.pt')['iter_num'] == 9
     train.main([f'--{name}={value}' for name, value in again.items()] + [
         f'--dataset={checkpoint.load(trained / "ckpt.pt")["config"]["dataset"]}', '--eval_only=True', '--device=cpu',
-        '--eval_iters=1', '--batch_size=2'])  # which needs no rate
+        '--eval_iters=1', '--batch_size=2'])  # evaluation needs no rate
 
 
 def test_a_run_of_gpt2_does_not_become_a_modern_one(tmp_path: Path, run: Run) -> None:
@@ -463,7 +466,7 @@ def test_a_run_of_gpt2_does_not_become_a_modern_one(tmp_path: Path, run: Run) ->
 
 
 def test_moments_of_the_other_optimizer_are_refused(trained: Path, tmp_path: Path, run: Run) -> None:
-    """AdamW's where Muon has one, and Muon's where AdamW has two; and groups of another number."""
+    """Muon's state has one tensor where AdamW's has two, and the other way round; or the number of groups differs."""
     state, path = torch.load(trained / 'ckpt.pt'), tmp_path / 'ckpt.pt'
     moments, groups = state['optimizer']['state'], state['optimizer']['param_groups']
     of_muon, of_adamw = groups[0]['params'][0], groups[-1]['params'][0]
@@ -487,4 +490,4 @@ def test_the_plan_of_the_large_run_counts_its_parameters_and_moments(tmp_path: P
         assert [line for line in lines if line.startswith(f'{number} parameters: 12 layers of 6 heads, 768 wide')]
         [alone] = [line for line in lines if line.startswith('  ddp, alone ')]
         assert re.split('  +', alone.strip())[1:4] == ['649 MB', '649 MB', '958 MB']  # weights, gradients, moments
-        assert not [line for line in lines if 'LayerNorms' in line or 'position' in line], 'it has none'
+        assert not [line for line in lines if 'LayerNorms' in line or 'position' in line], 'the modern model has none'

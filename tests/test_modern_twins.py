@@ -23,7 +23,8 @@ def config(shortcuts: bool = True) -> model.GPTConfig:
 
 @torch.no_grad()
 def twins(shortcuts: bool) -> tuple[model_modern.GPT, plain.GPT]:
-    """The same parameters in both, in float64, all of them random: none is 0, so that none can be left out unseen."""
+    """Return twins with the same parameters, in float64, all of them random: none is 0, so that none can be left out
+    unseen."""
     torch.manual_seed(1)
     fast = model_modern.GPT(config(shortcuts)).double()
     for p in fast.parameters():
@@ -34,7 +35,7 @@ def twins(shortcuts: bool) -> tuple[model_modern.GPT, plain.GPT]:
 
 
 @pytest.mark.parametrize('shortcuts', [True, False])
-@pytest.mark.parametrize('T', [1, 16, 40])  # one token, a block, and more than that: each token sees the last 16
+@pytest.mark.parametrize('T', [1, 16, 40])  # one token, a block, and more than a block: each token sees the last 16
 def test_logits_loss_and_every_gradient_of_the_modern_twins_are_equal(T: int, shortcuts: bool) -> None:
     tokens = torch.randint(61, (3, T + 1), generator=torch.Generator().manual_seed(2))
     fast, other = twins(shortcuts)
@@ -48,7 +49,7 @@ def test_logits_loss_and_every_gradient_of_the_modern_twins_are_equal(T: int, sh
     for name, p in fast.named_parameters():
         torch.testing.assert_close(p.grad, of_plain[name].grad, rtol=0, atol=1e-9, msg=name)
         assert p.grad is not None
-        assert p.grad.any() or (T == 1 and 'c_attn' not in name), f'{name} takes no part'
+        assert p.grad.any() or (T == 1 and 'c_attn' not in name), f'{name} has no part in the loss'
 
 
 def test_the_same_seed_draws_the_same_first_weights_in_both_modern_twins() -> None:
@@ -59,7 +60,7 @@ def test_the_same_seed_draws_the_same_first_weights_in_both_modern_twins() -> No
     other = plain.GPT(config()).state_dict()
     assert list(fast) == list(other)
     assert all(torch.equal(fast[name], other[name]) for name in fast)
-    assert torch.equal(after_fast, torch.get_rng_state()), 'what is drawn next would differ'
+    assert torch.equal(after_fast, torch.get_rng_state()), 'later draws would differ'
 
 
 @pytest.mark.parametrize('parts', [1, 3])
@@ -67,8 +68,8 @@ def test_the_same_seed_draws_the_same_first_weights_in_both_modern_twins() -> No
 def test_three_steps_of_muon_are_those_of_its_plain_rule(shape: tuple[int, int], parts: int) -> None:
     m, n = shape
     weights = [torch.nn.Parameter(torch.randn(parts * m, n, dtype=torch.float64)) for _ in range(2)]
-    theirs = [[part.clone() for part in p.detach().split(m)] for p in weights]
-    means = [[torch.zeros_like(part) for part in those] for those in theirs]
+    by_rule = [[part.clone() for part in p.detach().split(m)] for p in weights]
+    means = [[torch.zeros_like(part) for part in those] for those in by_rule]
     group = {'params': weights, 'parts': parts, 'weight_decay': 0.1, 'momentum': 0.0}
     optimizer = muon.Muon([group, {'params': [torch.nn.Parameter(torch.ones(1))]}], 0.02, (0.8, 0.95))
     for momentum in (0.85, 0.9, 0.95):
@@ -76,7 +77,7 @@ def test_three_steps_of_muon_are_those_of_its_plain_rule(shape: tuple[int, int],
             p.grad = torch.randn_like(p)
         optimizer.param_groups[0]['momentum'] = momentum
         optimizer.step()
-        for p, those, mean in zip(weights, theirs, means, strict=True):
+        for p, those, mean in zip(weights, by_rule, means, strict=True):
             assert p.grad is not None
             for i, gradient in enumerate(p.grad.split(m)):
                 those[i], mean[i] = plain.muon(those[i], gradient, mean[i], 0.02, 0.1, momentum)
@@ -88,7 +89,7 @@ def test_three_steps_of_muon_are_those_of_its_plain_rule(shape: tuple[int, int],
 
 
 def definitions(source: str) -> dict[str, list[str]]:
-    """The lines of each function and method of a file, and under '' and the names of classes what else is there;
+    """Return the lines of each function and method of a file, and under '' and the names of classes all other lines;
     without imports, docstrings and blank lines."""
     tree, lines = ast.parse(source), source.splitlines()
     owner = [''] * len(lines)
@@ -99,7 +100,7 @@ def definitions(source: str) -> dict[str, list[str]]:
             if isinstance(child, ast.ClassDef | ast.FunctionDef):
                 label = f'{name}.{child.name}'.strip('.')
                 first = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)]) - 1
-                while lines[first - 1].strip().startswith('#'):  # a comment above it belongs to it
+                while lines[first - 1].strip().startswith('#'):  # a comment above belongs to the definition
                     first -= 1
                 owner[first:child.end_lineno] = [label] * ((child.end_lineno or 0) - first)
                 if isinstance(child, ast.ClassDef):
@@ -111,7 +112,7 @@ def definitions(source: str) -> dict[str, list[str]]:
                 isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             keep[node.lineno - 1:node.end_lineno] = [False] * ((node.end_lineno or 0) - node.lineno + 1)
         if isinstance(node, ast.ClassDef):
-            keep[node.lineno - 1] = False  # what a class inherits from changes nothing by itself
+            keep[node.lineno - 1] = False  # the base class changes nothing by itself
     found: dict[str, list[str]] = {}
     for line, name, is_kept in zip(lines, owner, keep, strict=True):
         line = re.sub(r' *# (fast|more): .*', '', line)  # these speak of another file
@@ -121,8 +122,9 @@ def definitions(source: str) -> dict[str, list[str]]:
 
 
 def unmarked(old_source: str, new_source: str) -> list[str]:
-    """The hunks in which what the new file defines differs from what has its name in the old one, and that do not say
-    what is gained, and who says so. What only the old file defines is inherited, or imported."""
+    """Return the hunks in which a definition of the new file differs from that of the same name in the old one, and
+    that do not say what is gained, and by which source. Definitions of the old file alone are inherited, or
+    imported."""
     old, new = definitions(old_source), definitions(new_source)
     hunks = []
     for name, lines in new.items():
@@ -138,7 +140,7 @@ def unmarked(old_source: str, new_source: str) -> list[str]:
 def test_every_difference_of_the_modern_model_says_what_is_gained() -> None:
     old, new = ((ROOT / name).read_text(encoding='utf-8') for name in ('model.py', 'model_modern.py'))
     assert unmarked(old, new) == []
-    # and a difference that does not say why it is there would be seen
+    # and a difference that does not state its reason would be found
     line = '        q, k, v = self.c_attn(x).chunk(3, dim=-1)  # each (B, T, C)\n'
     assert new.count(line) == 1
     assert unmarked(old, new.replace(line, line.replace('q, k', 'k, q')))

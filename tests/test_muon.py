@@ -1,4 +1,4 @@
-"""Muon: a gradient's directions, its groups and rates, and each weight's update by its own rule."""
+"""Muon: the directions of a gradient, the groups and their rates, and each weight's update by its own rule."""
 import math
 
 import pytest
@@ -25,8 +25,8 @@ def modern(n_embd: int = 16, n_layer: int = 2, shortcuts: bool = True) -> model_
 
 
 def factors(m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random U (m, r) and V (n, r) with orthogonal columns, and singular values (r,) from 1 to 1/100: r is the smaller
-    side."""
+    """Return random U (m, r) and V (n, r) with orthogonal columns, and singular values (r,) from 1 to 1/100: r is the
+    smaller side."""
     source, r = torch.Generator().manual_seed(draw(seed, m, n)), min(m, n)
     u, v = (torch.linalg.qr(torch.randn(side, r, generator=source, dtype=torch.float64))[0] for side in (m, n))
     return u, 10 ** torch.linspace(0, -2, r, dtype=torch.float64), v
@@ -57,16 +57,16 @@ def test_singular_values_go_to_1_and_directions_stay(m: int, n: int) -> None:
 
 
 @pytest.mark.parametrize(('m', 'n'), SHAPES)
-def test_neither_lying_nor_standing_nor_size_matters(m: int, n: int) -> None:
+def test_neither_shape_nor_size_matters(m: int, n: int) -> None:
     x = matrix(m, n)
     right = orthogonal(x)
     torch.testing.assert_close(orthogonal(x.T), right.T, rtol=0, atol=ROUNDING)
     for factor in (1e-3, 1e3):
-        torch.testing.assert_close(orthogonal(factor * x), right, rtol=0, atol=1e-3)  # 1e-7 is added to its length
+        torch.testing.assert_close(orthogonal(factor * x), right, rtol=0, atol=1e-3)  # Muon adds 1e-7 to the length
 
 
 def test_a_stack_is_orthogonalised_matrix_by_matrix() -> None:
-    """Although one is a thousand times larger than the others, and one is 0, which stays 0."""
+    """One matrix is a thousand times larger than the others, and one is 0, which stays 0."""
     stack = torch.stack([matrix(8, 32, seed) for seed in range(5)])
     stack[1] *= 1000
     stack[3] = 0
@@ -98,7 +98,7 @@ def test_momentum_rises_from_85_to_95_percent_in_300_steps(step: int, expected: 
 
 @pytest.mark.parametrize('shortcuts', [True, False])
 def test_every_parameter_of_the_modern_model_has_one_group_with_its_rate_and_decay(shortcuts: bool) -> None:
-    """At the width for which they are tuned: 0.7, 0.004 and 0.015 beside Muon's 0.025."""
+    """The width is the one for which they are tuned: 0.7, 0.004 and 0.015 beside Muon's 0.025."""
     give(train, **MODERN)
     model = modern(768, 1, shortcuts)
     optimizer = train.make_optimizer(model)
@@ -133,7 +133,7 @@ def test_each_group_is_given_its_rate_and_muon_its_momentum_at_each_step() -> No
 
 
 def test_the_state_of_all_groups_is_one_with_a_number_for_each_parameter() -> None:
-    """Muon keeps one number for each of a weight, AdamW two; and what AdamW is given is what Muon shows."""
+    """Muon keeps one number for each of a weight, AdamW two; and Muon lists AdamW's groups with its own."""
     give(train, **MODERN)
     model = modern()
     optimizer = train.make_optimizer(model)
@@ -157,7 +157,7 @@ def test_the_state_of_all_groups_is_one_with_a_number_for_each_parameter() -> No
 
 def adamw(p: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: int, lr: float,
           decay: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """AdamW's rule, with the betas and the eps of the modern model."""
+    """Update by AdamW's rule, with the betas and the eps of the modern model."""
     first, second = 0.8 * moments[0] + 0.2 * gradient, 0.95 * moments[1] + 0.05 * gradient**2
     change = first / (1 - 0.8**step) / (torch.sqrt(second / (1 - 0.95**step)) + 1e-10)
     return p - lr * decay * p - lr * change, (first, second)
@@ -165,16 +165,16 @@ def adamw(p: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: int
 
 @pytest.mark.usefixtures('float64')
 def test_each_weight_moves_by_its_own_rule_at_the_rate_of_the_step() -> None:
-    """Four steps at four rates and momenta, and with gradients so small that AdamW's eps counts. Each of q, k and v is
-    a matrix of its own."""
+    """Four steps have four rates and momenta, and gradients so small that AdamW's eps counts. Each of q, k and v is a
+    matrix of its own."""
     give(train, **MODERN)
     model = modern()
     optimizer = train.make_optimizer(model)
     names = {p: name for name, p in model.named_parameters()}
     owned = [(p, group) for group in optimizer.param_groups for p in group['params']]
-    theirs = {name: p.detach().clone() for name, p in model.named_parameters()}
-    means = {name: torch.zeros_like(p) for name, p in theirs.items()}
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in theirs.items()}
+    by_rule = {name: p.detach().clone() for name, p in model.named_parameters()}
+    means = {name: torch.zeros_like(p) for name, p in by_rule.items()}
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in by_rule.items()}
     for number, step in enumerate((0, 150, 650, 900), start=1):
         rate, momentum = train.set_rates(optimizer, step, 1000), 0.85 + 0.1 * min(1.0, step / 300)
         assert rate == pytest.approx(0.025 * min(1.0, (1000 - step) / 700))
@@ -182,17 +182,17 @@ def test_each_weight_moves_by_its_own_rule_at_the_rate_of_the_step() -> None:
             p.grad = 1e-9 * torch.randn_like(p)
         optimizer.step()
         for p, group in owned:
-            name, old, gradient = names[p], theirs[names[p]], p.grad
+            name, old, gradient = names[p], by_rule[names[p]], p.grad
             assert gradient is not None
             if p.dim() == 2 and '.h.' in name:
                 cuts = 3 if 'c_attn' in name else 1
                 halves = [plain.muon(*part, rate, 0.05, momentum) for part in zip(
                     old.chunk(cuts), gradient.chunk(cuts), means[name].chunk(cuts), strict=True)]
-                theirs[name], means[name] = (torch.cat(tensors) for tensors in zip(*halves, strict=True))
+                by_rule[name], means[name] = (torch.cat(tensors) for tensors in zip(*halves, strict=True))
             else:
                 decay = 0.0 if 'mix' in name else 0.001
-                theirs[name], moments[name] = adamw(old, gradient, moments[name], number, group['lr'], decay)
-            torch.testing.assert_close(p.detach(), theirs[name], rtol=0, atol=ROUNDING, msg=f'{name} at step {step}')
+                by_rule[name], moments[name] = adamw(old, gradient, moments[name], number, group['lr'], decay)
+            torch.testing.assert_close(p.detach(), by_rule[name], rtol=0, atol=ROUNDING, msg=f'{name} at step {step}')
 
 
 def test_q_k_and_v_as_one_matrix_would_be_another_update() -> None:
@@ -209,7 +209,7 @@ def test_q_k_and_v_as_one_matrix_would_be_another_update() -> None:
 
 
 def test_without_a_gradient_a_weight_decays_in_proportion_to_its_rate_and_nothing_else() -> None:
-    """Two rates; and nothing is NaN, although 0 has no direction."""
+    """There are two rates; and nothing is NaN, although 0 has no direction."""
     give(train, **MODERN)
     model = modern()
     optimizer = train.make_optimizer(model)
@@ -228,8 +228,8 @@ def test_without_a_gradient_a_weight_decays_in_proportion_to_its_rate_and_nothin
 
 
 def test_a_tall_matrix_takes_longer_steps() -> None:
-    """By the root of how much taller than wide it is, so that what goes out of it moves as much as it would of a square
-    one."""
+    """Steps grow by the root of the ratio of height to width, so that outputs move as much as those of a square matrix
+    would."""
     for m, n in ((8, 8), (32, 8), (8, 32)):
         p = torch.nn.Parameter(torch.zeros(m, n, dtype=torch.float64))
         p.grad = matrix(m, n)
@@ -241,7 +241,7 @@ def test_a_tall_matrix_takes_longer_steps() -> None:
 
 
 def test_a_weight_without_a_gradient_stays_where_it_is() -> None:
-    """As one that has no part in the loss: --check=True names it, and must come so far."""
+    """Such a weight has no part in the loss: --check=True names it, but must first get past the optimizer."""
     give(train, **MODERN)
     model = modern()
     optimizer = train.make_optimizer(model)

@@ -1,4 +1,5 @@
-"""The commands that scripts print, for their readers to type next: each works as it is printed, where it is printed."""
+"""The commands that scripts print for their readers to type next: each works as printed, in the place in which it is
+printed."""
 import ast
 import json
 import os
@@ -19,15 +20,15 @@ from plaingpt import errors
 from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[1]
-PYTHON = shlex.quote(sys.executable)  # as messages have it: here no virtual environment is on the PATH
+PYTHON = shlex.quote(sys.executable)  # as messages name it: no virtual environment is on the PATH here
 TRAIN = ['--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2',
          '--max_iters=2', '--gradient_accumulation_steps=1', '--eval_iters=1', '--sample_tokens=3']  # a short run
 SAMPLE = ['--device=cpu', '--num_samples=1', '--max_new_tokens=3']
-TEXT = "it's mine.txt"
+TEXT = "it's mytext.txt"
 
 
 class Place:
-    """A folder in which a user stands, and a clone, which may be another one."""
+    """A folder in which a user types, and a clone, which may be in another one."""
 
     def __init__(self, clone: Path, folder: Path, text: str, launcher: Sequence[str] = ()) -> None:
         self.clone, self.folder, self.launcher = clone, folder, launcher
@@ -35,9 +36,9 @@ class Place:
         (folder / TEXT).write_text(text, encoding='utf-8')
 
     def follow(self, command: str, *more: str, code: int = 0) -> str:
-        """What a command prints in a shell, with more settings at its end, if it ends with this code."""
-        ours = str(Path(sys.executable).parent)
-        path = os.pathsep.join(folder for folder in os.environ['PATH'].split(os.pathsep) if folder != ours)
+        """Return what a command prints in a shell, with more settings at its end, if it exits with this code."""
+        own_bin = str(Path(sys.executable).parent)
+        path = os.pathsep.join(folder for folder in os.environ['PATH'].split(os.pathsep) if folder != own_bin)
         line = f'{command} {shlex.join(more)}'
         result = subprocess.run([*self.launcher, 'sh', '-c', f'cd {shlex.quote(str(self.folder))} && {line}'],
                                 stdin=subprocess.DEVNULL, timeout=PATIENT, env={**os.environ, 'PATH': path},
@@ -47,18 +48,18 @@ class Place:
         return result.stdout + result.stderr
 
     def run(self, script: str, *arguments: str, code: int = 0) -> list[str]:
-        """The commands that a script prints."""
+        """Return the commands that a script prints."""
         return commands_in(self.follow(shlex.join([sys.executable, str(self.clone / script), *arguments]), code=code))
 
 
 def commands_in(text: str) -> list[str]:
-    """Each ends its line."""
+    """Return the commands in a text; each ends its line."""
     return re.findall(rf'(?:\(cd .*? && )?{re.escape(PYTHON)} .*', text)
 
 
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In a folder whose name a shell would take apart."""
+    """Copy a clone into a folder whose name a shell would take apart."""
     folder = tmp_path_factory.mktemp('next') / "my clone's copy"
     for pattern in ('*.py', 'plaingpt/**/*.py', 'plaingpt/**/*.html', 'config/*.py', 'data/*/prepare.py'):
         for file in ROOT.glob(pattern):
@@ -96,7 +97,7 @@ def test_a_run_without_a_checkpoint_names_no_command_that_samples_it(elsewhere: 
 
 
 @pytest.mark.slow
-def test_what_a_message_says_to_run_repairs_what_is_wrong(elsewhere: Place) -> None:
+def test_a_command_that_a_message_names_repairs_the_fault(elsewhere: Place) -> None:
     [settings] = elsewhere.run('train.py', '--xyz=1', code=errors.COMMAND)
     assert "\nout_dir: str = 'out'" in elsewhere.follow(settings)
     wrong = shlex.join([sys.executable, str(elsewhere.clone / 'train.py'), 'config/train_stdlbi.py'])
@@ -121,7 +122,8 @@ def test_what_a_message_says_to_run_repairs_what_is_wrong(elsewhere: Place) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize('to_dir', ['', "it's there"])
 def test_a_corpus_is_made_anew_by_the_command_that_a_message_names(to_dir: str, place: Place, tmp_path: Path) -> None:
-    """From the folder where it was made, and from another, in which the relative path of the text means nothing."""
+    """The command works in the folder in which the corpus was made, and in another, in which the relative path of the
+    text means nothing."""
     given = [f'--input={TEXT}', '--tokenizer=byte', f'--to_dir={to_dir}'] + ['--name=again'] * (not to_dir)
     place.run('data/text/prepare.py', *given)
     corpus = place.folder / to_dir if to_dir else place.clone / 'data/again'
@@ -137,7 +139,7 @@ def test_a_corpus_is_made_anew_by_the_command_that_a_message_names(to_dir: str, 
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What the files of a corpus hold, but for the command that has made them."""
+    """Return what the files of a corpus hold, except for the command that has made them."""
     found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != 'prepare.py'}
     meta = json.loads(found['meta.json'])
     return found | {'meta.json': {name: value for name, value in meta.items() if not name.startswith('created')}}
@@ -145,7 +147,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_shards_are_made_anew_and_gone_on_with_by_the_command_that_a_message_names(elsewhere: Place) -> None:
+def test_shards_are_made_anew_and_resumed_by_the_command_that_a_message_names(elsewhere: Place) -> None:
     folder = elsewhere.folder / 'the shards'
     given = [f'--input={TEXT}', f'--to_dir={folder.name}', '--tokenizer=byte', '--shard_size=9999']
     train, *_ = elsewhere.run('data/fineweb_edu/prepare.py', *given)
@@ -167,7 +169,7 @@ def test_shards_are_made_anew_and_gone_on_with_by_the_command_that_a_message_nam
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_what_a_message_says_to_run_takes_the_weights_of_others(elsewhere: Place) -> None:
+def test_a_command_that_a_message_names_takes_the_weights_of_others(elsewhere: Place) -> None:
     weights = GPT(GPTConfig(16, 50304, 1, 1, 64)).state_dict()
     torch.save(weights, elsewhere.folder / 'their weights.pt')
     [convert] = elsewhere.run('sample.py', '--init_from=their weights.pt', code=errors.CHECKPOINT)
@@ -194,20 +196,20 @@ def test_every_prepare_script_names_a_training_on_what_it_has_made(elsewhere: Pl
         for command in (train, *(other for other in others if 'torch.distributed.run' in other)):
             said = elsewhere.follow(command.replace('--nproc_per_node=gpu', '--nproc_per_node=2'), '--plan=True')
             assert ' tokens to train on, ' in said
-    train, *_ = elsewhere.run('data/shakespeare/prepare.py', play, '--tokenizer=byte')  # which no GPT-2 has learned
+    train, *_ = elsewhere.run('data/shakespeare/prepare.py', play, '--tokenizer=byte')  # no GPT-2 knows these tokens
     assert ' tokens to train on, ' in elsewhere.follow(train, '--plan=True') and 'finetune' not in train
 
 
 @pytest.fixture(params=['a mount', 'permissions'])
 def read_only(request: pytest.FixtureRequest, clone: Path, tmp_path: Path, tiny_text: str) -> Iterator[Place]:
-    """A clone that nobody may write to, and a user who stands in it."""
+    """Yield a clone that the user may not write to, and the user's place in it."""
     copy = tmp_path / 'fixed clone'
     shutil.copytree(clone, copy, ignore=shutil.ignore_patterns('*.bin', '*.npz', 'meta.json', 'out*', '__pycache__'))
     where = shlex.quote(str(copy))
     mount = f'mount --bind {where} {where} && mount -o remount,bind,ro {where} && exec "$@"'
     launcher = ['unshare', '-m' if os.geteuid() == 0 else '-rm', 'sh', '-c', mount, 'sh']
     user = Place(copy, copy, tiny_text, launcher)
-    if request.param == 'permissions':  # which root may ignore, unless it gives up that capability
+    if request.param == 'permissions':  # root may ignore them, unless it gives up that capability
         for path in (copy, *copy.rglob('*')):
             path.chmod(path.stat().st_mode & ~0o222)
         user.launcher = ['setpriv', '--bounding-set=-dac_override', '--inh-caps=-dac_override'] * (os.geteuid() == 0)
@@ -235,15 +237,15 @@ def test_a_clone_that_cannot_be_written_to_prepares_trains_and_samples_elsewhere
     read_only.follow(sample, *SAMPLE)
     assert {'out-stdlib', 'stdlib'} <= {path.name for path in (tmp_path / 'for all').iterdir()}
 
-    folder = tmp_path / 'my corpora' / 'of mine'
+    folder = tmp_path / 'my corpora' / 'of mytext'
     train, sample = read_only.run('data/text/prepare.py', f'--input={TEXT}', '--tokenizer=char', f'--to_dir={folder}')
     read_only.follow(train, *TRAIN)
     read_only.follow(sample, *SAMPLE)
-    assert sorted(path.name for path in folder.parent.iterdir()) == ['of mine', 'out-of mine']
+    assert sorted(path.name for path in folder.parent.iterdir()) == ['of mytext', 'out-of mytext']
     assert sorted(read_only.clone.rglob('*')) == before
 
 
-def test_a_command_is_quoted_and_found_from_where_its_reader_stands(
+def test_a_command_is_quoted_and_found_from_its_readers_folder(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = "a b'c\"d$e`f;g&h|i*j?k[l]m(n)o#p!q~r\\s"
     monkeypatch.chdir(ROOT)
@@ -270,7 +272,7 @@ def test_a_command_is_quoted_and_found_from_where_its_reader_stands(
 def test_the_python_that_is_named_is_the_one_that_runs(
         path: list[str], python: str, folder: str, expected: str, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a virtual environment, `my bin`, is a link to one of the system, which has not its packages."""
+    """The python of a virtual environment, `my bin`, is a link to one of the system, which lacks its packages."""
     for place in ('my bin', 'of the system', 'another'):
         (tmp_path / place).mkdir()
         for name in ('python', 'python3'):
@@ -289,7 +291,7 @@ COMMAND = re.compile(r'\b(train|sample|evaluate|export|prepare)\.py [-c]|\bpytho
 
 
 def test_no_message_spells_out_a_command_itself() -> None:
-    """errors.command does: from any folder, and with quotes. Docstrings are no messages."""
+    """errors.command spells it out: from any folder, and with quotes. Docstrings are no messages."""
     found = set()
     for path in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('data/*/prepare.py')):
         tree = ast.parse(path.read_text(encoding='utf-8'))

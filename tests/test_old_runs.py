@@ -1,4 +1,5 @@
-"""Runs of earlier versions load, evaluate, write text and go on. data/run_0.1.0/README.md says what that run left."""
+"""Runs of earlier versions load, evaluate, write text and resume. data/run_0.1.0/README.md describes the files of that
+run."""
 import json
 import shutil
 from pathlib import Path
@@ -36,12 +37,12 @@ def go_on(run: Path, *changes: str) -> Rows:
     train.main([f'--dataset={OLD}/corpus', f'--out_dir={run}', *COMMAND, '--init_from=resume', *changes])
     assert checkpoint.load(run / 'ckpt.pt')['iter_num'] == 1000
     before, rows = ([row for row in rows_of(folder) if row['step'] < 980] for folder in (OLD, run))
-    assert rows == before, 'what it had written stays'
+    assert rows == before, 'the old rows stay'
     return rows_of(run)[len(before):]
 
 
 def to_float64(tree: Any) -> Any:
-    """A checkpoint with float64 in place of float32."""
+    """Return a checkpoint with float64 in place of float32."""
     if isinstance(tree, torch.Tensor):
         return tree.double()
     if isinstance(tree, dict):
@@ -50,14 +51,15 @@ def to_float64(tree: Any) -> Any:
 
 
 def dropped() -> list[int]:
-    """What dropout drops first: on another platform, or in another version of torch, it may be something else."""
+    """Return what dropout drops first: on another platform, or in another version of torch, it may be something
+    else."""
     torch.manual_seed(0)
     return torch.nn.functional.dropout(torch.ones(64), 0.1).eq(0).nonzero().flatten().tolist()
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A copy of the old run."""
+    """Return a copy of the old run."""
     return Path(shutil.copytree(OLD, tmp_path / 'run'))
 
 
@@ -66,7 +68,7 @@ def test_an_old_checkpoint_holds_what_it_held(run: Path) -> None:
     assert (state['iter_num'], state['best']['loss']) == (980, [row['val_loss'], 980])
     assert (state['config']['learning_rate'], state['config']['dropout'], state['tokenizer']['name']) == (
         0.02, 0.1, 'char')
-    assert (state['windows'], state['windows_before'], state['tokens']) == (980 * 8, 0, 980 * 128), 'as it would count'
+    assert (state['windows'], state['windows_before'], state['tokens']) == (980 * 8, 0, 980 * 128), 'as it counted then'
     assert all(moments['step'] == 980 for moments in state['optimizer']['state'].values())
     evaluate.main([f'--out_dir={run}', f'--dataset={OLD}/corpus', '--eval_iters=4', '--batch_size=3', '--device=cpu'])
     measured, = json.loads((run / 'evaluation.json').read_text(encoding='utf-8'))['measured']
@@ -74,19 +76,19 @@ def test_an_old_checkpoint_holds_what_it_held(run: Path) -> None:
         assert measured['val'][name] == pytest.approx(row[f'val_{name}'], abs=1e-5)
 
 
-def test_an_old_run_goes_on_as_its_user_would_have_it(run: Path) -> None:
+def test_an_old_run_resumes_as_its_user_would_expect(run: Path) -> None:
     rows, expected = go_on(run), rows_of(OLD)[-3:]
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
     assert [row['step'] for row in rows] == [980, 999, 1000]
     assert rows[0]['val_loss'] == pytest.approx(expected[0]['val_loss'], abs=1e-5)
     if dropped() == EXPECTED['dropped']:  # the loss of the first step: in float32, the updates after it may differ
         assert rows[0]['loss'] == pytest.approx(expected[0]['loss'], abs=1e-5)
-    assert rows[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], abs=0.1), 'about where it ended then'
+    assert rows[-1]['val_loss'] == pytest.approx(expected[-1]['val_loss'], abs=0.1), 'about where the old run ended'
 
 
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('dropout', [0.0, 0.1])
-def test_an_old_run_goes_on_to_the_same_losses_in_float64(run: Path, dropout: float) -> None:
+def test_an_old_run_resumes_to_the_same_losses_in_float64(run: Path, dropout: float) -> None:
     if dropout and dropped() != EXPECTED['dropped']:
         pytest.skip('here, dropout drops something else')
     torch.save(to_float64(checkpoint.load(run / 'ckpt.pt')), run / 'ckpt.pt')

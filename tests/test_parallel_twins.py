@@ -29,7 +29,7 @@ STRATEGIES: tuple[Literal['ddp', 'zero1', 'fsdp'], ...] = ('ddp', 'zero1', 'fsdp
 
 
 def batch(n_windows: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, each (N, T)."""
+    """Return inputs and targets, each (N, T)."""
     tokens = torch.randint(SHAPE.vocab_size, (n_windows, 17), generator=torch.Generator().manual_seed(2))
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -40,7 +40,7 @@ def whole_gradient(model: GPT, x: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def names(gradients: list[Tensor]) -> dict[int, Tensor]:
-    assert all(g.any() for g in gradients), 'each weight takes part'
+    assert all(g.any() for g in gradients), 'each weight has a part in the loss'
     return dict(enumerate(gradients))
 
 
@@ -63,7 +63,7 @@ def test_a_ring_gives_each_machine_the_sum(n: int, shape: tuple[int, ...]) -> No
     pieces = plain.reduce_scatter(parts)
     assert [piece.numel() for piece in pieces] == [piece.numel() for piece in total.flatten().tensor_split(n)]
     torch.testing.assert_close(torch.cat(pieces), total.flatten())
-    assert all(torch.equal(a, b) for a, b in zip(parts, kept, strict=True)), 'what machines held is as it was'
+    assert all(torch.equal(a, b) for a, b in zip(parts, kept, strict=True)), 'the inputs of the machines are unchanged'
 
 
 @pytest.mark.usefixtures('float64')
@@ -78,7 +78,7 @@ def test_data_parallel_machines_all_get_the_gradient_of_the_whole_batch(n: int) 
 
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('n', [1, 2, 3])
-def test_fsdp_machines_get_their_pieces_of_it_from_pieces_of_the_weights(n: int) -> None:
+def test_fsdp_machines_get_pieces_of_that_gradient_from_pieces_of_the_weights(n: int) -> None:
     model, (x, y) = GPT(SHAPE), batch(7)
     expected = whole_gradient(model, x, y)
     pieces = [[p.detach().flatten().tensor_split(n)[machine].clone() for p in model.parameters()]

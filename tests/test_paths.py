@@ -14,7 +14,7 @@ from plaingpt.corpus.folder import data_folder, files_of
 from plaingpt.errors import UserError
 from plaingpt.paths import is_url, matching
 
-ODD = ('a[1]', '[ab]', 'a*', 'a?', 'a::b', "it's", 'a b', '[', '{a}', 'a%20b', '#a', 'a:b')  # names of anything
+ODD = ('a[1]', '[ab]', 'a*', 'a?', 'a::b', "it's", 'a b', '[', '{a}', 'a%20b', '#a', 'a:b')  # valid file names
 SMALL = ['--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--max_iters=1', '--eval_iters=1', '--device=cpu',
          '--batch_size=2', '--gradient_accumulation_steps=1', '--sample_interval=0']
 
@@ -30,21 +30,21 @@ def write(path: Path, content: str = 'x') -> Path:
     return path
 
 
-def test_urls_are_told_from_paths() -> None:
+def test_urls_are_distinguished_from_paths() -> None:
     assert [is_url(url) for url in ('s3://bucket/a', 'file:///a', 'memory://a', 'abfs://a@b/c')] == [True] * 4
     assert [is_url(path) for path in ('out', '/a//b', 'C:\\a', 'C:/a', './s3:/a', '', 'a b://c')] == [False] * 7
 
 
 @pytest.mark.parametrize('name', ODD)
-def test_what_is_there_under_a_name_is_no_glob(name: str, tmp_path: Path) -> None:
-    decoys = [write(Path(decoy)) for decoy in ('a1', 'a', 'b', 'ab', 'aa', 'a0b')]  # what the globs among them match
+def test_the_name_of_an_existing_file_is_no_glob(name: str, tmp_path: Path) -> None:
+    decoys = [write(Path(decoy)) for decoy in ('a1', 'a', 'b', 'ab', 'aa', 'a0b')]  # matched by the globs among them
     assert name not in map(str, decoys)
     assert all(path.name in map(str, decoys) for path in matching(Path(name)))
     write(Path(name, 'x.txt'))
     for path in (Path(name), tmp_path / name, Path(name, 'x.txt')):
         assert matching(path) == [path]
     for pattern in ('*', '[x].txt', '**/x.tx?', '*.txt'):
-        assert matching(Path(name, pattern)) == [Path(name, 'x.txt')], 'and in it, the rest is a glob as any other'
+        assert matching(Path(name, pattern)) == [Path(name, 'x.txt')], 'the rest of the path is a glob as usual'
         assert matching(tmp_path / name / pattern) == [tmp_path / name / 'x.txt']
 
 
@@ -59,7 +59,7 @@ def test_a_glob_goes_through_folders_of_any_name_and_gives_each_file_once() -> N
 
 @pytest.mark.parametrize('name', ODD)
 def test_texts_of_any_name_are_read_and_no_others(name: str, tmp_path: Path) -> None:
-    """A file, a row, what is packed, a folder, and what is in it."""
+    """The texts are a file, a row, a packed file, a folder, and a file in it."""
     for decoy in ('a1', 'a', 'b', 'ab', 'aa', 'a0b'):
         write(Path(f'{decoy}.txt'), 'wrong')
         write(Path(decoy, 'x.txt'), 'wrong')
@@ -79,7 +79,7 @@ def test_texts_of_any_name_are_read_and_no_others(name: str, tmp_path: Path) -> 
             assert texts(f'{folder}{path}') == ['in a folder'], path
 
 
-def test_a_path_that_looks_like_a_url_is_one_unless_it_is_there(tmp_path: Path) -> None:
+def test_a_path_that_looks_like_a_url_is_one_unless_it_exists(tmp_path: Path) -> None:
     write(Path('file:/a.txt'), 'here')
     assert documents.find_files('file://a.txt', tmp_path) == [f'{tmp_path}/file:/a.txt']
     write(tmp_path / 'b[1].txt', 'there')
@@ -98,7 +98,7 @@ def test_a_tilde_is_the_home_of_the_user_unless_a_folder_is_called_so(
 
 
 def corpora(tiny_dataset: Path, name: str) -> Path:
-    """A corpus of that name, and others, which are none, whose names it matches as a glob."""
+    """Copy a corpus to that name, and make other folders, which are no corpora, whose names it matches as a glob."""
     for decoy in ('my1data/train.bin', 'a/train.bin', 'data/my1data/x.txt', 'data/a/x.txt'):
         write(Path(decoy))
     return Path(shutil.copytree(tiny_dataset, name))

@@ -1,4 +1,4 @@
-"""From raw text to samples on a machine of one's own: what a newcomer types, all of it, on real text."""
+"""The path from raw text to samples on the user's own machine: all that a newcomer types, on real text."""
 import json
 import os
 import re
@@ -22,7 +22,7 @@ STATEMENT = re.compile(r'\s*(def \w+\(.*|class \w+.*:|if \w.*:|for \w.* in .*:|w
 
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a fresh clone would hold, and the .venv that `make` has set up there."""
+    """Return a folder with the files of a fresh clone, and the .venv that `make` has set up there."""
     folder = tmp_path_factory.mktemp('clone')
     for pattern in ('*.py', 'plaingpt/**/*.py', 'plaingpt/**/*.html', 'requirements-core.txt', 'Makefile',
                     'config/*.py', 'data/*/prepare.py'):
@@ -32,20 +32,20 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', '.venv'], cwd=folder, check=True, timeout=PATIENT)
     packages = next((folder / '.venv/lib').glob('python*/site-packages'))
     (packages / 'borrowed.pth').write_text('\n'.join(site.getsitepackages()), encoding='utf-8')
-    (folder / '.venv/core').touch()  # later than its requirements: nothing to install
+    (folder / '.venv/core').touch()  # newer than the requirements: nothing to install
     return folder
 
 
 def terminal() -> dict[str, str]:
-    """The environment of a terminal that was just opened, in which nothing has been activated."""
-    ours = str(Path(sys.executable).parent)
-    path = os.pathsep.join(folder for folder in os.environ['PATH'].split(os.pathsep) if folder != ours)
+    """Return the environment of a terminal that was just opened, in which nothing has been activated."""
+    own_bin = str(Path(sys.executable).parent)
+    path = os.pathsep.join(folder for folder in os.environ['PATH'].split(os.pathsep) if folder != own_bin)
     outside = {name: value for name, value in os.environ.items() if not re.match('MAKE|MFLAGS|VIRTUAL_ENV', name)}
     return {**outside, 'PATH': path}
 
 
 def run(folder: Path, command: str) -> str:
-    """What a command prints, which must end well."""
+    """Return what a command prints; it must exit with code 0."""
     result = subprocess.run(['sh', '-c', command], cwd=folder, env=terminal(), stdin=subprocess.DEVNULL,
                             capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
     assert result.returncode == 0, f'{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}'
@@ -57,15 +57,16 @@ def rows_of(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def samples_of(run_folder: Path) -> dict[int, str]:
-    """The samples of a run, by step."""
+    """Return the samples of a run, by step."""
     text = (run_folder / 'samples.txt').read_text(encoding='utf-8')
     _, *parts = re.split(r'^=== step (\d+) ===\n', text, flags=re.MULTILINE)
     return {int(step): sample for step, sample in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def python_in(text: str) -> float:
-    """The part of a text's lines that look like statements: 0.6 in the standard library, 0.05 at most in tokens that
-    are drawn as often as they occur there. The first line, which continues a prompt, and empty ones do not count."""
+    """Return the share of a text's lines that look like statements: 0.6 in the standard library, 0.05 at most in tokens
+    that are drawn as often as they occur there. The first line, which continues a prompt, and empty ones do not
+    count."""
     lines = [line for line in text.splitlines()[1:] if line.strip()]
     return sum(STATEMENT.fullmatch(line) is not None for line in lines) / max(1, len(lines))
 
@@ -104,31 +105,31 @@ def test_make_train_trains_to_the_stated_loss_and_can_be_repeated(clone: Path) -
 
 
 @pytest.mark.slow
-def test_a_text_of_ones_own_is_prepared_trained_on_killed_resumed_and_sampled(clone: Path) -> None:
+def test_the_users_own_text_is_prepared_trained_on_killed_resumed_and_sampled(clone: Path) -> None:
     text = Path(sysconfig.get_paths()['stdlib'], '__future__.py').read_text(encoding='utf-8')
-    (clone / 'mine.txt').write_text(text, encoding='utf-8')
-    run(clone, '.venv/bin/python data/text/prepare.py --input=mine.txt --tokenizer=bpe:512 --name=mine')
+    (clone / 'book.txt').write_text(text, encoding='utf-8')
+    run(clone, '.venv/bin/python data/text/prepare.py --input=book.txt --tokenizer=bpe:512 --name=book')
 
-    command = ['.venv/bin/python', 'train.py', 'config/train_stdlib.py', '--dataset=mine', '--out_dir=out-mine',
+    command = ['.venv/bin/python', 'train.py', 'config/train_stdlib.py', '--dataset=book', '--out_dir=out-book',
                '--init_from=auto', '--max_iters=300', '--lr_decay_iters=300', '--warmup_iters=20', '--n_layer=2',
                '--eval_interval=100', '--eval_iters=2', '--log_interval=1', '--sample_interval=150']
-    metrics = clone / 'out-mine/metrics.jsonl'
+    metrics = clone / 'out-book/metrics.jsonl'
     with subprocess.Popen(command, cwd=clone, env=terminal(), stdout=subprocess.DEVNULL) as process:
-        # until it has saved step 100, and gone on
+        # until it has saved step 100, and continued
         wait_until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_bytes().count(b'\n') > 120))
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert json.loads((clone / 'out-mine/status.json').read_text(encoding='utf-8'))['state'] == 'running'
+    assert json.loads((clone / 'out-book/status.json').read_text(encoding='utf-8'))['state'] == 'running'
 
     output = run(clone, ' '.join(command))  # the same command again
     assert re.search(r'^resuming at step [12]00$', output, re.MULTILINE)
-    rows = rows_of(clone / 'out-mine')
+    rows = rows_of(clone / 'out-book')
     assert [row['step'] for row in rows] == list(range(301))
-    assert set(samples_of(clone / 'out-mine')) == {0, 150, 300}
+    assert set(samples_of(clone / 'out-book')) == {0, 150, 300}
 
     (clone / 'start.txt').write_text(' '.join(text.split()[:4]), encoding='utf-8')
-    sample = '.venv/bin/python sample.py --out_dir=out-mine --start=FILE:start.txt --num_samples=1 --temperature=0'
+    sample = '.venv/bin/python sample.py --out_dir=out-book --start=FILE:start.txt --num_samples=1 --temperature=0'
     written = run(clone, f'{sample} --max_new_tokens=80')
-    assert written.startswith(text[:100]), 'so short a text it knows by heart'
-    table = run(clone, '.venv/bin/python evaluate.py --out_dir=out-mine --split=train')
-    assert float(re.findall(r'^out-mine, step 300 +(\S+)', table, re.MULTILINE)[0]) < 0.5
+    assert written.startswith(text[:100]), 'the model overfits so short a text'
+    table = run(clone, '.venv/bin/python evaluate.py --out_dir=out-book --split=train')
+    assert float(re.findall(r'^out-book, step 300 +(\S+)', table, re.MULTILINE)[0]) < 0.5

@@ -1,4 +1,5 @@
-"""What a plan says is what a run does: counts and files of real models, bytes that a profiler counts, real corpora."""
+"""The plan of a run agrees with the run: counts and files of real models, bytes that a profiler counts, real
+corpora."""
 import json
 import re
 import shutil
@@ -33,7 +34,7 @@ SMALL = GPTConfig(32, 65, 2, 2, 32)
 
 
 def settings_of(*arguments: str) -> RunSettings:
-    """What train.py would give to its plan."""
+    """Return the settings that train.py would give to its plan."""
     _, given = configurator.configure(train, list(arguments))
     return configurator.pick(RunSettings, train, given=frozenset(given))
 
@@ -49,7 +50,7 @@ def modern(block_size: int, vocab_size: int, n_layer: int, n_head: int, n_embd: 
 
 
 def lines_of(*arguments: str, world_size: int = 1) -> list[str]:
-    """A plan, line by line."""
+    """Return a plan, line by line."""
     return '\n'.join(describe(settings_of(*arguments), train.parameter_groups, world_size)).splitlines()
 
 
@@ -91,8 +92,8 @@ def test_no_part_of_a_planned_model_takes_memory() -> None:
 
 
 def counted_peak(config: GPTConfig, batch_size: int, n_parts: int, recomputes: bool) -> int:
-    """The most bytes of tensors in a step of training, weights and moments included, as PyTorch's profiler counts what
-    is allocated and freed. An earlier step has made the moments."""
+    """Return the most bytes of tensors in a training step, weights and moments included, as PyTorch's profiler counts
+    what is allocated and freed. An earlier step has made the moments."""
     model = gpt_class(config)(config)
     model.transformer.recomputes = recomputes
     give(train)
@@ -118,29 +119,29 @@ def counted_peak(config: GPTConfig, batch_size: int, n_parts: int, recomputes: b
     for _, change in sorted(events):
         held += change
         most = max(most, held)
-    assert held == before and len(events) > 100, 'all is freed again'
+    assert held == before and len(events) > 100, 'the step frees all that it allocates'
     return most
 
 
 @pytest.mark.parametrize(('config', 'batch_size', 'n_parts', 'recomputes'), [
     (GPTConfig(16, 65, 2, 2, 16), 4, 2, False),  # tiny
-    (GPTConfig(64, 65, 4, 4, 128), 8, 1, False),  # few characters: the most is in the last block
+    (GPTConfig(64, 65, 4, 4, 128), 8, 1, False),  # few characters: the peak is in the last block
     (GPTConfig(64, 65, 4, 4, 128), 8, 3, False),
-    (GPTConfig(64, 20000, 2, 2, 64), 8, 1, False),  # a wide vocabulary: the most is at the loss
-    (GPTConfig(128, 20000, 2, 4, 128), 32, 1, False),  # wider still: the logits are there in parts
+    (GPTConfig(64, 20000, 2, 2, 64), 8, 1, False),  # a wide vocabulary: the peak is at the loss
+    (GPTConfig(128, 20000, 2, 4, 128), 32, 1, False),  # wider still: the logits are computed in parts
     (GPTConfig(128, 20000, 6, 4, 128), 32, 2, True),
     (GPTConfig(128, 30000, 1, 4, 64, tie_weights=False), 32, 1, False),
     (GPTConfig(128, 1000, 12, 4, 64), 4, 1, False),  # deep
     (GPTConfig(128, 1000, 12, 4, 64), 4, 1, True),
     (GPTConfig(128, 100, 6, 4, 128, bias=False), 4, 2, True),
-    (GPTConfig(16, 1000, 4, 4, 256), 1, 1, False),  # little text: the most is at the end, gradients and moments
+    (GPTConfig(16, 1000, 4, 4, 256), 1, 1, False),  # little text: the peak is at the end, gradients and moments
     (GPTConfig(16, 5000, 1, 4, 64), 1, 2, False),
     (GPTConfig(16, 5000, 1, 4, 64, tie_weights=False), 1, 2, False),
     (modern(64, 65, 4, 4, 128), 8, 3, False),
     (modern(64, 20000, 2, 2, 64), 8, 1, False),
     (modern(128, 20000, 2, 4, 128, shortcuts=False), 32, 1, False),
     (modern(128, 1000, 12, 4, 64), 4, 1, True),
-    (modern(16, 1000, 4, 4, 256), 1, 1, False),  # the most is in Muon's step
+    (modern(16, 1000, 4, 4, 256), 1, 1, False),  # the peak is in Muon's step
 ])
 def test_the_predicted_peak_is_what_a_profiler_counts(config: GPTConfig, batch_size: int, n_parts: int,
                                                       recomputes: bool) -> None:
@@ -151,7 +152,7 @@ def test_the_predicted_peak_is_what_a_profiler_counts(config: GPTConfig, batch_s
 
 
 def saved_bytes(config: GPTConfig, width: int) -> int:
-    """What autograd keeps of a forward pass, parameters apart, each storage once."""
+    """Return what autograd keeps of a forward pass, parameters excluded, each storage once."""
     model = gpt_class(config)(config)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -182,7 +183,7 @@ def test_what_the_forward_pass_keeps_is_what_autograd_saves(config: GPTConfig, w
 
 
 def test_ddp_and_fsdp_and_zero1_divide_as_readme_says() -> None:
-    model = GPT.on_meta(GPTConfig(64, 1024, 4, 4, 128))  # that of benchmarks/memory.py, which measured them
+    model = GPT.on_meta(GPTConfig(64, 1024, 4, 4, 128))  # the model of benchmarks/memory.py, which measured these bytes
     n = sizes.n_parameters(model)
     expected: dict[strategies.Strategy, list[float]] = {
         'ddp': [16.0, 16.0, 16.0], 'zero1': [16.0, 12.01, 10.04], 'fsdp': [16.0, 8.0, 4.0]}
@@ -202,7 +203,7 @@ TINY = ('--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_
 
 @pytest.fixture(scope='module')
 def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
-    """A run of three steps."""
+    """Return a run of three steps."""
     folder = tmp_path_factory.mktemp('planned') / 'run'
     train.main([*TINY, f'--dataset={tiny_dataset}', f'--out_dir={folder}'])
     return folder
@@ -243,15 +244,15 @@ def test_steps_tokens_and_epochs_are_those_that_the_run_prints(run_dir: Path, ti
     assert f'the run: {iterations} steps, {total:,} tokens, {float(epochs):.1f} epochs; ' in planned
 
 
-def test_max_epochs_ends_the_plan_only_where_the_corpus_is_known(tmp_path: Path) -> None:
+def test_max_epochs_ends_the_plan_only_if_the_corpus_is_known(tmp_path: Path) -> None:
     lines = lines_of(*TINY, f'--dataset={tmp_path}', '--max_epochs=1')
     assert any('holds no prepared corpus' in line for line in lines)
     assert any(line.startswith('the run: 3 steps, 768 tokens; ') for line in lines)
 
 
-def test_a_run_that_goes_on_and_gpt2s_weights_are_planned_without_a_download(run_dir: Path, tiny_dataset: Path) -> None:
+def test_a_resumed_run_and_gpt2s_weights_are_planned_without_a_download(run_dir: Path, tiny_dataset: Path) -> None:
     resumed = lines_of(f'--out_dir={run_dir}', '--init_from=resume', f'--dataset={tiny_dataset}', '--max_iters=9')
-    assert 'it goes on at step 3' in resumed
+    assert 'it continues at step 3' in resumed
     assert resumed[0].startswith(f'{sizes.n_parameters(GPT(checkpoint.config_of(checkpoint.load_newest(run_dir)))):,} ')
     assert lines_of('--init_from=gpt2-xl')[0].startswith('1,557,611,200 parameters: 48 layers of 25 heads, 1600 wide')
     cropped = lines_of('--init_from=gpt2', '--block_size=64')[0]
@@ -261,10 +262,10 @@ def test_a_run_that_goes_on_and_gpt2s_weights_are_planned_without_a_download(run
 
 
 def test_what_a_checkpoint_does_not_say_is_taken_from_the_settings(tmp_path: Path) -> None:
-    torch.save(GPT(SMALL).state_dict(), tmp_path / 'theirs.pt')
+    torch.save(GPT(SMALL).state_dict(), tmp_path / 'bare.pt')
     with pytest.raises(UserError, match='does not say n_head and gelu'):
-        lines_of(f'--init_from={tmp_path}/theirs.pt')
-    line = lines_of(f'--init_from={tmp_path}/theirs.pt', '--n_head=4', '--gelu=exact')[0]
+        lines_of(f'--init_from={tmp_path}/bare.pt')
+    line = lines_of(f'--init_from={tmp_path}/bare.pt', '--n_head=4', '--gelu=exact')[0]
     assert line.startswith(f'{sizes.n_parameters(GPT(SMALL)):,} parameters: 2 layers of 4 heads')
 
 
@@ -285,7 +286,7 @@ def test_several_processes_share_the_micro_batches_of_a_step() -> None:
 # Hours
 
 
-def test_hours_are_tokens_times_operations_over_what_a_card_does() -> None:
+def test_hours_are_tokens_times_operations_over_the_speed_of_a_card() -> None:
     """GPT-2 on 8 A100 is known to take about four days: 600,000 steps of 491,520 tokens."""
     def hours(*arguments: str) -> list[float]:
         row = next(line for line in lines_of(*arguments) if line.startswith('  A100 '))
@@ -300,11 +301,11 @@ def test_hours_are_tokens_times_operations_over_what_a_card_does() -> None:
 
 @pytest.mark.parametrize(('seconds', 'text'), [(1, '< 1 min'), (60, '1 min'), (3599, '60 min'), (3600, '1.0 h'),
                                                (359_900, '100.0 h'), (7_200_000, '2,000 h')])
-def test_a_time_is_told_as_exactly_as_it_is_known(seconds: float, text: str) -> None:
+def test_a_time_is_shown_as_exactly_as_it_is_known(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_a_card_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:
+def test_a_card_that_is_too_small_is_reported(tmp_path: Path) -> None:
     row = next(line for line in lines_of('--init_from=gpt2-xl') if line.startswith('  RTX 4090'))
     assert row.split('  ')[-1] == 'too small'
     row = next(line for line in lines_of('--init_from=gpt2-xl', '--batch_size=1', '--strategy=fsdp',
@@ -318,7 +319,7 @@ def test_a_card_that_is_too_small_is_said_to_be(tmp_path: Path) -> None:
 
 @pytest.fixture
 def openwebtext(tmp_path: Path) -> Path:
-    """A corpus of the length of OpenWebText: files with a hole in place of 18 GB."""
+    """Make a corpus of the length of OpenWebText: files with a hole in place of 18 GB."""
     for split, count in (('train', 9_035_582_198), ('val', 4_434_897)):
         with open(tmp_path / f'{split}.bin', 'wb') as file:
             file.truncate(2 * count)
@@ -352,7 +353,7 @@ def test_shards_are_one_corpus(tmp_path: Path) -> None:
     ('--n_embd=768 --n_head=12 --n_layer=16', '256 tokens are a small step for 1'),
     ('--max_iters=100000 --lr_decay_iters=100000', 'epochs of this corpus'),
 ])
-def test_what_somebody_may_not_have_meant_is_said(arguments: str, words: str, tiny_dataset: Path) -> None:
+def test_settings_that_a_user_may_not_have_meant_are_reported(arguments: str, words: str, tiny_dataset: Path) -> None:
     assert warnings_of(*TINY, f'--dataset={tiny_dataset}') == ''
     assert words in warnings_of(*TINY, f'--dataset={tiny_dataset}', *arguments.split())
 
@@ -364,7 +365,8 @@ def test_what_somebody_may_not_have_meant_is_said(arguments: str, words: str, ti
 @pytest.mark.slow
 def test_a_plan_reads_no_token_writes_nothing_and_is_printed_once(
         run_script: Callable[..., CompletedProcess[str]], tiny_dataset: Path, tmp_path: Path) -> None:
-    """In a process of its own, alone and as the second of two, without the others; whatever stands in the corpus."""
+    """The command runs in a process of its own, alone and as the second of two, without the others; the contents of the
+    corpus do not matter."""
     meta: dict[str, Any] = json.loads((tiny_dataset / 'meta.json').read_text(encoding='utf-8'))
     arguments = ('train.py', *TINY, f'--dataset={tiny_dataset}', f'--out_dir={tmp_path / "out"}', '--plan=True')
     alone = run_script(*arguments, cwd=tmp_path)

@@ -1,5 +1,5 @@
-"""What holds for every text on its way from files to tokens and back. hypothesis looks for one that is lost, doubled or
-changed, above all among those that go wrong most easily. Its examples are the same each time.
+"""Properties of every text on its way from files to tokens and back. hypothesis looks for a text that is lost, doubled
+or changed, above all among those that fail most easily. Its examples are the same each time.
 """
 import gzip
 import importlib
@@ -35,7 +35,7 @@ SPECS = ['byte', 'char', 'bpe:300', 'gpt2']
 END = '<|endoftext|>'
 EXAMPLES = settings(max_examples=30, deadline=None, derandomize=True, database=None,
                     suppress_health_check=[HealthCheck.function_scoped_fixture])  # all examples may share a vocabulary
-FEW = settings(EXAMPLES, max_examples=10, phases=[Phase.generate])  # each takes long: those that fail stay as they are
+FEW = settings(EXAMPLES, max_examples=10, phases=[Phase.generate])  # each takes long: failing examples are not shrunk
 
 # ------------------------------------------------------------------------------------------------
 # Texts, and files that hold them
@@ -44,12 +44,12 @@ PIECES = [
     'a', 'word', ' word', 'Word', "'s", "'S", "n't", "'\u017f", '1', '1234', '.', '---', '"', '\\n', '{"text": 1}',
     ' ', '  ', '\t', '\xa0', '\u2003', '\u3000', '\u200b', ' \n ',  # spaces, and what looks like one
     '\n', '\n\n', '\r', '\r\n', '\v', '\f', '\x1c', '\x1f', '\x85', '\u2028', '\u2029',  # ends of lines, for some
-    '\0', '\x7f', '\xad', '\u200d', '\ufeff', '\ufffd', '\ufffe', '\ue000', '\U0010ffff',  # nothing to see
+    '\0', '\x7f', '\xad', '\u200d', '\ufeff', '\ufffd', '\ufffe', '\ue000', '\U0010ffff',  # invisible characters
     '\xe9', 'e\u0301', '\u0301', '\u0345', '\u01c6', '\u0130', '½', '²', 'Ⅷ', '日本', 'हिन्दी', 'العربية', 'ไทย', '한국',
     '🙂', '👩\u200d👩\u200d👧', '🇩🇪', '☀\ufe0f', '👍🏽',
     END, END[:-1], END[5:], '<|fim_prefix|>',
 ]
-pieces = st.sampled_from(PIECES) | st.sampled_from([' ', '\r\n', 'word', END])  # the likeliest to go wrong, more often
+pieces = st.sampled_from(PIECES) | st.sampled_from([' ', '\r\n', 'word', END])  # the likeliest to fail, more often
 runs = st.builds(str.__mul__, pieces, st.sampled_from([2, 3, 10, 200]))
 parts = pieces | runs | st.text(max_size=4)
 few, many = st.lists(parts, min_size=1, max_size=3), st.lists(parts, min_size=8, max_size=24)
@@ -61,20 +61,20 @@ fractions = st.floats(0.001, 0.999)
 
 @st.composite
 def long_texts(draw: st.DrawFn) -> str:
-    """Draw some hundred thousand characters, more than are tokenised at once: texts, each of them many times in a row,
-    and often with a space before a word, where a long text may be cut."""
+    """Draw some hundred thousand characters, more than are tokenised at once: texts, each repeated many times, and
+    often with a space before a word, at which a long text may be cut."""
     unit = st.builds(str.__add__, some_text, st.sampled_from([' word', ' 1', '']))
     units = draw(st.lists(st.tuples(unit, st.sampled_from([1000, 150_000, 160_000])), min_size=3, max_size=4))
     return ''.join(text * (size // len(text) + 1) for text, size in units)
 
 
 class File(NamedTuple):
-    """How some documents are kept."""
+    """A file that holds some documents."""
 
     suffix: str
     documents: list[str]
     is_plain: bool  # without a byte order mark, blank lines, escapes, or rows in several groups
-    padding: int = 0  # characters beside each document; with many of them a .jsonl file is read in several pieces
+    padding: int = 0  # characters in another column; with many of them a .jsonl file is read in several pieces
 
     def write(self, folder: Path, number: int) -> None:
         kind = self.suffix.removesuffix('.gz')
@@ -119,7 +119,7 @@ def vocabulary_of(spec: str, documents: tuple[str, ...]) -> tokenizer.Tokenizer:
 
 
 class Corpus(NamedTuple):
-    """What prepare.py has made: the ids of each document in either split, without the end."""
+    """A corpus as prepare.py makes it: the ids of each document in either split, without the end."""
 
     train: list[list[int]]
     val: list[list[int]]
@@ -135,7 +135,7 @@ class Corpus(NamedTuple):
 
 @pytest.fixture(scope='module', autouse=True)
 def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Have corpora written elsewhere than in data/; they are hundreds, and none waits until the disk has it."""
+    """Have corpora written to another folder than data/; there are hundreds, so none waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('os.fsync', lambda _: None)
         patch.setattr(corpora, 'CORPORA', tmp_path_factory.mktemp('data'))
@@ -156,7 +156,7 @@ def read(folder: Path) -> Corpus:
     meta = read_meta(folder)
     vocabulary, splits = tokenizer.from_state(meta['tokenizer']), []
     for split in ('train', 'val'):
-        if meta['splits'][split]['tokens'] == 1:  # too few for a window
+        if meta['splits'][split]['tokens'] == 1:  # too few tokens for a window
             ids = np.fromfile(folder / f'{split}.bin', dtype=meta['dtype'])
         else:
             file = open_split(folder, split, 1, vocabulary.n_vocab)
@@ -166,7 +166,7 @@ def read(folder: Path) -> Corpus:
 
 
 def parted(ids: list[int], end: int | None) -> list[list[int]]:
-    """Return the ids of each document, all of which have an end, or of the only one, which has none."""
+    """Return the ids of each document: all of them have an end, or the only one has none."""
     if end not in ids:
         return [ids]
     assert ids[-1] == end, 'the last document has its end'
@@ -188,7 +188,7 @@ def parted(ids: list[int], end: int | None) -> list[list[int]]:
 @given(some=st.lists(files(), min_size=1, max_size=4), spec=st.sampled_from(SPECS))
 def test_every_document_comes_back_once(some: list[File], spec: str) -> None:
     documents = texts_of(some)
-    assume(len(documents) > 1)  # of a single one, see below
+    assume(len(documents) > 1)  # a single one has a test of its own below
     corpus = read(prepared(some, f'--tokenizer={spec}', '--val_fraction=0.3'))
     assert Counter(chain(*corpus.texts)) == Counter(documents)
     for split, found in zip(('train', 'val'), corpus.texts, strict=True):
@@ -199,7 +199,7 @@ def test_every_document_comes_back_once(some: list[File], spec: str) -> None:
 @EXAMPLES
 @given(documents=st.lists(halves, min_size=2, max_size=5))
 def test_half_a_character_in_json_becomes_a_replacement(documents: list[str]) -> None:
-    """Two halves that meet are a whole one, as JSON writes it."""
+    """Two halves that meet form a whole character, as JSON writes it."""
     whole = [json.loads(json.dumps(text)) for text in documents]
     corpus = read(prepared([File('.jsonl', documents, False)], '--tokenizer=byte'))
     assert Counter(chain(*corpus.texts)) == Counter(re.sub('[\ud800-\udfff]', '\ufffd', text) for text in whole)
@@ -212,7 +212,7 @@ def test_a_single_document_is_cut_in_two(file: File, spec: str, fraction: float)
     text, = file.documents
     command = (f'--tokenizer={spec}', f'--val_fraction={fraction}')
     if min(fraction, 1 - fraction) * len(text) < 1:
-        assume(not is_refused([file], *command))  # one part may be empty
+        assume(not is_refused([file], *command))  # one part would be empty
     corpus = read(prepared([file], *command))
     assert ''.join(chain(*corpus.texts)) == text
     assert len(corpus.texts[1][0]) == pytest.approx(fraction * len(text), abs=1)
@@ -230,7 +230,7 @@ def test_every_document_is_in_one_split_whatever_the_fraction_and_the_seed(n: in
     train, val = corpus.texts
     assert sorted(map(int, [*train, *val])) == list(range(n))
     assert len(val) == math.ceil(fraction * n)
-    assert train == sorted(train, key=int), 'they stay in their order'
+    assert train == sorted(train, key=int), 'documents stay in their order'
     assert read(prepared(some, *command)).texts == corpus.texts, 'drawn again in the same way'
 
 
@@ -301,7 +301,7 @@ def test_ids_are_tiktokens_own(documents: list[str], file: File, encoding: tikto
 @FEW
 @given(document=long_texts(), file=files())
 def test_ids_of_long_documents_are_tiktokens_own(document: str, file: File, encoding: tiktoken.Encoding) -> None:
-    """It is one of several at first, and then the only one, which is cut in two."""
+    """The document is one of several at first, and then the only one, which is cut in two."""
     some = [File('.jsonl', [document, 'Another one.'], False), file]
     corpus = read(prepared(some, f'--tokenizer={encoding.name}'))
     ids = {text: tuple(encoding.encode_ordinary(text)) for text in {*texts_of(some)}}
@@ -314,7 +314,7 @@ def test_ids_of_long_documents_are_tiktokens_own(document: str, file: File, enco
 
 @settings(EXAMPLES, max_examples=100)
 @given(prompt=texts)
-def test_a_prompt_has_tiktokens_ids_and_ends_where_it_says_so(prompt: str, encoding: tiktoken.Encoding) -> None:
+def test_a_prompt_has_tiktokens_ids_with_each_end_of_text_as_one_id(prompt: str, encoding: tiktoken.Encoding) -> None:
     vocabulary = tokenizer.load_tiktoken(encoding.name)
     ids = vocabulary.encode_prompt(prompt)
     assert ids == encoding.encode(prompt, allowed_special={END}, disallowed_special=())

@@ -1,4 +1,4 @@
-"""sample.py as its users meet it: what it writes, what it says when it cannot, and when it writes it."""
+"""The script sample.py as its users meet it: the text that it writes, its errors, and the moment at which it writes."""
 import io
 import json
 import os
@@ -29,7 +29,7 @@ from tests.waiting import PATIENT
 ROOT = Path(__file__).parents[1]
 BLOCK = 32
 RULE = '-' * 15
-ENDLESS = '--max_new_tokens=1000000000'  # a process that is alive can only have been interrupted
+ENDLESS = '--max_new_tokens=1000000000'  # only an interrupt can end such a process
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Write = Callable[..., list[str]]
@@ -37,7 +37,7 @@ Write = Callable[..., list[str]]
 
 @pytest.fixture(scope='module')
 def trained(tiny_dataset: Path, run_script: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short real run on characters. Its corpus is gone: the checkpoint has to be enough."""
+    """Return the folder of a short real run on characters. Its corpus is gone: the checkpoint has to be enough."""
     folder = tmp_path_factory.mktemp('trained')
     shutil.copytree(tiny_dataset, folder / 'corpus')
     result = run_script('train.py', f'--dataset={folder / "corpus"}', '--n_layer=2', '--n_head=2', '--n_embd=32',
@@ -51,7 +51,8 @@ def trained(tiny_dataset: Path, run_script: Run, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def write(capsys: pytest.CaptureFixture[str]) -> Write:
-    """The samples that `python sample.py arguments...` prints: all that stands between the lines of dashes."""
+    """Return a function that returns the samples of `python sample.py arguments...`: all text between the lines of
+    dashes."""
 
     def write(*arguments: str) -> list[str]:
         capsys.readouterr()
@@ -64,7 +65,8 @@ def write(capsys: pytest.CaptureFixture[str]) -> Write:
 
 
 def saved(path: Path, favourites: dict[int, float], vocab_size: int, **others: Any) -> Path:
-    """A checkpoint with nanoGPT's keys, and `others`, of a model that finds tokens as likely as `favourites` says."""
+    """Save a checkpoint with nanoGPT's keys, and `others`, of a model that finds tokens as likely as `favourites`
+    says."""
     model = GPT(GPTConfig(block_size=BLOCK, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=8))
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
@@ -83,7 +85,7 @@ def bytes_of(text: str) -> dict[int, float]:
 
 
 def hugging_face(folder: Path, vocab_size: int) -> Any:
-    """Random weights in the shape of GPT-2, as transformers leaves them in `folder`."""
+    """Save random weights in the shape of GPT-2, as transformers leaves them in `folder`; return the model."""
     transformers = pytest.importorskip('transformers')
     config = transformers.GPT2Config(vocab_size=vocab_size, n_positions=BLOCK, n_embd=16, n_layer=2, n_head=2,
                                      initializer_range=0.3, bos_token_id=None, eos_token_id=None)
@@ -93,7 +95,7 @@ def hugging_face(folder: Path, vocab_size: int) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------
-# What it writes
+# Samples
 
 
 def test_the_samples_are_what_the_model_generates_from_the_prompt(trained: Path, write: Write) -> None:
@@ -113,7 +115,7 @@ def test_the_samples_are_what_the_model_generates_from_the_prompt(trained: Path,
 def test_the_same_seed_gives_the_same_texts_and_another_seed_gives_others(trained: Path, write: Write) -> None:
     arguments = (f'--out_dir={trained}', '--num_samples=5', '--batch_size=2', '--max_new_tokens=60')
     samples = write(*arguments, '--seed=1')
-    assert len(set(samples)) == 5, 'the samples of one run differ, those of different batches too'
+    assert len(set(samples)) == 5, 'the samples of one run differ, within a batch and between batches'
     assert write(*arguments, '--seed=1') == samples
     assert write(f'--out_dir={trained}', '--num_samples=3', '--max_new_tokens=60', '--seed=1') == samples[:3]
     assert not set(write(*arguments, '--seed=2')) & set(samples)
@@ -175,11 +177,11 @@ def test_a_prompt_comes_from_a_file_and_may_be_longer_than_the_block(
 
 def test_gpt2_weights_from_a_folder_continue_a_text_as_transformers_does(
         gpt2_stand_in: tiktoken.Encoding, write: Write, tmp_path: Path) -> None:
-    theirs = hugging_face(tmp_path, 50257)
+    reference = hugging_face(tmp_path, 50257)
     gpt2 = tokenizer.Tiktoken(gpt2_stand_in)
     prompt = '<|endoftext|>Hello, I am'
     ids = torch.tensor([[50256, *gpt2.encode('Hello, I am')]])
-    expected = gpt2.decode(theirs.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0)[0].tolist())
+    expected = gpt2.decode(reference.generate(ids, do_sample=False, max_new_tokens=20, pad_token_id=0)[0].tolist())
     greedy = (f'--init_from={tmp_path}', '--temperature=0', '--num_samples=1', '--max_new_tokens=20')
     assert write(*greedy, f'--start={prompt}') == [expected]
 
@@ -188,7 +190,7 @@ def test_gpt2_weights_from_a_folder_continue_a_text_as_transformers_does(
     assert begun == ['<|endoftext|>' + text for text in write(*greedy, '--start=')]
 
 
-def test_stop_ends_each_sample_where_its_document_ends(write: Write, tmp_path: Path) -> None:
+def test_stop_ends_each_sample_at_the_end_of_its_document(write: Write, tmp_path: Path) -> None:
     vocabulary = tokenizer.build('byte', list, eot=True)
     path = saved(tmp_path / 'ckpt.pt', {ord('a'): 0.9, 256: 0.1}, 257, tokenizer=vocabulary.state())
     arguments = (f'--init_from={path}', '--start=', '--num_samples=9', '--max_new_tokens=40', '--temperature=1')
@@ -201,7 +203,7 @@ def test_stop_ends_each_sample_where_its_document_ends(write: Write, tmp_path: P
 
 def test_padding_of_the_vocabulary_is_never_written(
         gpt2_stand_in: tiktoken.Encoding, write: Write, tmp_path: Path) -> None:
-    """nanoGPT's GPT-2 has 50304 ids, 47 of which stand for nothing; here they are the likeliest by far."""
+    """nanoGPT's GPT-2 has 50304 ids, 47 of which stand for no token; here they are the likeliest by far."""
     word = gpt2_stand_in.encode_single_token(' keeper')
     path = saved(tmp_path / 'ckpt.pt', {50300: 0.99, word: 0.01}, 50304)
     assert write(f'--init_from={path}', '--num_samples=2', '--max_new_tokens=3') == ['\n keeper keeper keeper'] * 2
@@ -227,7 +229,7 @@ def test_without_a_compiler_a_model_writes_uncompiled(trained: Path, monkeypatch
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv('CXX', 'no-such-compiler')
     sample.main([f'--out_dir={trained}', '--device=cpu', '--num_samples=1', '--max_new_tokens=5', '--compile=True'])
-    assert '\nnot compiled, for want of a C++ compiler, no-such-compiler\n' in capsys.readouterr().err
+    assert '\nnot compiled, as that needs a C++ compiler, no-such-compiler\n' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -250,7 +252,7 @@ def test_a_gpu_writes_in_every_precision(trained: Path, write: Write) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Which model it takes
+# The choice of the model
 
 
 def test_without_a_run_in_out_the_newest_one_is_taken_and_named(
@@ -277,7 +279,7 @@ def test_without_a_run_in_out_the_newest_one_is_taken_and_named(
 
     saved(tmp_path / 'out' / 'ckpt.pt', bytes_of('d'), 256, tokenizer=state)
     os.utime(tmp_path / 'out' / 'ckpt.pt', (0, 0))
-    assert write(*arguments) == ['addd'], 'out is what is meant, however old'
+    assert write(*arguments) == ['addd'], 'out is the default, however old'
 
 
 def test_the_checkpoint_alone_is_enough_and_stdout_holds_the_samples_alone(
@@ -292,7 +294,7 @@ def test_the_checkpoint_alone_is_enough_and_stdout_holds_the_samples_alone(
 
 
 # ------------------------------------------------------------------------------------------------
-# What it says when it cannot
+# Errors
 
 
 @pytest.mark.parametrize(('argument', 'code', 'message'), [
@@ -336,7 +338,7 @@ def test_each_mistake_has_its_line_and_its_exit_code(
     assert capsys.readouterr() == ('', '')
 
 
-def test_without_any_run_the_command_that_makes_one_is_said(run_script: Run, tmp_path: Path) -> None:
+def test_without_any_run_the_command_that_makes_one_is_named(run_script: Run, tmp_path: Path) -> None:
     result = run_script('sample.py', cwd=tmp_path)
     assert (result.returncode, result.stdout) == (errors.CHECKPOINT, '')
     first, *others = result.stderr.splitlines()
@@ -352,9 +354,9 @@ def test_a_model_with_a_vocabulary_that_cannot_be_its_own_is_refused(tmp_path: P
     with pytest.raises(errors.UserError, match=r'knows 65 tokens, .* 50257(.|\n)*python data/text/prepare.py') as error:
         sample.main([f'--init_from={path}'])
     assert error.value.code == errors.CHECKPOINT
-    hugging_face(tmp_path / 'theirs', 100)
+    hugging_face(tmp_path / 'hf', 100)
     with pytest.raises(errors.UserError, match=r'knows 100 tokens, .* gpt2 has 50257: .*another one\n'):
-        sample.main([f'--init_from={tmp_path / "theirs"}'])
+        sample.main([f'--init_from={tmp_path / "hf"}'])
 
 
 def test_a_pickled_vocabulary_is_refused_with_the_command_that_replaces_it(tmp_path: Path) -> None:
@@ -389,11 +391,11 @@ def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# When it writes it
+# Streaming
 
 
 def streamed(*rows: str) -> Iterator[Tensor]:
-    """The bytes of each row, one a step, as a model would draw them. The rows are equally long."""
+    """Yield the bytes of each row, one a step, as a model would draw them. The rows are equally long."""
     columns = zip(*(row.encode() for row in rows), strict=True)
     return (torch.tensor(column) for column in columns)
 
@@ -403,7 +405,7 @@ def test_the_first_sample_is_shown_as_it_grows_and_the_others_in_their_turn() ->
     pieces = list(sample.texts(streamed('abc', 'xyz'), 2, '>', vocabulary, ()))
     assert [piece for piece in pieces if piece] == ['>', 'a', 'b', 'c', f'\n{RULE}\n', f'>xyz\n{RULE}\n']
 
-    # . ends a sample: the second grows before our eyes once the first has ended, and the third after both
+    # . ends a sample: the second is shown as it grows once the first has ended, and the third after both
     stream = streamed('ab......', 'xyz.....', 'k.......', 'stuvwxyz')
     pieces = list(sample.texts(stream, 4, '>', vocabulary, [ord('.')]))
     assert pieces[:4] == ['>', 'a', 'b', f'\n{RULE}\n']
@@ -421,7 +423,7 @@ def test_characters_are_never_torn_and_line_ends_are_plain() -> None:
 
 def test_every_piece_leaves_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     left = io.BytesIO()
-    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BufferedWriter(left), encoding='utf-8'))  # as for a pipe
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BufferedWriter(left), encoding='utf-8'))  # as with a pipe
 
     def pieces() -> Iterator[str]:
         for number in range(3):
@@ -433,21 +435,21 @@ def test_every_piece_leaves_the_process_at_once(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_terminal_shows_text_before_the_end(trained: Path) -> None:
     pty = pytest.importorskip('pty')
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     command = [sys.executable, str(ROOT / 'sample.py'), f'--out_dir={trained}', '--start=def ', ENDLESS, '--device=cpu']
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.DEVNULL)
-    os.close(theirs)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.DEVNULL)
+    os.close(terminal)
     try:
         seen = b''
-        while len(seen) < 200 and select.select([ours], [], [], PATIENT)[0]:
-            seen += os.read(ours, 1000)
+        while len(seen) < 200 and select.select([controller], [], [], PATIENT)[0]:
+            seen += os.read(controller, 1000)
         assert seen.startswith(b'def ')
-        assert len(seen) >= 200, 'it is silent'
-        assert process.poll() is None, 'it has ended, and proves nothing'
+        assert len(seen) >= 200, 'the process is silent'
+        assert process.poll() is None, 'the process has ended, and proves nothing'
     finally:
         process.kill()
         process.wait()
-        os.close(ours)
+        os.close(controller)
 
 
 def test_a_reader_that_leaves_ends_it_without_a_word(trained: Path) -> None:
@@ -457,15 +459,15 @@ def test_a_reader_that_leaves_ends_it_without_a_word(trained: Path) -> None:
     assert process.stdout.read(4) == b'def '
     process.stdout.close()
     assert process.wait(timeout=PATIENT) == errors.BROKEN_PIPE
-    assert len(process.stderr.read().splitlines()) == 1, 'the line about the device'
+    assert len(process.stderr.read().splitlines()) == 1, 'only the line about the device'
     process.stderr.close()
 
 
 # ------------------------------------------------------------------------------------------------
-# A prompt a line
+# Prompts from stdin, one a line
 
 
-def test_each_line_of_a_pipe_is_continued_after_all_that_stands_before_it(trained: Path, run_script: Run) -> None:
+def test_each_line_of_a_pipe_is_continued_after_all_lines_before_it(trained: Path, run_script: Run) -> None:
     arguments = (f'--out_dir={trained}', '--interactive=True', '--max_new_tokens=5', '--temperature=0', '--device=cpu')
     result = run_script('sample.py', *arguments, '--start=# ', typed='def\nd\u2603f\n\nimport os, sys, re\n')
     assert result.returncode == 0, result.stderr
@@ -476,7 +478,7 @@ def test_each_line_of_a_pipe_is_continued_after_all_that_stands_before_it(traine
     vocabulary, context = tokenizer.from_state(state['tokenizer']), '# '
     for line, answer in zip(['def', None, '', 'import os, sys, re'], answers, strict=True):
         if line is None:
-            assert answer == '', 'it cannot be read, and changes nothing'
+            assert answer == '', 'an unreadable line changes nothing'
             continue
         ids = torch.tensor([vocabulary.encode(context + line)[-BLOCK:]])
         assert answer == vocabulary.decode(model.generate(ids, 5, temperature=0)[0, -5:].tolist())
@@ -489,31 +491,31 @@ def test_each_line_of_a_pipe_is_continued_after_all_that_stands_before_it(traine
 
 def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_session(trained: Path) -> None:
     pty, fcntl, termios = map(pytest.importorskip, ('pty', 'fcntl', 'termios'))
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     command = [sys.executable, str(ROOT / 'sample.py'), f'--out_dir={trained}', '--interactive=True', '--device=cpu',
                ENDLESS]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-                               preexec_fn=partial(fcntl.ioctl, theirs, termios.TIOCSCTTY, 0))
-    os.close(theirs)
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+                               preexec_fn=partial(fcntl.ioctl, terminal, termios.TIOCSCTTY, 0))
+    os.close(terminal)
     seen = bytearray()
 
     def read_until(enough: Callable[[bytes], object]) -> None:
-        while not enough(bytes(seen)) and select.select([ours], [], [], PATIENT)[0]:
-            seen.extend(os.read(ours, 1000))
+        while not enough(bytes(seen)) and select.select([controller], [], [], PATIENT)[0]:
+            seen.extend(os.read(controller, 1000))
 
     try:
         for _ in range(2):
             read_until(partial(re.search, rb'> $'))
             seen.clear()
-            os.write(ours, b'def \n')
+            os.write(controller, b'def \n')
             read_until(lambda text: len(text) > 200)
-            os.write(ours, b'\x03')
+            os.write(controller, b'\x03')
             read_until(partial(re.search, RULE.encode()))
         read_until(partial(re.search, rb'> $'))
-        os.write(ours, b'\x04')
+        os.write(controller, b'\x04')
         assert process.wait(timeout=PATIENT) == 0
         assert b'Traceback' not in seen
     finally:
         process.kill()
         process.wait()
-        os.close(ours)
+        os.close(controller)

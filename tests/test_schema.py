@@ -1,11 +1,11 @@
-"""Shapes: what fits them, and how a value that does not is named."""
+"""Shapes: the values that fit them, and how a value that does not fit is named."""
 from typing import Any
 
 import pytest
 
 from plaingpt.schema import COUNT, EMPTY, faults, fits, parse
 
-HUGE = 10**5000  # which Python refuses to print
+HUGE = 10**5000  # Python refuses to print it
 FITTING: list[tuple[Any, Any]] = [
     (1, int), (1, float), (1.5, float), (float('inf'), float), (True, bool), (None, None), ('é', str), (0, COUNT),
     ('a', {'a', 'b'}), (3, range(4)), ([1, 'x'], [int, str]), ((1, 'x'), [int, str]), ([], [int, ...]),
@@ -32,7 +32,7 @@ def test_a_value_fits(number: int) -> None:
 
 
 @pytest.mark.parametrize('number', range(len(ODD)))
-def test_what_does_not_fit_is_named_in_one_line(number: int) -> None:
+def test_a_value_that_does_not_fit_is_named_in_one_line(number: int) -> None:
     value, shape, message = ODD[number]
     said = next(faults(value, shape, ''))
     assert message in said and '\n' not in said and len(said) < 100
@@ -40,6 +40,6 @@ def test_what_does_not_fit_is_named_in_one_line(number: int) -> None:
 
 
 @pytest.mark.parametrize('text', ['[' * 200_000, '{"a":' * 200_000, '1' * 5000, '', '{', b'\xff', b'\xff\xfe\x00'])
-def test_whatever_is_wrong_with_json_is_a_value_error(text: str | bytes) -> None:
+def test_any_error_in_json_is_a_value_error(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r'nested|digits|line 1|decode'):
         parse(text)

@@ -22,12 +22,12 @@ from tests.waiting import PATIENT
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))
 EXTRAS = PROJECT['project']['optional-dependencies']
-OF_TESTS = ('dev', 'lm-eval')  # the second is a test's reference, which brings many packages of its own
+OF_TESTS = ('dev', 'lm-eval')  # the second is the reference of one test, and brings many packages
 BOUNDS = {file: [Requirement(text) for text in chain.from_iterable(groups)] for file, groups in {
     'requirements-core.txt': [PROJECT['project']['dependencies']],
     'requirements.txt': [group for name, group in EXTRAS.items() if name not in OF_TESTS],
     'requirements-test.txt': [EXTRAS['dev']]}.items()}  # each file holds all of those before it
-OF_TORCH = re.compile(r'nvidia|cuda|triton')  # libraries that torch pins itself, other ones on each platform
+OF_TORCH = re.compile(r'nvidia|cuda|triton')  # libraries that torch pins itself, different ones on each platform
 
 
 def run(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -43,8 +43,8 @@ def make(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Path:
-    """A folder with the Makefile and requirements that ask for small packages: the core's for hello 1.0, the tests' for
-    world 1.0 as well. A 2.0 of each is there."""
+    """Return a folder with the Makefile and requirements that ask for small packages: the core's for hello 1.0, the
+    tests' for world 1.0 as well. A 2.0 of each is available."""
     shutil.copy(ROOT / 'Makefile', tmp_path)
     for name in ('hello', 'world'):
         for version in ('1.0', '2.0'):
@@ -68,13 +68,13 @@ def require(folder: Path, name: str, version: str) -> None:
 
 
 def installed(folder: Path) -> list[str]:
-    """What hello and world say, where they are there."""
+    """Return what hello and world print, if they are installed."""
     said = (run(folder, '.venv/bin/python', '-c', f'import {name}').stdout.strip() for name in ('hello', 'world'))
     return list(filter(None, said))
 
 
 def borrow_packages(folder: Path) -> None:
-    """Give the folder a .venv that make takes for set up, with the packages that these tests run on."""
+    """Give the folder a .venv that make takes for set up, with the packages that these tests need."""
     run(folder, sys.executable, '-m', 'venv', '--without-pip', '.venv')
     packages = next((folder / '.venv/lib').glob('python*/site-packages'))
     (packages / 'borrowed.pth').write_text('\n'.join(site.getsitepackages()), encoding='utf-8')
@@ -87,7 +87,7 @@ def test_the_set_up_happens_once_follows_requirements_and_heals(fresh: Path) -> 
     assert installed(fresh) == ['hello 1.0']
     assert 'up to date' in make(fresh, '.venv/core').stdout
 
-    # the tests' requirements come into the same .venv, and each is up to date for itself
+    # the tests' requirements go into the same .venv, and each file is up to date on its own
     assert make(fresh, '.venv/test').returncode == 0
     assert installed(fresh) == ['hello 1.0', 'world 1.0']
     assert 'up to date' in make(fresh, '.venv/test').stdout
@@ -101,7 +101,7 @@ def test_the_set_up_happens_once_follows_requirements_and_heals(fresh: Path) -> 
     assert make(fresh, '.venv/test').returncode == 0
     assert installed(fresh) == ['hello 2.0', 'world 2.0']
 
-    # an installation that fails half-way, and leaves a package of which pip believes that it is whole
+    # an installation that fails halfway, and leaves a package that pip takes for whole
     require(fresh, 'world', '3.0')
     assert make(fresh, '.venv/test').returncode != 0
     next(fresh.glob('.venv/lib/*/site-packages/hello.py')).unlink()
@@ -160,7 +160,7 @@ def test_make_train_sets_up_prepares_and_trains_in_this_order(fresh: Path) -> No
 
 
 @pytest.mark.parametrize('target', ['test', 'test-fast', 'lint', 'bench'])
-def test_whatever_else_make_does_has_the_requirements_of_the_tests(target: str, fresh: Path) -> None:
+def test_every_other_make_target_has_the_requirements_of_the_tests(target: str, fresh: Path) -> None:
     lines = make(fresh, '-n', target, PYTHON=sys.executable).stdout.splitlines()
     assert '.venv/bin/python -m pip install --disable-pip-version-check -r requirements-test.txt' in lines
 
@@ -172,7 +172,7 @@ def test_make_alone_lists_every_command(fresh: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ci_fails_when_a_test_fails_or_the_linter_does_or_no_test_is_there(tmp_path: Path) -> None:
+def test_ci_fails_when_a_test_fails_or_the_linter_fails_or_no_test_exists(tmp_path: Path) -> None:
     for name in ('Makefile', 'pyproject.toml', *BOUNDS):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / '.ci', tmp_path / '.ci')
@@ -201,7 +201,7 @@ def test_ci_fails_when_a_test_fails_or_the_linter_does_or_no_test_is_there(tmp_p
 
 
 def pins(file: str) -> dict[str, str]:
-    """The versions that one of the files has itself."""
+    """Return the versions that one of the files pins itself."""
     found = re.findall(r'^([\w.-]+)==(\S+)$', (ROOT / file).read_text(encoding='utf-8'), re.MULTILINE)
     return {canonicalize_name(name): version for name, version in found}
 
@@ -219,7 +219,7 @@ def test_every_bound_of_the_project_holds_for_the_exact_version() -> None:
 
 
 def needs_of(name: str, extras: set[str]) -> list[Requirement]:
-    """What a package that is installed needs in turn, here and with these extras."""
+    """Return what an installed package needs in turn, on this machine and with these extras."""
     needs = map(Requirement, metadata.requires(name) or [])
     return [need for need in needs if not need.marker or any(
         need.marker.evaluate({'extra': extra}) for extra in ('', *extras))]
@@ -227,7 +227,7 @@ def needs_of(name: str, extras: set[str]) -> list[Requirement]:
 
 def test_each_file_of_requirements_pins_its_packages_and_what_they_need_in_turn_and_builds_on_the_one_before() -> None:
     versions: dict[str, str] = {}
-    extras: dict[str, set[str]] = {}  # of what the project asks for
+    extras: dict[str, set[str]] = {}  # that the project asks for
     before: list[str] = []
     for file, bounds in BOUNDS.items():
         lines = [line for line in (ROOT / file).read_text(encoding='utf-8').splitlines()
@@ -241,13 +241,13 @@ def test_each_file_of_requirements_pins_its_packages_and_what_they_need_in_turn_
             if Version(metadata.version(name)).public != version:
                 pytest.skip(f'{name} {metadata.version(name)} is installed, and {file} has {version}')
         wanted = {name: set(extras.get(name, ())) for name in versions}
-        for _ in range(2):  # one of them may ask for an extra of another that stands before it
+        for _ in range(2):  # a package may ask for an extra of one that comes before it
             needs = [need for name in versions for need in needs_of(name, wanted[name])]
             for need in needs:
                 wanted.get(canonicalize_name(need.name), set()).update(need.extras)
         names = {canonicalize_name(need.name) for need in needs}
         assert {name for name in names - versions.keys() if not OF_TORCH.match(name)} == set()
-        assert own.keys() - names - extras.keys() == set(), 'nothing needs these'
+        assert own.keys() - names - extras.keys() == set(), 'no package needs these'
         before = [f'-r {file}']
 
 
@@ -281,7 +281,7 @@ def test_an_editable_installation_can_be_imported_from_any_folder(tmp_path: Path
     source.mkdir()
     elsewhere.mkdir()
     for file in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('plaingpt/**/*.html'),
-                 ROOT / 'pyproject.toml'):
+                 ROOT / 'pyproject.toml', ROOT / 'README.md', ROOT / 'LICENSE'):
         (source / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, source / file.relative_to(ROOT))
     borrow_packages(elsewhere)

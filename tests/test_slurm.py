@@ -1,5 +1,5 @@
 """launch/slurm.sbatch and srun on a real Slurm: two nodes on the loopback of this machine, whose daemons this file
-starts. Where Slurm is not installed, tests/test_launch.py has stand-ins for its programs."""
+starts. If Slurm is not installed, tests/test_launch.py has stand-ins for its programs."""
 import getpass
 import json
 import os
@@ -51,7 +51,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 
 class Cluster:
-    """The daemons, and what asks them."""
+    """The daemons, and the commands that query them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,7 +67,7 @@ class Cluster:
         self.environment = {**os.environ, 'SLURM_CONF': str(folder / 'slurm.conf'), 'PYTHONUNBUFFERED': '1',
                             'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])}
         try:
-            socket.getaddrinfo('n1', 1)  # where the processes meet, unless another address is exported
+            socket.getaddrinfo('n1', 1)  # the address at which processes meet, unless another is exported
         except socket.gaierror:
             self.environment['MASTER_ADDR'] = '127.0.0.1'
         self.daemons = [self.start('slurmctld', '-D', '-i'), self.start('slurmd', '-D', '-N', 'n1'),
@@ -130,7 +130,7 @@ def status_of(out: Path) -> dict[str, Any]:
 
 
 def pids_of(out: Path) -> list[int]:
-    """The processes that train into a folder."""
+    """Return the processes that train into a folder."""
     listing = subprocess.run(['ps', '-eww', '-o', 'pid=,args='], capture_output=True, text=True, check=True).stdout
     return [int(line.split()[0]) for line in listing.splitlines() if re.search(rf'python train\.py.*={out}( |$)', line)]
 
@@ -142,14 +142,14 @@ def test_a_job_on_two_nodes_outlives_its_time_limit_and_a_lost_process(cluster: 
                             '--max_iters=3000', '--lr_decay_iters=3000', f'--out_dir={out}')
     wait_until(lambda: 'iter 20: ' in cluster.log, 'twenty steps')
     assert '2 processes' in cluster.log
-    assert cluster.log.count('Overriding: out_dir') == 1, 'one process speaks'
+    assert cluster.log.count('Overriding: out_dir') == 1, 'only one process prints'
     cluster.ask('scancel', '--signal=USR1', number)  # as before the end of the time limit
     cluster.wait_for(number, 'PENDING', 1)
     stopped = checkpoint.load(out / 'ckpt.pt')['iter_num']
     assert cluster.log.count(f'stopped before step {stopped} of 3000 by ') == 2, cluster.log[-2000:]
     assert (status_of(out)['exit_code'], status_of(out)['step']) == (errors.STOPPED, stopped - 1)
 
-    cluster.ask('scontrol', 'update', f'JobId={number}', 'StartTime=now+5')  # and not in two minutes
+    cluster.ask('scontrol', 'update', f'JobId={number}', 'StartTime=now+5')  # instead of two minutes later
     wait_until(lambda: re.search(rf'(?s)resuming at step {stopped}.*\niter \d+0: ', cluster.log), 'the second start')
     os.kill(pids_of(out)[-1], signal.SIGKILL)
     cluster.wait_for(number, 'PENDING', 2)

@@ -1,4 +1,4 @@
-"""The house style, as far as a program can hold it: what ruff and mypy do not know of."""
+"""The house style, as far as a program can check it: rules that ruff and mypy do not know."""
 import ast
 import io
 import re
@@ -45,7 +45,7 @@ def long_functions(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def depth(node: ast.AST) -> int:
-    """How many blocks stand in each other in `node`, itself included. A function starts anew; an elif is no deeper."""
+    """Return how many blocks are nested in `node`, itself included. A function starts anew; an elif is no deeper."""
     children = {child: depth(child) for child in ast.iter_child_nodes(node) if not isinstance(child, FUNCTIONS)}
     if isinstance(node, ast.If) and len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If):
         children[node.orelse[0]] -= 1
@@ -65,7 +65,7 @@ def wide_lines(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def functions_in_the_loop(source: str, tree: ast.Module) -> Iterator[str]:
-    """The training loop is read from top to bottom: it defines nothing inside itself."""
+    """Find definitions inside the training loop, which is read from top to bottom."""
     for train in (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == 'train'):
         if any(isinstance(node, (*FUNCTIONS, ast.ClassDef)) for node in ast.walk(train) if node is not train):
             yield f'line {train.lineno}: train defines a function or a class inside itself'
@@ -83,7 +83,8 @@ def missing_types(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def missing_docstrings(source: str, tree: ast.Module) -> Iterator[str]:
-    """Of files, and of functions and classes so long that nobody should have to read them to know what they give."""
+    """Find files without a docstring, and functions and classes without one that are too long to be read just to know
+    what they give."""
     if tree.body and not ast.get_docstring(tree):
         yield 'the file does not say what it is'
     for node in tree.body:
@@ -94,8 +95,8 @@ def missing_docstrings(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def module_level_actions(source: str, tree: ast.Module) -> Iterator[str]:
-    """Whatever importing the file would do, but for what prepare.py and an installed package need: the folder of the
-    stages in sys.path."""
+    """Find whatever importing the file would do, except what prepare.py and an installed package need: the folder of
+    the stages in sys.path."""
     declarations = (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
     for node in tree.body:
         text = ast.unparse(node).splitlines()[0]
@@ -107,11 +108,11 @@ def module_level_actions(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def imported(node: ast.AST) -> set[str]:
-    """The packages, by the first part of their names, that an import statement names."""
+    """Return the packages, by the first part of their names, that an import statement names."""
     if isinstance(node, ast.Import):
         return {alias.name.split('.')[0] for alias in node.names}
     if isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] != ['UnpicklingError']:
-        return {(node.module or '').split('.')[0]}  # the name of an error that torch raises executes nothing
+        return {(node.module or '').split('.')[0]}  # the class of an error that torch raises executes nothing
     return set()
 
 
@@ -131,7 +132,7 @@ def unsafe_code(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def unnamed_encodings(source: str, tree: ast.Module) -> Iterator[str]:
-    """Text files are read and written as UTF-8, on Windows too."""
+    """Find text files that are not read and written as UTF-8, on Windows too."""
     for call in calls(tree):
         keywords = {keyword.arg for keyword in call.keywords}
         modes = [ast.unparse(node) for node in (*call.args[1:2], *(k.value for k in call.keywords if k.arg == 'mode'))]
@@ -142,7 +143,7 @@ def unnamed_encodings(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def hand_made_writes(source: str, tree: ast.Module) -> Iterator[str]:
-    """What files.py is for: syncing a file, and names of files that are not whole yet."""
+    """Find the work of files.py in other files: syncing a file, and names of files that are not whole yet."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith('.tmp'):
             yield f'line {node.lineno}: {node.value!r} is written by files.written_whole'
@@ -151,7 +152,8 @@ def hand_made_writes(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def prints(source: str, tree: ast.Module) -> Iterator[str]:
-    """What console.py is for: text on its way to a terminal. Its own functions escape what may steer one."""
+    """Find the work of console.py in other files: text on its way to a terminal. Its own functions escape what may
+    steer one."""
     for call in calls(tree):
         function, arguments = ast.unparse(call.func), ' '.join(map(ast.unparse, call.args))
         to_console = re.search(r'\bsys\.(__)?std(out|err)', f'{function} {arguments}')
@@ -198,7 +200,7 @@ def test_a_file_is_written_whole_by_files_py_and_by_no_other(path: Path) -> None
 
 def test_importing_every_file_or_a_model_without_numbers_loads_nothing_that_few_need_and_prints_nothing() -> None:
     files = (path.relative_to(ROOT).with_suffix('') for path in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py')))
-    modules = ['.'.join(path.parts) for path in files if path.name != 'plot']  # log.py imports plot.py to draw
+    modules = ['.'.join(path.parts) for path in files if path.name != 'plot']  # only log.py imports plot.py, to draw
     code = (f'import sys, {", ".join(modules)}; model.GPT.on_meta(model.GPTConfig()); '
             f'sys.exit(" ".join(sys.modules.keys() & {OPTIONAL + SLOW}))')
     result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')

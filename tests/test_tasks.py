@@ -1,4 +1,5 @@
-"""HellaSwag and LAMBADA: the questions are those that others ask, and the answers those of a plain computation."""
+"""HellaSwag and LAMBADA: the questions are those that other projects ask, and the answers those of a plain
+computation."""
 import functools
 import hashlib
 import json
@@ -64,7 +65,7 @@ WORDS = [{'text': 'She asked for bread and he gave her bread'}, {'context': 'Two
 
 
 def make_model(block_size: int = 128) -> GPT:
-    """Weights so large that its predictions differ from token to token."""
+    """Return a model with weights so large that its predictions differ from token to token."""
     model = GPT(GPTConfig(block_size, 256, 2, 2, 16, dropout=0.3))
     with torch.no_grad():
         for p in model.parameters():
@@ -73,7 +74,8 @@ def make_model(block_size: int = 128) -> GPT:
 
 
 def plain_nats(model: GPT, ids: list[int], n_told: int) -> list[float]:
-    """The cost of each of the last n_told tokens, one at a time, in float64, each after at most block_size others."""
+    """Return the cost of each of the last n_told tokens, one at a time, in float64, each after at most block_size
+    others."""
     double = GPT.from_weights(model.config, {name: p.double() for name, p in model.state_dict().items()}).eval()
     costs = []
     for place in range(len(ids) - n_told, len(ids)):
@@ -84,14 +86,14 @@ def plain_nats(model: GPT, ids: list[int], n_told: int) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------------
-# What is asked
+# Questions
 
 
 def texts(pairs: Iterable[Pair]) -> list[tuple[str, str]]:
     return [(BYTES.decode(context), BYTES.decode(ending)) for context, ending in pairs]
 
 
-def test_completion_asks_with_the_text_as_it_stands() -> None:
+def test_completion_asks_with_the_unchanged_text() -> None:
     questions = completion(RAW, BYTES)
     assert questions.labels == [3, 0]
     assert texts(questions.pairs[:2]) == [('A man is sitting on a roof. he', ' is using wrap to wrap skis.'),
@@ -111,7 +113,7 @@ def test_lm_eval_asks_with_the_activity_and_without_the_marks_of_wikihow() -> No
     assert questions.lengths[4:] == [17, 4, 11, 7], 'characters, without the space in front'
 
 
-def test_a_file_that_others_have_cleaned_is_known_as_such_and_scored_as_far_as_it_goes() -> None:
+def test_a_cleaned_file_is_recognised_and_scored_as_far_as_it_goes() -> None:
     cleaned = {'row': 0, 'activity_label': 'Canoeing', 'ctx': 'Two women paddle. the child', 'label': 2,
                'endings': ['a.', 'b.', 'c.', 'd.'], 'source': 'activitynet'}
     assert is_raw(RAW) and not is_raw([*RAW, cleaned])
@@ -123,7 +125,7 @@ def test_the_last_word_is_asked_for_with_the_space_before_it() -> None:
         ('She asked for bread and he gave her', ' bread'), ('Two and two is', ' four')]
 
 
-def test_a_word_is_told_in_the_tokens_that_it_has_in_the_text(gpt2_stand_in: tiktoken.Encoding) -> None:
+def test_a_word_is_scored_in_the_tokens_that_it_has_in_the_text(gpt2_stand_in: tiktoken.Encoding) -> None:
     gpt2 = tokenizer.Tiktoken(gpt2_stand_in)
     context, ending = encode_together('It is in the  ', ' boat', gpt2)
     assert gpt2.decode(context) == 'It is in the', 'spaces belong to what follows'
@@ -133,7 +135,7 @@ def test_a_word_is_told_in_the_tokens_that_it_has_in_the_text(gpt2_stand_in: tik
 
 
 # ------------------------------------------------------------------------------------------------
-# What is answered
+# Answers
 
 
 def test_each_ending_costs_what_a_plain_computation_says() -> None:
@@ -143,7 +145,7 @@ def test_each_ending_costs_what_a_plain_computation_says() -> None:
     for batch_size in (1, 3, 50):
         nats, _ = score(predictor_of(model, batch_size), pairs, '')
         assert nats.tolist() == pytest.approx(expected, rel=1e-5)
-    assert model.training, 'the mode is what it was'
+    assert model.training, 'the mode is as before'
 
 
 def test_the_answer_is_the_cheapest_ending_and_the_cheapest_for_its_length() -> None:
@@ -152,13 +154,13 @@ def test_the_answer_is_the_cheapest_ending_and_the_cheapest_for_its_length() -> 
     #    per length      5.0, 3.0, 1.7, 1.0, 1.0, 1.5, 2.2, 1.1, 5.0, 1.0, 1.2, 0.5
     results = choices(questions, nats)
     assert results == pytest.approx({'acc': 1 / 3, 'acc_stderr': 1 / 3, 'acc_norm': 1.0, 'acc_norm_stderr': 0.0})
-    nats[5] = 1.0  # as cheap as the right one: the first of equals is taken
+    nats[5] = 1.0  # as cheap as the right one: the first of equals counts
     assert choices(questions, nats)['acc'] == 1 / 3
     nats[4] = 1.5
     assert choices(questions, nats)['acc'] == 0
 
 
-def test_of_a_long_context_the_end_is_read_and_a_long_ending_is_told_in_pieces() -> None:
+def test_the_end_of_a_long_context_is_read_and_a_long_ending_is_scored_in_pieces() -> None:
     model = make_model(block_size=8)
     ids = BYTES.encode('The quick brown fox jumps over the lazy dog')
     assert [(piece.ids, piece.n_told) for piece in pieces([(ids[:30], ids[30:34])], 8)] == [(ids[25:34], 4)]
@@ -183,7 +185,7 @@ def test_a_batch_has_as_many_tokens_as_fit_and_each_piece_is_in_one() -> None:
 
 
 def test_short_endings_are_read_together_and_cost_what_they_cost_alone() -> None:
-    """In far fewer batches than sequences, none of which has more tokens than an evaluation reads at once."""
+    """There are far fewer batches than sequences, and none has more tokens than an evaluation reads at once."""
     model, shapes = make_model(), list[tuple[int, int]]()
     model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     ask = predictor_of(model, 2)
@@ -197,7 +199,7 @@ def test_short_endings_are_read_together_and_cost_what_they_cost_alone() -> None
 
 
 def learn(texts: Iterable[str]) -> GPT:
-    """A small model that knows these texts by heart."""
+    """Return a small model that has overfitted these texts."""
     model = GPT(GPTConfig(128, 256, 1, 2, 32))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     batch = [torch.tensor(BYTES.encode(text)) for text in texts]
@@ -209,20 +211,20 @@ def learn(texts: Iterable[str]) -> GPT:
     return model
 
 
-def test_a_model_that_knows_the_texts_by_heart_gives_the_right_answers() -> None:
+def test_a_model_that_has_overfitted_the_texts_gives_the_right_answers() -> None:
     right = [f'{row["ctx"]} {row["endings"][int(row["label"])]}' for row in RAW]
     figures = measure_hellaswag(RAW, BYTES, predictor_of(learn(right), 3))
     assert figures['hellaswag_completion'] == {'acc': 1.0, 'acc_norm': 1.0, 'acc_stderr': 0.0, 'acc_norm_stderr': 0.0}
     wrong = [f'{row["ctx"]} {row["endings"][1]}' for row in RAW]
     assert measure_hellaswag(RAW, BYTES, predictor_of(learn(wrong), 3))['hellaswag_completion']['acc_norm'] == 0
-    assert list(figures) == ['hellaswag_completion', 'hellaswag_lm_eval'], 'one is never taken for the other'
+    assert list(figures) == ['hellaswag_completion', 'hellaswag_lm_eval'], 'neither is taken for the other'
 
 
 def test_a_last_word_counts_when_each_of_its_tokens_is_the_first_choice() -> None:
     model = learn(['She asked for bread and he gave her bread', 'Two and two is foul'])
     figures = measure_lambada(WORDS, BYTES, predictor_of(model, 3))['lambada_openai']
     nats = [sum(plain_nats(model, context + word, len(word))) for context, word in last_words(WORDS, BYTES)]
-    assert nats[0] < 0.2 < 3 < nats[1], "of 'four' it knows all but the last letter"
+    assert nats[0] < 0.2 < 3 < nats[1], "the model knows all but the last letter of 'four'"
     assert figures['acc'] == 0.5
     assert figures['acc_stderr'] == 0.5
     assert figures['perplexity'] == pytest.approx(math.exp(sum(nats) / 2), rel=1e-4), 'of words, not of tokens'
@@ -270,7 +272,7 @@ with processes.joined('cpu', shards=True) as process:
 @pytest.mark.slow
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
 def test_a_model_that_several_processes_train_is_asked_as_if_by_one(strategy: str, tmp_path: Path) -> None:
-    """With blocks to compile: the many lengths of the questions compile nothing. And training goes on."""
+    """Blocks are to be compiled: the many lengths of the questions compile nothing. And training continues."""
     root = Path(__file__).parents[1]
     (tmp_path / 'ask.py').write_text(TRAINING, encoding='utf-8')
     asked = subprocess.run(
@@ -330,7 +332,7 @@ def test_only_the_first_examples_are_read_when_so_many_are_asked_for(tmp_path: P
     ('lambada', {'text': 'one \ud83d'}), ('lambada', {'context': '\udfff', 'continuation': 'word'}),
     ('lambada', {'text': 'one '}), ('lambada', {'context': '', 'continuation': 'word'}), ('lambada', RAW[0]),
 ])
-def test_what_is_no_example_is_refused_with_its_line(task: str, row: Any, tmp_path: Path) -> None:
+def test_a_row_that_is_no_example_is_refused_with_its_line(task: str, row: Any, tmp_path: Path) -> None:
     path = write(tmp_path / 'a.jsonl', [*(RAW if task == 'hellaswag' else WORDS), row])
     with pytest.raises(UserError, match=fr'a\.jsonl, line 3 is not an example of {task}') as caught:
         load(task, str(path), 0, ALONE)
@@ -351,11 +353,11 @@ def test_files_that_are_damaged_or_empty_are_refused(tmp_path: Path) -> None:
 
 class Silent(SimpleHTTPRequestHandler):
     def log_message(self, *parts: object) -> None:
-        """It would stand among the results of the tests."""
+        """Print nothing among the results of the tests."""
 
 
 class InStep(Silent):
-    """Neither of two answers ends before the other has begun."""
+    """A server of which neither of two answers ends before the other has begun."""
 
     both_began = threading.Barrier(2)
 
@@ -367,7 +369,7 @@ class InStep(Silent):
 
 @contextmanager
 def serving(folder: Path, handler: type[Silent]) -> Iterator[str]:
-    """The address at which this folder can be downloaded."""
+    """Yield the address at which this folder can be downloaded."""
     folder.mkdir()
     with ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(handler, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever).start()
@@ -377,7 +379,7 @@ def serving(folder: Path, handler: type[Silent]) -> Iterator[str]:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[str]:
-    """The address at which tmp_path/web can be downloaded."""
+    """Yield the address at which tmp_path/web can be downloaded."""
     with serving(tmp_path / 'web', Silent) as address:
         yield address
 
@@ -386,10 +388,10 @@ def test_two_machines_that_share_a_folder_may_download_at_the_same_time(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('plaingpt.tasks.CORPORA', tmp_path / 'data')
     with serving(tmp_path / 'web', InStep) as address, ThreadPoolExecutor() as machines:
-        write(tmp_path / 'web/mine.jsonl', WORDS)
-        loading = [machines.submit(load, 'lambada', f'{address}/mine.jsonl', 0, ALONE) for _ in range(2)]
+        write(tmp_path / 'web/words.jsonl', WORDS)
+        loading = [machines.submit(load, 'lambada', f'{address}/words.jsonl', 0, ALONE) for _ in range(2)]
         assert [machine.result() for machine in loading] == [WORDS, WORDS]
-    assert [path.name for path in (tmp_path / 'data/lambada').iterdir()] == ['mine.jsonl']
+    assert [path.name for path in (tmp_path / 'data/lambada').iterdir()] == ['words.jsonl']
 
 
 def test_without_a_path_the_original_is_downloaded_and_anything_else_refused(
@@ -401,13 +403,13 @@ def test_without_a_path_the_original_is_downloaded_and_anything_else_refused(
     assert load('hellaswag', '', 0, ALONE) == RAW
     assert (tmp_path / 'data/hellaswag/hellaswag_val.jsonl').read_bytes() == file.read_bytes()
     file.unlink()
-    assert load('hellaswag', '', 0, ALONE) == RAW, 'it is there now'
+    assert load('hellaswag', '', 0, ALONE) == RAW, 'the file has been downloaded'
 
     write(tmp_path / 'web/lambada_test.jsonl', WORDS)
     monkeypatch.setitem(TASKS, 'lambada', Task(f'{served}/lambada_test.jsonl', digest, is_lambada))
     with pytest.raises(UserError, match=r'sha256 is .* is expected\n.*--lambada=PATH'):
         load('lambada', '', 0, ALONE)
-    assert load('lambada', f'{served}/lambada_test.jsonl', 1, ALONE) == WORDS[:1], 'by its address, as it is'
+    assert load('lambada', f'{served}/lambada_test.jsonl', 1, ALONE) == WORDS[:1], 'by its address, unchanged'
 
 
 def test_the_originals_are_named_by_their_known_hashes() -> None:

@@ -9,14 +9,14 @@ import tokenizer_trivialised as plain
 from plaingpt.corpus import tokenizer
 
 ROOT = Path(__file__).parents[1]
-# What cuts words in more than one way, what has more than one byte, and pairs that are equally frequent.
+# Text that cuts words in several ways, characters of several bytes, and pairs that are equally frequent.
 ODD = ("it's we'll  two spaces\t\ttabs \n\n end   \u00a0x ½ ² Ⅷ 42 3.14 snake_case "
        'naïve Ωmega 日本語 🙂🙂 e\u0301 \x00\x7f')
 
 
 @pytest.fixture(scope='module')
 def text() -> str:
-    """Some 50 kB: Python, English, and what is odd."""
+    """Return some 50 kB: Python, English, and odd text."""
     return (ROOT / 'train.py').read_text(encoding='utf-8') + (ROOT / 'tests/data/play.txt').read_text(
         encoding='utf-8') + ODD * 3
 
@@ -37,7 +37,7 @@ def test_plain_byte_pairs_are_those_of_the_library(text: str, n_vocab: int) -> N
     assert len(plain.encode(unseen, merges)) < 0.8 * len(unseen.encode())
 
 
-def test_of_equally_frequent_pairs_both_take_the_same_one() -> None:
+def test_both_take_the_same_one_of_equally_frequent_pairs() -> None:
     rng = random.Random(1)
     for _ in range(20):
         text = ' '.join(''.join(rng.choices('abcd', k=rng.randint(1, 7))) for _ in range(30))
@@ -49,7 +49,7 @@ def test_of_equally_frequent_pairs_both_take_the_same_one() -> None:
 def test_a_text_without_pairs_ends_the_learning() -> None:
     assert plain.train('a b', 300) == [(220, 65)] and plain.train('', 300) == []
     assert plain.encode('', []) == [] and plain.decode([], []) == ''
-    assert plain.decode(plain.encode('日', [])[:1], []) == '\ufffd', 'a part of a character is shown as such'
+    assert plain.decode(plain.encode('日', [])[:1], []) == '\ufffd', 'a part of a character becomes a replacement'
 
 
 def test_the_example_of_the_file_is_true_and_the_file_is_short() -> None:

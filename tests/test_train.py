@@ -1,7 +1,7 @@
-"""Training: the schedule, the optimizer, the batch, what a run leaves behind, and that an interruption changes nothing.
+"""Training: the schedule, the optimizer, the batch, the files of a run, and interruptions, which change nothing.
 
 Most runs take place in this process, on a tiny model and real text. None draws its picture (run/test_log.py does),
-but for those in a process of their own.
+except those in a process of their own.
 """
 import ast
 import dataclasses
@@ -61,7 +61,7 @@ def halting(log, step, *rest):
 Log.iteration = halting
 train.main(sys.argv[1:])
 """
-CLOCK = {'tokens_per_second', 'peak_memory_bytes'}  # what differs between two equal runs
+CLOCK = {'tokens_per_second', 'peak_memory_bytes'}  # the columns that differ between two equal runs
 
 
 def arguments(out_dir: Path, dataset: Path, changes: dict[str, Any]) -> list[str]:
@@ -70,7 +70,7 @@ def arguments(out_dir: Path, dataset: Path, changes: dict[str, Any]) -> list[str
 
 
 def rows_of(out_dir: Path) -> Rows:
-    """What metrics.jsonl says, without what the clock decides."""
+    """Return the rows of metrics.jsonl, without the columns that the clock decides."""
     path = out_dir / 'metrics.jsonl'
     lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
     return [{name: x for name, x in json.loads(line).items() if name not in CLOCK} for line in lines]
@@ -125,7 +125,7 @@ def test_no_schedule_leaves_its_bounds_or_divides_by_zero(kind: str, warmup: int
     rates = [train.lr_at(step, total) for step in range(30)]
     assert min(rates[warmup:]) >= 0.1 - 1e-12
     assert max(rates) <= 1.0
-    assert min(rates) > 0, 'not even the first step is lost'
+    assert min(rates) > 0, 'even the first step learns'
     after = rates[warmup:]
     assert after == sorted(after, reverse=True)
 
@@ -212,10 +212,10 @@ def test_float16_on_a_machine_that_lacks_it_falls_back_and_says_so(
     ('auto', 0.55, 'bfloat16 would take about 0.6 of the time of the matrix products here: --dtype=bfloat16'),
     ('auto', 0.9, ''), ('auto', 400.0, ''), ('float32', 0.5, ''), ('bfloat16', 0.5, ''), ('bfloat16', 1.1, ''),
     ('bfloat16', 400.0, 'bfloat16 takes 400.0 times as long as float32 for the matrix products here: --dtype=float32')])
-def test_a_cpu_that_multiplies_faster_in_another_precision_is_said_to_and_decides_nothing(
+def test_a_cpu_that_multiplies_faster_in_another_precision_is_reported_and_decides_nothing(
         dtype: str, part: float, words: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    assert 0 < device.time_in_bfloat16(64, 32) < math.inf, 'it is measured'
+    assert 0 < device.time_in_bfloat16(64, 32) < math.inf, 'the time is measured'
     monkeypatch.setattr(device, 'time_in_bfloat16', lambda rows, width: part)
     run(tmp_path, max_iters=1, dtype=dtype)
     said = [line for line in capsys.readouterr().out.splitlines() if 'matrix products' in line]
@@ -224,9 +224,9 @@ def test_a_cpu_that_multiplies_faster_in_another_precision_is_said_to_and_decide
     assert last(tmp_path)['compute'] == {'device': 'cpu', 'dtype': precision}
 
 
-def test_a_run_that_goes_on_keeps_its_precision_on_the_same_type_of_device(
+def test_a_resumed_run_keeps_its_precision_on_the_same_type_of_device(
         run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It ends with the bits of one that was never interrupted; what is asked for, or another device, comes first."""
+    """It ends with the same bits as one that was never interrupted; a setting, or another device, takes precedence."""
     run(tmp_path / 'whole', max_iters=4, dtype='bfloat16')
     run(tmp_path / 'parts', max_iters=2, dtype='bfloat16')
     shutil.copytree(tmp_path / 'parts', tmp_path / 'other')
@@ -269,14 +269,14 @@ def test_every_setting_is_read_somewhere() -> None:
                  if isinstance(node, ast.FunctionDef)]
     read = {node.id for function in functions for node in ast.walk(function)
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    for file in ('plan.py', 'init_from.py'):  # which take these by name
+    for file in ('plan.py', 'init_from.py'):  # they take settings by name
         text = (ROOT / 'plaingpt' / file).read_text(encoding='utf-8')
         read |= set(re.findall(r'(?:settings|self)\.(\w+)', text))
-    read |= set(checkpoint.SHAPE)  # by which a model that is resumed is compared
+    read |= set(checkpoint.SHAPE)  # a resume compares these
     assert [name for name in names if name not in read] == []
 
 
-def test_what_a_plan_reads_of_the_settings_has_their_types() -> None:
+def test_the_settings_that_a_plan_reads_have_the_types_of_train_py() -> None:
     declared = inspect.get_annotations(train)
     for field in dataclasses.fields(RunSettings):
         if field.name != 'given':
@@ -332,7 +332,7 @@ def plain_losses(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.usefixtures('float64')
 def test_accumulation_changes_nothing_but_rounding(run: Run, tmp_path: Path) -> None:
-    """The same eight windows in a step, cut into 1, 2, 4 and 8 micro-batches, and into 3 of which the last is short."""
+    """The same eight windows make a step, cut into 1, 2, 4 and 8 micro-batches, and into 3, the last of them short."""
     whole = run(tmp_path / 'whole', batch_size=8, gradient_accumulation_steps=1)
     for batch_size, count in [(4, 2), (2, 4), (1, 8), (3, None)]:
         cut = tmp_path / str(batch_size)
@@ -341,7 +341,7 @@ def test_accumulation_changes_nothing_but_rounding(run: Run, tmp_path: Path) -> 
         assert_equal_to_rounding(losses(rows), losses(whole))
         assert_equal_to_rounding(losses(rows, 'grad_norm'), losses(whole, 'grad_norm'))
         assert_equal_learning(last(cut), last(tmp_path / 'whole'))
-    assert losses(whole)[-1] < losses(whole)[0] - 0.3, 'and it learns'
+    assert losses(whole)[-1] < losses(whole)[0] - 0.3, 'and the run learns'
 
 
 def test_max_iters_updates_are_made_and_no_more(run: Run, tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_the_console_has_the_lines_that_people_parse(run: Run, tmp_path: Path,
     iters = re.findall(r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d\d)ms', out, re.MULTILINE)
     assert [int(step) for step, _, _ in iters] == [0, 2, 4, 6, 8, 9], 'every second step, and the last'
     assert [loss for _, loss, _ in iters] == [f'{loss:.4f}' for loss in losses(rows)]
-    assert 'mfu' not in out, 'nobody knows what this machine could do'
+    assert 'mfu' not in out, 'the peak speed of a CPU is unknown'
     assert re.search(r'^device cpu, as asked; float32, .*; not compiled, ', out, re.MULTILINE)
     assert out.rstrip().endswith(f'python sample.py --out_dir={tmp_path}')
     assert 'ckpt.pt' in out.splitlines()[-2]
@@ -408,10 +408,10 @@ def test_samples_are_drawn_before_the_first_step_between_and_after_the_last(run:
     assert all(sample.startswith('import') for sample in samples)
     assert {len(sample) for sample in samples} == {len('import') + 12 + 2}
     assert samples[0] != samples[-1]
-    assert losses(rows) == losses(run(tmp_path / 'none', max_iters=9)), 'to look is not to touch'
+    assert losses(rows) == losses(run(tmp_path / 'none', max_iters=9)), 'samples do not change what is learned'
 
 
-def test_a_sample_from_what_the_corpus_cannot_write_continues_its_validation_text_and_says_so(
+def test_a_sample_whose_start_the_corpus_cannot_write_continues_its_validation_text_and_says_so(
         run: Run, tmp_path: Path, tiny_text: str, capsys: pytest.CaptureFixture[str]) -> None:
     for start in ('☃', ''):
         run(tmp_path / f'from {len(start)}', max_iters=2, sample_interval=5, sample_tokens=5, sample_start=start)
@@ -445,7 +445,7 @@ def test_a_resume_on_another_corpus_is_refused_unless_asked_for(run: Run, tmp_pa
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The windows that training reads, by where they start, one step after the other."""
+    """Return the windows that training reads, by where they start, one step after the other."""
     starts: list[int] = []
 
     def noting(corpus: token_files.TokenFile, of_step: Integers, *rest: Any) -> Iterator[Part]:
@@ -465,7 +465,7 @@ def test_a_resume_with_another_batch_reads_the_next_window_and_counts_tokens_epo
     assert (last(tmp_path)['windows'], last(tmp_path)['windows_before']) == (40, 0)
     epochs = {'max_epochs': 50 / order.epoch, 'max_iters': 1000}
     rows = run(tmp_path, init_from='resume', **common, **epochs, total_batch_size=48)
-    assert read == order.starts(0, 52).tolist(), 'each window once, and one after the other'
+    assert read == order.starts(0, 52).tolist(), 'each window once, and in order'
     assert losses(rows, 'tokens') == [64, 128, 192, 256, 320, 384, 512, 640, 688, 736, 784, 832]
     assert last(tmp_path)['tokens'] == 832
     assert f'12 iterations are {52 / order.epoch:.2f} epochs\n' in capsys.readouterr().out
@@ -508,9 +508,9 @@ def test_another_corpus_is_read_from_its_first_window_on_and_a_line_says_so(
 
 def test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damaged_ends_the_run(
         run: Run, tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With most of train.bin reversed: checksums tell damage; where there are none, as in other projects' corpora, a
-    sample tells another file, and the run says that it has no more than that."""
-    line = 'has no checksums: damage in the middle of a file may pass unseen\n'
+    """Most of train.bin is reversed: checksums notice the damage; without them, as in other projects' corpora, a sample
+    of the file notices that it is another one, and the run says that it checks no more than that."""
+    line = 'has no checksums: damage in the middle of a file may go unnoticed\n'
     corpus = Path(shutil.copytree(tiny_dataset, tmp_path / 'corpus'))
     run(tmp_path / 'run', max_iters=2, dataset=corpus)
     assert line not in capsys.readouterr().out
@@ -521,7 +521,7 @@ def test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damag
     data[4096:-4096] = data[4096:-4096][::-1]
     (corpus / 'train.bin').write_bytes(data)
     message = refused(run, tmp_path / 'bare', max_iters=4, init_from='resume', dataset=corpus, code=errors.DATA)
-    assert 'is another one than this run has read' in message and message.count('43,506 tokens') == 2
+    assert 'is not the one that this run has read' in message and message.count('43,506 tokens') == 2
     (corpus / 'meta.json').write_bytes(meta)
     message = refused(run, tmp_path / 'run', max_iters=4, init_from='resume', dataset=corpus, code=errors.DATA)
     assert re.match(rf'{corpus}/train.bin is damaged: bytes \d', message) and 'prepare.py' in message
@@ -550,7 +550,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(run: Run, tmp_path: 
     for name in ('best.pt', 'ckpt.pt'):
         if (tmp_path / name).exists():
             state = checkpoint.load(tmp_path / name)
-            assert all(weight.isfinite().all() for weight in state['model'].values()), 'nothing broken was saved'
+            assert all(weight.isfinite().all() for weight in state['model'].values()), 'no broken weight was saved'
 
 
 # ------------------------------------------------------------------------------------------------
@@ -562,7 +562,7 @@ def test_overfit_single_batch_passes_on_a_model_that_learns(run: Run, tmp_path: 
     run(tmp_path, overfit_single_batch=True, max_iters=120, lr_decay_iters=120, learning_rate=0.03, n_embd=32,
         batch_size=2, gradient_accumulation_steps=1)
     assert re.search(r'^PASS: the loss on one batch went from 4\.\d+ to 0\.\d+', capsys.readouterr().out, re.MULTILINE)
-    assert [path.name for path in tmp_path.iterdir()] == ['overfit'], 'it leaves a run in out_dir alone'
+    assert [path.name for path in tmp_path.iterdir()] == ['overfit'], 'the check leaves a run in out_dir alone'
     assert not (tmp_path / 'overfit/ckpt.pt').exists()
 
 
@@ -599,8 +599,8 @@ def test_eval_only_measures_and_touches_nothing(run: Run, tmp_path: Path, capsys
 
 def test_a_run_resumed_from_any_of_five_points_ends_bit_for_bit_like_the_one_that_was_not_interrupted(
         run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
-    """Each checkpoint of one run, alone with what the console had by then, is continued: with dropout, steps of three
-    micro-batches of which the last is short, evaluations and questions on the way."""
+    """Each checkpoint of one run is continued alone, with the files that the run had left by then: with dropout, steps
+    of three micro-batches, the last of them short, and evaluations and questions on the way."""
     settings = {'dropout': 0.1, 'batch_size': 3, 'total_batch_size': 7 * 16, 'eval_interval': 3, 'max_iters': 17,
                 'lr_decay_iters': 17, 'keep': 10, 'sample_interval': 4, 'sample_tokens': 5, 'hellaswag_interval': 2,
                 'hellaswag': tiny_dataset / 'hellaswag.jsonl'}
@@ -613,7 +613,7 @@ def test_a_run_resumed_from_any_of_five_points_ends_bit_for_bit_like_the_one_tha
         cut = tmp_path / str(step)
         cut.mkdir()
         shutil.copy(tmp_path / f'whole/ckpt.{age}.pt', cut / 'ckpt.pt')
-        for name in ('metrics.jsonl', 'samples.txt'):  # these go further: it was not killed at once
+        for name in ('metrics.jsonl', 'samples.txt'):  # these go further: the run was not killed at once
             shutil.copy(tmp_path / 'whole' / name, cut / name)
         assert last(cut)['iter_num'] == step
         assert differences(last(cut)['model'], end['model'])
@@ -625,7 +625,7 @@ def test_a_run_resumed_from_any_of_five_points_ends_bit_for_bit_like_the_one_tha
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
-    """The lines that a process has printed, up to the one with `text` in it."""
+    """Return the lines that a process has printed, up to the one with `text` in it."""
     assert process.stdout
     lines = []
     for line in process.stdout:
@@ -636,8 +636,8 @@ def wait_for(process: subprocess.Popen[str], text: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
-    """A real process and a real SIGKILL, between two checkpoints, at step 27, where it waits to be killed;
+def test_a_run_that_was_killed_resumes_as_if_nothing_had_happened(run: Run, tmp_path: Path, tiny_dataset: Path) -> None:
+    """A real process gets a real SIGKILL, between two checkpoints, at step 27, at which it waits to be killed;
     `init_from=auto` starts the first and the second."""
     settings = {'dropout': 0.1, 'eval_interval': 20, 'max_iters': 60, 'lr_decay_iters': 60}
     whole = run(tmp_path / 'whole', **settings)
@@ -650,7 +650,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(run: Run, tmp_path
         process.kill()
     assert process.returncode == -signal.SIGKILL
     step = last(killed)['iter_num']
-    assert 20 <= step < 60, 'it was killed on its way'
+    assert 20 <= step < 60, 'the run was killed on its way'
     rows = run(killed, **settings | {'init_from': 'auto'})
     assert rows == whole
     for part in ('model', 'optimizer', 'best', 'iter_num'):
@@ -675,7 +675,7 @@ def test_a_finished_run_is_continued_by_more_steps(run: Run, tmp_path: Path) -> 
                init_from='resume') == whole
     assert not differences(last(tmp_path / 'cut')['optimizer'], last(tmp_path / 'whole')['optimizer'])
     again = run(tmp_path / 'cut', dropout=0.1, eval_interval=4, max_iters=12, lr_decay_iters=12, init_from='resume')
-    assert again == whole, 'there was nothing left to do'
+    assert again == whole, 'nothing was left to do'
 
 
 def flip(path: Path, byte: int = -1) -> None:
@@ -702,7 +702,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_with_one_line(
         path.write_bytes(b'')
     message = refused(run, tmp_path, init_from='resume', code=errors.CHECKPOINT)
     assert f'{tmp_path}/ckpt.pt' in message
-    assert all(path.stat().st_size == 0 for path in tmp_path.glob('ckpt*.pt')), 'nothing was started over them'
+    assert all(path.stat().st_size == 0 for path in tmp_path.glob('ckpt*.pt')), 'no new run replaced them'
     refused(run, tmp_path, init_from='auto', code=errors.CHECKPOINT)
 
 
@@ -710,14 +710,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_with_one_line(
 # Checkpoints on the way
 
 
-@pytest.mark.usefixtures('float64')  # the course of so wild a run is then the same on every machine
+@pytest.mark.usefixtures('float64')  # so wild a run is then the same on every machine
 def test_the_newest_checkpoints_are_kept_and_the_best_is_one_more(run: Run, tmp_path: Path) -> None:
     rows = run(tmp_path, eval_interval=2, max_iters=14, lr_decay_iters=14, learning_rate=0.1, decay_lr=False,
                keep=2)
     found = {path.name: checkpoint.load(path)['iter_num'] for path in tmp_path.glob('*.pt')}
     by_step = {row['step']: row['val_loss'] for row in rows if 'val_loss' in row}
     best = min(by_step, key=lambda step: by_step[step] if step else math.inf)
-    assert best not in (12, 14), 'at this constant rate it gets worse in the end'
+    assert best not in (12, 14), 'at this constant rate the loss rises in the end'
     assert found == {'ckpt.pt': 14, 'ckpt.1.pt': 12, 'best.pt': best}
     for name in found:
         state = checkpoint.load(tmp_path / name)
@@ -749,13 +749,13 @@ def test_the_best_value_and_its_step_are_kept_across_a_resume(run: Run, tmp_path
     assert set(best) == {'loss', 'perplexity', 'accuracy', 'bits_per_byte'}
     capsys.readouterr()
     run(tmp_path, init_from='resume', max_iters=12, learning_rate=1.0, min_lr=1.0)
-    assert last(tmp_path)['best']['loss'] == best['loss'], 'what came after was worse'
+    assert last(tmp_path)['best']['loss'] == best['loss'], 'later losses were worse'
     assert checkpoint.load(tmp_path / 'best.pt')['iter_num'] == best['loss'][1]
     shown = re.findall(r'^(best|at step) +(\S+)', capsys.readouterr().out, re.MULTILINE)
     assert shown[-2:] == [('best', f'{best["loss"][0]:.4f}'), ('at step', str(best['loss'][1]))]
 
 
-def test_to_start_over_a_run_must_be_asked_for(run: Run, tmp_path: Path) -> None:
+def test_a_run_starts_over_only_if_asked_to(run: Run, tmp_path: Path) -> None:
     rows = run(tmp_path, sample_interval=5, sample_tokens=2)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for init_from in ('scratch', 'start', str(tmp_path / 'ckpt.pt')):
@@ -767,7 +767,7 @@ def test_to_start_over_a_run_must_be_asked_for(run: Run, tmp_path: Path) -> None
     evaluated = {name: x for name, x in rows[5].items() if name == 'step' or 'val_' in name or 'train_' in name}
     assert run(tmp_path, overwrite=True, max_iters=5, init_from='start') == [*rows[:5], evaluated]
     assert [path.name for path in sorted(tmp_path.glob('*.pt'))] == ['best.pt', 'ckpt.pt']
-    assert (tmp_path / 'samples.txt').read_text(encoding='utf-8') == '', 'this one drew none'
+    assert (tmp_path / 'samples.txt').read_text(encoding='utf-8') == '', 'the new run drew none'
 
 
 def test_resume_takes_the_shape_from_the_checkpoint_and_refuses_another(run: Run, tmp_path: Path) -> None:
@@ -789,8 +789,8 @@ def test_resume_takes_the_shape_from_the_checkpoint_and_refuses_another(run: Run
     run(tmp_path, init_from='resume', max_iters=13, bias=True, vocab_size=0)
 
 
-def test_what_a_resumed_run_is_told_about_its_optimizer_counts(run: Run, tmp_path: Path,
-                                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_takes_new_settings_for_its_optimizer(run: Run, tmp_path: Path,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path)
     moments = last(tmp_path)['optimizer']['state']
     capsys.readouterr()
@@ -836,17 +836,17 @@ def test_a_path_starts_from_the_weights_that_it_holds(run: Run, tmp_path: Path) 
     for source in (tmp_path / 'first', tmp_path / 'first/ckpt.pt', tmp_path / 'first/best.pt'):
         out_dir = tmp_path / 'second' / source.name
         rows = run(out_dir, init_from=source, max_iters=3, n_layer=None)
-        assert losses(rows)[0] < 4.1, 'it goes on from what was learned'
+        assert losses(rows)[0] < 4.1, 'the run starts from what was learned'
         assert [row['step'] for row in rows] == [0, 1, 2, 3], 'with steps of its own'
         assert {moments['step'].item() for moments in last(out_dir)['optimizer']['state'].values()} == {3}
 
     cropped = tmp_path / 'cropped'
     run(cropped, init_from=tmp_path / 'first', block_size=8, max_iters=0, eval_interval=1)
     run(cropped, init_from=tmp_path / 'first', block_size=8, max_iters=1, learning_rate=0, min_lr=0)
-    ours, theirs = last(cropped), last(tmp_path / 'first')
-    assert ours['model_args']['block_size'] == 8
-    assert torch.equal(ours['model']['transformer.wpe.weight'], theirs['model']['transformer.wpe.weight'][:8])
-    assert torch.equal(ours['model']['lm_head.weight'], theirs['model']['lm_head.weight'])
+    found, expected = last(cropped), last(tmp_path / 'first')
+    assert found['model_args']['block_size'] == 8
+    assert torch.equal(found['model']['transformer.wpe.weight'], expected['model']['transformer.wpe.weight'][:8])
+    assert torch.equal(found['model']['lm_head.weight'], expected['model']['lm_head.weight'])
     message = refused(run, tmp_path / 'longer', init_from=tmp_path / 'first', block_size=32, code=errors.COMMAND)
     assert 'block_size=32' in message
     assert '--block_size=16' in message
@@ -871,10 +871,10 @@ def test_weights_are_fine_tuned_under_a_new_wandb_run_and_resumed_under_the_old(
             started.append(run_id)
 
         def row(self, step: int, values: dict[str, float]) -> None:
-            """Nothing."""
+            """Log no row."""
 
         def close(self, exit_code: int) -> None:
-            """Nothing."""
+            """Close nothing."""
 
     started: list[str] = []
     monkeypatch.setattr(wandb, 'Wandb', Nothing)
@@ -886,7 +886,7 @@ def test_weights_are_fine_tuned_under_a_new_wandb_run_and_resumed_under_the_old(
 
 
 def test_a_run_may_be_in_any_thread(run: Run, tmp_path: Path) -> None:
-    """As in a notebook or a server: without signals, and with the same result."""
+    """A notebook or a server does so: the run has no signals, and the same result."""
     expected = run(tmp_path / 'main', max_iters=3)
     with ThreadPoolExecutor(1) as threads:
         found = threads.submit(run, tmp_path / 'thread', max_iters=3).result()
@@ -901,12 +901,12 @@ def test_without_a_compiler_a_run_is_not_compiled(run: Run, tmp_path: Path, monk
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv('CXX', 'no-such-compiler')
     run(tmp_path, max_iters=1, compile=True)
-    assert '; not compiled, for want of a C++ compiler, no-such-compiler\n' in capsys.readouterr().out
+    assert '; not compiled, as that needs a C++ compiler, no-such-compiler\n' in capsys.readouterr().out
 
 
 def test_a_compiled_run_compiles_its_blocks_and_its_loss(run: Run, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler is replaced by one that returns what it is given, and notes each call of that."""
+    """The compiler is replaced by one that returns its argument, and notes each call of that."""
     calls: list[str] = []
 
     def noting(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
@@ -922,7 +922,7 @@ def test_a_compiled_run_compiles_its_blocks_and_its_loss(run: Run, tmp_path: Pat
     fast = run(tmp_path / 'fast', max_iters=2, compile=True)
     assert losses(fast) == losses(plain)
     assert calls.count('sum_of_nats') > 0
-    assert calls.count('_call_impl') > calls.count('sum_of_nats'), 'blocks are, in evaluation too'
+    assert calls.count('_call_impl') > calls.count('sum_of_nats'), 'blocks are compiled, in evaluation too'
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def train_plainly(dataset: Path, overrides: list[str]) -> tuple[list[float], GPT
 
 
 @pytest.mark.usefixtures('float64')
-@pytest.mark.parametrize('batch_size', [8, 3])  # a whole step at once, and in parts of which the last is not full
+@pytest.mark.parametrize('batch_size', [8, 3])  # a whole step at once, and in parts, the last of them not full
 @pytest.mark.parametrize('name', OVERRIDES)
 def test_the_plain_training_and_the_fast_one_give_the_same_losses_and_weights(
         tiny_dataset: Path, tmp_path: Path, name: str, batch_size: int) -> None:
@@ -53,7 +53,7 @@ def test_the_plain_training_and_the_fast_one_give_the_same_losses_and_weights(
     fast = checkpoint.load(tmp_path / 'ckpt.pt')['model']
 
     assert_equal_to_rounding([row['loss'] for row in rows if 'loss' in row], losses)
-    assert losses[-1] < losses[0] - 0.2  # there was something to agree on
+    assert losses[-1] < losses[0] - 0.2  # the run learns, so the agreement means something
     assert_equal_to_rounding(fast, plain.state_dict())
 
 
@@ -64,16 +64,16 @@ def test_every_setting_of_the_plain_training_is_one_of_the_fast_training() -> No
     assert {name: type(value) for name, value in plain.items()} == {name: type(fast[name]) for name in plain}
 
 
-def test_the_plain_training_leaves_the_arithmetic_to_nobody() -> None:
-    """AdamW, clipping and the schedule are written out, and nothing of torch's stands in for them."""
+def test_the_plain_training_writes_out_all_of_its_arithmetic() -> None:
+    """AdamW, clipping and the schedule are written out, and no function of torch stands in for them."""
     source = Path(str(sys.modules['train_trivialised'].__file__)).read_text(encoding='utf-8')
     for name in ('torch.optim', 'clip_grad', 'lr_scheduler', 'nn.functional', '.backward('):
         assert name not in source
 
 
 def complaints_about_marks(plain: str, model: str, fast: str) -> list[str]:
-    """What train.py's marks lack: the two files are too unlike for their hunks to be compared, so a mark names, in
-    backticks, a function of a plain file or a part of the loop, which a comment of the plain file names."""
+    """Return what train.py's marks lack: the two files differ too much for their hunks to be compared, so a mark names,
+    in backticks, a function of a plain file or a part of the loop, which a comment of the plain file names."""
     functions = {node.name for node in ast.parse(plain).body if isinstance(node, ast.FunctionDef)}
     parts = {'forward and backward', 'evaluation'}  # of the loop; its rate, clipping and update are functions
     exist = functions | {part for part in parts if f'# {part}' in plain}
@@ -85,12 +85,12 @@ def complaints_about_marks(plain: str, model: str, fast: str) -> list[str]:
             *(f'{name} is nowhere: {line}' for name, line in named.items() if name not in exist)]
 
 
-def test_train_py_says_of_each_function_and_part_of_the_plain_file_what_became_of_it() -> None:
+def test_train_py_says_what_became_of_each_function_and_part_of_the_plain_file() -> None:
     plain, model, fast = ((ROOT / name).read_text(encoding='utf-8')
                           for name in ('train_trivialised.py', 'model_trivialised.py', 'train.py'))
     assert complaints_about_marks(plain, model, fast) == []
 
-    # and the test sees what is missing, on either side
+    # and the test notices missing marks and names, on either side
     assert complaints_about_marks(plain + 'def more() -> None:\n    pass\n', model, fast) == ['no mark names more']
     [lost] = complaints_about_marks(plain.replace('def clip(', 'def shorten('), model, fast)[1:]
     assert 'clip is nowhere' in lost

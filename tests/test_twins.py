@@ -1,4 +1,4 @@
-"""The plain file and the fast one compute the same function, and each difference between their texts says why."""
+"""The plain file and the fast one: both compute the same function, and each difference of their texts says why."""
 import ast
 import difflib
 import math
@@ -23,7 +23,8 @@ def config(bias: bool = True) -> model.GPTConfig:
 
 @torch.no_grad()
 def twins(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[model.GPT, model_trivialised.GPT]:
-    """The same parameters in both, all of them random: gains and biases too, so that none can be left out unseen."""
+    """Return twins with the same parameters, all of them random: gains and biases too, so that none can be left out
+    unseen."""
     torch.manual_seed(1)
     fast = model.GPT(config(bias)).to(dtype)
     for name, p in fast.named_parameters():
@@ -34,7 +35,7 @@ def twins(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[model.
 
 
 def batch(T: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, each (B, T)."""
+    """Return inputs and targets, each (B, T)."""
     tokens = torch.randint(61, (3, T + 1), generator=torch.Generator().manual_seed(2))
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -50,7 +51,8 @@ def test_either_twin_takes_the_weights_of_the_other(bias: bool) -> None:
 
 # The tolerance is absolute, relative only to the largest gradient of all: some gradients, such as those of the keys'
 # biases, are 0 on paper, and so nothing but rounding here. The longest sums have 128 terms, the width of the MLP, and
-# there are a dozen in a row: a thousand roundings are more than they make, and in float64 less than any mistake.
+# there are a dozen in a row: together they round by less than a thousand roundings, and in float64 that is less than
+# any mistake.
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('T', [1, 16])
@@ -70,7 +72,7 @@ def test_logits_loss_and_every_gradient_of_the_twins_are_equal(T: int, bias: boo
     scale = max(p.grad.abs().max().item() for p in of_plain.values() if p.grad is not None)
     for name, p in fast.named_parameters():
         torch.testing.assert_close(p.grad, of_plain[name].grad, rtol=0, atol=rounding * scale, msg=name)
-        assert p.grad is not None and p.grad.any(), f'{name} takes no part'
+        assert p.grad is not None and p.grad.any(), f'{name} has no part in the loss'
 
 
 @pytest.mark.parametrize(('dtype', 'factor'), [(torch.float32, 100), (torch.float64, 1000)])
@@ -79,7 +81,7 @@ def test_scores_whose_exponentials_overflow_do_no_harm_to_either_twin(dtype: tor
     x, y = batch(16)
     fast, plain = twins(dtype=dtype)
     for p in (fast.lm_head.weight, fast.transformer.h[0].get_parameter('attn.c_attn.weight')):
-        p *= factor  # the table is tied, and LayerNorm evens out what it embeds
+        p *= factor  # the table is tied, and LayerNorm normalises what it embeds
     plain.load_state_dict(fast.state_dict())
     (fast_logits, fast_loss), (plain_logits, plain_loss) = fast(x, y), plain(x, y)
     assert plain_logits.abs().max() > math.log(torch.finfo(dtype).max)
@@ -97,7 +99,7 @@ def test_the_same_seed_draws_the_same_first_weights_in_both_twins(bias: bool) ->
     torch.manual_seed(1337)
     plain = model_trivialised.GPT(config(bias)).state_dict()
     assert all(torch.equal(fast[name], plain[name]) for name in fast)
-    assert torch.equal(after_fast, torch.get_rng_state()), 'what is drawn next would differ'
+    assert torch.equal(after_fast, torch.get_rng_state()), 'later draws would differ'
 
 
 def test_the_plain_twin_writes_the_same_text_for_the_same_seed() -> None:
@@ -109,7 +111,7 @@ def test_the_plain_twin_writes_the_same_text_for_the_same_seed() -> None:
 
 
 def without_imports_and_docstrings(source: str) -> list[str]:
-    """The lines of a Python text that compute something or say why: no imports, docstrings or blank lines."""
+    """Return the lines of a Python text that compute something or say why: no imports, docstrings or blank lines."""
     tree, lines = ast.parse(source), source.splitlines()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -124,7 +126,7 @@ def without_imports_and_docstrings(source: str) -> list[str]:
 
 
 def unmarked(plain: str, fast: str) -> list[str]:
-    """The hunks of `diff plain fast`, imports and docstrings apart, that do not say why they are there."""
+    """Return the hunks of `diff plain fast`, except imports and docstrings, that do not state their reason."""
     old, new = without_imports_and_docstrings(plain), without_imports_and_docstrings(fast)
     changes = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     hunks = ['\n'.join([*('< ' + line for line in old[a:b]), *('> ' + line for line in new[c:d])])
@@ -137,7 +139,7 @@ def test_every_difference_between_the_twins_is_marked_as_fast_or_more() -> None:
     plain, fast = ((ROOT / name).read_text(encoding='utf-8') for name in ('model_trivialised.py', 'model.py'))
     assert unmarked(plain, fast) == []
 
-    # and a difference that does not say why it is there would be seen, on either side
+    # and a difference that does not state its reason would be found, on either side
     line = '        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)\n'
     other = line.replace('config.bias', 'True')
     assert plain.count(line) == fast.count(line) == 1

@@ -1,4 +1,4 @@
-"""xray.py: what it prints, and its page, read as a file and looked at in a real browser."""
+"""The command xray.py: the table that it prints, and its page, read as a file and viewed in a real browser."""
 import base64
 import html
 import io
@@ -59,7 +59,7 @@ def saved(tmp_path: Path) -> Saved:
 
 
 def drawn(tmp_path: Path, *arguments: str) -> str:
-    """The page that xray.py writes."""
+    """Return the page that xray.py writes."""
     xray.main([*arguments, f'--html={tmp_path}/page.html'])
     return (tmp_path / 'page.html').read_text(encoding='utf-8')
 
@@ -90,7 +90,7 @@ def test_the_numbers_of_the_page_are_the_models(shape: dict[str, Any], saved: Sa
         assert lens.count(html.escape(parts.percent(came))) >= 1
     nats = [float(cost) for cost in re.findall(r'cost (\d+\.\d+) nats</h2>', whole)]
     [chosen] = re.findall(r'class="card chosen" id="t(\d+)"', whole)
-    assert nats[int(chosen) - 1] == max(nats), 'it opens at the most surprising token'
+    assert nats[int(chosen) - 1] == max(nats), 'the page opens at the most surprising token'
     hints = re.findall(r'<a class="token" href="#t\d" data-i="\d" title="[^"]+: (\d+\.\d\d) nats; expected', whole)
     assert list(map(float, hints)) == nats
 
@@ -105,12 +105,12 @@ def test_each_picture_is_the_table_of_its_head(saved: Saved, tmp_path: Path) -> 
         opacity = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert('RGBA'))[..., 3] / 255
         table = tables[int(n) - 1, int(h) - 1]
         assert np.abs(opacity ** 2 - table.numpy()).max() <= 1 / 255
-        assert table.std() > 0.05, 'there is something to see'
+        assert table.std() > 0.05, 'the picture is not blank'
         itself = table.diagonal()[1:].mean().item()
         assert f'<th scope="row">layer {n}, head {h}</th><td class="number">{parts.percent(itself)}</td>' in whole
 
 
-def test_a_text_with_markup_stays_a_text(saved: Saved, tmp_path: Path) -> None:
+def test_a_text_with_markup_stays_text(saved: Saved, tmp_path: Path) -> None:
     whole = drawn(tmp_path, saved(), f'--text={HOSTILE}')
     assert re.findall(r'<img(?! src="data:image/png;base64,)', whole) == []
     assert whole.count('<script') == whole.count('</script') == 1
@@ -119,22 +119,25 @@ def test_a_text_with_markup_stays_a_text(saved: Saved, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('heads', ['as they are', 'noisy'])
-def test_the_page_needs_nothing_else_and_is_small(heads: str) -> None:
-    """GPT-2's shape, and the longest text."""
-    config = GPTConfig(block_size=64, vocab_size=50257, n_layer=12, n_head=12, n_embd=48)
-    ids = torch.randint(50257, (1, 64))
+@pytest.mark.parametrize(('n_layer', 'n_head'), [(12, 12), (24, 16), (48, 25)])
+def test_the_page_needs_nothing_else_and_is_small(n_layer: int, n_head: int, heads: str) -> None:
+    """The model has the shape of a GPT-2, and the text is the longest."""
+    config = GPTConfig(block_size=64, vocab_size=50257, n_layer=n_layer, n_head=n_head, n_embd=4 * n_head)
+    T = xray.most_tokens(n_layer * n_head)
+    ids = torch.randint(50257, (1, T))
     lens, tables = look(gpt_class(config)(config).eval(), ids)
     if heads == 'noisy':
         scores = torch.randn(tables.shape) * 3
-        tables = scores.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -math.inf).softmax(dim=-1)
-    seen = page.Xray('a model', 'It is one.', [Word(' language')] * 64, predictions(lens, ids[0].tolist(), 5, 50257),
+        tables = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(dim=-1)
+    seen = page.Xray('a model', 'It is one.', [Word(' language')] * T, predictions(lens, ids[0].tolist(), 5, 50257),
                      [' language'] * 50257, tables, 600)
     whole = page.render(seen)
     assert 500_000 < len(whole.encode()) < 1_000_000
+    assert {144: 64, 384: 35, 1200: 9}[n_layer * n_head] == T
     code = re.sub(r'base64,[\w+/=]*', '', whole)
     assert not re.search(r'https?:|//\w|<script[^>]|<link|@import|url\(', code)
     assert set(re.findall(r'src="(.{5})', whole)) == {'data:'}
-    assert '{{' not in whole and whole.count('<img') == 144
+    assert '{{' not in whole and whole.count('<img') == n_layer * n_head
 
 
 @pytest.mark.parametrize('n', range(1, 5))
@@ -165,7 +168,7 @@ def test_a_part_of_a_character_is_shown_by_its_bytes_and_with_the_whole(saved: S
 
 
 # ------------------------------------------------------------------------------------------------
-# The terminal, and what is refused
+# The terminal, and refused texts
 
 
 def test_without_a_terminal_there_is_no_colour_and_without_a_name_no_page(
@@ -192,12 +195,12 @@ def test_a_terminal_shows_surprise_in_colour_unless_it_is_not_wanted(no_color: s
         try:
             while more := os.read(master, 1000):
                 out += more
-        except OSError:  # its end, on Linux
+        except OSError:  # the end, on Linux
             pass
     assert process.returncode == 0, out
     codes = set(re.findall(rb'\x1b\[[\d;]*m', out))
     assert (codes == set()) if no_color else (b'\x1b[0m' in codes and len(codes) > 1)
-    assert b'\x1b[31m' not in out and b'\\x1b' in out, 'what a text holds steers no terminal'
+    assert b'\x1b[31m' not in out and b'\\x1b' in out, 'no text steers the terminal'
     assert not re.search(rb'\x1b\[38;[\d;]+m[^\x1b]*\n', out), 'no background reaches over the end of a line'
 
 
@@ -205,6 +208,8 @@ def test_a_terminal_shows_surprise_in_colour_unless_it_is_not_wanted(no_color: s
     ({}, [f'--text={"a" * 65}'], '--text has 65 tokens, and at most 64 can be shown: give a shorter one'),
     ({'block_size': 16}, [f'--text={"a" * 16}'],
      '--text has 16 tokens, and at most 15 can be shown, as the model reads 16 at a time: give a shorter one'),
+    ({'n_layer': 16, 'n_head': 16, 'n_embd': 32}, [f'--text={"a" * 48}'],
+     '--text has 48 tokens, and at most 45 can be shown of 256 heads: give a shorter one'),
     ({'has_start': False, 'vocab_size': 256}, ['--text=a'], '--text has 1 tokens: give a longer one, of which '),
     ({}, ['--text='], '--text has 0 tokens: give a longer one, of which '),
     ({}, ['--top=0'], '--top=0: must be 1 or more'),
@@ -228,7 +233,7 @@ def test_the_longest_texts_that_fit_are_shown(saved: Saved, tmp_path: Path) -> N
 
 @pytest.fixture
 def opened(browser: 'Chrome', saved: Saved, tmp_path: Path) -> 'Chrome':
-    """The browser, with the page of a text that would run a script if it could."""
+    """Open the page of a text that would run a script if it could; return the browser."""
     drawn(tmp_path, saved(), f'--text=ab c{HOSTILE}')
     browser.execute_cdp_cmd('Emulation.setScriptExecutionDisabled', {'value': False})
     browser.get((tmp_path / 'page.html').as_uri())
@@ -240,7 +245,7 @@ def attribute(element: 'WebElement', name: str) -> str:
 
 
 def heading(browser: 'Chrome') -> str:
-    """The headings of the cards that are seen."""
+    """Return the headings of the cards that are visible."""
     cards = browser.find_elements('css selector', '.card h2')
     return '\n'.join(card.text for card in cards if card.is_displayed())
 
@@ -260,7 +265,7 @@ def test_a_click_and_a_key_change_what_is_shown(opened: 'Chrome') -> None:
     body.send_keys(keys[0])
     assert heading(opened).startswith('“a” cost')
     body.send_keys(keys[0])
-    assert heading(opened).startswith('“a” cost'), 'there is none before'
+    assert heading(opened).startswith('“a” cost'), 'the first token has none before it'
     assert opened.execute_script('return document.querySelectorAll("#text .chosen, #text .before").length') == 2
     assert 'start' in attribute(opened.find_element('css selector', '#text .before'), 'class').split()
 
@@ -298,7 +303,7 @@ def test_a_text_cannot_run_a_script(opened: 'Chrome') -> None:
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_it_is_light_or_dark_as_the_reader_has_it_and_can_be_read(scheme: str, opened: 'Chrome') -> None:
+def test_the_page_is_light_or_dark_as_the_reader_prefers_and_legible(scheme: str, opened: 'Chrome') -> None:
     features = {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]}
     opened.execute_cdp_cmd('Emulation.setEmulatedMedia', features)
     colours = """const style = getComputedStyle(document.body), soft = document.querySelector('.soft')
@@ -313,7 +318,7 @@ def test_it_is_light_or_dark_as_the_reader_has_it_and_can_be_read(scheme: str, o
 
 
 def luminance(colour: str) -> float:
-    """The relative luminance of 'rgb(r, g, b)' (WCAG 2.2)."""
+    """Return the relative luminance of 'rgb(r, g, b)' (WCAG 2.2)."""
     parts = [int(part) / 255 for part in re.findall(r'\d+', colour)[:3]]
     r, g, b = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
@@ -330,6 +335,6 @@ def test_without_scripts_all_can_be_read(opened: 'Chrome', tmp_path: Path) -> No
         rows = opened.find_elements('css selector', '.numbers tbody tr')
         assert rows[1].is_displayed() and rows[1].text.startswith('2 b ')
         assert all(image.is_displayed() for image in opened.find_elements('tag name', 'img'))
-        assert not opened.find_element('id', 'looks').is_displayed(), 'what only a script fills'
+        assert not opened.find_element('id', 'looks').is_displayed(), 'only a script fills it'
     finally:
         opened.execute_cdp_cmd('Emulation.setScriptExecutionDisabled', {'value': False})

@@ -1,8 +1,8 @@
-"""How tests wait: for the event itself, and so long that no slow or busy machine fails them."""
+"""Waiting in tests: for the event itself, and so long that no slow or busy machine fails them."""
 import time
 from collections.abc import Callable
 
-PATIENT = 1800  # seconds; only what never comes takes so long
+PATIENT = 1800  # seconds; only an event that never comes takes so long
 
 
 def wait_until(condition: Callable[[], object], what: str = 'what the test waits for') -> None:

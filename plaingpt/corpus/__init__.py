@@ -1,1 +1,1 @@
-"""Text -> tokens -> batches."""
+"""The way of a corpus: text -> tokens -> batches."""

@@ -1,4 +1,4 @@
-"""Windows of a corpus -> x and y, the tokens that a model reads and those that it should say."""
+"""Batches: windows of a corpus -> x and y, the tokens that a model reads and those that it should predict."""
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +21,8 @@ from plaingpt.paths import matching
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows that do not overlap, in their order: item i is x (T,) and y (T,), where y is x shifted by one token. For
-    anybody's DataLoader. `source` is a token file, a glob of some, ids, or, with a tokenizer, text."""
+    """Windows that do not overlap, in their order, for PyTorch's DataLoader: item i is x (T,) and y (T,), where y is x
+    shifted by one token. `source` is a token file, a glob of several, ids, or, with a tokenizer, text."""
 
     def __init__(self, source: TokenFile | str | Path | Sequence[int] | Ids, block_size: int,
                  tokenizer: Tokenizer | None = None) -> None:
@@ -51,8 +51,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 def read_batch(tokens: TokenFile, starts: Integers, block_size: int, batch_size: int,
                vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return x and y (batch_size, T), the windows at `starts`. Rows for which there is no start have targets -1, which
-    do not count."""
+    """Return x and y (batch_size, T), the windows at `starts`. If there are fewer starts than rows, the last rows have
+    targets of -1, which do not count."""
     xy = np.full((batch_size, block_size + 1), -1, dtype=np.int64)
     for row, start in enumerate(starts.tolist()):
         ids = tokens.read(start, block_size + 1)
@@ -66,23 +66,23 @@ def read_batch(tokens: TokenFile, starts: Integers, block_size: int, batch_size:
 
 
 class Part(NamedTuple):
-    """One micro-batch of a step: what is computed at once."""
+    """One micro-batch of a step: the windows that are computed at once."""
 
     number: int  # among the step's micro-batches, over all processes
     is_last: bool  # of those that this process computes
     share: float  # of the step's windows
     x: Tensor  # (B, T)
-    y: Tensor  # (B, T), -1 where there is no target
+    y: Tensor  # (B, T), -1 for no target
 
 
 def parts_of(corpus: TokenFile, starts: Integers, batch_size: int, config: GPTConfig,
              process: Process) -> Iterator[Part]:
     """Yield this process's micro-batches of the windows of one step. Every process gets the same number of them, of the
-    same shape; where windows are missing, targets are -1."""
+    same shape; rows without a window have targets of -1."""
     rounds = math.ceil(len(starts) / (batch_size * process.world_size))
     for number in range(process.rank, rounds * process.world_size, process.world_size):
-        mine = starts[number * batch_size:(number + 1) * batch_size]
-        x, y = read_batch(corpus, mine, config.block_size, batch_size, config.vocab_size)
+        in_part = starts[number * batch_size:(number + 1) * batch_size]
+        x, y = read_batch(corpus, in_part, config.block_size, batch_size, config.vocab_size)
         x, y = to_device(x, process.device), to_device(y, process.device)
         is_last = number + process.world_size >= rounds * process.world_size
-        yield Part(number, is_last, len(mine) / len(starts), x, y)
+        yield Part(number, is_last, len(in_part) / len(starts), x, y)

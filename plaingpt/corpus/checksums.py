@@ -1,5 +1,5 @@
 """
-Damage in the middle of token files, which their ends do not show.
+Checksums of token files, which show damage in the middle that their ends do not show.
 
 Beside meta.json, checksums.npz holds the CRC-32 of each block of each file, under the sha256 that meta.json gives for
 that file. A block is compared when it is read for the first time.
@@ -22,7 +22,7 @@ Sums = npt.NDArray[np.uint32]  # one for each block
 
 
 def add(sums: dict[str, Sums], file: BinaryIO) -> str:
-    """Add the CRC-32 of each block of a file. Return its sha256."""
+    """Add the CRC-32 of each block of a file to `sums`. Return the file's sha256."""
     file.seek(0)
     sha256, of_blocks = hashlib.sha256(), []
     while block := file.read(BLOCK):
@@ -38,7 +38,7 @@ def write(folder: Path, sums: dict[str, Any]) -> None:
 
 
 def read(folder: Path, remedy: str) -> dict[str, Sums]:
-    """Return the checksums of a corpus by the sha256 of the file that each belongs to; {} if there are none."""
+    """Return the checksums of a corpus, under the sha256 of the file that each belongs to; {} if there are none."""
     try:
         with np.load(folder / NAME) as archive:
             return dict(archive)
@@ -51,20 +51,20 @@ def read(folder: Path, remedy: str) -> dict[str, Sums]:
 
 
 class Comparison:
-    """The blocks of one file that were compared already, and what the others must be."""
+    """The blocks of one file that were compared already, and the checksums that all must have."""
 
     def __init__(self, path: Path, sums: Sums, remedy: str) -> None:
         self.path, self.sums, self.remedy = path, sums, remedy
-        self.is_done = bytearray(path.stat().st_size // BLOCK + 2)  # and one that begins at the end
+        self.is_done = bytearray(path.stat().st_size // BLOCK + 2)  # with one that begins at the end
 
     def widen(self, begin: int, end: int) -> tuple[int, int]:
-        """Return which bytes to read in place of these: with the rest of a block that is not compared yet."""
+        """Return which bytes to read in place of these: with the rest of each block that is not compared yet."""
         first, last = begin // BLOCK, end // BLOCK
         return (begin if self.is_done[first] else first * BLOCK,
                 end if self.is_done[last] or end == last * BLOCK else (last + 1) * BLOCK)
 
     def compare(self, data: npt.NDArray[np.uint8], begin: int) -> None:
-        """Compare the blocks that were read, from the byte `begin` on, if they were not before."""
+        """Compare the blocks that were read, from the byte `begin` on, unless they were compared before."""
         for number in range(begin // BLOCK, -(-(begin + len(data)) // BLOCK)):
             if not self.is_done[number]:
                 start = number * BLOCK

@@ -1,5 +1,5 @@
 """
-Files anywhere -> documents, and the pieces of files that several processes read.
+Documents, from files anywhere, and the pieces of files that several processes read.
 
     path  ->  files  ->  pieces, each some documents that stand together  ->  their texts
 
@@ -31,19 +31,19 @@ MARKS = {codecs.BOM_UTF8: 'utf-8', codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_
 PACKED = ('.gz', '.xz', '.bz2')
 PIECE = 1 << 21  # bytes of text that a process reads and tokenises at a time, or little more
 LARGEST = 1 << 25  # bytes of a row group that a process reads at once
-LONGEST_ROW = 1 << 28  # bytes of a line or row, which is read as a whole: eight times as many in memory
+LONGEST_ROW = 1 << 28  # bytes of a line or row, which is read as a whole, and takes eight times as many in memory
 
 
 class Piece(NamedTuple):
-    """What stands in one file between two row groups (.parquet) or two bytes (all others): some documents, or a part of
+    """The content of one file between two row groups (.parquet) or two bytes (all others): some documents, or a part of
     one."""
 
     name: str
     column: str
     start: int
     stop: int
-    n_documents: int  # that end in it
-    is_apart: bool  # it can be read without what stands before it
+    n_documents: int  # that end in this piece
+    is_apart: bool  # it can be read without what comes before it
 
 
 class Passage(NamedTuple):
@@ -59,8 +59,9 @@ class Passage(NamedTuple):
 
 def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
     """Return the files that `path` names, in a fixed order: one file, the .txt, .jsonl and .parquet files of a folder
-    (packed or not), a glob, or a URL that fsspec opens. What http has is fetched into `folder` first: it is read
-    twice. Hidden files, which editors and systems keep beside those of the user, count only if they are named."""
+    (packed or not), those of a glob, or those of a URL that fsspec opens. A file at http:// is downloaded into `folder`
+    first, since it is read twice. Hidden files, which editors and systems keep beside those of the user, count only if
+    they are named."""
     is_here = is_local(path)
     if path.startswith(('http://', 'https://')) and not is_here:
         name = PurePosixPath(path.partition('?')[0]).name
@@ -87,13 +88,13 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
 
 
 def is_local(path: str) -> bool:
-    """Return whether this is no URL, or looks like one and is there."""
+    """Return whether this is no URL, or a file whose name looks like one."""
     return '://' not in path or os.path.exists(path)
 
 
 def located(path: str) -> tuple[Any, str]:
-    """Return the file system of a path or URL, and the path in it. In a path of this machine nothing has a meaning of
-    its own, as :: has in a URL."""
+    """Return the file system of a path or URL, and the path in it. In a path on this machine no characters are special,
+    as :: is in a URL."""
     import fsspec
 
     if is_local(path):
@@ -103,13 +104,12 @@ def located(path: str) -> tuple[Any, str]:
 
 
 def is_hidden(name: str, root: str) -> bool:
-    """Return whether a part of a path begins with a dot that `root`, the path or pattern that was given, does not
-    have."""
+    """Return whether a part of a path begins with a dot, and is not in `root`, the path or pattern that was given."""
     return any(part.startswith('.') for part in {*name.split('/')} - {*root.split('/')})
 
 
 def kind_of(name: str) -> str:
-    """Return the suffix that says how a file is to be read, without that of the compression, which fsspec sees to."""
+    """Return the suffix that says how to read a file, without that of the compression, which fsspec sees to."""
     path = PurePosixPath(name)
     return PurePosixPath(path.stem if name.endswith(PACKED) else path).suffix.lower()
 
@@ -136,7 +136,7 @@ def opened(name: str) -> Iterator[BinaryIO]:
             raise refusal(error, f'{name} cannot be opened', DATA) from error
         try:
             yield file
-        except Exception as error:  # of one of four libraries, which unpack what may be damaged
+        except Exception as error:  # from any of four libraries that unpack files, which may be damaged
             if isinstance(error, UserError | ModuleNotFoundError):
                 raise
             raise refusal(error, f'{name} cannot be read', DATA) from error
@@ -145,8 +145,8 @@ def opened(name: str) -> Iterator[BinaryIO]:
 def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:
     """Yield all documents of a file, in pieces, in order."""
     if kind_of(name) in TABLES:
-        raise UserError(f'{name} is no text: a model would learn its braces and commas\nsave its texts as .jsonl, with '
-                        f'a line {{"{column}": ...}} for each; or rename it to .txt, if that is what you want', DATA)
+        raise UserError(f'{name} is not text: a model would learn its braces and commas\nsave its texts as .jsonl, '
+                        f'with a line {{"{column}": ...}} for each; or rename it to .txt, if you want that', DATA)
     with opened(name) as file:
         match kind_of(name):
             case '.jsonl' | '.ndjson':
@@ -160,8 +160,8 @@ def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:
 
 
 def in_utf8(name: str, file: BinaryIO) -> BinaryIO:
-    """Return a file whose bytes are UTF-8: itself or, if its byte order mark says UTF-16, as Windows writes it, what is
-    made of it, in memory."""
+    """Return a file whose bytes are UTF-8: the file itself or, if its byte order mark says UTF-16, as Windows writes
+    it, a converted copy in memory."""
     codec, start = encoding_of(file)
     file.seek(0)
     if codec == 'utf-8':
@@ -172,8 +172,8 @@ def in_utf8(name: str, file: BinaryIO) -> BinaryIO:
 
 
 def find_lines(name: str, column: str, file: BinaryIO, is_apart: bool) -> Iterator[Piece]:
-    """Yield pieces of a .jsonl file that begin and end with a line, or all of it, if these could not be read apart.
-    Blank lines are no documents."""
+    """Yield pieces of a .jsonl file that begin and end with a line, or the whole file, if pieces could not be read
+    apart. Blank lines are not documents."""
     start = stop = n_documents = 0
     for line in lines_of(name, file):
         stop += len(line)
@@ -186,7 +186,7 @@ def find_lines(name: str, column: str, file: BinaryIO, is_apart: bool) -> Iterat
 
 
 def lines_of(name: str, file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a file. Raises UserError for one that memory might not hold."""
+    """Yield the lines of a file. Raise UserError for one that memory might not hold."""
     while line := file.readline(LONGEST_ROW + 1):
         if len(line) > LONGEST_ROW:
             raise too_long(name)
@@ -220,8 +220,9 @@ def read_documents(pieces: Iterable[Piece]) -> Iterator[str]:
 
 def read_passages(pieces: Iterable[Piece], may_cut: bool) -> Iterator[Passage]:
     """Yield the documents of all pieces in order: the lines of a .jsonl file, the rows of a .parquet file, and any
-    other file as a whole. A long one comes in several passages if it `may_cut`: a text file is never held as a whole, a
-    line or row is while it is read. Raises UserError that names the file, and the line or byte that is wrong."""
+    other file as a whole. A long document comes in several passages if it `may_cut`: then a text file is never held in
+    memory as a whole, and a line or row only while it is read. Raise UserError, which names the file, and the line or
+    byte that is wrong."""
     for piece in pieces:
         with opened(piece.name) as file:
             match kind_of(piece.name):
@@ -238,8 +239,8 @@ def read_passages(pieces: Iterable[Piece], may_cut: bool) -> Iterator[Passage]:
 
 
 def passages_of(blocks: Iterable[str], ends: bool = True) -> Iterator[Passage]:
-    """Yield a text in passages of PIECE characters or little more, which end where a tokenizer, too, would cut it.
-    Whether the last of them `ends` the document is for the caller to say."""
+    """Yield a text in passages of PIECE characters or little more, cut where a tokenizer would cut it, too. The caller
+    says whether the last passage `ends` the document."""
     waiting: list[str] = []
     size = 0
     for part in parts_of(blocks):
@@ -252,7 +253,7 @@ def passages_of(blocks: Iterable[str], ends: bool = True) -> Iterator[Passage]:
 
 
 def cut_piece(piece: Piece) -> Iterator[Piece]:
-    """Yield a long text file in pieces of a passage each."""
+    """Yield a long text file in pieces, one for each passage."""
     if not is_text(piece.name):
         yield piece
         return
@@ -266,9 +267,9 @@ def cut_piece(piece: Piece) -> Iterator[Piece]:
 
 
 def split_piece(piece: Piece, fraction: float) -> tuple[Piece, Piece]:
-    """Split a text file in two pieces, of which the second has this fraction of its characters."""
+    """Split a text file into two pieces; the second gets this fraction of its characters."""
     with opened(piece.name) as file:
-        left = int(sum(map(len, read_blocks(piece, file))) * (1 - fraction))  # characters of the first
+        left = int(sum(map(len, read_blocks(piece, file))) * (1 - fraction))  # characters for the first one
         codec, start = encoding_of(file)
         stop = max(start, piece.start)
         for block in read_blocks(piece, file):
@@ -284,7 +285,7 @@ def encoding_of(file: BinaryIO) -> tuple[str, int]:
 
 
 def encoding_by(head: bytes) -> tuple[str, int]:
-    """Return which encoding the byte order mark at the start of a text says, and the size of the mark."""
+    """Return the encoding that the byte order mark at the start of a text says, and the size of the mark."""
     return next(((MARKS[mark], len(mark)) for mark in MARKS if head.startswith(mark)), ('utf-8', 0))
 
 
@@ -305,7 +306,8 @@ def read_blocks(piece: Piece, file: BinaryIO) -> Iterator[str]:
 
 @contextmanager
 def readable_decoding(name: str, offset: int) -> Iterator[None]:
-    """Say which byte of a file is wrong. `offset` is where the bytes start in it."""
+    """Raise UserError for bytes that cannot be decoded, and say which byte of the file is wrong. The bytes that are
+    decoded start at `offset` in the file."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -316,7 +318,7 @@ def readable_decoding(name: str, offset: int) -> Iterator[None]:
 
 
 def decode(name: str, text: bytes, offset: int) -> str:
-    """Return UTF-8 as str, or what the byte order mark at the start of a file says. `offset` is where `text` starts in
+    """Decode UTF-8, or the encoding that the byte order mark at the start of a file says. `text` starts at `offset` in
     its file."""
     codec, start = ('utf-8', 0) if offset else encoding_by(text)
     with readable_decoding(name, offset + start):
@@ -344,7 +346,7 @@ def read_lines(piece: Piece, file: BinaryIO) -> Iterator[str]:
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace half a surrogate pair, which JSON may have and UTF-8 has not, by U+FFFD, as tiktoken does it."""
+    """Replace half a surrogate pair, which JSON may have and UTF-8 cannot, by U+FFFD, as tiktoken does."""
     try:
         text.encode('utf-8')
     except UnicodeEncodeError:
@@ -360,7 +362,7 @@ def line_number(file: BinaryIO, offset: int) -> int:
 
 
 def open_parquet(name: str, column: str, file: BinaryIO) -> Any:
-    """Open the file as pyarrow has it, with text in that column."""
+    """Open the file with pyarrow. Raise UserError if that column holds no text."""
     import pyarrow.parquet
 
     try:

@@ -1,4 +1,4 @@
-"""Files of others -> this machine, whole or not at all."""
+"""Downloads: files of other places come to this machine whole or not at all."""
 import hashlib
 import http.client
 import logging
@@ -17,8 +17,8 @@ TIMEOUT = 30  # seconds that a download may stand still
 
 
 def download(url: str, path: Path, sha256: str = '', option: str = '--input') -> Path:
-    """Return `path`, fetched from `url` unless it is there with that sha256. It never appears with wrong or missing
-    bytes. The `option` takes a file that was got in another way."""
+    """Return `path`; download it from `url`, unless the file exists and has that sha256. It never appears with wrong or
+    missing bytes. The `option` is for a file that the user got in another way."""
     if sha256 and path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
     if re.match(r'https?://[^/?#]*@', url):
@@ -29,7 +29,7 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
         path.parent.mkdir(parents=True, exist_ok=True)
         with answer, files.written_whole(path, is_shared=True) as file:
             shutil.copyfileobj(answer, file, BLOCK)
-            if answer.length:  # still to come; urlopen itself raises where the server's status is an error
+            if answer.length:  # bytes still to come; urlopen itself raises if the server's status is an error
                 raise OSError(f'it broke off {answer.length} bytes early')
             file.seek(0)
             found = sha256 and hashlib.file_digest(file, 'sha256').hexdigest()
@@ -42,8 +42,8 @@ def download(url: str, path: Path, sha256: str = '', option: str = '--input') ->
 
 
 def find_hub_files(dataset: str, config: str, revision: str, split: str = 'train') -> list[str]:
-    """Return where the files of one split of a dataset are: on the Hugging Face hub, or in a folder. Nothing in the
-    dataset is executed."""
+    """Return the paths or URLs of the files of one split of a dataset: on the Hugging Face hub, or in a folder. Nothing
+    in the dataset is executed."""
     from datasets import load_dataset_builder
 
     console.say(f'looking for the files of {dataset}')  # without network it tries for half a minute
@@ -53,8 +53,7 @@ def find_hub_files(dataset: str, config: str, revision: str, split: str = 'train
 
 
 def fetch_hub_files(files: list[str]) -> list[str]:
-    """Fetch these files to this machine, in Hugging Face's cache, which goes on with a download that was
-    interrupted."""
+    """Fetch these files into Hugging Face's cache on this machine, which continues an interrupted download."""
     from datasets import DownloadConfig, DownloadManager
 
     with explained_hub(files[0]):
@@ -64,7 +63,7 @@ def fetch_hub_files(files: list[str]) -> list[str]:
 
 @contextmanager
 def explained_hub(what: str) -> Iterator[None]:
-    """Have one message say what cannot be had, and silence what the libraries say of each try."""
+    """Raise one message that says what cannot be downloaded, and silence what the libraries say about each attempt."""
     for library in ('datasets', 'huggingface_hub'):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:

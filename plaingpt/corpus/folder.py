@@ -1,8 +1,8 @@
 """
-A corpus on disk: a folder, or a glob, of token files, what makes it, and what is wrong with it.
+A corpus on disk: a folder, or a glob, of token files, the command that makes it, and what may be wrong with it.
 
-train.bin and val.bin, or shards, of which those whose name says so are for validation. meta.json says which tokenizer
-made them and what they looked like when they were made.
+The files are train.bin and val.bin, or shards; a shard is for validation if its name says so. meta.json says which
+tokenizer made them and what they looked like when they were made.
 """
 import glob
 import hashlib
@@ -26,43 +26,43 @@ from plaingpt.corpus.tokenizer import MOST_IDS, STATE, Tokenizer
 from plaingpt.errors import ALL_GPUS, DATA, UserError, command, command_of
 from plaingpt.paths import CORPORA, PREPARE, is_url, matching
 
-META = {  # what is read of a meta.json
+META = {  # the parts of a meta.json that are read
     'tokenizer': STATE,
     'vocab_size': range(1, MOST_IDS),
     'dtype': {'uint16', 'uint32'},
     'splits': {str: {'tokens': schema.COUNT, 'largest_id': schema.COUNT, 'head': str, 'tail': str, 'sha256?': str}}}
 SUFFIXES = ('.bin', '.npy')  # of token files, among all that a folder or glob may hold
-FOR_VALIDATION = re.compile(r'(?<![^\W\d_])(val|valid|validation)(?![^\W\d_])', re.IGNORECASE)  # between no letters
-SHOWN = re.compile(r'[\w ./:,+=*?\[\]~@%\'"()&!#{}-]*')  # in a command that is shown although a file brought it
+FOR_VALIDATION = re.compile(r'(?<![^\W\d_])(val|valid|validation)(?![^\W\d_])', re.IGNORECASE)  # as a word of its own
+SHOWN = re.compile(r'[\w ./:,+=*?\[\]~@%\'"()&!#{}-]*')  # in a command that a file brought, if it is to be shown
 RESERVED = re.compile(r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)  # names of devices on Windows
 
 
 @dataclass(frozen=True)
 class Data:
-    """A corpus, as a run reads it."""
+    """A corpus as a run reads it."""
 
     folder: Path
     splits: dict[str, TokenFile]  # 'train' and 'val'
     order: Order  # in which training reads its windows
-    tokenizer: Tokenizer | None  # None if its files cannot be had
+    tokenizer: Tokenizer | None  # None if its files are not available
     fingerprint: dict[str, Any]  # of each split
 
     @property
     def token_sizes(self) -> list[int] | None:
-        """Bytes of text that each id stands for."""
+        """Return the bytes of text that each id stands for."""
         return self.tokenizer.token_sizes() if self.tokenizer else None
 
 
 def data_folder(dataset: str) -> Path:
-    """Return where a corpus is: data/<dataset> beside the stages, or any other folder or glob of token files. What is
-    there under that very name comes before what a glob matches."""
+    """Return the place of a corpus: data/<dataset> beside the stages, or any other folder or glob of token files. A
+    folder of that very name comes before what a glob matches."""
     places = (CORPORA / dataset, Path(dataset))
     return next(itertools.chain(filter(Path.exists, places), filter(matching, places)), places[0])
 
 
 def fingerprint(tokens: TokenFile, meta: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return what tells these tokens from others, without reading all of them: how many, the ends of each file, and the
-    hash of it that its maker left in `meta`, or of a sample of it."""
+    """Return what tells these tokens from others, without reading all of them: how many there are, the ends of each
+    file, and the hash that its maker left in `meta`, or else the hash of a sample."""
     splits = meta['splits'] if meta else {}
     hashes = [splits.get(file.path.stem, {}).get('sha256', '') for file in tokens.files]
     n_pieces = max(1, PIECES // len(hashes))
@@ -75,14 +75,14 @@ def fingerprint(tokens: TokenFile, meta: dict[str, Any] | None = None) -> dict[s
 
 
 def is_for(split: str, name: str) -> bool:
-    """Return whether a file of that name is for `split`: for validation, if the word val, valid or validation is in it;
-    for training, if not, as in carnival_000.bin."""
+    """Return whether a file of that name is for `split`: it is for validation if it has the word val, valid or
+    validation in it, and for training if not, like carnival_000.bin."""
     return (FOR_VALIDATION.search(name) is not None) == (split == 'val')
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """Return the token files of a split, in the order of their names. `folder` may be a glob, too. Beside train.bin and
-    val.bin no other file is a part of the corpus."""
+    """Return the token files of a split, in the order of their names. `folder` may be a glob, too. If there are a
+    train.bin and a val.bin, no other file is part of the corpus."""
     only = folder / f'{split}.bin'
     if only.exists() and (folder / 'train.bin').exists():
         return [only]
@@ -92,14 +92,14 @@ def files_of(folder: Path, split: str) -> list[Path]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Return what a corpus's maker wrote into meta.json. Other projects' corpora have none: they hold GPT-2's tokens,
+    """Return what a corpus's maker wrote into meta.json. Corpora of other projects have none: they hold GPT-2's tokens,
     unless their files say otherwise."""
     path = (folder if folder.is_dir() else folder.parent) / 'meta.json'
     meta = files.read_json(path)
     paths = files_of(folder, 'train')
     if isinstance(meta, dict) and meta.get('unfinished'):
         raise UserError(f'{folder} is not complete: a preparation was interrupted, or is at work\n'
-                        f'go on with: {how_to_prepare(folder)}', DATA)
+                        f'continue with: {how_to_prepare(folder)}', DATA)
     if not paths:
         is_glob = glob.has_magic(str(folder)) and not folder.exists()
         remedy = 'give a folder, or a glob of .bin or .npy' if is_glob else f'first run: {how_to_prepare(folder)}'
@@ -114,7 +114,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Return whether there is a corpus, of any project."""
+    """Return whether the folder holds a corpus, of any project."""
     return bool(files_of(folder, 'train')) or any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
 
 
@@ -123,7 +123,7 @@ def is_prepared(folder: Path) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Return whether data/<name> may be a corpus: letters, digits, '_', '.' and '-', as every system takes them."""
+    """Return whether data/<name> may be a corpus: letters, digits, '_', '.' and '-', which every system takes."""
     is_fine = all(unicodedata.category(character)[0] in 'LMN' or character in '_.-' for character in name)
     return is_fine and name[:1] not in ('', '.', '-') and not RESERVED.fullmatch(name)
 
@@ -134,11 +134,11 @@ def is_writable(folder: Path) -> bool:
 
 
 def folder_for(script: str, to_dir: str, name: str | None = None) -> Path:
-    """Return what data/<script>/prepare.py is to write: to_dir or, if that is '', data/<name>. Raise UserError for what
-    is no plain name, for the folder of another prepare.py, and for one that cannot be written."""
+    """Return the folder that data/<script>/prepare.py is to write: to_dir or, if that is '', data/<name>. Raise
+    UserError for a name that is not plain, for the folder of another prepare.py, and for one that cannot be written."""
     name = script if name is None else name
     if is_url(to_dir):
-        raise UserError(f'--to_dir={to_dir} is no folder of this machine')
+        raise UserError(f'--to_dir={to_dir} is not a folder on this machine')
     if not to_dir and not is_plain(name):
         raise UserError(f"--name={name} becomes the folder data/<name>: letters, digits, '_', '.' and '-', and neither "
                         'of the last two comes first; --to_dir= takes any folder')
@@ -156,7 +156,7 @@ def folder_for(script: str, to_dir: str, name: str | None = None) -> Path:
 
 def how_to_prepare(folder: Path) -> str:
     """Return the command that makes the corpus in a folder, or makes it anew: the one that its meta.json names, if that
-    is one of this project's, or one that would do."""
+    is one of this project's, or else one that would do."""
     home = folder if folder.is_dir() or not matching(folder) else folder.parent
     meta = files.read_json(home / 'meta.json')
     meta = meta if isinstance(meta, dict) else {}
@@ -174,12 +174,12 @@ def how_to_prepare(folder: Path) -> str:
 
 
 def is_begun(folder: Path) -> bool:
-    """Return whether there is anything of a corpus."""
+    """Return whether the folder holds any part of a corpus."""
     return (folder / 'meta.json').exists() or any(folder.glob('*.bin'))
 
 
 def takes_overwrite(script: str) -> bool:
-    """Return whether data/<script>/prepare.py goes on with what is there, unless it is told to start over."""
+    """Return whether data/<script>/prepare.py continues an interrupted preparation, unless it is told to start over."""
     path = PREPARE / script / 'prepare.py'
     return path.exists() and '\noverwrite: bool' in path.read_text(encoding='utf-8')
 
@@ -197,8 +197,8 @@ def recorded_command(created_by: object) -> tuple[str, dict[str, str]] | None:
         if not re.fullmatch(r'--[\w-]+', option) or not SHOWN.fullmatch(value):
             return None
         settings[option[2:].replace('-', '_')] = value
-    is_ours = Path(script).name == 'prepare.py' and (PREPARE / name / 'prepare.py').exists()
-    return (name, settings) if is_ours else None
+    is_known = Path(script).name == 'prepare.py' and (PREPARE / name / 'prepare.py').exists()
+    return (name, settings) if is_known else None
 
 
 def guessed_command(name: str) -> tuple[str, dict[str, str]]:
@@ -208,7 +208,7 @@ def guessed_command(name: str) -> tuple[str, dict[str, str]]:
 
 
 def folder_of_paths(created_in: object, settings: dict[str, str]) -> Path | None:
-    """Return the folder in which a command was typed, if that is another one than this, and some of its settings are
+    """Return the folder in which a command was typed, if that is not the current one, and some of the settings are
     paths, or globs, that start there."""
     folder = Path(str(created_in))
     if not SHOWN.fullmatch(str(folder)) or not folder.is_absolute() or folder == Path.cwd() or not folder.is_dir():
@@ -218,22 +218,22 @@ def folder_of_paths(created_in: object, settings: dict[str, str]) -> Path | None
 
 
 def dataset_of(folder: Path) -> str:
-    """Return what --dataset= calls a folder."""
+    """Return the name that --dataset= takes for a folder."""
     names = (folder.name, str(folder), str(folder.absolute()))
     return next(name for name in names if data_folder(name).resolve() == folder.resolve())
 
 
 def place_for(name: str, *others: Path) -> Path:
-    """Return where a folder of that name can be made: in this folder, or else in the first of the others that can be
-    written to."""
+    """Return a path where a folder of that name can be made: in the current folder, or else in the first of the others
+    that can be written to."""
     return next((place for place in (Path(), *others) if os.access(place, os.W_OK)), Path()) / name
 
 
 def next_steps(folder: Path, config: str, dataset: str, out_dir: str, run: str = '', takes_long: bool = False,
                samples: bool = True) -> str:
-    """Return what to say when the corpus in `folder` is made: the commands that train on it as config/<config>.py says,
-    which has this dataset and out_dir, and that sample the run, which may be another one. A training that takes long is
-    for all GPUs of a machine."""
+    """Return what to say when the corpus in `folder` is made: the commands that train on it, and sample the run.
+    config/<config>.py has this dataset and out_dir; `run`, if given, takes the place of the latter. A training that
+    takes long is for all GPUs of a machine."""
     usual = {'dataset': dataset, 'out_dir': out_dir}
     given = {'dataset': dataset_of(folder), 'out_dir': str(place_for(run or out_dir, folder.absolute().parent, folder))}
     settings = {name: value for name, value in given.items() if value != usual[name]}
@@ -250,8 +250,8 @@ def next_steps(folder: Path, config: str, dataset: str, out_dir: str, run: str =
 
 
 def open_tokens(paths: Sequence[Path], name: Path, meta: dict[str, Any]) -> TokenFile:
-    """Open the files of one folder as `open_files` does. What is read of them is compared with their checksums, if
-    their maker has left some."""
+    """Open the files of one folder as `open_files` does. All that is read from them is compared with their checksums,
+    if their maker has left some."""
     tokens, folder = open_files(paths, name, meta['dtype']), paths[0].parent
     remedy = f'rebuild the corpus: {how_to_prepare(folder)}'
     sums = checksums.read(folder, remedy)
@@ -264,12 +264,12 @@ def open_tokens(paths: Sequence[Path], name: Path, meta: dict[str, Any]) -> Toke
 
 @cache
 def say_unprotected(folder: Path) -> None:
-    console.say(f'{folder} has no checksums: damage in the middle of a file may pass unseen')
+    console.say(f'{folder} has no checksums: damage in the middle of a file may go unnoticed')
 
 
 def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> TokenFile:
-    """Open the tokens of 'train' or 'val', checked: they are what their maker wrote, enough for one window, and known
-    to a model of vocab_size tokens. Raises UserError that names the file and the sizes."""
+    """Open the tokens of 'train' or 'val', and check that they are as their maker wrote them, enough for one window,
+    and known to a model of vocab_size tokens. If not, raise UserError, which names the file and the sizes."""
     meta, paths = read_meta(folder), files_of(folder, split)
     listed = {name for name in meta['splits'] if is_for(split, name)}
     missing = listed - {path.stem for path in paths} if folder.is_dir() else set()
@@ -277,7 +277,7 @@ def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> To
         raise UserError(f'{folder} has no file for {split}: the word val, valid or validation in a name decides\n'
                         'give a folder or a glob that has files for both', DATA)
     if missing or not paths:
-        raise UserError(f'{folder / min(missing, default=split)}.bin is not there\nfirst run: {how_to_prepare(folder)}',
+        raise UserError(f'{folder / min(missing, default=split)}.bin is missing\nfirst run: {how_to_prepare(folder)}',
                         DATA)
     tokens = open_tokens(paths, (folder if folder.is_dir() else folder.parent) / split, meta)
     if any(file.comparison is None for file in tokens.files):
@@ -295,7 +295,7 @@ def open_split(folder: Path, split: str, block_size: int, vocab_size: int) -> To
 
 
 def check_file(file: TokenFile, made: dict[str, Any], vocab_size: int, folder: Path) -> None:
-    """Refuse a file that is not as it was `made`, where that is known."""
+    """Refuse a file that is not as it was `made`, as far as that is known."""
     if len(file) != made.get('tokens', len(file)):
         raise UserError(f'{file.path} has {len(file)} tokens, and meta.json says {made["tokens"]}: it is damaged\n'
                         f'rebuild the corpus: {how_to_prepare(folder)}', DATA)

@@ -1,6 +1,6 @@
 """
 The order in which training reads a corpus: windows of block_size tokens, as a pure function of the seed and the number
-of the window. Nothing to save, nothing to restore, the same for any number of processes.
+of the window. There is nothing to save or restore, and it is the same for any number of processes.
 """
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ Integers = npt.NDArray[np.int64]
 
 
 def shuffle(index: Integers, n: int, key: int) -> Integers:
-    """Return where a random order of 0 .. n - 1 puts each index: a keyed permutation that is computed, not stored. Six
-    rounds of a Feistel network permute the next power of four; what falls outside 0 .. n - 1 is permuted again (Black
-    and Rogaway 2002)."""
+    """Return the place of each index in a random order of 0 .. n - 1: a keyed permutation that is computed, not stored.
+    Six rounds of a Feistel network permute the next power of four; what falls outside 0 .. n - 1 is permuted again
+    (Black and Rogaway 2002)."""
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of each of the two halves
     mask = np.uint64((1 << int(half)) - 1)
     x, outside = index.astype(np.uint64), np.ones(len(index), dtype=bool)
@@ -32,7 +32,7 @@ def shuffle(index: Integers, n: int, key: int) -> Integers:
 class Order:
     """The endless sequence of windows that training reads, epoch after epoch. Each epoch cuts the corpus into windows
     that do not overlap, from an offset of its own below block_size, shuffles them, and reads each once. Fewer than 2
-    block_size tokens at the ends sit out."""
+    block_size tokens at the ends are left out."""
 
     n_tokens: int
     block_size: int
@@ -48,16 +48,16 @@ class Order:
         numbers = np.arange(first, first + count)
         starts = np.empty(count, dtype=np.int64)
         for epoch in np.unique(numbers // self.epoch).tolist():
-            here = numbers // self.epoch == epoch
+            in_epoch = numbers // self.epoch == epoch
             spare = min(self.block_size, self.n_tokens - self.epoch * self.block_size)  # offsets to choose from
             offset = draw(self.seed, epoch, 0) % spare
-            windows = shuffle(numbers[here] % self.epoch, self.epoch, key=draw(self.seed, epoch, 1))
-            starts[here] = offset + self.block_size * windows
+            windows = shuffle(numbers[in_epoch] % self.epoch, self.epoch, key=draw(self.seed, epoch, 1))
+            starts[in_epoch] = offset + self.block_size * windows
         return starts
 
 
 def fixed_starts(n_tokens: int, block_size: int, count: int) -> Integers:
-    """Return where the same `count` windows, or all where there are fewer, start each time: evenly spread over a split,
-    to evaluate on."""
+    """Return the starts of the windows to evaluate on: the same `count` each time, or all if there are fewer, evenly
+    spread over a split."""
     total = (n_tokens - 1) // block_size
     return np.arange(min(count, total)) * total // min(count, total) * block_size

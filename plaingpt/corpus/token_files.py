@@ -5,8 +5,8 @@ Token files of every family, known by their content and not by their names.
     256 int32, then the tokens  llm.c's and modded-nanogpt's shards, and DDP-BASEMODEL-TRAIN's: magic, version, count
     .npy                        build-nanogpt's shards: numpy's format, one dimension, whole numbers
 
-Several files are read as one sequence, in the order of their names. All numbers are little-endian, but in a .npy file
-that says otherwise. Nothing is mapped into memory, and nothing that a file holds is executed.
+Several files are read as one sequence, in the order of their names. All numbers are little-endian, unless a .npy file
+says otherwise. Nothing is mapped into memory, and nothing that a file holds is executed.
 """
 import hashlib
 import os
@@ -23,10 +23,10 @@ from plaingpt.errors import DATA, UserError, refusal
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 END = 4096  # bytes at the head and the tail of a token file that are compared with what its maker wrote
-PIECES = 64  # of as many bytes, that stand for a whole corpus
+PIECES = 64  # of as many bytes, whose hash stands for a whole corpus
 HEADER = 1024  # bytes: 256 numbers of 32 bits
 NPY = b'\x93NUMPY'
-SMALL_WORD = 3  # what the upper half of a 32-bit id holds at most, up to a vocabulary of 2**18
+SMALL_WORD = 3  # the most that the upper half of a 32-bit id holds, up to a vocabulary of 2**18
 
 
 FAMILIES = {  # by the magic number at their beginning: version, type of a token, tokenizer
@@ -40,9 +40,9 @@ VOCABULARIES = {'gpt2': 50257, 'llama3': 128256}  # ids
 
 
 def find_layout(file: BinaryIO, path: Path, dtype: str) -> tuple[np.dtype[Any], int, int, str]:
-    """Return what a file says of its tokens: their type, the bytes before the first of them, how many they are, and
-    whose, as far as it says so. `dtype` is what bare integers are; '' finds it out. Raise UserError if the file is of
-    no family."""
+    """Return what a file says about its tokens: their type, the bytes before the first of them, how many there are, and
+    which tokenizer made them, as far as it says so. `dtype` is the type of bare integers; '' finds it out. Raise
+    UserError if the file is of no family."""
     head = file.read(12)
     magic, version, count = (int.from_bytes(head[i:i + 4], 'little') for i in (0, 4, 8))
     if head.startswith(NPY):
@@ -67,13 +67,13 @@ def make_header(dtype: np.dtype[Any], n_tokens: int) -> bytes:
 
 
 def npy_layout(file: BinaryIO, path: Path) -> tuple[np.dtype[Any], int, int, str]:
-    """Return the layout of an array that numpy saved. Negative numbers are read as unsigned ones, too large for any
-    vocabulary."""
+    """Return the layout of an array that numpy saved. Negative numbers are read as unsigned ones, which are too large
+    for any vocabulary."""
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     file.seek(0)
     try:
         shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
-    except Exception:  # numpy tokenises the header
+    except Exception:  # numpy parses the header as Python, and may raise anything
         raise UserError(f'{path} begins as an .npy file, and its header cannot be read\n'
                         'it is damaged: prepare the corpus again', DATA) from None
     if dtype.kind not in 'iu' or len(shape) != 1:
@@ -83,8 +83,8 @@ def npy_layout(file: BinaryIO, path: Path) -> tuple[np.dtype[Any], int, int, str
 
 
 def is_uint32(path: Path, size: int) -> bool:
-    """Return whether bare integers have 32 bits: then every second 16-bit word is the upper half of an id, and next to
-    zero. Text in 16 bits has no such pattern."""
+    """Return whether bare integers have 32 bits: then every second 16-bit word is the upper half of an id, and close to
+    zero. Ids of 16 bits have no such pattern."""
     if size % 4:
         return False
     places = [size * number // 16 // 4 * 4 for number in range(16)]
@@ -102,7 +102,7 @@ def ends_of(path: Path) -> dict[str, str]:
 
 
 def sample_of(path: Path, n_pieces: int = PIECES) -> str:
-    """Return the sha256 of a few pieces from all over a file: for one whose maker has left no hash of the whole."""
+    """Return the sha256 of a few pieces from all over a file whose maker has left no hash of the whole."""
     size, sha256 = path.stat().st_size, hashlib.sha256()
     with open(path, 'rb') as file:
         for number in range(n_pieces):
@@ -112,8 +112,8 @@ def sample_of(path: Path, n_pieces: int = PIECES) -> str:
 
 
 class TokenFile:
-    """The tokens of one file. Each read opens it anew: no memory map that grows with use, or that ends the process when
-    the file shrinks, and nothing that a copy in another process would share."""
+    """The tokens of one file. Each read opens it anew: there is no memory map, which would grow with use and end the
+    process if the file shrinks, and nothing that a copy in another process would share."""
 
     def __init__(self, path: str | Path, dtype: str = '') -> None:
         """Raise UserError if the file is of no family, or its size is not what its header says."""
@@ -140,7 +140,8 @@ class TokenFile:
         return [self]
 
     def read(self, start: int, count: int) -> Ids:
-        """Return tokens start .. start + count - 1. Raises UserError if the file no longer holds them, or others."""
+        """Return tokens start .. start + count - 1. Raise UserError if the file no longer holds them, or holds
+        others."""
         first, last = (self.offset + number * self.dtype.itemsize for number in (start, start + count))  # bytes
         begin, end = self.comparison.widen(first, last) if self.comparison else (first, last)
         try:
@@ -188,6 +189,6 @@ class Shards(TokenFile):
 
 
 def open_files(paths: Sequence[Path], name: Path, dtype: str = '') -> TokenFile:
-    """Open those files as one sequence, which goes by `name` where there are several."""
+    """Open the files as one sequence, which is called `name` if there are several."""
     files = [TokenFile(path, dtype) for path in paths]
     return files[0] if len(files) == 1 else Shards(name, files)

@@ -1,12 +1,12 @@
 """
-Documents -> token files: what every data/<name>/prepare.py shares.
+Tokenising: documents -> token files, for every data/<name>/prepare.py.
 
     pieces of files, or texts  ->  batches  ->  tokens, by several processes  ->  train.bin, val.bin; meta.json last
 
 A corpus is a sequence of documents, numbered from 0, and the numbers of those that are for validation. A process that
 tokenises reads its pieces of the files itself, and hands back packed tokens. Everything streams: memory holds a few
 batches for each process, however long the corpus is. Files appear under their names only when both splits are complete,
-so that an interrupted run leaves what was there before.
+so that an interrupted run leaves the previous ones.
 """
 import hashlib
 import itertools
@@ -38,13 +38,13 @@ from plaingpt.corpus.token_files import ends_of
 from plaingpt.corpus.tokenizer import LONGEST, Tokenizer, build, count_hard_cuts, from_state
 from plaingpt.errors import COMMAND, DATA, OUT_OF_MEMORY, UserError, refusal
 
-Part = Piece | Sequence[str | Passage]  # of a corpus: where some documents stand, or what they say
+Part = Piece | Sequence[str | Passage]  # of a corpus: where some documents stand, or their texts
 Numbers = npt.NDArray[np.int64]  # of documents
 
 SPLITS = ('train', 'val')
 CHUNK = 1 << 18  # characters that a tokenizer is given at once
 MOST_PROCESSES = 1024
-SMALL = 4  # batches that one process has done before others would have started
+SMALL = 4  # batches that this process finishes sooner than others would start
 
 
 # ------------------------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ SMALL = 4  # batches that one process has done before others would have started
 
 
 def choose_validation(n_documents: int, fraction: float, seed: int) -> Numbers:
-    """Draw the numbers of the validation documents, as Hugging Face's train_test_split(test_size=fraction, seed=seed)
-    lists them. While it draws, it needs 8 bytes for each document of the corpus."""
+    """Draw the numbers of the validation documents, in the order of Hugging Face's train_test_split(test_size=fraction,
+    seed=seed). The draw needs 8 bytes for each document of the corpus."""
     check_fraction(fraction)
     if seed < 0:
         raise UserError(f'--seed={seed}: must be 0 or more', COMMAND)
@@ -61,14 +61,14 @@ def choose_validation(n_documents: int, fraction: float, seed: int) -> Numbers:
 
 
 def split_text(text: str, fraction: float) -> tuple[list[Part], Numbers]:
-    """Split one document by position, as a corpus of two: the last part of its characters is for validation."""
+    """Split one document by position into a corpus of two: the last part of its characters is for validation."""
     check_fraction(fraction)
     cut = int(len(text) * (1 - fraction))
     return [[text[:cut], text[cut:]]], np.array([1])
 
 
 def split_document(parts: Sequence[Part], number: int, fraction: float) -> tuple[list[Part], Numbers]:
-    """Do what `split_text` does with the document of that number. A text file is not read into memory for it."""
+    """Do what `split_text` does with the document of that number. A text file is not read into memory for that."""
     check_fraction(fraction)
     for part in parts:
         n_documents = count_documents([part])
@@ -98,7 +98,7 @@ def numbers_of_texts(parts: Iterable[Part]) -> Numbers:
 
 
 def read_passages(parts: Iterable[Part], may_cut: bool) -> Iterator[Passage]:
-    """Yield what the parts say; documents that are long may come in several passages, if they stand in a file and
+    """Yield the texts of the parts. Long documents may come in several passages, if they stand in a file and
     `may_cut`."""
     for part in parts:
         if isinstance(part, Piece):
@@ -113,7 +113,7 @@ def read_texts(parts: Iterable[Part]) -> Iterator[str]:
 
 
 def numbered(passages: Iterable[Passage], first: int = 0) -> Iterator[tuple[int, Passage]]:
-    """Yield each passage with the number of its document, which for the first of them is `first`."""
+    """Yield each passage with the number of its document; the first document has the number `first`."""
     number = first
     for passage in passages:
         yield number, passage
@@ -121,7 +121,7 @@ def numbered(passages: Iterable[Passage], first: int = 0) -> Iterator[tuple[int,
 
 
 def build_tokenizer(spec: str, parts: Sequence[Part], validation: Numbers, eot: bool) -> Tokenizer:
-    """Return the tokenizer that `spec` names, for these documents. Every character must be known, wherever it stands; a
+    """Return the tokenizer that `spec` names, for these documents. 'char' must know every character, in either split; a
     BPE learns its merges from the training documents alone."""
     left_out = set() if spec == 'char' else set(validation.tolist())
     return build(spec, lambda: (passage.text for number, passage in numbered(read_passages(parts, True))
@@ -137,13 +137,13 @@ class Batch(NamedTuple):
 
     part: Part
     first: int  # the number of its first document in the corpus
-    stop: int  # that of the first document which does not end in it, nor before
-    validation: list[int]  # the numbers of those that are for validation
+    stop: int  # the number of the first document that ends neither in it nor before
+    validation: list[int]  # the numbers of its validation documents
 
 
 def make_batches(parts: Iterable[Part], validation: Numbers, may_cut: bool = False) -> Iterator[Batch]:
-    """Yield all documents in order; long text files in several batches, if they may be cut. What stands apart is left
-    to other processes to read."""
+    """Yield all documents in order; long text files in several batches, if they may be cut. Pieces that can be read
+    apart are left to the workers to read."""
     in_order = np.sort(validation)
     first = 0
     for part in batched(parts, may_cut):
@@ -154,7 +154,7 @@ def make_batches(parts: Iterable[Part], validation: Numbers, may_cut: bool = Fal
 
 
 def batched(parts: Iterable[Part], may_cut: bool) -> Iterator[Part]:
-    """Yield the documents of all parts again, in parts of the size of a batch."""
+    """Yield the documents of all parts again, in parts that are as large as a batch."""
     for is_apart, some in itertools.groupby(parts, lambda part: isinstance(part, Piece) and part.is_apart):
         if is_apart:
             for part in some:
@@ -164,7 +164,7 @@ def batched(parts: Iterable[Part], may_cut: bool) -> Iterator[Part]:
 
 
 def group(passages: Iterable[Passage], n_characters: int) -> Iterator[list[Passage]]:
-    """Yield so many characters at a time, or little more."""
+    """Yield lists of passages with `n_characters` in all, or little more."""
     waiting: list[Passage] = []
     size = 0
     for passage in passages:
@@ -178,14 +178,14 @@ def group(passages: Iterable[Passage], n_characters: int) -> Iterator[list[Passa
 
 
 class Marks:
-    """A number of 64 bits for each of some documents, the same for the same text."""
+    """Numbers of 64 bits, one for each document, the same for the same text."""
 
     def __init__(self) -> None:
         self.numbers = array('Q')
-        self.is_open = False  # the last document has not ended yet: its mark is that of its beginning
+        self.is_open = False  # the last document has not ended yet: its mark is that of its text so far
 
     def extend(self, numbers: Sequence[int], is_open: bool) -> None:
-        """Add the marks of the text that follows; the last document of which does not end if it `is_open`."""
+        """Add the marks of the text that follows; its last document does not end there if it `is_open`."""
         if self.is_open and numbers:
             self.numbers[-1] = (self.numbers[-1] + numbers[0]) % 2**64
         self.numbers.extend(numbers[self.is_open:])
@@ -193,19 +193,19 @@ class Marks:
 
 
 class Packed(NamedTuple):
-    """Some documents as token files have them. Bytes: a list of Python integers costs more to hand over from process to
-    process than its tokens cost to find."""
+    """Documents in the form of token files. Tokens are bytes, as a list of Python integers takes longer to send from
+    process to process than to tokenise."""
 
     tokens: bytes
     largest_id: int
     n_documents: int  # that end here
     n_bytes: int  # of the text in UTF-8
     marks: Marks
-    n_hard_cuts: int = 0  # of words that are so long that they were not kept in one
+    n_hard_cuts: int = 0  # in words that are so long that they were cut
 
 
 class Done(NamedTuple):
-    """What came of a batch."""
+    """The result of a batch."""
 
     first: int  # as in Batch
     stop: int
@@ -214,17 +214,17 @@ class Done(NamedTuple):
 
 
 class Packer:
-    """Documents -> Packed. `eot` follows each document, or stands before it, unless it is None. Empty ones may be left
-    out."""
+    """The way from documents to Packed. `eot` follows each document, or stands before it, unless it is None. Empty
+    documents may be left out."""
 
     def __init__(self, tokenizer: Tokenizer, eot: int | None, keep_empty: bool = True, eot_first: bool = False) -> None:
         self.tokenizer, self.eot, self.keep_empty, self.eot_first = tokenizer, eot, keep_empty, eot_first
-        self.dtype = np.dtype('<u2' if tokenizer.n_vocab <= 1 << 16 else '<u4')  # nanoGPT's, where it holds all ids
+        self.dtype = np.dtype('<u2' if tokenizer.n_vocab <= 1 << 16 else '<u4')  # nanoGPT's type, if it holds all ids
         self.end = np.array([] if eot is None else [eot], dtype=np.uint32)
 
     def pack(self, passages: Iterable[Passage]) -> Packed:
         """Tokenise a little at a time, so that memory never holds all of the texts. If `eot` stands before documents,
-        one begins with the first passage."""
+        the first passage must begin one."""
         tokens, marks = bytearray(), Marks()
         largest_id = n_documents = n_bytes = n_hard_cuts = 0
         for some in group((passage for passage in passages if passage.text or self.keep_empty), CHUNK):
@@ -241,7 +241,7 @@ class Packer:
         return Packed(bytes(tokens), largest_id, n_documents, n_bytes, marks, n_hard_cuts)
 
     def encode(self, passages: Sequence[Passage], is_open: bool) -> Iterator[npt.NDArray[np.uint32]]:
-        """Yield the ids of passages, and those around them. The first continues a document if one `is_open`."""
+        """Yield the ids of passages, and `eot` around them. The first passage continues a document if one `is_open`."""
         for passage, ids in zip(passages, self.tokenizer.encode_batch([text for text, _ in passages]), strict=True):
             if self.eot_first and not is_open:
                 yield self.end
@@ -267,7 +267,7 @@ class Packer:
 
 
 def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[Done, None, None]:
-    """Yield what came of each batch, in order. `num_proc` processes do it; 0 is one for each core."""
+    """Yield the result of each batch, in order, from `num_proc` processes; 0 is one for each core."""
     if num_proc > MOST_PROCESSES:
         raise UserError(f'--num_proc={num_proc}: must be {MOST_PROCESSES} or less', COMMAND)
     n_hard_cuts = 0
@@ -281,7 +281,7 @@ def tokenise(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generat
 
 
 def in_processes(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Generator[Done, None, None]:
-    """Yield what came of each batch, in order; if there are few, of which this process takes care alone."""
+    """Yield the result of each batch, in order. If there are few, this process does them alone."""
     batches = iter(batches)
     first = list(itertools.islice(batches, SMALL))
     if num_proc == 1 or len(first) < SMALL:
@@ -291,27 +291,27 @@ def in_processes(batches: Iterable[Batch], packer: Packer, num_proc: int) -> Gen
     with started_workers(packer, num_proc) as workers:
         for batch in itertools.chain(first, batches):
             waiting.append(workers.submit(pack_in_worker, batch))
-            if len(waiting) > 2 * num_proc:  # never more: an executor's own queue has no limit
+            if len(waiting) > 2 * num_proc:  # an executor's own queue has no limit, and would fill the memory
                 yield waiting.popleft().result()
         yield from (future.result() for future in waiting)
 
 
-WORKER: dict[str, Packer] = {}  # in a worker process: what it packs with
+WORKER: dict[str, Packer] = {}  # in a worker process: the packer that it uses
 
 
 @contextmanager
 def started_workers(packer: Packer, num_proc: int) -> Iterator[ProcessPoolExecutor]:
-    """Yield processes that start afresh on every system (spawn), leave Ctrl-C to this one, and end when it is killed.
-    Raise UserError if one of them is killed."""
+    """Yield processes that start afresh on every system (spawn), leave Ctrl-C to this process, and end when it is
+    killed. Raise UserError if one of them is killed."""
     workers = ProcessPoolExecutor(num_proc, multiprocessing.get_context('spawn'), set_up_worker,
                                   (packer.tokenizer.state(), packer.eot, packer.keep_empty, packer.eot_first))
     try:
         with delayed_interrupts():
             for _ in range(num_proc):
-                workers.submit(os.getpid)  # starts one process, as there is none that is idle
+                workers.submit(os.getpid)  # this starts one process, as no other is idle
         yield workers
     except BrokenProcessPool:
-        raise UserError('a process was killed while it tokenised, most likely for want of memory\n'
+        raise UserError('a process was killed while it tokenised, most likely because memory ran out\n'
                         f'give --num_proc={max(1, num_proc // 2)}', OUT_OF_MEMORY) from None
     finally:
         workers.shutdown(cancel_futures=True)
@@ -319,7 +319,8 @@ def started_workers(packer: Packer, num_proc: int) -> Iterator[ProcessPoolExecut
 
 @contextmanager
 def delayed_interrupts() -> Iterator[None]:
-    """Let a Ctrl-C come at the end. Processes that start here inherit that, and see none before they can ignore it."""
+    """Delay Ctrl-C to the end of the block. Processes that start in it inherit that, and get none before they can
+    ignore it."""
     if sys.platform == 'win32':
         yield
         return
@@ -353,7 +354,7 @@ def pack_in_worker(batch: Batch) -> Done:
 
 
 class Writer:
-    """One token file, and what meta.json will say about it."""
+    """A token file, and what meta.json will say about it."""
 
     def __init__(self, file: BufferedRandom) -> None:
         self.file, self.marks = file, Marks()
@@ -377,8 +378,8 @@ class Writer:
 
 def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation: Numbers, source: str,
                  num_proc: int = 0) -> None:
-    """Tokenise a corpus into folder/train.bin and val.bin, by `num_proc` processes (0: one for each core), and print
-    what came of it. Raise UserError if a split is empty or the disk full."""
+    """Tokenise a corpus into folder/train.bin and val.bin, with `num_proc` processes (0: one for each core), and print
+    a summary. Raise UserError if a split is empty or the disk is full."""
     with (console.Progress(count_documents(parts), 'tokenising', 'documents') as progress,
           closing(tokenise(make_batches(parts, validation, packer.tokenizer.may_cut), packer, num_proc)) as results):
         write_files(folder, packer, source, in_turn(results, validation, progress))
@@ -386,7 +387,7 @@ def write_corpus(folder: Path, packer: Packer, parts: Sequence[Part], validation
 
 def in_turn(results: Iterable[Done], validation: Numbers, progress: console.Progress) -> Iterator[tuple[str, Packed]]:
     """Yield the training documents in their order, and the validation documents in that of `validation`, with the name
-    of their split. Those whose turn has not come wait in memory."""
+    of their split. Validation documents wait in memory for their turn."""
     waiting: dict[int, list[Packed]] = {}
     turn = n_bytes = 0  # how many of the validation documents are written
     for done in results:
@@ -404,7 +405,8 @@ def in_turn(results: Iterable[Done], validation: Numbers, progress: console.Prog
 
 
 def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tuple[str, Packed]]) -> None:
-    """Make folder/train.bin and val.bin of what was packed for each split, with their meta.json, or leave no trace."""
+    """Write the packed documents of each split to folder/train.bin and val.bin, with their meta.json, or leave no
+    trace."""
     sums: dict[str, checksums.Sums] = {}
     meta = describe(packer, source)
     with alone_in(folder):
@@ -418,7 +420,7 @@ def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tupl
             if empty:
                 raise UserError(f'{source} holds no text for {empty[0]}.bin\ngive more text, or set another part of it '
                                 'aside for validation', DATA)
-            write_meta(folder, meta | {'unfinished': True})  # so that half of it is not taken for the whole
+            write_meta(folder, meta | {'unfinished': True})  # a kill may come between the two files of the corpus
         checksums.write(folder, sums)
         write_meta(folder, meta | {'splits': splits})
     for split, made in splits.items():
@@ -426,13 +428,13 @@ def write_files(folder: Path, packer: Packer, source: str, packed: Iterable[tupl
                     f'each ({made["bytes"]:,} in all; documents: {made["documents"]:,})')
     train, val = (np.array(writers[split].marks.numbers) for split in SPLITS)
     if n_known := np.isin(val, train).sum():
-        console.say(f'of the documents in val.bin, {n_known:,} are in train.bin too: the loss on them says little')
+        console.say(f'of the documents in val.bin, {n_known:,} are in train.bin, too: the loss on them says little')
     console.say(f'vocabulary: {packer.tokenizer.name}, {packer.tokenizer.n_vocab:,} ids, stored as {packer.dtype.name}')
     console.say(f'wrote train.bin, val.bin, {checksums.NAME} and meta.json to {folder}')
 
 
 def describe(packer: Packer, source: str) -> dict[str, Any]:
-    """Return what meta.json says about a corpus as a whole. Secrets of a URL stay out of it."""
+    """Return what meta.json says about a corpus as a whole, without the secrets of a URL."""
     return {'format': 1, 'tokenizer': packer.tokenizer.reference(), 'vocab_size': packer.tokenizer.n_vocab,
             'dtype': packer.dtype.name, 'source': console.shown(source),
             'created_by': shlex.join(['python', *map(console.shown, sys.argv)]), 'created_in': os.getcwd()}
@@ -445,7 +447,7 @@ def write_meta(folder: Path, meta: dict[str, Any]) -> None:
 
 @contextmanager
 def alone_in(folder: Path, remedy: str = '') -> Iterator[None]:
-    """Hold a folder that one process at a time writes into. Raise UserError if another does already, and, with
+    """Own a folder that one process at a time writes into. Raise UserError if another process owns it, and, with
     `remedy`, if it cannot be written or the disk is full."""
     try:
         with lock.owned(folder):

@@ -14,7 +14,7 @@ from plaingpt.paths import is_url, matching
 
 
 def is_unprepared(dataset: str) -> bool:
-    """Return whether `dataset` names text, and no corpus: a file, a glob, a folder that holds some, or a URL."""
+    """Return whether `dataset` names text, and not a corpus: a file, a glob, a folder of texts, or a URL."""
     path, of_data = Path(dataset), data_folder(dataset)
     if is_url(dataset):
         return True
@@ -26,8 +26,8 @@ def is_unprepared(dataset: str) -> bool:
 
 
 def open_text(dataset: str, column: str, vocabulary: Tokenizer, block_size: int, folder: Path) -> TokenFile:
-    """Return the tokens of all documents, each of which ends with the end-of-text token if there are several. They are
-    written to `folder`. Raises UserError if the text cannot be read, or is too short for one window."""
+    """Return the tokens of all documents. If there are several, each ends with the end-of-text token. The tokens are
+    written to `folder`. Raise UserError if the text cannot be read, or is too short for one window."""
     pieces = [piece for file in documents.find_files(dataset, folder, '--dataset')
               for piece in documents.find_pieces(file, column)]
     n_texts = len(tokenise.numbers_of_texts(pieces))

@@ -1,1 +1,1 @@
-"""Other projects' files."""
+"""The files of other projects."""

@@ -1,4 +1,4 @@
-"""A GPT-2 for llama.cpp and Ollama: one GGUF file, under llama.cpp's names, and what Ollama wants to know of it."""
+"""A GPT-2 for llama.cpp and Ollama: one GGUF file, under llama.cpp's names, and a Modelfile for Ollama."""
 import json
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from plaingpt.errors import UserError
 from plaingpt.formats import huggingface
 from plaingpt.formats.exported import Exported
 
-BLOCK = 32  # weights that have one scale in q8_0
-NO_MERGES = ['Ā Ā']  # there must be one: two NULs, which no text has, would be merged, and cut again, being no token
+BLOCK = 32  # weights that share a scale in q8_0
+NO_MERGES = ['Ā Ā']  # there must be one: of two NULs, which no text has, into what is no token, and so is cut again
 MODELFILE = '''# ollama create NAME -f Modelfile && ollama run NAME
 FROM ./model.gguf
 # It continues a text, and has no notion of a conversation.
@@ -20,10 +20,10 @@ PARAMETER top_k 200
 
 
 def write(folder: Path, exported: Exported) -> None:
-    """The whole model, and a Modelfile. As llama.cpp wants it, vectors and positions are float32 always, and a tied
-    head is left out. The model must have biases and the tanh GELU. Raises UserError for a tokenizer that llama.cpp
-    cannot say: it knows the pattern of words of each by name, and no characters; and for a width that q8_0 cannot have,
-    8 bits for each weight and a scale for 32 of them."""
+    """Write the whole model, and a Modelfile. As llama.cpp wants it, vectors and positions are always float32, and a
+    tied head is left out. The model must have biases and the tanh GELU. Raise UserError for a tokenizer that llama.cpp
+    lacks: it knows patterns of words by name, and has none for characters. Raise it, too, for a width that q8_0 cannot
+    have, with 8 bits for each weight and a scale for 32 of them."""
     import gguf
     from gguf.quants import quantize
 
@@ -32,16 +32,16 @@ def write(folder: Path, exported: Exported) -> None:
         raise UserError(f"the tokenizer '{vocabulary.name}' cannot be written as GGUF: llama.cpp knows GPT-2's way to "
                         'cut a text into words and to merge bytes\ntake a model with byte, bpe:N or gpt2, or --to=hf')
     if exported.dtype == 'q8_0' and config.n_embd % BLOCK:
-        raise UserError(f'n_embd={config.n_embd} is no multiple of {BLOCK}, as q8_0 needs it: give --dtype=float16')
+        raise UserError(f'n_embd={config.n_embd} is not a multiple of {BLOCK}, as q8_0 needs: give --dtype=float16')
     file_type, kind = {
         'float32': (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
         'float16': (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
         'q8_0': (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0)}[exported.dtype]
     library = huggingface.tokenizer_of(vocabulary)
     merges = [' '.join(pair) for pair in json.loads(library.to_str())['model']['merges']]
-    added = library.get_added_tokens_decoder()  # which stand for themselves in any text
+    added = library.get_added_tokens_decoder()  # they stand for themselves in any text
     end = vocabulary.pieces.index(b'\0') if vocabulary.eot is None else vocabulary.eot  # there must be one, too
-    values = {  # by the names that the writer's methods have
+    values = {  # under the names of the writer's methods
         'name': exported.name,
         'block_count': config.n_layer,
         'context_length': config.block_size,
@@ -81,7 +81,7 @@ def write(folder: Path, exported: Exported) -> None:
 
 
 def stop_of(vocabulary: Tokenizer) -> str:
-    """Return the lines of a Modelfile that end a text at the names of tokens, which ordinary ones do not have."""
+    """Return the lines of a Modelfile that end a text at the names of special tokens."""
     names = [vocabulary.pieces[i].decode() for i in vocabulary.stops if i in vocabulary.special]
     if not vocabulary.stops:
         names = [END_OF_TEXT]

@@ -27,20 +27,20 @@ from plaingpt.formats.weights import HEAD, SIDE, TABLE, TRANSPOSED, fitting, is_
 if TYPE_CHECKING:
     import tokenizers
 
-DEFAULTS: dict[str, Any] = {  # what transformers' GPT2Config has where a config.json is silent
+DEFAULTS: dict[str, Any] = {  # what transformers' GPT2Config has if a config.json does not say
     'vocab_size': 50257, 'n_positions': 1024, 'n_layer': 12, 'n_head': 12, 'n_embd': 768, 'n_inner': None,
     'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
     'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False, 'tie_word_embeddings': True,
     'quantization_config': None}
-CONFIG = {  # what is read of a config.json
+CONFIG = {  # the parts of a config.json that are read
     **dict.fromkeys(('vocab_size', 'n_positions', 'n_layer', 'n_head', 'n_embd'), SIDE),
     'activation_function': str,
     'tie_word_embeddings': bool}
 ALIASES = {'max_position_embeddings': 'n_positions', 'num_hidden_layers': 'n_layer', 'num_attention_heads': 'n_head',
            'hidden_size': 'n_embd'}
 GELU: dict[str, Literal['tanh', 'exact']] = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'exact'}
-ORIGIN = 'plaingpt.json'  # beside what export.py writes: what no other format has room for, such as the tokenizer
-ORIGINS = {  # what is read of that
+ORIGIN = 'plaingpt.json'  # beside the files of export.py: all that no other format has room for, such as the tokenizer
+ORIGINS = {  # the parts of it that are read
     'tokenizer': tokenizer.STATE,
     'iter_num': schema.COUNT,
     'best': others.BEST,
@@ -72,7 +72,7 @@ print(tokenizer.decode(model.generate(**prompt)[0]))
 
 It continues a text; it was not trained to follow instructions. It reads and writes at most {config.block_size} tokens.
 """
-KINDS = {  # of models, by their arch, as the card says it
+KINDS = {  # of models, by their arch, in the words of the card
     'gpt2': ('A GPT-2', ''),
     'modern': ('A modern GPT', """
 
@@ -81,51 +81,52 @@ transformers 5.0 and later load it as `NanoChatForCausalLM`.""")}
 
 
 def load(name_or_folder: str, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The shape and the weights of a GPT-2 or a nanochat of the hub, or of a local folder. Raises UserError if there is
-    none, if some of it is missing, and if it is another model."""
+    """Return the shape and the weights of a GPT-2 or a nanochat on the hub, or in a local folder. Raise UserError if
+    there is none, if a part is missing, and if it is another model."""
     with readable_errors(name_or_folder):
         refuse_damage(Path(name_or_folder), 'config.json', 'model.safetensors')
         config, says = read_config(name_or_folder, dropout)
-        theirs = read_weights(name_or_folder, config)
-        if config.tie_weights and HEAD in theirs:  # one table, which a file holds under either name, or both
-            theirs.setdefault(TABLE, theirs[HEAD])
-        if TABLE in theirs and config.arch == 'gpt2':
-            config = replace(config, tie_weights=is_tied(theirs, says, name_or_folder))
-        # copies, since this memory may be that of a file, which may change or go
-        theirs = {name: p.clone(memory_format=torch.contiguous_format) for name, p in theirs.items()}
-        return config, fitting(config, theirs, name_or_folder)
+        weights = read_weights(name_or_folder, config)
+        if config.tie_weights and HEAD in weights:  # one table, which a file holds under either name, or both
+            weights.setdefault(TABLE, weights[HEAD])
+        if TABLE in weights and config.arch == 'gpt2':
+            config = replace(config, tie_weights=is_tied(weights, says, name_or_folder))
+        # copies, since this memory may be a mapped file, which may change or disappear
+        weights = {name: p.clone(memory_format=torch.contiguous_format) for name, p in weights.items()}
+        return config, fitting(config, weights, name_or_folder)
 
 
 def read_config(name_or_folder: str, dropout: float) -> tuple[GPTConfig, bool | None]:
-    """The shape in their config.json, which must be GPT-2's, or our modern model's, in every respect that changes what
-    the model computes; and whether the head is tied, as far as that says it."""
+    """Return the shape that a config.json gives, and whether the head is tied, as far as it says so. It must be GPT-2's
+    or the modern model's in every respect that changes what the model computes."""
     path = folder_of(name_or_folder, 'config.json') / 'config.json'
     settings = schema.read_json(path, {}, CHECKPOINT)
     if settings.get('model_type') == 'nanochat':
         return nanochat.config_of(settings, path, dropout), False
     if settings.get('model_type') != 'gpt2':
-        raise UserError(f'{name_or_folder!r} is no GPT-2 and no nanochat: the model_type of its config.json is '
+        raise UserError(f'{name_or_folder!r} is neither GPT-2 nor nanochat: the model_type of its config.json is '
                         f'{schema.shown(settings.get("model_type", schema.MISSING))}', CHECKPOINT)
     known = {ALIASES.get(name, name): value for name, value in settings.items()}
-    theirs = {name: known.get(name, default) for name, default in DEFAULTS.items()}  # and none of what else it says
-    schema.refuse(theirs, CONFIG, path, CHECKPOINT)
+    found = {name: known.get(name, default) for name, default in DEFAULTS.items()}  # whatever else the file says
+    schema.refuse(found, CONFIG, path, CHECKPOINT)
     right: dict[str, Any] = {
         'activation_function': GELU,
-        'n_inner': (None, 4 * theirs['n_embd']),
+        'n_inner': (None, 4 * found['n_embd']),
         **{name: (DEFAULTS[name],) for name in (
             'layer_norm_epsilon', 'scale_attn_weights', 'scale_attn_by_inverse_layer_idx', 'add_cross_attention',
             'quantization_config')}}
-    if odd := [f'{name}={schema.shown(theirs[name])}' for name, values in right.items() if theirs[name] not in values]:
-        raise UserError(f'{name_or_folder!r} is another model than GPT-2: it has {", ".join(odd)}', CHECKPOINT)
+    if odd := [f'{name}={schema.shown(found[name])}' for name, values in right.items() if found[name] not in values]:
+        raise UserError(f'{name_or_folder!r} is a different model from GPT-2: it has {", ".join(odd)}', CHECKPOINT)
     return GPTConfig(
-        block_size=theirs['n_positions'], vocab_size=theirs['vocab_size'], n_layer=theirs['n_layer'],
-        n_head=theirs['n_head'], n_embd=theirs['n_embd'], dropout=dropout, bias=True,
-        gelu=GELU[theirs['activation_function']], tie_weights=theirs['tie_word_embeddings']
+        block_size=found['n_positions'], vocab_size=found['vocab_size'], n_layer=found['n_layer'],
+        n_head=found['n_head'], n_embd=found['n_embd'], dropout=dropout, bias=True,
+        gelu=GELU[found['activation_function']], tie_weights=found['tie_word_embeddings']
     ), known.get('tie_word_embeddings')
 
 
 def read_weights(name_or_folder: str, config: GPTConfig) -> dict[str, Tensor]:
-    """Their tensors under our names and in our shapes, from one file or several: safetensors, or else PyTorch's."""
+    """Return the tensors of one file or several, safetensors or else PyTorch's, under this project's names and in its
+    shapes."""
     from safetensors.torch import load_file
 
     for stem, suffix in (('model', '.safetensors'), ('pytorch_model', '.bin')):
@@ -140,20 +141,21 @@ def read_weights(name_or_folder: str, config: GPTConfig) -> dict[str, Tensor]:
                      for file in files]
             for file, part in zip(files, parts, strict=True):
                 schema.refuse(part, {str: is_tensor}, folder / file, CHECKPOINT)
-            theirs = {name: p for part in parts for name, p in part.items()}
-            return nanochat.to_ours(theirs) if config.arch == 'modern' else {
+            found = {name: p for part in parts for name, p in part.items()}
+            return nanochat.from_nanochat(found) if config.arch == 'modern' else {
                 name if name.startswith(('transformer.', 'lm_head.')) else f'transformer.{name}':
-                p.t() if name.endswith(TRANSPOSED) else p for name, p in theirs.items()}
+                p.t() if name.endswith(TRANSPOSED) else p for name, p in found.items()}
     raise FileNotFoundError('it has neither model.safetensors nor pytorch_model.bin')
 
 
 def is_file_name(name: object) -> bool:
-    """Return whether it names a file of the same folder, and none elsewhere."""
+    """Return whether it can only be the name of a file in the same folder."""
     return isinstance(name, str) and re.fullmatch(r'\w[\w.-]*', name) is not None
 
 
 def folder_of(name_or_folder: str, *patterns: str) -> Path:
-    """A local folder; or that of a model of the hub, with those files of it that match, which are downloaded once."""
+    """Return a local folder; or, for a model on the hub, the folder with those of its files that match, downloaded
+    once."""
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
     from huggingface_hub import snapshot_download
@@ -163,7 +165,7 @@ def folder_of(name_or_folder: str, *patterns: str) -> Path:
 
 @contextmanager
 def readable_errors(name_or_folder: str) -> Iterator[None]:
-    """What can go wrong in there, in a line or two."""
+    """Raise what goes wrong in the block as a UserError of a line or two."""
     if not Path(name_or_folder).is_dir() and not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name_or_folder):
         raise UserError(f'there is no folder {name_or_folder!r}\n'
                         'give one that save_pretrained wrote, or a name such as gpt2', CHECKPOINT)
@@ -173,13 +175,14 @@ def readable_errors(name_or_folder: str) -> Iterator[None]:
         raise
     except UserError as error:
         raise error if error.code == CHECKPOINT else UserError(f'{name_or_folder}: {error}', CHECKPOINT) from None
-    except Exception as error:  # of three libraries
+    except Exception as error:  # three libraries raise errors of their own
         raise refusal(error, f'no GPT-2 weights at {name_or_folder!r}', CHECKPOINT,
                       'without network, give a local folder that save_pretrained wrote') from None
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """What export.py has left of the checkpoint that it exported to this folder; {} where it did not write it."""
+    """Return what export.py has kept of the checkpoint that it exported to this folder; {} if it did not write the
+    folder."""
     path = folder / ORIGIN
     if not path.is_file():
         return {}
@@ -194,7 +197,7 @@ def hash_of(origin: dict[str, Any]) -> str:
 
 
 def refuse_damage(folder: Path, *names: str) -> None:
-    """Raise UserError if one of these files is there, and is not the one that export.py has left there."""
+    """Raise UserError if one of these files exists, and is not as export.py wrote it."""
     made = read_origin(folder).get('files', {})
     for path in (folder / name for name in names if name in made and isinstance(made, dict)):
         if path.is_file() and sha256_of(path) != made[path.name]:
@@ -208,8 +211,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_origin(folder: Path, exported: Exported, to: str) -> None:
-    """What `read_origin` reads, in values that JSON has: nothing of the machine. Of each file its sha256, and its
-    own."""
+    """Write what `read_origin` reads: nothing about the machine, the sha256 of each file, and its own."""
     corpus = Path(exported.state.get('config', {}).get('dataset', '')).name
     origin = {
         'tokenizer': exported.vocabulary.state(),
@@ -222,28 +224,27 @@ def write_origin(folder: Path, exported: Exported, to: str) -> None:
 
 
 def write(folder: Path, exported: Exported) -> None:
-    """Weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them, and a card. The model
-    must be complete."""
+    """Write weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them, and a card. The
+    model must be complete."""
     import safetensors.torch
 
-    ours = exported.weights
-    theirs = nanochat.to_theirs(ours) if exported.config.arch == 'modern' else {
-        name: p.t() if name.endswith(TRANSPOSED) else p for name, p in ours.items()}
-    theirs = {name: p.to(exported.torch_dtype).contiguous() for name, p in theirs.items()}
-    safetensors.torch.save_file(theirs, folder / 'model.safetensors', {'format': 'pt'})
+    weights = nanochat.to_nanochat(exported.weights) if exported.config.arch == 'modern' else {
+        name: p.t() if name.endswith(TRANSPOSED) else p for name, p in exported.weights.items()}
+    weights = {name: p.to(exported.torch_dtype).contiguous() for name, p in weights.items()}
+    safetensors.torch.save_file(weights, folder / 'model.safetensors', {'format': 'pt'})
     tokenizer_of(exported.vocabulary).save(str(folder / 'tokenizer.json'))
     for name, content in settings_of(exported).items():
         (folder / name).write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
     (folder / 'README.md').write_text(card(exported), encoding='utf-8')
-    shutil.copymode(folder / 'README.md', folder / 'model.safetensors')  # which its library writes for us alone
+    shutil.copymode(folder / 'README.md', folder / 'model.safetensors')  # safetensors lets only its owner read it
 
 
 def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
-    """What each of their JSON files says."""
+    """Return the content of each of Hugging Face's JSON files."""
     config = exported.config
     begin, end, ends = exported.vocabulary.bos, exported.vocabulary.eot, exported.vocabulary.stops
     names = {role: exported.vocabulary.pieces[i].decode() for role, i in (('bos_token', begin), ('eos_token', end))
-             if i is not None and i in exported.vocabulary.special}  # an ordinary token would become another one
+             if i is not None and i in exported.vocabulary.special}  # an ordinary token's name may be read as others
     return {
         'config.json': {
             **model_settings(config),
@@ -267,7 +268,7 @@ def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
 
 
 def model_settings(config: GPTConfig) -> dict[str, Any]:
-    """Return what their config.json says of the model itself."""
+    """Return what config.json says about the model itself."""
     if config.arch == 'modern':
         return {
             'architectures': ['NanoChatForCausalLM'],
@@ -294,7 +295,7 @@ def model_settings(config: GPTConfig) -> dict[str, Any]:
 
 
 def card(exported: Exported) -> str:
-    """What the model is, and the numbers of its run."""
+    """Return the model card: what the model is, and the numbers of its run."""
     state = exported.state
     settings = state.get('config', {})
     best = state.get('best', {})
@@ -322,7 +323,7 @@ def card(exported: Exported) -> str:
 
 
 def tokenizer_of(vocabulary: Tokenizer) -> 'tokenizers.Tokenizer':
-    """Their form of our tokenizer, which has been tried: it gives the same ids for the text of all tokens."""
+    """Return a tokenizer in Hugging Face's form, after a trial: it gives the same ids for the text of all tokens."""
     text = vocabulary.decode(i for i, size in enumerate(vocabulary.token_sizes()) if size)
     try:
         library = vocabulary.to_huggingface()
@@ -331,7 +332,7 @@ def tokenizer_of(vocabulary: Tokenizer) -> 'tokenizers.Tokenizer':
             raise ValueError('other ids')
     except ModuleNotFoundError:
         raise
-    except Exception:  # or whatever the library finds wrong with the pattern
+    except Exception:  # the ValueError, or whatever the library finds wrong with the pattern
         raise UserError(f"the tokenizer '{vocabulary.name}' gives other ids in the form of Hugging Face's tokenizers: "
                         'it is not exported') from None
     library.encode_special_tokens = False

@@ -1,5 +1,5 @@
 """
-The tokenizer that others have put beside their GPT-2 -> ours, which gives the ids that transformers gives.
+The tokenizer beside another project's GPT-2 -> this project's Tokenizer, which gives the ids that transformers gives.
 
     tokenizer.json                  the vocabulary, and the tokens that were added to it
     vocab.json, merges.txt          the same in older folders, with added_tokens.json
@@ -29,17 +29,17 @@ MORE = ('additional_special_tokens', 'extra_special_tokens')
 FLAGS = ('lstrip', 'rstrip', 'single_word', 'normalized')
 TOKEN = (str, {'content': str, 'special?': bool, **{f'{flag}?': bool for flag in FLAGS}})
 ID = (None, schema.COUNT, [schema.COUNT, ...])
-SAYS = {  # what is read of SETTINGS
+SAYS = {  # the parts of SETTINGS that are read
     'tokenizer_class?': (str, None), 'add_prefix_space?': (bool, None),
     **{f'{role}?': (*TOKEN, None) for role in ROLES},
     **{f'{name}?': (None, [TOKEN, ...], {str: TOKEN}) for name in MORE}, 'added_tokens_decoder?': {str: TOKEN[1]},
     'bos_token_id?': ID, 'eos_token_id?': ID, 'vocab_size?': schema.COUNT}
-GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'  # sha256 of its tokens, one on a line
+GPT2_PIECES = '7db3ecccc3244b0f6caf9087f7d9c8224cbb8bdc6d01888e547329c0e064260f'  # sha256 of its tokens, one a line
 
 
 def read(name_or_folder: str) -> dict[str, Any]:
-    """Return what a checkpoint would say of the tokenizer that others have put beside their model, or into a file of
-    this name; {} if it is GPT-2's, or if there is none. Raises UserError if it is of another kind than GPT-2's."""
+    """Return what a checkpoint would say about the tokenizer beside a model of another project, or in a file of this
+    name; {} if it is GPT-2's, or if there is none. Raise UserError if it is of another kind than GPT-2's."""
     path = Path(name_or_folder)
     if name_or_folder.startswith('gpt2') and not path.exists():
         return {}
@@ -55,7 +55,7 @@ def read(name_or_folder: str) -> dict[str, Any]:
         learned = open_files(folder, file, is_in_folder=file.name == 'tokenizer.json')
     except ModuleNotFoundError:
         raise
-    except Exception:  # of a library that reads what others have written; or it holds no bytes
+    except Exception:  # the library may raise anything over foreign files; or the vocabulary lacks bytes
         raise UserError(f"the tokenizer of {name_or_folder} is damaged, or of another kind than GPT-2's: it is not read"
                         "\nwithout its files, the model's tokens are taken for GPT-2's, or those of a --dataset",
                         CHECKPOINT) from None
@@ -69,10 +69,10 @@ def is_in(folder: Path) -> bool:
 
 
 def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
-    """Return the tokenizer of a folder, or that of one file alone. Raises whatever its library does, and ValueError, if
+    """Return the tokenizer of a folder, or that of one file alone. Raise ValueError, or whatever the library raises, if
     it cannot be read as transformers reads it."""
     says: dict[str, Any] = {}
-    for name in SETTINGS if is_in_folder else ():  # of which the later ones win
+    for name in SETTINGS if is_in_folder else ():  # the later files win
         if (folder / name).is_file() and not (name == 'special_tokens_map.json' and 'added_tokens_decoder' in says):
             found = schema.read_json(folder / name, SAYS, CHECKPOINT)
             names = (name.rstrip('?') for name in SAYS)
@@ -94,8 +94,8 @@ def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
 
 
 def add_special(library: 'tokenizers.Tokenizer', says: dict[str, Any]) -> None:
-    """Make special what the settings call so. What the vocabulary lacks is added, as far as the model has ids for it.
-    A token that was added before keeps its flags."""
+    """Make the tokens special that the settings call special. Add those that the vocabulary lacks, as far as the model
+    has ids for them. A token that was added before keeps its flags."""
     for _, token in sorted(says.get('added_tokens_decoder', {}).items(), key=lambda item: int(item[0])):
         if library.token_to_id(token['content']) is None and has_room(library, says):
             library.add_tokens([added_token(token, token.get('special', False))])
@@ -113,8 +113,8 @@ def has_room(library: 'tokenizers.Tokenizer', says: dict[str, Any]) -> bool:
 
 
 def open_json(file: Path, says: dict[str, Any]) -> 'tokenizers.Tokenizer':
-    """Read tokenizer.json. The class that transformers has for GPT-2 takes the vocabulary and the added tokens of it,
-    and cuts words in its own way."""
+    """Read tokenizer.json. The class that transformers has for GPT-2 takes its vocabulary and its added tokens, but
+    cuts words in its own way."""
     library = tokenizer.open_library(file.read_text(encoding='utf-8'))
     if says['is_gpt2']:
         model = json.loads(library.to_str())['model']
@@ -125,7 +125,7 @@ def open_json(file: Path, says: dict[str, Any]) -> 'tokenizers.Tokenizer':
 
 
 def open_pair(folder: Path, says: dict[str, Any]) -> 'tokenizers.Tokenizer':
-    """Read vocab.json and merges.txt, and the tokens that were added, in the order of their ids."""
+    """Read vocab.json and merges.txt, and the added tokens, in the order of their ids."""
     import tokenizers
 
     ids, merges = tokenizers.models.BPE.read_file(str(folder / 'vocab.json'), str(folder / 'merges.txt'))
@@ -154,13 +154,13 @@ def added_token(token: str | dict[str, Any], special: bool) -> 'tokenizers.Added
     import tokenizers
 
     known = token if isinstance(token, dict) else {'content': token}
-    flags = {flag: known[flag] for flag in FLAGS if flag in known}  # normalized: it is looked for after the others
+    flags = {flag: known[flag] for flag in FLAGS if flag in known}  # normalized: matched after the others
     return tokenizers.AddedToken(known['content'], **{'normalized': not special} | flags, special=special)
 
 
 def ids_of(role: str, says: dict[str, Any], library: 'tokenizers.Tokenizer') -> list[Any]:
     """Return the ids of the tokens that begin or end a text: those at which transformers' `generate` stops, or else the
-    one that the tokenizer names, or <|endoftext|>; [None] if there is none."""
+    one that the tokenizer names, or else <|endoftext|>; [None] if there is none."""
     given = says.get(f'{role}_id')
     known = [i for i in (given if isinstance(given, list) else [given]) if i is not None and library.id_to_token(i)]
     token = says.get(role, END_OF_TEXT)

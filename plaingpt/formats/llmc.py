@@ -1,4 +1,4 @@
-"""llm.c's files: a header of 256 int32, then the weights of a GPT-2, or the tokens of its vocabulary."""
+"""The files of llm.c: a header of 256 int32, then the weights of a GPT-2, or the tokens of its vocabulary."""
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +24,8 @@ LAYER = (
 
 
 def tensors(T: int, rows: int, n_layer: int, C: int) -> Iterator[tuple[str, torch.Size]]:
-    """Yield the names and shapes of all tensors in the order of the file, which keeps a kind of all layers together.
-    The table of tokens has `rows`; those beyond the vocabulary stand for no token."""
+    """Yield the names and shapes of all tensors in the order of the file, which keeps those of one kind together for
+    all layers. The table of tokens has `rows`; those beyond the vocabulary stand for no token."""
     of_one_layer = GPT.on_meta(GPTConfig(T, rows, n_layer=1, n_head=1, n_embd=C)).state_dict()
     for kind in ('wte.weight', 'wpe.weight', *LAYER, 'ln_f.weight', 'ln_f.bias'):
         for layer in range(n_layer if kind in LAYER else 1):
@@ -33,13 +33,13 @@ def tensors(T: int, rows: int, n_layer: int, C: int) -> Iterator[tuple[str, torc
 
 
 def is_model(path: Path) -> bool:
-    """Whether this file is one, by its first number."""
+    """Return whether this file is llm.c's model file, by its first number."""
     return np.fromfile(path, '<i4', 1).tolist() == [MODEL]
 
 
 def load(path: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """The shape and the weights, in float32. The rows that pad the vocabulary stay behind. Raises UserError for a file
-    that is cut off, or of another version."""
+    """Return the shape and the weights, in float32, without the rows that pad the vocabulary. Raise UserError for a
+    file that is cut off, or of another version."""
     huggingface.refuse_damage(path.parent, path.name)
     first = np.fromfile(path, '<i4', HEADER).tolist()
     version = first[1] if len(first) == HEADER else 0
@@ -49,11 +49,11 @@ def load(path: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]
     T, V, n_layer, n_head, C, rows = first[2:8]
     if not all(number in SIDE for number in first[2:8]) or C % n_head or rows < V:
         raise UserError(f'{path} is damaged: the sizes in its header are {first[2:8]}', CHECKPOINT)
-    one, two = (sum(shape.numel() for _, shape in tensors(T, rows, n, C)) for n in (1, 2))  # numbers of so many layers
+    one, two = (sum(shape.numel() for _, shape in tensors(T, rows, n, C)) for n in (1, 2))  # numbers, by layers
     need = (one + (n_layer - 1) * (two - one)) * DTYPES[version].itemsize
     data = np.fromfile(path, np.uint8, offset=4 * HEADER)
     if need != len(data):
-        raise UserError(f'{path} has {len(data):,} bytes of weights, and its header speaks of {need:,}: it is cut off '
+        raise UserError(f'{path} has {len(data):,} bytes of weights, and its header promises {need:,}: it is cut off '
                         'or damaged', CHECKPOINT)
     shapes = dict(tensors(T, rows, n_layer, C))
     sizes = [shape.numel() for shape in shapes.values()]
@@ -69,8 +69,8 @@ def header(*numbers: int) -> bytes:
 
 
 def write(folder: Path, exported: Exported) -> None:
-    """The model, in float32 or bfloat16, its vocabulary padded to a multiple of 128 with rows of zeros; and the tokens.
-    The model must be llm.c's: tanh GELU, a tied head, biases."""
+    """Write the model, in float32 or bfloat16, with its vocabulary padded to a multiple of 128 by rows of zeros; and
+    the tokens. The model must be as llm.c has it: tanh GELU, a tied head, biases."""
     config = exported.config
     vocabulary = exported.vocabulary
     [version] = [version for version, dtype in DTYPES.items() if dtype == exported.torch_dtype]

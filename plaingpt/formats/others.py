@@ -1,6 +1,6 @@
 """
 Checkpoints of other projects, in this project's form: nanoGPT, build-nanogpt, gpt_from_scratch, and bare weights under
-GPT-2's names. Whatever is another model than GPT-2 is refused, with the reason.
+GPT-2's names. A different model from GPT-2 is refused, with the reason.
 
 Some of them hold a pickled dataclass. It is never imported: an inert class takes its place, and has its fields.
 """
@@ -25,7 +25,7 @@ from plaingpt.formats.weights import SIDE, TABLE, TRANSPOSED, is_tensor, is_tied
 from plaingpt.schema import COUNT, EMPTY, PLAIN
 
 State = dict[str, Any]
-OTHER_MODELS = [  # the keys of a checkpoint, whose it is, and why its weights are of no use to a GPT-2
+OTHER_MODELS = [  # the keys of a checkpoint, its project, and why its weights are of no use to a GPT-2
     ({'n_iter', 'model_state_dict', 'wandb_run_id'}, 'DDP-BASEMODEL-TRAIN',
      'its norms are RMSNorm, and what its attention projects is never used'),
     ({'epoch', 'model_state_dict', 'optimizer_state_dict', 'loss'}, 'gpt-ddp',
@@ -37,7 +37,7 @@ GPT_FROM_SCRATCH = [  # its names for the weights, and GPT-2's
     ('gpt.transformers.', 'transformer.h.'), ('.norm1.', '.ln_1.'), ('.mha.qkv.', '.attn.c_attn.'),
     ('.mha.proj.', '.attn.c_proj.'), ('.norm2.', '.ln_2.'), ('.ff.layers.0.', '.mlp.c_fc.'),
     ('.ff.final_l.', '.mlp.c_proj.'), ('gpt.final_ln.', 'transformer.ln_f.'), ('gpt.ln_out.', 'lm_head.')]
-# What torch.compile, DDP, activation checkpointing and FSDP put into the names of weights
+# The parts that torch.compile, DDP, activation checkpointing and FSDP put into the names of weights
 WRAPPERS = re.compile(r'(?<![^.])(_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
 SPLIT = {'tokens': COUNT, 'sha256': str}
 BEST = ({'loss': [float, COUNT], str: [float, COUNT]}, EMPTY)
@@ -47,7 +47,7 @@ def is_number(value: object) -> bool:
     return is_tensor(value) and value.numel() == 1 and value.is_floating_point()
 
 
-CONTENT: dict[str, Any] = {  # what is read of one; others than ours lack some of it
+CONTENT: dict[str, Any] = {  # the parts of a checkpoint that are read; other projects' lack some of them
     'model': {str: is_tensor},
     'model_args': {
         **dict.fromkeys(('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'), SIDE),
@@ -75,7 +75,7 @@ CONTENT: dict[str, Any] = {  # what is read of one; others than ours lack some o
                     'param_groups': [{'params': [COUNT, ...]}, ...]}}
 
 
-# What the numbers of numpy are made of, in files of its versions 1 and 2
+# The classes and functions that make a number of numpy, in files of its versions 1 and 2
 SCALAR: Any = np.float64(0).__reduce__()[0]
 NUMPY: dict[str, Any] = {
     'numpy.core.multiarray.scalar': SCALAR, 'numpy._core.multiarray.scalar': SCALAR, 'numpy.dtype': np.dtype}
@@ -83,14 +83,14 @@ NUMBERS: list[Any] = [type(np.dtype(kind)) for kind in ('f8', 'f4', 'f2', 'i8', 
 
 
 class Inert:
-    """Takes the place of one class that a file names, whatever that is: it has fields, and does nothing."""
+    """A stand-in for a class that a file names, whatever that is: it has fields, and does nothing."""
 
 
 def read(path: Path, may_be_old: bool = False, is_mapped: bool = False) -> Any:
-    """What torch.save has written. Nothing in it runs: all but tensors, plain values and the fields of one config is
-    refused, and so is a file whose checksums do not fit; or that has none, unless it `may_be_old`. If `is_mapped`, its
-    tensors are read where they are used, and all processes of a machine share the memory that this takes. Copy what is
-    needed for longer: a file that changes in its place changes them, too."""
+    """Return what torch.save has written. Nothing in it runs: all but tensors, plain values and the fields of one
+    config is refused, and so is a file whose checksums do not match, or that has none, unless it `may_be_old`. If
+    `is_mapped`, its tensors are read when they are used, and all processes of a machine share the memory for them. Copy
+    what is needed for longer: if the file is changed in place, the tensors change, too."""
     is_old = may_be_old and not zipfile.is_zipfile(path)
     if not is_old:
         refuse_other_formats(path)
@@ -113,7 +113,7 @@ def read(path: Path, may_be_old: bool = False, is_mapped: bool = False) -> Any:
 
 def is_mappable(path: Path) -> bool:
     """Return whether the file system maps files into memory, and no part of this zip is compressed, which torch does
-    not ask. Windows neither deletes nor replaces a mapped file."""
+    not check. Windows neither deletes nor replaces a mapped file."""
     if sys.platform == 'win32':
         return False
     with open(path, 'rb') as file, zipfile.ZipFile(file) as archive:
@@ -125,14 +125,14 @@ def is_mappable(path: Path) -> bool:
 
 
 def plain(tree: Any) -> Any:
-    """Return the same with Python's numbers in place of numpy's."""
+    """Return the same tree with Python's numbers in place of numpy's."""
     if type(tree) is dict:
         return {key: plain(value) for key, value in tree.items()}
     return tree.item() if isinstance(tree, np.generic) else tree
 
 
 def refuse_other_formats(path: Path) -> None:
-    """Name two formats that are often given, and the way in."""
+    """Raise UserError for two other formats that users often give, and say how to convert them."""
     with open(path, 'rb') as file:
         head = file.read(10)
     if head[8:] == b'{"':
@@ -140,37 +140,38 @@ def refuse_other_formats(path: Path) -> None:
                         'that holds it as model.safetensors beside its config.json', CHECKPOINT)
     if head[:1] == b'\x80':
         new = shlex.quote(str(path.with_suffix('.converted.pt')))
-        raise UserError(f"{path} is in PyTorch's format of before 1.6, or a pickle: nothing would tell damage to it\n"
+        raise UserError(f"{path} is in PyTorch's format before 1.6, or a pickle: nothing would show damage to it\n"
                         f'{python()} -c "import sys, torch; torch.save(torch.load(sys.argv[1], weights_only=True), '
                         f'sys.argv[2])" {shlex.quote(str(path))} {new}', CHECKPOINT)
 
 
 def refuse_damage(path: Path) -> None:
-    """Compare the checksums of a zip."""
-    with open(path, 'rb') as file:  # what the system refuses is no damage
+    """Raise UserError if the checksums of a zip do not match."""
+    with open(path, 'rb') as file:  # outside of the try: what the system refuses is no damage
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
         except Exception as error:  # a damaged file may raise anything
             raise UserError(f'{path} is damaged, or not a checkpoint: {error}', CHECKPOINT) from None
     if damaged:
-        raise UserError(f'{path} is damaged: the checksum of its part {damaged} does not fit', CHECKPOINT)
+        raise UserError(f'{path} is damaged: the checksum of its part {damaged} does not match', CHECKPOINT)
 
 
 def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
-    """A checkpoint in this project's form, made of what `path` holds; `answers` gives what that does not say: n_head
-    and gelu. Raises UserError where something is missing, and for another model than GPT-2."""
+    """Return a checkpoint in this project's form from what `path` holds; `answers` gives the n_head and gelu that it
+    may not say. Raise UserError if something is missing, and for a different model from GPT-2."""
     if not isinstance(tree, dict):
         tree = {}
     for keys, project, reason in OTHER_MODELS:
         if keys <= tree.keys():
-            raise UserError(f"{path} looks like {project}'s, which is another model than GPT-2: {reason}", CHECKPOINT)
+            raise UserError(f"{path} looks like {project}'s, which is a different model from GPT-2: {reason}",
+                            CHECKPOINT)
     is_bare = 'model' not in tree and any(isinstance(value, Tensor) for value in tree.values())
     found = tree if is_bare else tree.get('model')
     if isinstance(found, dict):
         schema.refuse({'model': found}, {'model': CONTENT['model']}, path, CHECKPOINT)
     weights = clean(found)
-    if weights and isinstance(tree.get('model_args'), dict):  # nanoGPT's, whose GELU is the exact one; or our own
+    if weights and isinstance(tree.get('model_args'), dict):  # nanoGPT's, whose GELU is exact, or this project's
         config = tree.get('config', {})
         if isinstance(config, dict) and TABLE in weights:
             known = {'gelu': answers.get('gelu', 'exact')}
@@ -183,7 +184,7 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
 
 
 def name_all(tree: State, weights: dict[str, Tensor], path: Path, answers: dict[str, Any]) -> State:
-    """What a file without nanoGPT's names says, under these; `adopt` says the rest."""
+    """Return what a file without nanoGPT's names says, under these names; see `adopt`."""
     config = vars(tree['config']) if isinstance(tree.get('config'), Inert) else {}
     if 'gpt.t_embedding.weight' in weights:
         weights = from_gpt_from_scratch(weights)
@@ -199,8 +200,8 @@ def name_all(tree: State, weights: dict[str, Tensor], path: Path, answers: dict[
 
 
 def clean(weights: Any) -> dict[str, Tensor]:
-    """Weights under their own names: compiled and distributed models prefix them, and old ones carry the causal mask as
-    a buffer. Empty where these are no weights."""
+    """Return weights under their own names: compiled and distributed models prefix them, and old ones carry the causal
+    mask as a buffer. If these are no weights, return {}."""
     if not isinstance(weights, dict):
         return {}
     named = {WRAPPERS.sub('', name): tensor for name, tensor in weights.items()}
@@ -208,7 +209,7 @@ def clean(weights: Any) -> dict[str, Tensor]:
 
 
 def complete(state: State) -> State:
-    """The keys that this project's checkpoints have and others lack."""
+    """Add the keys that this project's checkpoints have and others lack."""
     best_val_loss = float(state.get('best_val_loss', 'inf'))  # a tensor in nanoGPT's
     windows = state.get('iter_num', 0) * windows_in_step(state)
     return {
@@ -227,25 +228,25 @@ def complete(state: State) -> State:
 
 
 def windows_in_step(state: State) -> int:
-    """Return how many windows each step has read of a run that does not say how many it has read in all: one of
-    nanoGPT, or of version 0.1.0."""
+    """Return how many windows each step has read in a run of nanoGPT, or of version 0.1.0, which does not say how many
+    it has read in all."""
     settings = {'block_size': 1, **state.get('config', {}), **state['model_args']}
     in_tokens = settings.get('total_batch_size', 0) // settings['block_size']
     return in_tokens or settings.get('gradient_accumulation_steps', 1) * settings.get('batch_size', 0)
 
 
 def from_gpt_from_scratch(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-2's names in place of theirs. Where q, k and v have no biases, they are zero."""
-    for theirs, ours in GPT_FROM_SCRATCH:
-        weights = {name.replace(theirs, ours): tensor for name, tensor in weights.items()}
+    """Return weights of gpt_from_scratch under GPT-2's names. If q, k and v have no biases, add biases of zero."""
+    for before, after in GPT_FROM_SCRATCH:
+        weights = {name.replace(before, after): tensor for name, tensor in weights.items()}
     biases = {name.removesuffix('weight') + 'bias': torch.zeros(tensor.shape[:1])
               for name, tensor in weights.items() if name.endswith('.attn.c_attn.weight')}
     return biases | weights
 
 
 def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of one of transformers' GPT-2s, with or without a head, under our names and shapes; any
-    other as it is."""
+    """Return the state dict of one of transformers' GPT-2s, with or without a head, under this project's names and in
+    its shapes; any other as it is."""
     if 'wte.weight' in weights:
         weights = {f'transformer.{name}': tensor for name, tensor in weights.items()}
     c_attn = weights.get('transformer.h.0.attn.c_attn.weight')
@@ -256,11 +257,11 @@ def from_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def describe(weights: dict[str, Tensor], known: dict[str, Any], path: Path) -> State:
-    """The checkpoint that weights under GPT-2's names make: they decide the shape, but for what must be `known`, n_head
-    and gelu."""
+    """Return a checkpoint made from weights under GPT-2's names: they decide the shape, but for n_head and gelu, which
+    must be `known`."""
     wte, wpe = weights[TABLE], weights.get('transformer.wpe.weight')
     if wpe is None or not wte.dim() == wpe.dim() == 2:
-        raise UserError(f'{path} is another model than GPT-2: it has no table of positions', CHECKPOINT)
+        raise UserError(f'{path} is a different model from GPT-2: it has no table of positions', CHECKPOINT)
     options = {'n_head': str(max(1, wte.size(1) // 64)), 'gelu': 'tanh'}
     if asked := [name for name in options if name not in known]:
         answers = {name: options[name] for name in asked}
@@ -274,6 +275,6 @@ def describe(weights: dict[str, Tensor], known: dict[str, Any], path: Path) -> S
         'bias': 'transformer.ln_f.bias' in weights,
         'vocab_size': wte.size(0),
         'dropout': 0.0}
-    GPTConfig(**args)  # which refuses an n_head that is given and does not fit
+    GPTConfig(**args)  # refuses an n_head that the user gave and that does not fit
     config = {'gelu': known['gelu'], 'tie_weights': is_tied(weights, None, path)}
     return {'model': weights, 'model_args': args, 'config': config}

@@ -1,4 +1,4 @@
-"""What the plain files leave to autograd, by hand."""
+"""A gradient by hand, which the plain files leave to autograd."""
 import torch
 from torch import Tensor
 

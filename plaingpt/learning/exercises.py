@@ -85,7 +85,8 @@ EXERCISES = [
         'last position; cumsum adds them up, and a comparison, summed, counts how many lie before the drawn '
         'number.'),
     Exercise(P, 'accumulate', questions.run_accumulate,
-        'The same gradient as from the whole batch, although only batch_size windows fit into memory at a time.',
+        'The same gradient as from the whole batch, although only batch_size windows fit into memory at a time; the '
+        'last part may be smaller than the others.',
         'gradients_of yields what each part adds, weighted by its share of the windows: add these up, weight by '
         'weight. Or do it yourself: a part of 1 window counts less than a part of 3.'),
     Exercise(P, 'reduce_scatter', questions.run_reduce_scatter,
@@ -113,6 +114,6 @@ EXERCISES = [
         ' hold top_p of the probability; temperature 0 takes the likeliest. A draw is a whole number below 2**63:'
         ' draw / 2**63 of the probability lies before its token.',
         'Sort by probability first (topk). With cumsum, the probability before a token is the sum up to it less '
-        'its own: where that is top_p or more, the token is not needed. Places among the sorted are not token '
+        'its own: if that is top_p or more, the token is not needed. Places among the sorted are not token '
         'ids.'),
 ]

@@ -1,4 +1,4 @@
-"""Known mistakes: what one says of each, and what of the plain file's lines it changes.
+"""Known mistakes: each in words, and as a change of the plain file's lines.
 
 A learner's lines are told a cause only if the plain file with this change gives the same numbers as they do.
 """
@@ -57,6 +57,10 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake('of equally frequent pairs, this takes the one that was met first; the smallest is asked for',
                 ('(-counts[pair], pair)', '-counts[pair]')),
         Mistake('a pair that a word holds twice is counted once', ('pairwise(word)', 'set(pairwise(word))')),
+        Mistake('a long word counts more than a short one that the text has as often',
+                ('+= count', '+= count * len(word)')),
+        Mistake('of equally frequent pairs, the one with the smallest sum is taken; the smallest pair is asked for',
+                ('(-counts[pair], pair)', '(-counts[pair], sum(pair))')),
     ],
     'encode': [
         Mistake('merges must be done in the order in which they were learned: the later ones are made of the earlier',
@@ -87,6 +91,10 @@ MISTAKES: dict[str, list[Mistake]] = {
                 ('.mean()', '.sum()')),
         Mistake('exp of a large logit is infinite: subtract the largest first, and add it again after the logarithm',
                 ('highest + torch.log(torch.exp(logits - highest[..., None])', 'torch.log(torch.exp(logits)')),
+        Mistake('exp of a large logit is infinite, and infinite / infinite is nan: subtract the largest first',
+                (NATS, '-torch.log(torch.exp(chosen) / torch.exp(logits).sum(dim=-1)).mean()')),
+        Mistake("the largest of all logits is subtracted, and exp of rows far below it is 0: take each row's own",
+                ('logits.max(dim=-1).values', 'logits.max().expand(targets.shape)')),
         Mistake('the logarithm of a probability that rounds to 0 is infinite: take the logarithm of the sum, not of '
                 'the probability', (NATS, '-torch.log(torch.exp(chosen - log_sum)).mean()')),
         Mistake('the largest logit was subtracted, and never added again', ('highest + torch.log', 'torch.log')),
@@ -266,6 +274,8 @@ MISTAKES: dict[str, list[Mistake]] = {
         Mistake('lengths do not add up; the length of all is the root of the sum of all squares',
                 (LENGTH, 'sum(g.norm().item() for g in gradients)')),
         Mistake('the length is a root of a sum of squares, not a sum of sizes', ('(g**2).sum()', 'g.abs().sum()')),
+        Mistake('the 1e-6 is added to the square of the length; it is added to the length itself',
+                ('for g in gradients))', 'for g in gradients) + 1e-6)'), ('length + 1e-6', 'length')),
         Mistake('the 1e-6 is missing, with which PyTorch keeps a length of 0 from dividing', (' + 1e-6', '')),
         Mistake('the gradients are as they were: return the shortened ones', (ALL_CLIPPED, 'list(gradients)')),
     ],

@@ -1,6 +1,8 @@
 """A part of a plain file that a learner writes anew: cut out of it by `ast` when it is asked for, so that no copy of
 any code can grow old."""
 import ast
+import inspect
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +60,8 @@ class Exercise:
         (outer, _), (first, end), lines = self.nodes(), self.body(), self.lines()
         start = min([outer.lineno, *(decorator.lineno for decorator in outer.decorator_list)]) - 1
         middle = lines[first:end] if new is None else [new]
-        return '\n'.join([*self.imports(), '', '', *lines[start:first], *middle, *lines[end:outer.end_lineno], ''])
+        text = [*lines[start:first], *middle, *lines[end:outer.end_lineno]]
+        return '\n'.join([*self.imports(), *self.neighbours(), '', '', *text, ''])
 
     def hole(self) -> str:
         """Return what stands in place of the body when a learner starts."""
@@ -87,6 +90,18 @@ class Exercise:
         if neighbours:
             lines.append(f'from {self.where.__name__} import {", ".join(sorted(neighbours))}')
         return list(dict.fromkeys(lines))
+
+    def neighbours(self) -> list[str]:
+        """Return comments that say what the functions of this project do that the part calls."""
+        outer, _ = self.nodes()
+        names = dict.fromkeys(node.id for node in ast.walk(outer) if isinstance(node, ast.Name))
+        called = [getattr(self.where, name, None) for name in names if name != self.name]
+        lines = []
+        for function in filter(inspect.isfunction, called):
+            arguments = ', '.join(inspect.signature(function).parameters)
+            lines += textwrap.wrap(f'{function.__name__}({arguments}): {inspect.getdoc(function)}', 118,
+                                   initial_indent='# ', subsequent_indent='#     ')
+        return lines
 
 
 def find(body: list[ast.stmt], name: str) -> ast.FunctionDef | ast.ClassDef:

@@ -1,5 +1,5 @@
-"""What the parts are asked. Numbers are float64 here, and drawn from the same seed for the plain file and the learner's
-lines."""
+"""The questions that parts are asked. Numbers are float64 here, drawn from the same seed for the plain file and for the
+learner's lines."""
 import copy
 from collections import Counter
 from collections.abc import Callable
@@ -17,9 +17,13 @@ ARGUMENTS = 'what is left of the arguments of '
 
 
 def ask(what: str, function: Callable[..., Any], *arguments: Any) -> Results:
-    """Return what a function answers, and what it has made of copies of its arguments: they belong to the caller."""
+    """Return what a function answers, and what it has made of copies of its arguments: they belong to the caller. If it
+    draws numbers at random, they are others each time."""
     copies = copy.deepcopy(arguments)
-    return [(what, function(*copies)), (ARGUMENTS + what, copies)]
+    with torch.random.fork_rng(devices=[]):
+        torch.seed()
+        answer = function(*copies)
+    return [(what, answer), (ARGUMENTS + what, [value for value in copies if not isinstance(value, torch.nn.Module)])]
 
 
 def small_gpt(m: Any) -> Any:
@@ -45,9 +49,11 @@ def run_merge(m: Any) -> Results:
 def run_most_frequent_pair(m: Any) -> Results:
     cases: tuple[dict[tuple[int, ...], int], ...] = (
         {(1, 2, 3): 3, (3, 4): 4, (2, 3): 2}, {(1, 2): 1, (3, 4): 2, (1, 2, 9): 1, (8, 1, 2): 1, (3, 4, 5): 5},
-        {(5, 6): 2, (7, 8): 2, (1, 2): 2}, {(1, 1, 1, 1): 1, (2, 3): 2}, {(1,): 4})
+        {(5, 6): 2, (7, 8): 2, (1, 2): 2}, {(1, 1, 1, 1): 1, (0, 3): 2}, {(1, 1, 1, 1): 1, (0, 3): 1},
+        {(2, 3): 1, (1, 9): 1},
+        {(1, 2, 3, 4): 2, (5, 6): 3}, {(1,): 4})
     return [result for words in cases for result in ask(
-        f'most_frequent_pair({words})', lambda words: list(m.most_frequent_pair(words) or []), Counter(words))]
+        f'most_frequent_pair({words})', m.most_frequent_pair, Counter(words))]
 
 
 def run_encode(m: Any) -> Results:
@@ -77,14 +83,15 @@ def run_gradient(m: Any) -> Results:
 def run_attend(m: Any) -> Results:
     q, k, v = torch.randn(3, 2, 5, 4)
     return [*ask('attend(q, k, v) of 5 tokens', m.attend, q, k, v),
+            *ask('attend(q, k, v) of 40 tokens', m.attend, *torch.randn(3, 1, 40, 4)),
             *ask('attend(q, k, v) of one token', m.attend, q[:, :1], k[:, :1], v[:, :1])]
 
 
 def is_causal(m: Any) -> str | None:
     """Say what a row of attention sees that it should not, or does not see that it should."""
-    q, k, v = torch.randn(3, 1, 5, 4)
+    q, k, v = torch.randn(3, 1, 40, 4)
     before = m.attend(q, k, v)
-    for t in range(5):
+    for t in range(40):
         other_k, other_v = k.clone(), v.clone()
         other_k[:, t], other_v[:, t] = torch.randn(2, 1, 4)
         changed = (m.attend(q, other_k, other_v) - before).abs().amax(dim=(0, 2)) > 1e-12
@@ -159,8 +166,19 @@ def run_generate(m: Any) -> Results:
 
 def run_accumulate(m: Any) -> Results:
     made, (x, y) = small_gpt(model_trivialised), batch()
-    return [result for size in (7, 3) for result in ask(
-        f'accumulate(model, x, y, batch_size={size}) of 7 windows', m.accumulate, made, x, y, size)]
+    results: Results = []
+    for size, what in ((7, 'of 7 windows'), (3, 'of 7 windows'), (3, 'once more')):  # of the same model
+        with made.register_forward_pre_hook(memory_for(size)):
+            results.append((f'accumulate(model, x, y, batch_size={size}) {what}', m.accumulate(made, x, y, size)))
+    return results
+
+
+def memory_for(n_windows: int) -> Callable[..., None]:
+    """Return what a model does first if no more windows fit into memory."""
+    def refuse(model: object, arguments: tuple[Tensor, ...]) -> None:
+        if len(arguments[0]) > n_windows:
+            raise MemoryError(f'the model was given {len(arguments[0])} windows, and only {n_windows} fit into memory')
+    return refuse
 
 
 def run_reduce_scatter(m: Any) -> Results:
@@ -185,6 +203,7 @@ def run_zero1(m: Any) -> Results:
         copies = [[p.clone() for p in weights] for _ in range(n)]
         m.zero1(copies, [gradients] * n, moments, 3, 0.1, 0.5)
         results += [(f'the weights of machine {machine} of {n}', held) for machine, held in enumerate(copies)]
+        results.append((f'how many tensors {n} machines hold', len({p.data_ptr() for held in copies for p in held})))
         results += [(f'the moments of machine {machine} of {n}', list(held.values()))
                     for machine, held in enumerate(moments)]
     return results

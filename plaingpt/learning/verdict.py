@@ -1,5 +1,6 @@
-"""What a learner's lines do: the same as the plain file's, or as the plain file's with a known mistake in them, or else
-where they first differ. A verdict is a measurement: no cause is named that has not given the same numbers."""
+"""The verdict on a learner's lines: they do the same as the plain file's, or the same as the plain file's with a known
+mistake, or it says where they first differ. It is a measurement: no cause is named that has not given the same
+numbers."""
 import itertools
 import json
 import math
@@ -25,7 +26,8 @@ from plaingpt.learning.part import HOLE, Exercise, Results
 from plaingpt.learning.questions import ARGUMENTS
 
 LONGEST = 20.0  # seconds that a learner's lines may take
-SAME = 1e-7  # relative; the numbers are float64
+SAME = 1e-9  # relative; the numbers are float64
+CHANGED = 'its arguments are changed, and the caller still needs them: work on new tensors or lists'
 FEW = 12  # whole numbers that a message shows in full
 
 
@@ -80,6 +82,8 @@ def numbers(value: Any) -> Iterator[Tensor]:
         yield value.detach().double()
     elif isinstance(value, int | float):
         yield torch.tensor(float(value), dtype=torch.float64)
+    elif isinstance(value, dict):
+        yield from numbers([item for pair in value.items() for item in pair])
     elif isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
         yield torch.tensor(value, dtype=torch.float64)
     elif isinstance(value, list | tuple):
@@ -87,32 +91,61 @@ def numbers(value: Any) -> Iterator[Tensor]:
             yield from numbers(item)
 
 
+def kind(value: Any) -> str:
+    """Return what an answer is made of, in words."""
+    if value is None:
+        return 'nothing (has it a `return`?)'
+    if isinstance(value, Tensor):
+        return f'a tensor of shape {tuple(value.shape)}'
+    if isinstance(value, int | float):
+        return 'a number'
+    if isinstance(value, list | tuple):
+        parts = list(map(kind, value[:4]))
+        if len(set(parts)) == 1:
+            parts = [f'each {parts[0]}']
+        inside = f': {", ".join(parts)}{", ..." if len(value) > 4 and len(parts) > 1 else ""}' if parts else ''
+        return f'({type(value).__name__} of {len(value)}{inside})'
+    return f'a {type(value).__name__} of {len(value)}' if isinstance(value, dict) else f'a {type(value).__name__}'
+
+
 def equal(one: Any, other: Any) -> bool:
-    """Return whether two answers are equal to rounding, and of the same shapes."""
-    a, b = list(numbers(one)), list(numbers(other))
-    return len(a) == len(b) and all(x.shape == y.shape and torch.allclose(x, y, SAME, SAME / 100, equal_nan=True)
-                                    for x, y in zip(a, b, strict=True))
+    """Return whether two answers are of the same kind, and their numbers equal to rounding."""
+    return kind(one) == kind(other) and all(
+        x.shape == y.shape and torch.allclose(x, y, SAME, SAME / 100, equal_nan=True)
+        for x, y in zip(numbers(one), numbers(other), strict=True))
 
 
 def agree(one: Results, other: Results) -> bool:
     return len(one) == len(other) and all(equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
 
 
+def of_answers(results: Results) -> Results:
+    """Return the answers alone, without what is left of the arguments."""
+    return [(what, answer) for what, answer in results if not what.startswith(ARGUMENTS)]
+
+
+def tells(answers: Results, n: int) -> bool:
+    """Return whether answers can tell n mistakes: nan equals nan, whatever made it."""
+    finite = torch.cat([x.isfinite().flatten() for _, answer in answers for x in numbers(answer)] or [torch.ones(1)])
+    return bool(finite.all() if n > 1 else finite.any())
+
+
 def known_mistake(exercise: Exercise, found: Results) -> str | None:
     """Return what one says of the known mistake, or the two, with which the plain file gives these answers."""
     first, end = exercise.body()
-    body = '\n'.join(exercise.lines()[first:end])
-    for n in (1, 2):
-        for chosen in itertools.combinations(MISTAKES[exercise.part], n):
+    body, answers = '\n'.join(exercise.lines()[first:end]), of_answers(found)
+    for n in (1, 2) if tells(answers, 1) else ():
+        for chosen in itertools.combinations(MISTAKES[exercise.part], n if tells(answers, n) else 0):
             planted: str | None = body
             for mistake in chosen:
                 planted = planted and mistake.planted(planted)
             try:
-                answers = results(exercise, plain(exercise, planted)) if planted else None
+                with_it = results(exercise, plain(exercise, planted)) if planted and chosen else None
             except SyntaxError:  # of two that do not go together
                 continue
-            if isinstance(answers, list) and agree(answers, found):
-                return '\nand: '.join(dict.fromkeys(mistake.says for mistake in chosen))
+            if isinstance(with_it, list) and agree(of_answers(with_it), answers):
+                says = [mistake.says for mistake in chosen]
+                return '\nand: '.join(dict.fromkeys([*says, *([] if agree(with_it, found) else [CHANGED])]))
     return None
 
 
@@ -130,41 +163,29 @@ def crash(error: BaseException, path: Path, text: str) -> str:
     return f'{lines_of(error.__traceback__, path, text)}{type(error).__name__}: {message}'
 
 
-def shape(value: Any) -> str:
-    """Return what kind of thing an answer is, in words."""
-    if value is None:
-        return 'nothing (is there a `return`?)'
-    if isinstance(value, Tensor):
-        return f'a tensor of shape {tuple(value.shape)}'
-    return f'a {type(value).__name__} of {len(value)}' if isinstance(value, list | tuple) else f'{type(value).__name__}'
-
-
-def first_difference(expected: Results, found: Results) -> str | None:
+def first_difference(expected: Results, found: Results) -> str:
     """Say at which question the answers first differ, and how."""
-    for (what, right), (_, answer) in zip(expected, found, strict=True):
-        if equal(right, answer):
-            continue
-        if what.startswith(ARGUMENTS):
-            return (f'{what.removeprefix(ARGUMENTS)}: the answer is right, but its arguments are changed, and the '
-                    'caller still needs them: work on new tensors or lists')
-        a, b = list(numbers(right)), list(numbers(answer))
-        if is_short(right) and isinstance(answer, list | tuple):
-            return f'{what} is {list(right)}; here it is {list(answer)}'
-        if [x.shape for x in a] != [y.shape for y in b]:
-            return f'{what}: this returns {shape(answer)}; it should be {shape(right)}'
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            wrong = ~torch.isclose(x, y, SAME, SAME / 100, equal_nan=True)
-            if wrong.any():
-                at = wrong.nonzero()[0].tolist()
-                place = (f', in tensor {number}' if len(a) > 1 else '') + (f', at {at}' if at else '')
-                return (f'{what}: {wrong.double().mean().item():.0%} of the numbers differ; the first{place}, is '
-                        f'{y[tuple(at)].item():.6g} and should be {x[tuple(at)].item():.6g}')
-    return None
-
-
-def is_short(answer: Any) -> bool:
-    """Return whether an answer is a few whole numbers, which a message shows in full."""
-    return isinstance(answer, list | tuple) and all(isinstance(i, int) for i in answer) and len(answer) <= FEW
+    what, right, answer = next((what, right, answer) for (what, right), (_, answer) in zip(expected, found, strict=True)
+                               if not equal(right, answer))
+    if what.startswith(ARGUMENTS):
+        return f'{what.removeprefix(ARGUMENTS)}: the answer is right, but {CHANGED}'
+    is_few = isinstance(right, list | tuple) and all(isinstance(i, int) for i in right) and len(right) <= FEW
+    if isinstance(right, int) or (is_few and type(answer) is type(right)):
+        return f'{what} should be {right}, and here it is {answer}'
+    if kind(right) != kind(answer):
+        return f'{what}: this returns {kind(answer)}; it should be {kind(right)}'
+    pairs = enumerate(zip(numbers(right), numbers(answer), strict=True))
+    number, x, y = next((i, x, y) for i, (x, y) in pairs if not torch.allclose(x, y, SAME, SAME / 100, equal_nan=True))
+    wrong = ~torch.isclose(x, y, SAME, SAME / 100, equal_nan=True)
+    at = wrong.nonzero()[0].tolist()
+    should, is_now = x[tuple(at)].item(), y[tuple(at)].item()
+    digits = 6 if f'{should:.6g}' != f'{is_now:.6g}' else 12
+    places = [f'in tensor {number}' if len(list(numbers(right))) > 1 else '', f'at {at}' if at else '']
+    place = ' '.join(filter(None, places))
+    share = f'{wrong.double().mean().item():.0%} of the numbers differ; ' if x.numel() > 1 else ''
+    why = ' (inf - inf, 0 * inf and 0 / 0 are nan)' if math.isnan(is_now) else ''
+    which = f'the one {place} ' if place else ''
+    return f'{what}: {share}{which}should be {should:.{digits}g}, and is {is_now:.{digits}g}{why}'
 
 
 def of_lines(exercise: Exercise, text: str, path: Path) -> Verdict:
@@ -189,19 +210,19 @@ def of_lines(exercise: Exercise, text: str, path: Path) -> Verdict:
         return Verdict(False, crash(found, path, text))
     if agree(expected, found):
         return in_the_whole(exercise, module)
-    answers = [(what, answer) for what, answer in found if not what.startswith(ARGUMENTS)]
-    are_right = agree([pair for pair in expected if not pair[0].startswith(ARGUMENTS)], answers)
-    says = known_mistake(exercise, found)
-    if says is None and not are_right:
-        says = probed(exercise, module, expected, found)
-    return Verdict(False, says or first_difference(expected, found) or 'the answers differ')
+    again = results(exercise, module)
+    if isinstance(again, BaseException) or not agree(found, again):
+        return Verdict(False, 'called twice with the same arguments, this gives different answers: is it random?')
+    are_right = agree(of_answers(expected), of_answers(found))
+    says = None if are_right else known_mistake(exercise, found) or probed(exercise, module, expected, found)
+    return Verdict(False, says or first_difference(expected, found))
 
 
 def probed(exercise: Exercise, module: ModuleType, expected: Results, found: Results) -> str | None:
     """Return what a probe of the exercise finds, if the answers have the right shapes."""
-    sizes = [[x.shape for _, answer in answers for x in numbers(answer)] for answers in (expected, found)]
+    kinds = [[kind(answer) for _, answer in answers] for answers in (expected, found)]
     torch.manual_seed(0)
-    return exercise.probe(module) if sizes[0] == sizes[1] else None
+    return exercise.probe(module) if kinds[0] == kinds[1] and tells(found, 2) else None
 
 
 def in_the_whole(exercise: Exercise, module: ModuleType) -> Verdict:
@@ -209,7 +230,14 @@ def in_the_whole(exercise: Exercise, module: ModuleType) -> Verdict:
     says = 'the same as the plain file'
     if exercise.where.__name__ not in whole.LEARNS:
         return Verdict(True, says)
-    right, found = whole.learned(plain(exercise), 3), whole.learned(module, 3)
+    right = whole.learned(plain(exercise), 3)
+    try:
+        found = whole.learned(module, 3)
+    except Exception as error:  # numbers may be right, and yet not be what autograd can follow
+        is_cut = 'grad' in str(error)
+        why = ': does a gradient flow through it? .item(), .detach() and numpy cut it off' if is_cut else ''
+        return Verdict(False, f'alone it is {says}, but a GPT with it cannot learn: {type(error).__name__}: '
+                              f'{str(error).splitlines()[0]}{why}')
     if not all(math.isclose(a, b, rel_tol=SAME) for a, b in zip(right.losses, found.losses, strict=True)):
         return Verdict(False, f'alone it is {says}, but a GPT with it learns otherwise: three steps have losses '
                               f'{found.losses}, and should have {right.losses}')
@@ -225,7 +253,7 @@ def on_time(exercise: Exercise, text: str, path: Path, give: Any) -> Verdict:
         while frame and frame.f_code.co_filename != str(path):
             frame = frame.f_back
         where = f'line {frame.f_lineno}: {text.splitlines()[frame.f_lineno - 1].strip()}\n' if frame else ''
-        give(Verdict(False, f'{where}it has not ended after {LONGEST:.0f} seconds: does its loop come to an end?'))
+        give(Verdict(False, f'{where}it has not ended after {LONGEST:.0f} seconds: does its loop end?'))
         os._exit(0)
 
     timer = threading.Timer(LONGEST, end)

@@ -60,7 +60,8 @@ def train(model: Any, rules: ModuleType, batches: Iterator[tuple[Tensor, Tensor]
     m, v = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step, (x, y) in zip(range(steps), batches, strict=False):
         _, loss = model(x, y)
-        gradients, _ = rules.clip(list(torch.autograd.grad(loss, parameters)), 1.0)
+        found = torch.autograd.grad(loss, parameters, materialize_grads=True)  # 0 if a part leaves a parameter out
+        gradients, _ = rules.clip(list(found), 1.0)
         lr = rules.lr_at(step, 1e-2, 1e-3, steps // 10, steps)
         with torch.no_grad():
             for p, g, m_p, v_p in zip(parameters, gradients, m, v, strict=True):

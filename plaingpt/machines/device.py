@@ -1,4 +1,4 @@
-"""Where a process computes, how precisely, and what the device promises."""
+"""The device on which a process computes, how precisely it does, and what it promises."""
 import os
 import re
 import shutil
@@ -17,8 +17,8 @@ from plaingpt.errors import UserError
 from plaingpt.machines.int8 import why_not
 
 # Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets and architecture white papers (which
-# often print twice as much, for sparse matrices). The words of a line all stand in the name that the driver gives; the
-# first such line counts.
+# often print twice as much, for sparse matrices). An entry is for cards whose name, as the driver gives it, has all of
+# its words; the first such entry counts.
 PEAK_FLOPS = {
     'GB200': 2500e12, 'B200': 2250e12,
     'GH200': 989.4e12, 'H200 NVL': 835.5e12, 'H200': 989.4e12,
@@ -32,22 +32,23 @@ PEAK_FLOPS = {
 FLOAT16_ONLY = {'V100S', 'V100', 'T4'}  # before Ampere: neither bfloat16 nor TF32
 OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a card, or a smaller chip under the same name
 COMPILERS = {'win32': 'cl', 'darwin': 'clang++'}  # that torch.compile calls for a CPU, unless CXX names one
-C_COMPILERS = ('gcc', 'clang', 'cc')  # with one of which Triton builds what starts its code, unless CC names another
-TRITON_SINCE = (8, 0)  # the generation of cards that it is made for
+C_COMPILERS = ('gcc', 'clang', 'cc')  # Triton needs one of them for the code that starts its own, unless CC names it
+TRITON_SINCE = (8, 0)  # the first generation of cards that Triton is made for
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
 
 
 def pick_device(name: str) -> tuple[str, str]:
-    """'auto' takes the first of cuda, mps and cpu that this machine has. Returns the device's type, and why. Raises
-    UserError, too, if there is a card that this build of torch cannot use: it must not train on the CPU instead."""
+    """Return the device to use, and why: 'auto' takes the first of cuda, mps and cpu that this machine has. Raise
+    UserError if it is missing, or if there is a card that this build of torch cannot use: a run must not train on the
+    CPU instead."""
     kind, colon, number = name.partition(':')
     asks_for_cuda = kind in ('auto', 'cuda')
-    there = {'cuda': asks_for_cuda and has_cuda(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    has = {'cuda': asks_for_cuda and has_cuda(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     if name == 'auto':
-        return next(device for device in there if there[device]), f'the first of {", ".join(there)} that is here'
-    if kind not in there or (colon and not number.isdecimal()):
+        return next(device for device in has if has[device]), f'the first of {", ".join(has)} that is available'
+    if kind not in has or (colon and not number.isdecimal()):
         raise UserError(f"--device={name}: expected 'auto', 'cuda', 'cuda:1', 'mps' or 'cpu'")
-    if not there[kind]:
+    if not has[kind]:
         raise UserError(f'--device={name}: this machine, or this build of torch {torch.__version__}, has no {kind}\n'
                         'try --device=cpu, or --device=auto for the best there is')
     if kind == 'cuda' and colon and int(number) >= torch.cuda.device_count():
@@ -56,8 +57,8 @@ def pick_device(name: str) -> tuple[str, str]:
 
 
 def has_cuda() -> bool:
-    """Return whether there is a card that this build of torch can use. Raises UserError if there is one and it cannot:
-    the driver is too old for the build, or the build has no code for the card."""
+    """Return whether there is a card that this build of torch can use. Raise UserError if there is a card that it
+    cannot use: the driver is too old for the build, or the build has no code for the card."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         is_there = torch.cuda.is_available()
@@ -77,16 +78,16 @@ def has_cuda() -> bool:
 
 
 def runs_on(built: str, capability: tuple[int, int]) -> bool:
-    """Return whether code that was built for 'sm_80' or 'compute_80' runs on a card: machine code runs on the same
-    generation, not older, and what is compiled on the spot (PTX) on all that are not older."""
+    """Return whether code that was built for 'sm_80' or 'compute_80' runs on a card. Machine code runs on later cards
+    of the same generation; PTX, which is compiled on the spot, on all later cards."""
     kind, _, number = built.partition('_')
     major, minor = divmod(int(re.sub(r'\D', '', number)), 10)
     return (major, minor) <= capability and (kind == 'compute' or major == capability[0])
 
 
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
-    """The precision of the matrix products, and why: 'auto' takes the fastest that trains soundly on this type of
-    device."""
+    """Return the precision of the matrix products, and why: 'auto' takes the fastest that trains soundly on this type
+    of device."""
     is_cuda = device == 'cuda'
     has_bfloat16 = not is_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
     why_float32 = {
@@ -105,40 +106,40 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
 
 
 def pick_compile(choice: bool | str, device: str) -> tuple[bool, str]:
-    """Whether to compile, and why."""
+    """Return whether to compile, and why."""
     if choice != 'auto':
         compiler = os.environ.get('CXX') or COMPILERS.get(sys.platform, 'g++')
         if choice and device == 'cpu' and not shutil.which(compiler):
-            return False, f'for want of a C++ compiler, {compiler}'
+            return False, f'as that needs a C++ compiler, {compiler}'
         return bool(choice), 'as asked'
     if device != 'cuda':
-        return False, 'which rarely pays off cuda'
+        return False, 'as that rarely pays without cuda'
     wanting = {
         'Triton': find_spec('triton') is None,
         'a newer card': torch.cuda.get_device_capability() < TRITON_SINCE,
         f'a C compiler, {" or ".join(C_COMPILERS)}': not ('CC' in os.environ or any(map(shutil.which, C_COMPILERS)))}
     if missing := [what for what, is_wanting in wanting.items() if is_wanting]:
-        return False, f'for want of {missing[0]}'
+        return False, f'as that needs {missing[0]}'
     return True, 'which pays on cuda'
 
 
 class Compute(NamedTuple):
-    """How a process computes."""
+    """The way in which a process computes."""
 
     dtype: torch.dtype  # of matrix products
-    autocast: AbstractContextManager[None]  # in which they have it; weights, sums and the loss stay in float32
+    autocast: AbstractContextManager[None]  # gives them that dtype; weights, sums and the loss stay in float32
     compiles: bool
-    peak: float | None  # FLOP/s that the device promises in them, if that is known
+    peak: float | None  # FLOP/s that the device promises in matrix products, if that is known
     line: str  # for people: all this, and why
 
     def eager(self) -> AbstractContextManager[None]:
-        """Within it, what is compiled runs as it was written."""
+        """Run compiled code as it was written until the block ends."""
         return torch.compiler.set_stance('force_eager') if self.compiles else nullcontext()
 
 
 def choose(device: torch.device, dtype: str, compile: bool | str, before: dict[str, str] | None = None) -> Compute:
-    """What the settings `dtype` and `compile` come to on this device. A run that is resumed has had a type of device,
-    and a dtype there, `before`: 'auto' keeps that on the same type of device."""
+    """Return what the settings `dtype` and `compile` mean on this device. `before` is the type of device of a resumed
+    run, and its dtype there: 'auto' keeps that on the same type of device."""
     is_kept = dtype == 'auto' and before is not None and before['device'] == device.type
     precision, why_precision = pick_dtype(before['dtype'] if is_kept and before else dtype, device.type)
     if is_kept:
@@ -156,8 +157,8 @@ def choose(device: torch.device, dtype: str, compile: bool | str, before: dict[s
 
 
 def advice(dtype: torch.dtype, rows: int, width: int) -> Iterator[str]:
-    """Yield a line for people if this CPU multiplies matrices of that size faster in another `dtype`. It is advice
-    alone: a measurement must not decide what a run computes."""
+    """Yield a line for people if this CPU multiplies matrices of that size faster in another dtype. It is only advice:
+    a measurement must not decide what a run computes."""
     part = time_in_bfloat16(rows, width)
     if dtype == torch.float32 and part < 0.8:
         yield f'bfloat16 would take about {part:.1f} of the time of the matrix products here: --dtype=bfloat16'
@@ -167,8 +168,8 @@ def advice(dtype: torch.dtype, rows: int, width: int) -> Iterator[str]:
 
 def time_in_bfloat16(rows: int, width: int) -> float:
     """Return how much of float32's time a product (rows, width) x (width, 4 width) takes in bfloat16 on this CPU, on
-    one thread, since several would wait for other programs. It takes milliseconds: a large product is made smaller, and
-    if bfloat16 is very slow, a few rows show it."""
+    one thread, since several would wait for other programs. This takes milliseconds: a large product is made smaller,
+    and if bfloat16 is very slow, a few rows show it."""
     columns, n_threads = min(4 * width, 1024), torch.get_num_threads()
 
     def ratio(rows: int) -> float:
@@ -176,7 +177,7 @@ def time_in_bfloat16(rows: int, width: int) -> float:
         for dtype in (torch.bfloat16, torch.float32):
             x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(width, columns, dtype=dtype)
             times = []
-            for _ in range(4):  # the first of them prepares what the others use
+            for _ in range(4):  # the first one also warms up
                 began = time.perf_counter()
                 x @ weight
                 times.append(time.perf_counter() - began)
@@ -192,7 +193,8 @@ def time_in_bfloat16(rows: int, width: int) -> float:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Matrix products in `dtype`; weights, sums and the loss stay in float32. What has 8 bits sees to that itself."""
+    """Return a context for matrix products in `dtype`; weights, sums and the loss stay in float32. For int8 it does
+    nothing: the model's Linears see to that themselves."""
     return nullcontext() if dtype in (torch.float32, torch.int8) else torch.autocast(device.type, dtype=dtype)
 
 
@@ -201,18 +203,19 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def card(device: torch.device) -> str:
-    """What the maker calls it; '' where there is none."""
+    """Return the maker's name for the card; '' if the device is none."""
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """On cuda this process does not wait for the copy: it queues it, as it queues the work on it, and goes on."""
+    """Return a copy on the device. On cuda this process does not wait for it: it queues the copy, as it queues the work
+    on it, and continues."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """FLOP/s that the card promises in matrix products of `dtype` ('float32': with TF32 allowed, half the 16-bit rate);
-    None where it is not known, so that no wrong utilisation is shown."""
+    """Return the FLOP/s that the card promises in matrix products of `dtype` ('float32': with TF32 allowed, half the
+    16-bit rate); None if that is not known, so that no wrong utilisation is shown."""
     words = set(re.split(r'[\s-]+', device_name.lower()))
     name = next((name for name in PEAK_FLOPS if words.issuperset(name.lower().split())), '')
     if not name or words & OTHER_CHIP or (name.split()[0] in FLOAT16_ONLY and dtype != 'float16'):
@@ -221,8 +224,8 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def peak_memory(device_type: str) -> int:
-    """The most bytes that this process has held, on the card ('mps': that it holds now) or in main memory; 0 where the
-    system does not say."""
+    """Return the most bytes that this process has held, on the card ('mps': that it holds now) or in main memory; 0 if
+    the system does not say."""
     if device_type == 'cuda':
         return torch.cuda.max_memory_allocated()
     if device_type == 'mps':

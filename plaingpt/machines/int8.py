@@ -1,19 +1,19 @@
 """
-Matrix products in 8 bits, to write text on a CPU: each token reads all weights, and these are a quarter as many bytes.
+Matrix products in 8 bits, to write text on a CPU: each token reads all weights, and they take a quarter of the bytes.
 
 A weight is a whole number from -127 to 127 times a scale, one for each output channel. So is an input, with a scale for
-each row: what a text becomes does not depend on the texts beside it. Products are summed up in whole numbers, exactly.
+each row: a text does not depend on the texts beside it. Products are summed up in whole numbers, exactly.
 """
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 MOST = 127  # the largest whole number; -128 is left out, so that the range is the same on both sides
-TINY = 1e-30  # a scale, where all is 0
+TINY = 1e-30  # the least scale, for rows that are all 0
 
 
 class Int8Linear(nn.Module):
-    """What an nn.Linear computes, to 8 bits."""
+    """An nn.Linear that multiplies in 8 bits."""
 
     weight: Tensor
     scale: Tensor
@@ -40,8 +40,8 @@ def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise(model: nn.Module) -> None:
-    """Put 8 bits into every Linear of a model, in place. A table that embeds tokens keeps its own numbers, though it be
-    the head as well."""
+    """Replace every Linear of a model by one of 8 bits, in place. A table that embeds tokens keeps its own numbers,
+    even if it is the head as well."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
@@ -49,7 +49,7 @@ def quantise(model: nn.Module) -> None:
 
 
 def why_not(device: str) -> str:
-    """Return what keeps a device of that type from computing so; '' if nothing does."""
+    """Return why a device of that type cannot multiply in 8 bits; '' if it can."""
     if device != 'cpu':
         return f'int8 is for a CPU, and this is {device}'
     try:

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: what torchrun, mpirun and srun tell them, and where they meet."""
+"""The meeting of a run's processes: what torchrun, mpirun and srun tell them, and where they find each other."""
 import ipaddress
 import os
 import re
@@ -32,8 +32,8 @@ class Launcher(NamedTuple):
 
 RANKS = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
 ALL = (*RANKS, 'MASTER_ADDR', 'MASTER_PORT')  # what torchrun gives each process
-# mpirun may run in a step of Slurm, and torchrun in either: the first that fits has started this process. Restarts are
-# not among torchrun's variables here, as its machines may have counted them differently.
+# mpirun may run in a step of Slurm, and torchrun in either: the first one that fits has started this process.
+# torchrun's count of restarts is not in its `run`, as its machines may have counted differently.
 LAUNCHERS = {
     'torchrun': Launcher(RANKS, ('TORCHELASTIC_RUN_ID',)),
     'mpirun': Launcher(('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_SIZE'),
@@ -41,9 +41,9 @@ LAUNCHERS = {
     'srun': Launcher(('SLURM_PROCID', 'SLURM_LOCALID', 'SLURM_STEP_NUM_TASKS'),
                      ('SLURM_JOB_ID', 'SLURM_STEP_ID', 'SLURM_RESTART_COUNT')),
 }
-FIRST_PORT, PORTS = 20000, 12000  # below those that systems hand out themselves
+FIRST_PORT, PORTS = 20000, 12000  # below the ports that systems hand out themselves
 PAUSE = 0.5  # seconds between two attempts to reach a machine
-SILENT = 10.0  # seconds after which the reason for waiting is said
+SILENT = 10.0  # seconds after which a process says why it waits
 SIOCGIFADDR = 0x8915  # Linux: which address has this interface?
 
 
@@ -55,8 +55,8 @@ class Launch(NamedTuple):
 
 
 def launch_of(environment: Mapping[str, str]) -> Launch | None:
-    """Return what the launcher of this process says; None for a process that trains alone. Raises UserError if a part
-    of it is missing, or makes no sense."""
+    """Return what the launcher of this process says; None for a process that trains alone. Raise UserError if a part of
+    it is missing, or makes no sense."""
     several = [name for name, launcher in LAUNCHERS.items() if environment.get(launcher.names[2], '1') != '1']
     name = 'torchrun' if environment.keys() & set(RANKS) else next(iter(several), '')
     if not name:
@@ -85,31 +85,31 @@ def launch_of(environment: Mapping[str, str]) -> Launch | None:
 
 
 def first_host(nodes: str) -> str:
-    """rack[0-1]-n[07-09,12],login -> rack0-n07: where Slurm starts process 0."""
+    """Return the machine on which Slurm starts process 0: rack[0-1]-n[07-09,12],login -> rack0-n07."""
     first = re.match(r'(?:[^,\[]|\[[^]]*])*', nodes)
     return re.sub(r'\[(\w+)[^]]*]', r'\1', first[0] if first else nodes)
 
 
 def port_of(run: str) -> str:
-    """Return the port where a run meets: the same on all its machines, and hardly ever that of another run."""
+    """Return the port at which a run meets: the same on all its machines, and hardly ever that of another run."""
     return str(FIRST_PORT + zlib.crc32(run.encode()) % PORTS)
 
 
 def why_alone(environment: Mapping[str, str]) -> str:
-    """Return what a process should say that trains alone in a Slurm job of several tasks."""
+    """Return what a process that trains alone should say in a Slurm job of several tasks."""
     n_tasks = environment.get('SLURM_NTASKS', '1')
     return '' if n_tasks == '1' else f'; alone, as srun, which starts the {n_tasks} tasks of a job, did not start it'
 
 
 def end_now(last_words: UserError) -> None:
-    """End the process from a thread, while the main one waits in C++ for another process."""
+    """End the process from a thread, while the main thread waits in C++ for another process."""
     console.last_words(str(last_words))
     os._exit(last_words.code)
 
 
 class Deadline:
-    """The time by which a process must have met the others. C++ that waits for them heeds no time-out in some places,
-    and in others counts anew, so a thread ends the process."""
+    """The time by which a process must have met the others. PyTorch's C++ heeds no time-out in some places, and starts
+    to count anew in others, so a thread ends the process."""
 
     def __init__(self, seconds: float, complaint: str) -> None:
         self.begun, self.complaint, self.reason = time.monotonic(), complaint, ''
@@ -122,7 +122,8 @@ class Deadline:
                          'Slurm by srun, and can they reach that address?', PEER_LOST)
 
     def insist(self, attempt: Callable[[], T]) -> T:
-        """Return what succeeds at last: another machine may not be ready yet, or not even have a name."""
+        """Attempt it until it succeeds, and return the result: another machine may not be ready yet, or not even have a
+        name."""
         has_said = False
         while True:
             try:
@@ -147,17 +148,17 @@ def deadline(seconds: float, complaint: str) -> Iterator[Deadline]:
 
 
 def join(launch: Launch, backend: str, timeout: float, card: torch.device | None = None) -> dist.Store:
-    """Form the group of all processes within `timeout` seconds, bound to the `card` of this one if it has one, and
-    return one more connection to their store. watch.Watch notices sooner than the group's own time-out that a process
-    is lost, and names it."""
+    """Form the group of all processes within `timeout` seconds, bound to the `card` of this process if it has one.
+    Return one more connection to their store: with it watch.Watch notices sooner than the group's own time-out that a
+    process is lost, and names it."""
     rank, _, world_size, host, number = (launch.variables[name] for name in ALL)
     limit, port = timedelta(seconds=2 * timeout), int(number)
-    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')  # torchrun's store outlives a restart, with old words
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')  # torchrun's store outlives a restart, old keys and all
     refuse_unknown_interface(os.environ.get('GLOO_SOCKET_IFNAME', ''))
     connect = partial(dist.TCPStore, host, port, timeout=limit, wait_for_workers=False)
     with deadline(timeout, f'process {rank} of {world_size} has not met all others at {host}:{port}') as end:
         try:
-            end.insist(lambda: socket.getaddrinfo(host, port))  # C++ would fill the screen while it waits
+            end.insist(lambda: socket.getaddrinfo(host, port))  # C++ would fill the screen with complaints as it waits
             keeps_store = rank == '0' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
             kept = connect(is_master=True) if keeps_store else None
             with end.insist(lambda: socket.create_connection((host, port), timeout)) as connection:
@@ -182,7 +183,8 @@ def join(launch: Launch, backend: str, timeout: float, card: torch.device | None
 
 
 def refuse_another_run(store: dist.Store, launch: Launch) -> None:
-    """Two runs may have been given one port: process 0 says which run this is, before anything else is said."""
+    """Raise UserError if another run has the same port: process 0 says which run this is, before anything else is
+    said."""
     if launch.variables['RANK'] == '0':
         store.set('run', launch.run)
     found = store.get('run').decode(errors='replace')
@@ -193,7 +195,7 @@ def refuse_another_run(store: dist.Store, launch: Launch) -> None:
 
 
 def refuse_unknown_interface(names: str) -> None:
-    """GLOO_SOCKET_IFNAME lists network interfaces that this machine must have."""
+    """Raise UserError if this machine lacks a network interface that GLOO_SOCKET_IFNAME lists."""
     known = [name for _, name in socket.if_nameindex()]
     if unknown := set(filter(None, names.split(','))) - set(known):
         raise UserError(f'GLOO_SOCKET_IFNAME={names}: this machine has no network interface {min(unknown)}, but '
@@ -201,12 +203,12 @@ def refuse_unknown_interface(names: str) -> None:
 
 
 def name_interface(store: dist.Store, launch: Launch, address: str) -> None:
-    """Tell gloo through which network interface the others are reached, unless the user did. It would take that of the
-    machine's own name, which many systems resolve to 127.0.1.1, out of reach for other machines. `address` is that of
-    the store, as this process sees it; process 0 itself may see 127.0.0.1, and then the others know better."""
+    """Tell gloo through which network interface to reach the other processes, unless the user did. It would take that
+    of the machine's own name, which many systems resolve to 127.0.1.1, out of reach for other machines. `address` is
+    that of the store, as this process sees it; if process 0 itself sees 127.0.0.1, the others know better."""
     store.set(f'address/{launch.variables["RANK"]}', address)
     keys = [f'address/{rank}' for rank in range(int(launch.variables['WORLD_SIZE']))]
-    seen = [ipaddress.ip_address(answer.decode()) for answer in store.multi_get(keys)]  # which waits for all
+    seen = [ipaddress.ip_address(answer.decode()) for answer in store.multi_get(keys)]  # multi_get waits for all
     name = interface_to(str(next((one for one in seen if not one.is_loopback), seen[0])))
     if name:
         os.environ.setdefault('GLOO_SOCKET_IFNAME', name)
@@ -215,14 +217,14 @@ def name_interface(store: dist.Store, launch: Launch, address: str) -> None:
 def interface_to(address: str) -> str:
     """Return the name of the network interface that packets to this address take; '' if this system cannot tell."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # which sends nothing
+        probe.connect((address, 9))  # with UDP this sends nothing, and only picks a route
         local = socket.inet_aton(probe.getsockname()[0])
         return next((name for _, name in socket.if_nameindex() if address_of(name, probe) == local), '')
     return ''
 
 
 def address_of(name: str, probe: socket.socket) -> bytes:
-    """Return the IPv4 address of a network interface, in four bytes; none if it has none."""
+    """Return the IPv4 address of a network interface, in four bytes; b'' if it has none."""
     if sys.platform == 'linux':
         import fcntl
 

@@ -1,4 +1,4 @@
-"""The processes that train together: how they meet and part, add up and agree."""
+"""The processes that train together: how they meet and part, sum up and agree."""
 import gc
 import hashlib
 import json
@@ -26,28 +26,28 @@ Progress = Callable[[Iterable[int], int, str, str], Iterable[int]]  # a bar arou
 
 @dataclass(frozen=True)
 class Process:
-    """One of those that train together, each on a device of its own."""
+    """One of the processes that train together, each on a device of its own."""
 
     rank: int  # 0 .. world_size - 1, over all machines
     world_size: int  # processes that train together
     device: torch.device
-    why: str  # this device
+    why: str  # it computes on this device
     local_rank: int = 0  # among those of this machine
     store: dist.Store = field(default_factory=dist.HashStore)  # a small dictionary that all processes read and write
 
     @property
     def is_main(self) -> bool:
-        """The one process that prints and writes files."""
+        """Return whether this is the one process that prints and writes files."""
         return self.rank == 0
 
 
 def start(device: str, backend: str = 'auto', deterministic: bool = False, timeout: float = 1800.0,
           shards: bool = False, offloads: bool = False) -> Process:
     """Join the processes that torchrun, mpirun or srun started, if one did; wait at most `timeout` seconds for the
-    others. A process that trains alone belongs to a group only if its model `shards`; what it `offloads` is exchanged
-    between main memories."""
+    others. A process that trains alone forms a group only if it `shards` its model. If it `offloads`, main memories
+    exchange data, too."""
     device, why = pick_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = True  # what stays float32 under autocast; it touches nothing but cuda
+    torch.backends.cuda.matmul.allow_tf32 = True  # for products that stay float32 under autocast; on cuda only
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True)
@@ -55,7 +55,7 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
     if kind == 'mps' and shards:
         raise UserError('fsdp cannot divide a model on mps: give --strategy=ddp, or --device=cpu')
     if kind != 'cuda' and backend == 'nccl':
-        why += ', and gloo takes the place of nccl, which needs cuda'  # nanoGPT's configurations name it
+        why += ', and gloo takes the place of nccl, which needs cuda'  # nanoGPT's config files ask for nccl
     backend = backend_for(kind, backend, offloads)
     launch = meeting.launch_of(os.environ)
     if launch is None:
@@ -72,7 +72,7 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
         raise UserError('several processes cannot share mps: run one, without torchrun, or give --device=cpu')
     number = 0
     if kind == 'cuda':
-        # srun --gpus-per-task=1 shows a process its own card and no other.
+        # srun --gpus-per-task=1 shows each process its own card and no other.
         number = 0 if 'SLURM_LOCALID' in os.environ and torch.cuda.device_count() == 1 else local_rank
         if number >= torch.cuda.device_count():
             raise UserError(f'{torch.cuda.device_count()} cards here are too few for process {local_rank + 1}\n'
@@ -84,8 +84,8 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
 
 
 def backend_for(kind: str, asked: str, offloads: bool) -> str:
-    """Return what connects processes on this kind of device. NCCL takes nothing that lies in main memory; beside it,
-    gloo does, which needs a network of its own to work, and so is there only if it is needed."""
+    """Return the backend that connects processes on this kind of device. NCCL cannot exchange what lies in main memory.
+    gloo can, but needs a working network of its own, so it is added only if it is needed."""
     if kind != 'cuda':
         return 'gloo'
     if asked in ('auto', 'nccl'):
@@ -94,15 +94,15 @@ def backend_for(kind: str, asked: str, offloads: bool) -> str:
 
 
 def card_for(backend: str, number: int) -> torch.device | None:
-    """Return the card that a group is bound to: NCCL then connects at once, and barriers are between cards."""
+    """Return the card that a group is bound to: NCCL then connects at once, and has its barriers on the cards."""
     return torch.device('cuda', number) if 'nccl' in backend else None
 
 
 @contextmanager
 def joined(device: str, backend: str = 'auto', deterministic: bool = False, timeout: float = 1800.0,
            shards: bool = False, offloads: bool = False) -> Iterator[Process]:
-    """What `start` gives, until the block ends. Where it ends well, or to stop, all processes leave together: torchrun
-    takes the first that goes for a failure, and ends the others."""
+    """Yield what `start` returns until the block ends. If it ends well, or to stop, all processes leave together:
+    torchrun takes the first one that leaves for a failure, and ends the others."""
     process, has_failed = start(device, backend, deterministic, timeout, shards, offloads), True
     try:
         yield process
@@ -119,15 +119,15 @@ def joined(device: str, backend: str = 'auto', deterministic: bool = False, time
 
 
 def stop() -> None:
-    """Leave the other processes. gloo's threads must end before the interpreter does, or they take it down with them:
-    they do when nothing refers to the group any more, and a DDP model does until it is collected."""
+    """Leave the other processes. gloo's threads must end before the interpreter does, or else they crash it. They end
+    when nothing refers to the group any more, and a DDP model does until it is collected."""
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
 
 
 def total(numbers: Tensor) -> Tensor:
-    """The sum of each number over all processes, on each of them, in place. Every process must call it."""
+    """Return the sum of each number over all processes, on each of them, in place. Every process must call it."""
     if dist.is_initialized():
         dist.all_reduce(numbers)
     return numbers
@@ -135,10 +135,10 @@ def total(numbers: Tensor) -> Tensor:
 
 def compute_together(n: int, work: Callable[[int], Tensor], process: Process, progress: Progress, label: str,
                      unit: str) -> Tensor:
-    """work(0) ... work(n - 1), each a tensor of the same shape and computed by one of the processes, as the rows of one
-    tensor in float64 on the CPU: whatever is added up over them has the same bits for any number of processes. Every
-    process must call it. Since a model may have to be called by all at once, each works equally often, on numbers from
-    n on if need be, whose results are dropped."""
+    """Return work(0) ... work(n - 1), tensors of one shape which the processes compute among them, as the rows of one
+    tensor in float64 on the CPU: a sum over them has the same bits for any number of processes. Every process must call
+    it. Since all may have to call a model at once, each works equally often, if need be on numbers from n on, whose
+    results are dropped."""
     rounds = math.ceil(n / process.world_size)
     rows = [work(number * process.world_size + process.rank) for number in progress(range(rounds), rounds, label, unit)]
     if process.world_size == 1:
@@ -149,7 +149,7 @@ def compute_together(n: int, work: Callable[[int], Tensor], process: Process, pr
 
 
 def agree(numbers: Tensor) -> Tensor:
-    """Which of the numbers are the same on all processes, bit for bit. Every process must call it."""
+    """Return which of the numbers are the same on all processes, bit for bit. Every process must call it."""
     first = numbers.clone()
     if dist.is_initialized():
         dist.broadcast(first, src=0)
@@ -157,12 +157,13 @@ def agree(numbers: Tensor) -> Tensor:
 
 
 def wait_for_all(process: Process) -> None:
-    """Until every process is here."""
+    """Block until every process has called this."""
     total(torch.zeros(1, device=process.device)).item()
 
 
 def tell_all(process: Process, value: Any) -> list[Any]:
-    """What each process says, in JSON. Every process must call it."""
+    """Return the values of all processes, in the order of their ranks; they travel as JSON. Every process must call
+    it."""
     process.store.set(f'said/{process.rank}', json.dumps(value))
     wait_for_all(process)
     found = list(map(json.loads, process.store.multi_get([f'said/{rank}' for rank in range(process.world_size)])))
@@ -171,8 +172,8 @@ def tell_all(process: Process, value: Any) -> list[Any]:
 
 
 def refuse_difference(process: Process, values: dict[str, Any], remedy: str) -> None:
-    """Every process must have the same value under each name. All of them must call it. Raises UserError on all of
-    them, with the remedy, if some have different ones."""
+    """Raise UserError on all processes, with the remedy, unless all have the same value under each name. Every process
+    must call it."""
     found, faults = tell_all(process, values), []
     for name in dict.fromkeys(key for one in found for key in one):
         ranks: dict[str, list[int]] = {}  # that have each value
@@ -187,15 +188,15 @@ def refuse_difference(process: Process, values: dict[str, Any], remedy: str) -> 
 
 
 def name_ranks(ranks: list[int]) -> str:
-    """[1, 2] -> processes 1, 2"""
+    """Return 'processes 1, 2' for [1, 2]."""
     names = ', '.join(map(str, ranks[:8])) + (f' and {len(ranks) - 8} more' if len(ranks) > 8 else '')
     return f'process{"es" if len(ranks) > 1 else ""} {names}'
 
 
 def agree_on_settings(process: Process, script: ModuleType, args: list[str], place: Iterable[str]) -> dict[str, Any]:
-    """Return the settings that `args` give to `script`; what follows from the time does from that of process 0. Every
-    process must call it. Raises UserError on all of them if they differ in a setting that is not of the `place`, in
-    the kind of their device, in the version of torch, or in the source code."""
+    """Return the settings that `args` give to `script`; those with the time in them take it from the clock of process
+    0. Every process must call it. Raise UserError on all of them if they differ in the kind of their device, in the
+    version of torch, in the source code, or in a setting other than those that belong to a `place`."""
     if process.is_main:
         process.store.set('clock', repr(configurator.STARTED))
     clock = float(process.store.get('clock'))

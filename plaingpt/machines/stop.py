@@ -1,4 +1,4 @@
-"""Signals and the end of max_hours -> a request to save and leave."""
+"""Requests to save and leave, by a signal or by the end of max_hours."""
 import math
 import os
 import signal
@@ -8,20 +8,20 @@ from typing import Any, Self
 
 from plaingpt import console, errors
 
-# Kubernetes and torchrun; Slurm; LSF and SGE; a limit of CPU time; Ctrl-C and Ctrl-\; a terminal that is closed. A
-# system need not have them all.
+# They come from Kubernetes and torchrun; Slurm; LSF and SGE; a limit of CPU time; Ctrl-C and Ctrl-\; a terminal that is
+# closed. A system need not have them all.
 SIGNALS = {number: name for name, number in vars(signal).items() if name in (
     'SIGTERM', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU', 'SIGINT', 'SIGQUIT', 'SIGHUP')}
 AGAIN = 1.0  # seconds: a second Ctrl-C sooner than that is the first one, passed on by torchrun
 
 
 class StopAsked(Exception):
-    """Says why a run is to save and end before its last step."""
+    """The reason why a run is to save and end before its last step."""
 
 
 class Stop:
-    """Asks for a run to save and end: after a signal, or after `max_hours` (0 sets no end). A second Ctrl-C ends it at
-    once, and so does the first signal before it has begun, since there is nothing to save then.
+    """A request to a run to save and end: after a signal, or after `max_hours` (0 sets no end). A second Ctrl-C ends it
+    at once, and so does a signal that comes before the run has begun, since there is nothing to save then.
 
     Python runs handlers between two operations of the main thread, which may wait in C++ for other processes. So the
     handlers do nothing; a thread reads the number of each signal from the pipe into which the interpreter writes it."""
@@ -50,10 +50,10 @@ class Stop:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.pipe_before)
-        os.close(self.writer)  # which ends the thread
+        os.close(self.writer)  # this ends the thread
 
     def read(self, reader: int) -> None:
-        """The thread."""
+        """Ask for an end at each signal that comes through the pipe: this is what the thread does."""
         while number := os.read(reader, 1):
             if number[0] in SIGNALS:
                 self.ask(SIGNALS[number[0]])

@@ -1,4 +1,4 @@
-"""What can befall a run of several processes: one of them dies or hangs; and scarce memory."""
+"""The watch over a run of several processes, of which one may die or hang; and errors of memory explained."""
 import json
 import os
 import socket
@@ -18,22 +18,23 @@ from plaingpt.machines.processes import Process
 T = TypeVar('T')
 
 BEAT = 1.0  # seconds between two signs of life
-LISTEN = 4  # beats in which a living process gives a sign
-PATIENCE = 5.0  # seconds in which a living store answers
+LISTEN = 4  # beats within which a living process gives a sign
+PATIENCE = 5.0  # seconds within which a living store answers
 
 
 def lost(reason: str, code: int = PEER_LOST) -> UserError:
-    """What a run says when it has lost a process, and ends with."""
+    """Return the error with which a run ends when it has lost a process."""
     return UserError(reason + '\nwhat was saved is whole: run the same command again' * (code == PEER_LOST), code)
 
 
 class Watch:
-    """Each process tells the others, through their common store, that it lives and how far it is. Where one has died or
-    hangs, the others end within `timeout` seconds (`start_timeout` before the first step is done), and say which."""
+    """The watch of a process over the others: each tells all, through their common store, that it lives and how far it
+    is. If one has died or hangs, the others end within `timeout` seconds (`start_timeout` before the first step is
+    done), and say which one."""
 
     def __init__(self, process: Process, start_timeout: float, timeout: float) -> None:
         self.process, self.limit, self.timeout = process, start_timeout, timeout
-        self.on_end: Callable[[int, str], None] | None = None  # what is done with an exit code and last words
+        self.on_end: Callable[[int, str], None] | None = None  # called with an exit code and last words
         self.work, self.step, self.since = 0, 0, time.monotonic()  # how far the main thread is, and since when
         self.beats, self.ended, self.is_done = 0, threading.Event(), False
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -52,16 +53,16 @@ class Watch:
         if error and code_of(error) not in (STOPPED, PEER_LOST):
             is_expected = isinstance(error, UserError) or code_of(error) != CHECK_FAILED
             self.say_last(lost(f'{self.me}: {error}', code_of(error) if is_expected else PEER_LOST))
-        if self.thread.is_alive():  # the interpreter must not end while it waits for the store, in C++
+        if self.thread.is_alive():  # the interpreter must not end while the thread waits in C++ for the store
             self.thread.join(PATIENCE)
 
     def beat(self, step: int | None = None) -> None:
-        """Called wherever the main thread gets on: it is at work on `step`, or waits with good reason."""
+        """Note that the main thread makes progress: it is at work on `step`, or waits with good reason."""
         self.work, self.since = self.work + 1, time.monotonic()
         self.step = self.step if step is None else step
 
     def follow(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Beat wherever the forward and the backward pass leave a block, and at their ends: a process that hangs in
+        """Beat whenever the forward or the backward pass leaves a block, and at their ends: a process that hangs in
         between falls behind those that wait for it in the next exchange."""
         if self.process.world_size > 1:
             for block in blocks:
@@ -71,11 +72,12 @@ class Watch:
             next(model.parameters()).register_post_accumulate_grad_hook(lambda _: self.beat())
 
     def tighten(self) -> None:
-        """The first step is done, nearly everything is compiled and connected: from here on `timeout` counts."""
+        """Let `timeout` count from now on: the first step is done, and nearly everything is compiled and connected."""
         self.limit = self.timeout
 
     def rest(self) -> None:
-        """The work is done: from here on each process may take its time, and is not missed by those that still work."""
+        """End the watch, as the work is done: each process may now take its time, and those that still work do not miss
+        it."""
         self.is_done = True
         self.ended.set()
 
@@ -85,7 +87,8 @@ class Watch:
         self.process.store.set(str(self.process.rank), json.dumps(record))
 
     def run(self) -> None:
-        """The thread: tell, and see whether the main thread gets on."""
+        """Tell the others that this process lives, and see whether its main thread makes progress: this is what the
+        thread does."""
         while not self.ended.wait(BEAT):
             patience = self.limit
             try:
@@ -104,7 +107,7 @@ class Watch:
             self.tell()  # the last time
 
     def end(self, loss: UserError) -> None:
-        """The main thread waits for a process that will not come, so this one ends the process."""
+        """End the process from this thread: the main thread waits for a process that will not come."""
         console.last_words(str(loss))
         if self.on_end:
             self.on_end(loss.code, str(loss))
@@ -112,12 +115,12 @@ class Watch:
         os._exit(loss.code)
 
     def say_last(self, loss: UserError) -> None:
-        """Leave word in the store, so that the others need not find out for themselves."""
+        """Leave a message in the store, so that the others need not find out for themselves."""
         answer(lambda: self.process.store.set('end', json.dumps([str(loss), loss.code])))
 
     def listen(self, is_late: bool = False) -> UserError | None:
-        """The loss of a process that has died; or, if it `is_late` and no process has moved in the meantime, of those
-        that are behind. None if there is none. It takes LISTEN beats to hear."""
+        """Return an error that names the processes that have died; or, if it `is_late` and no process moves, those that
+        are behind; or else None. It takes LISTEN beats to hear."""
         before = answer(self.records)
         for _ in range(LISTEN if before else 0):
             time.sleep(BEAT)
@@ -140,15 +143,16 @@ class Watch:
         return lost(f'{names}, {fault}' if names else f'nothing has moved for {self.limit:.0f} s, in any process')
 
     def records(self) -> dict[int, Any]:
-        """What each process has told last; as number -1 the last words of one that has failed, if there are any."""
+        """Return what each process told last, and as number -1 the last words of one that has failed, if there are
+        any."""
         keys = [str(rank) for rank in range(self.process.world_size)]
         found = dict(enumerate(map(json.loads, self.process.store.multi_get(keys))))
         return found | ({-1: json.loads(self.process.store.get('end'))} if self.process.store.check(['end']) else {})
 
 
 def answer(question: Callable[[], T]) -> T | None:
-    """What it gives, or None where that takes longer than PATIENCE: a store whose keeper was halted would be waited for
-    without end."""
+    """Return the answer to a question, or None if that takes longer than PATIENCE: a store whose keeper was halted
+    never answers."""
     answers: list[T] = []
 
     def ask() -> None:
@@ -163,8 +167,8 @@ def answer(question: Callable[[], T]) -> T | None:
 
 @contextmanager
 def explained(watch: Watch, remedy: str) -> Iterator[None]:
-    """An error of another process becomes one that says so; one of the memory gives the `remedy`: settings that need
-    less of it."""
+    """Raise UserError in place of two errors: one that comes from another process, and names that, and one of memory,
+    with the `remedy`: settings that need less of it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

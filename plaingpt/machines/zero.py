@@ -1,4 +1,4 @@
-"""An optimizer that several processes share: each keeps the state of the weights that it owns, and updates these."""
+"""An optimizer that several processes share: each keeps the state of the weights that it owns, and updates them."""
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +14,8 @@ Groups = list[dict[str, Any]]
 
 
 def deal(sizes: list[int], n: int) -> list[int]:
-    """Return which of n processes owns each of the tensors of these sizes: the largest first, to the one that has
-    least."""
+    """Return which of n processes owns each of the tensors of these sizes: the largest go first, each to the process
+    that has least."""
     shares, owners = [0] * n, [0] * len(sizes)
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         owners[number] = shares.index(min(shares))
@@ -24,13 +24,14 @@ def deal(sizes: list[int], n: int) -> list[int]:
 
 
 def names_of(group: dict[str, Any]) -> tuple[str, ...]:
-    """Return what an optimizer keeps of each weight of a group: Muon, if it has `parts`, or AdamW."""
+    """Return the names of what an optimizer keeps for each weight of a group: Muon, if the group has `parts`, or
+    AdamW."""
     return ('momentum_buffer',) if 'parts' in group else ('step', 'exp_avg', 'exp_avg_sq')
 
 
 class Zero(Optimizer):
-    """ZeRO, stage 1 (Rajbhandari et al. 2020): the weights of the `divided` groups are dealt out to the processes, each
-    of which updates what it owns, with the optimizer that `make` makes, and sends it to the others. All update what is
+    """ZeRO, stage 1 (Rajbhandari et al. 2020): the weights of the `divided` groups are dealt out to the processes. Each
+    updates its own, with the optimizer that `make` makes, and sends them to the others. All update the weights that are
     not divided."""
 
     def __init__(self, groups: Groups, divided: Groups, make: Callable[[Groups], Optimizer], process: Process) -> None:
@@ -63,17 +64,17 @@ class Zero(Optimizer):
         """Return the state of each weight, by its number, in the memory of process 0; the others get nothing. Every
         process must call it."""
         weights = [p for group in self.param_groups for p in group['params']]
-        mine = {number: {name: [*tensor.shape] for name, tensor in self.state[p].items()}
-                for number, p in enumerate(weights) if p in self.state and self.owners.get(p, 0) == self.process.rank}
+        owned = {number: {name: [*tensor.shape] for name, tensor in self.state[p].items()}
+                 for number, p in enumerate(weights) if p in self.state and self.owners.get(p, 0) == self.process.rank}
         whole = dict[int, dict[str, Tensor]]()
-        for owner, shapes in enumerate(processes.tell_all(self.process, mine)):
+        for owner, shapes in enumerate(processes.tell_all(self.process, owned)):
             for number, of_names in shapes.items():
                 p = weights[int(number)]
                 whole[int(number)] = {name: self.send(p, name, owner, shape) for name, shape in of_names.items()}
         return dict(sorted(whole.items())) if self.process.is_main else {}
 
     def send(self, p: Tensor, name: str, owner: int, shape: list[int]) -> Tensor:
-        """Return a copy of a tensor of the state of p in process 0, which its owner sends there."""
+        """Return, in process 0, a copy of a tensor in the state of p, which its owner sends there."""
         rank = self.process.rank
         if rank == owner == 0:
             return self.state[p][name].to('cpu', copy=True)

@@ -1,1 +1,1 @@
-"""What a run leaves in its out_dir."""
+"""A training run, and the files that it leaves in its out_dir."""

@@ -1,11 +1,11 @@
-"""What a run leaves for people and their scripts: console, metrics.jsonl, samples.txt, status.json, loss.png, sinks."""
+"""The log of a run, for people and their scripts: console, metrics.jsonl, samples.txt, status.json, loss.png, sinks."""
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,48 +13,40 @@ from statistics import fmean
 from typing import Any, Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from plaingpt import console, files, schema
 from plaingpt.errors import DONE, STOPPED, code_of, drop, is_missing_package, missing_package
+from plaingpt.run import report
+from plaingpt.run.records import SAMPLE_HEADER, read_columns, row_of
+from plaingpt.run.reference import Reference
 from plaingpt.run.upload import Uploader, reason
 
-NO_ROW = sys.maxsize  # where a row begins in the file that is not in it yet
-UPLOAD_SECONDS = 60.0  # that the end of a run waits for what is still on its way elsewhere
-STATUS_ROOM = 4096  # bytes of status.json, which are taken at the start
-STATUS_MESSAGE = 300  # characters, of which JSON may make twelve bytes each
-SAMPLE_HEADER = re.compile(r'^=== step (\d{1,18}) ===\n', re.MULTILINE)
+NO_ROW = sys.maxsize  # the start of a row that is not in the file yet: beyond any end
+UPLOAD_SECONDS = 60.0  # that the end of a run waits for uploads that are still under way
+STATUS_ROOM = 4096  # bytes of status.json, taken at the start, so that it can still be written when the disk is full
+STATUS_MESSAGE = 300  # characters: JSON may turn each into twelve bytes
 
 
 # ------------------------------------------------------------------------------------------------
 # Files
 
 
-def row_of(line: bytes) -> dict[str, Any] | None:
-    """The row that a line of metrics.jsonl holds; None for one that was torn by a kill or a full disk."""
-    try:
-        row = schema.parse(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and type(row.get('step')) is int and row['step'] >= 0 else None
-
-
 def drop_rows(path: Path, first_step: int) -> int:
-    """Leave in metrics.jsonl (there may be none yet) the whole rows of steps before `first_step`, each step once.
+    """Keep in metrics.jsonl (there may be none yet) only whole rows of steps before `first_step`, each step once.
     Return the last of these steps, or -1."""
     last = -1
     with files.written_whole(path) as new, open(path, 'a+b') as old:
         old.seek(0)
         for row in filter(None, map(row_of, old)):
-            if last < row['step'] < first_step:
+            if last < row['step'] < first_step:  # steps rise: a step that is not beyond the last one is a repetition
                 new.write(json.dumps(row).encode() + b'\n')
                 last = row['step']
     return last
 
 
 def drop_samples(path: Path, first_step: int) -> None:
-    """Leave in samples.txt the samples of steps before `first_step`."""
+    """Keep in samples.txt only the samples of steps before `first_step`."""
     if path.exists():
         text = path.read_bytes().decode('utf-8', errors='replace')
         later = (match.start() for match in SAMPLE_HEADER.finditer(text) if int(match[1]) >= first_step)
@@ -62,41 +54,28 @@ def drop_samples(path: Path, first_step: int) -> None:
             new.write(text[:next(later, len(text))].encode())
 
 
-def number(value: object) -> float | None:
-    """Return what numpy takes for a float, or None for anything else."""
-    return value if isinstance(value, float | int) and abs(value) <= sys.float_info.max else None
-
-
-def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """The columns of metrics.jsonl as arrays of the same length, NaN where a row has no such value."""
-    with open(path, 'rb') as file:
-        rows = ([number(row.get(name)) for name in names] for row in filter(None, map(row_of, file)))
-        table = np.fromiter(rows, np.dtype((np.float64, len(names))))  # None is NaN
-    return dict(zip(names, table.T, strict=True))
-
-
 # ------------------------------------------------------------------------------------------------
 # The log
 
 
 class Pace:
-    """How fast a training is. A token takes `flops`; the devices promise `peak` of them in a second, if that is
-    known. Looking, logging and waiting to be stopped are not learning, and not counted."""
+    """The speed of a training. A token takes `flops` operations; the devices promise `peak` of them in a second, if
+    that is known. Evaluating, logging and saving are not learning, and not counted."""
 
     def __init__(self, tokens_per_step: int, flops: int, peak: float | None) -> None:
         self.tokens_per_step, self.flops, self.peak = tokens_per_step, flops, peak
         self.seconds, self.started = list[float](), 0.0
 
     def begin(self) -> None:
-        """A step begins: what came before it, such as an evaluation, was not learning."""
+        """Begin a step: what came before it, such as an evaluation, was not learning."""
         self.started = time.perf_counter()
 
     def end(self) -> None:
         self.seconds.append(time.perf_counter() - self.started)
 
     def lap(self) -> dict[str, float]:
-        """The mean of the steps since the last lap: ms of a step, tokens per second and, where it is known, the
-        utilisation of the devices (Chowdhery et al. 2022: MFU)."""
+        """Return the mean of the steps since the last lap: ms of a step, tokens per second and, if the peak is known,
+        the utilisation of the devices (Chowdhery et al. 2022: MFU)."""
         seconds = fmean(self.seconds)
         self.seconds.clear()
         speed = self.tokens_per_step / seconds
@@ -108,7 +87,7 @@ class Sink(Protocol):
     """Another place for a run's numbers and samples, such as wandb."""
 
     def row(self, step: int, values: dict[str, float]) -> None:
-        """Take the values of a step, which grow no more."""
+        """Take the values of a step, now that they are complete."""
 
     def sample(self, step: int, text: str) -> None:
         """Take a text that the model wrote."""
@@ -119,26 +98,27 @@ class Sink(Protocol):
 
 @contextmanager
 def expendable(say: Callable[[str], None], loss: str) -> Iterator[None]:
-    """What a run can do without: an error in there becomes one line, and the run goes on."""
+    """Do what a run can do without: an error in the block becomes one line, and the run continues."""
     try:
         yield
     except Exception as error:
-        say(f'{loss}: {reason(missing_package(error) if is_missing_package(error) else error)}; the run goes on')
+        say(f'{loss}: {reason(missing_package(error) if is_missing_package(error) else error)}; the run continues')
 
 
 class Log:
-    """Called alike by every process; only the main one writes. Rows and samples of steps from `first_step` on, which an
-    interrupted run left in `out_dir`, are dropped, so that each step stands there once. Without an out_dir it writes
-    to the console only."""
+    """The log of a run, which every process calls alike; only the main one writes. Rows and samples that an interrupted
+    run left in `out_dir`, of steps from `first_step` on, are dropped, so that each step is there once. Without an
+    out_dir it writes to the console only."""
 
     def __init__(self, out_dir: Path | None, is_main: bool, first_step: int, total_steps: int,
                  uploader: Uploader | None = None) -> None:
         self.is_main, self.first_step, self.total_steps = is_main, first_step, total_steps
-        self.folder = out_dir if is_main else None  # that of the files, if this process writes any
+        self.folder = out_dir if is_main else None  # None if this process writes no files
         self.sinks: dict[str, Sink] = {}
         self.bar: tqdm[Any] | None = None
         self.step, self.values, self.last_kept, self.row_start = -1, dict[str, float](), -1, NO_ROW
-        self.reached = first_step  # of the last update, which need not have a row
+        self.reached = first_step  # the step of the last update, which need not have a row
+        self.reference: Reference | None = None  # the curve of another run, to be drawn beside this one's
         self.uploader = uploader or Uploader('', self.line)
         self.on_closed: Callable[[str], None] | None = None  # called once the console has no reader any more
         if self.folder:
@@ -151,29 +131,30 @@ class Log:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """status.json says how the run ended, and what was not uploaded."""
+        """Say in status.json and report.html how the run ended, and in the former also what was not uploaded."""
         code = code_of(error) if error else DONE
         message = (str(error) or type(error).__name__) if error else ''
-        self.end(code, message)
+        self.end(code, message)  # before the uploads, too: a scheduler may kill the process while it waits for them
         self.uploader.close(UPLOAD_SECONDS)
         self.end(code, message)
         self.close(code)
+        self.report()
 
     # The sinks
 
     def add(self, name: str, start: Callable[[], Sink]) -> None:
-        """One more of them, if it can be started."""
+        """Add a sink, if it can be started."""
         if self.is_main:
             with expendable(self.line, f'{name} is off'):
                 self.sinks[name] = start()
 
     def tell(self, how: Callable[[Sink], None]) -> None:
-        """Call each of them. One that fails stays off."""
+        """Call `how` with each sink. One that fails stays off."""
         for name in list(self.sinks):
             sink = self.sinks.pop(name)
             with expendable(self.line, f'{name} is off'):
                 how(sink)
-                self.sinks[name] = sink
+                self.sinks[name] = sink  # only if it has not failed
 
     # The console
 
@@ -184,30 +165,30 @@ class Log:
         except BrokenPipeError:
             if self.on_closed is None:
                 raise
-            drop(sys.stdout)
+            drop(sys.stdout)  # or else each further line would fail, too
             self.on_closed('a closed output')
 
     def update(self, step: int, **shown: str) -> None:
-        """The bar of the training: `step` steps are done."""
+        """Show in the bar of the training that `step` steps are done."""
         if self.is_main:
             if self.bar is None:
                 self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit=' steps', dynamic_ncols=True,
-                                disable=None)  # it is shown on a terminal only
+                                disable=None)  # None shows it on a terminal only
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
 
     # Numbers and samples
 
     def iteration(self, step: int, row: dict[str, float], lap: dict[str, float]) -> None:
-        """A step of the training: its row, its line, and the bar. `lap` is Pace's."""
+        """Log a step of the training: its row, its line, and the bar. `lap` is Pace's."""
         speed = lap['tokens_per_second']
         self.row(step, **row, **{name: value for name, value in lap.items() if name != 'ms'})
         self.line(console.iter_line(step, row['loss'], lap['ms'], lap.get('mfu'), row['lr'], row['grad_norm'], speed))
         self.update(step + 1, loss=f'{row["loss"]:.3f}', speed=f'{speed:,.0f} tok/s')
 
     def row(self, step: int, **values: float) -> None:
-        """Add values to the row of `step`, which is written when a later one begins, at flush() and at close(). What an
-        earlier run left stays: to look at a finished run again does not write its last step twice."""
+        """Add values to the row of `step`, which is written when a later one begins, at flush() and at close(). A row
+        that an earlier run left stays: to evaluate a finished run again does not write its last step twice."""
         if self.is_main:
             assert step >= self.step, f'the row of step {step} comes after that of step {self.step}'
             if step > self.step:
@@ -216,13 +197,13 @@ class Log:
             self.values.update(values)
 
     def flush(self) -> None:
-        """Write the row of the current step as far as it is known (it can still grow): before a checkpoint is saved, so
-        that no row is missing when a run goes on from there."""
+        """Write the row of the current step as far as it is known (it can still grow). This happens before a checkpoint
+        is saved, so that no row is missing when a run continues from there."""
         if self.folder and self.values and self.step > self.last_kept:
             # JSON has no NaN and no infinity: null.
             finite = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
             with files.appended(self.folder / 'metrics.jsonl') as file:
-                self.row_start = min(self.row_start, file.tell())
+                self.row_start = min(self.row_start, file.tell())  # where an earlier flush of this row began
                 file.truncate(self.row_start)
                 file.write(json.dumps({'step': self.step, **finite}, allow_nan=False).encode() + b'\n')
 
@@ -234,7 +215,7 @@ class Log:
             self.row_start, self.values = NO_ROW, {}
 
     def sample(self, step: int, text: str) -> None:
-        """A text that the model wrote, to console, samples.txt and the sinks."""
+        """Give a text that the model wrote to the console, samples.txt and the sinks."""
         if self.folder:
             header = f'=== step {step} ===\n'
             self.line(header + text)
@@ -243,10 +224,24 @@ class Log:
                 file.write(f'{header}{body}\n\n'.encode(errors='replace'))
             self.tell(lambda sink: sink.sample(step, text))
 
+    def introduce(self, about: dict[str, Any], command: str, machine: str) -> None:
+        """Write run.json, which report.html shows: what the run is, and each command that began or continued it."""
+        if self.folder:
+            path = self.folder / 'run.json'
+            with expendable(self.line, f'{path} is not written'):
+                before = files.read_json(path)
+                starts = before['starts'] if schema.fits(before, report.ABOUT) else []
+                starts = [start for start in starts if start['step'] < self.first_step]
+                now = datetime.now(UTC).isoformat(timespec='seconds')
+                starts.append({'step': self.first_step, 'time': now, 'command': command, 'machine': machine})
+                with files.written_whole(path) as file:
+                    file.write(json.dumps({**about, 'starts': starts}, indent=2).encode() + b'\n')
+
     def plot(self) -> None:
-        """Draw loss.png from all rows of metrics.jsonl, of which a curve takes two: so the first step of a run does not
-        wait for matplotlib. A picture that fails does not end a run."""
+        """Draw report.html and loss.png from all rows of metrics.jsonl. A curve takes two rows, so the first step of a
+        run does not wait for matplotlib. A picture that fails does not end a run."""
         self.flush()
+        self.report()
         if not self.folder or (self.folder / 'metrics.jsonl').read_bytes().count(b'\n') < 2:
             return
         path = self.folder / 'loss.png'
@@ -262,12 +257,20 @@ class Log:
             columns = read_columns(self.folder / 'metrics.jsonl', plot.COLUMNS)
             if np.isfinite([columns['loss'], columns['val_loss']]).any():
                 with files.written_whole(path) as file:
-                    file.write(plot.draw(columns, os.path.basename(os.path.abspath(self.folder))))
+                    file.write(plot.draw(columns, os.path.basename(os.path.abspath(self.folder)), self.reference))
+
+    def report(self) -> None:
+        """Write report.html, once there is something to report."""
+        if self.folder:
+            rows = self.folder / 'metrics.jsonl'
+            with expendable(self.line, f'{self.folder / "report.html"} is not drawn'):
+                if rows.is_file() and rows.stat().st_size:
+                    report.write(self.folder)
 
     # The end
 
     def status(self, state: str, step: int, exit_code: int, message: str = '') -> None:
-        """status.json: what a scheduler asks. A full disk does not hide the error that is being reported."""
+        """Write status.json, which schedulers read. A full disk does not hide the error that is being reported."""
         fields = {'state': state, 'step': step, 'exit_code': exit_code, 'message': message[:STATUS_MESSAGE],
                   'time': datetime.now(UTC).isoformat(timespec='seconds'), 'not_uploaded': self.uploader.missing}
         if self.folder:
@@ -280,7 +283,7 @@ class Log:
         self.status(state, max(self.step, self.reached), code, message)
 
     def close(self, exit_code: int = DONE) -> None:
-        """The last row, the bar's last state, the sinks' end. A second call does nothing."""
+        """Write the last row, and end the bar and the sinks. A second call does nothing."""
         try:
             if self.bar is not None:
                 self.bar.close()

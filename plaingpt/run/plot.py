@@ -1,4 +1,4 @@
-"""The picture of a run: loss.png. log.py imports this where it draws, so that a run does without matplotlib, too."""
+"""The picture of a run: loss.png. log.py imports this only when it draws, so that a run can do without matplotlib."""
 import io
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -12,15 +12,16 @@ from PIL import Image
 
 from plaingpt.console import short
 from plaingpt.published import PUBLISHED
+from plaingpt.run.reference import Reference
 
 Values = NDArray[np.float64]
-Columns = Mapping[str, Values]  # of the same length: one value for each row, NaN where it was not measured
+Columns = Mapping[str, Values]  # of the same length: one value for each row, NaN if it was not measured
 
 PANELS = {'lr': 'learning rate', 'grad_norm': 'gradient norm', 'tokens_per_second': 'tokens per second'}
-HELLASWAG = ('hellaswag_acc_norm', 'hellaswag_cleaned_acc_norm')  # in completion style; the text as it is, or cleaned
+HELLASWAG = ('hellaswag_acc_norm', 'hellaswag_cleaned_acc_norm')  # in completion style; of published or cleaned text
 COLUMNS = ('step', 'tokens', 'loss', 'val_loss', 'val_loss_stderr', 'val_bits_per_byte', *PANELS,
            *HELLASWAG, *(f'{name}_stderr' for name in HELLASWAG))
-TRAIN, VALIDATION, INK, FAINT = '#3b6ea8', '#d1495b', '#2b2b2b', '#7f7f7f'
+TRAIN, VALIDATION, INK, FAINT, GREY = '#3b6ea8', '#d1495b', '#2b2b2b', '#7f7f7f', '#d8d8d8'
 STYLE: dict[Any, Any] = {  # matplotlib's settings: only the lines that help to read a value
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#c8c8c8',
     'axes.grid': True, 'axes.axisbelow': True, 'grid.color': '#ececec',
@@ -29,18 +30,18 @@ STYLE: dict[Any, Any] = {  # matplotlib's settings: only the lines that help to 
     'xtick.color': FAINT, 'xtick.labelsize': 9, 'xtick.major.size': 0,
     'ytick.color': FAINT, 'ytick.labelsize': 9, 'ytick.major.size': 0,
 }
-ASIDE: dict[int, Literal['bottom', 'center', 'top']] = {-1: 'bottom', 0: 'center', 1: 'top'}  # of a name above, below
+ASIDE: dict[int, Literal['bottom', 'center', 'top']] = {-1: 'bottom', 0: 'center', 1: 'top'}  # to make way for a name
 
 
 def measured(columns: Columns, *names: str) -> list[Values]:
-    """The steps at which the first of these was measured, and what each of them was then."""
-    there = np.isfinite(columns[names[0]])
-    return [columns[name][there] for name in ('step', *names)]
+    """Return the steps at which the first of these was measured, and the value of each at these steps."""
+    is_measured = np.isfinite(columns[names[0]])
+    return [columns[name][is_measured] for name in ('step', *names)]
 
 
 def line_of_tokens(columns: Columns) -> tuple[Values, Values]:
-    """How many tokens were read after how many steps: corners of a line that bends where the batch has changed, and
-    goes on as it ends. Only the first corner, if that was never measured."""
+    """Return how many tokens were read after how many steps: the corners of a line that bends where the batch size
+    changed, and continues as it ends. If tokens were never measured, return the first corner only."""
     steps, tokens = (np.append(0.0, values) for values in measured(columns, 'tokens'))
     steps[1:] += 1  # a row says what was read when its step was done
     after = columns['step'][-1] + 1
@@ -49,8 +50,8 @@ def line_of_tokens(columns: Columns) -> tuple[Values, Values]:
 
 
 def smoothed(y: Values) -> Values:
-    """The mean of each value and its neighbours: 2 % of all on either side, and where the left has fewer, as few on the
-    right, so that a curve that begins to fall stays where it is."""
+    """Return the mean of each value and its neighbours: 2 % of all on either side. If there are fewer on the left, take
+    as few on the right, so that a curve that falls at its beginning is not shifted."""
     i, n = np.arange(len(y)), len(y)
     left = np.minimum(i, n // 50)
     right = np.minimum(left, n - 1 - i)
@@ -59,27 +60,36 @@ def smoothed(y: Values) -> Values:
 
 
 def scale(axes: Axes, end: float, unit: str) -> None:
-    """Let x reach from 0, where stands what it counts, to `end`; and write 1k for 1000 on both axes."""
+    """Let x reach from 0, which is labelled with its unit, to `end`; and write 1k for 1000 on both axes."""
     axes.set_xlim(0, end)
     axes.xaxis.set_major_formatter(lambda n, _: short(n) if n else unit)
     axes.yaxis.set_major_formatter(lambda n, _: short(n))
 
 
 def draw_noisy(axes: Axes, x: Values, y: Values, colour: str) -> None:
-    """What each step measured: itself faintly, its running mean clearly."""
+    """Draw what each step measured: the values faintly, their running mean clearly."""
     thin = slice(None, None, 1 + len(x) // 4000)
     axes.plot(x[thin], y[thin], color=colour, linewidth=0.6, alpha=0.35)
     axes.plot(x[thin], smoothed(y)[thin], color=colour, linewidth=1.5, solid_capstyle='round')
 
 
 def draw_measured(axes: Axes, x: Values, y: Values, error: Values, colour: str) -> None:
-    """What was measured now and then, within its standard error."""
+    """Draw what was measured now and then, within its standard error."""
     axes.fill_between(x, y - error, y + error, color=colour, alpha=0.2, linewidth=0)
     axes.plot(x, y, color=colour, linewidth=1.5, marker='o', markersize=3 if len(x) < 60 else 0)
 
 
+def draw_reference(axes: Axes, columns: Columns, reference: Reference) -> None:
+    """Draw the validation loss of another run, at the same tokens; it is named where it begins."""
+    x, y = reference.beside(*line_of_tokens(columns))
+    axes.plot(x, y, color=GREY, linewidth=4, zorder=0, solid_capstyle='round')
+    if len(x):
+        axes.annotate(f'{reference.name} {y[-1]:.3f}', (x[0], y[0]), xytext=(8, -2), textcoords='offset points',
+                      ha='left', va='top', color=FAINT, fontsize=10)
+
+
 def draw_losses(axes: Axes, columns: Columns) -> None:
-    """Training loss, and validation loss within its standard error; each is named where it ends."""
+    """Draw the training loss, and the validation loss within its standard error; each is named where it ends."""
     x, y = measured(columns, 'loss')
     val_x, val_y, error = measured(columns, 'val_loss', 'val_loss_stderr')
     drawn, first = np.concatenate([y, val_y]), np.concatenate([y[:1], val_y[:1]])
@@ -112,8 +122,8 @@ def draw_losses(axes: Axes, columns: Columns) -> None:
 
 
 def draw_hellaswag(axes: Axes, columns: Columns, name: str, tokens_by_step: tuple[Values, Values]) -> None:
-    """Accuracy against tokens, within its standard error, and those published figures which it has passed or may pass
-    next. They stand for the whole set, of its own text."""
+    """Draw accuracy against tokens, within its standard error, and the published figures that it has passed or may pass
+    next. Those are for the whole set, with its text as published."""
     steps, y, error = measured(columns, name, f'{name}_stderr')
     x = np.interp(steps, *tokens_by_step)
     figures = {model: row['acc_norm'] for model, row in PUBLISHED['hellaswag_completion'].items()}
@@ -124,7 +134,7 @@ def draw_hellaswag(axes: Axes, columns: Columns, name: str, tokens_by_step: tupl
         colour, style = (INK, 'dashed') if model.startswith('GPT-2') else (FAINT, 'dotted')
         axes.axhline(figure, color=colour, linewidth=0.8, linestyle=style)
         distances = (other - figure for other in figures.values())
-        to_next = next((far for far in distances if 0 < abs(far) < 0.04 * (high - low)), 0.0)  # one close to its name
+        to_next = next((far for far in distances if 0 < abs(far) < 0.04 * (high - low)), 0.0)  # a line close to it
         axes.annotate(model, (1.02, figure), xycoords=('axes fraction', 'data'), va=ASIDE[int(np.sign(to_next))],
                       fontsize=8, color=colour)
     draw_measured(axes, x, y, error, TRAIN)
@@ -137,7 +147,7 @@ def draw_hellaswag(axes: Axes, columns: Columns, name: str, tokens_by_step: tupl
 
 
 def best(columns: Columns) -> str:
-    """The lowest validation loss of the run, in words."""
+    """Return the lowest validation loss of the run, in words."""
     x, y, bits = measured(columns, 'val_loss', 'val_bits_per_byte')
     if not len(y):
         return ''
@@ -146,9 +156,9 @@ def best(columns: Columns) -> str:
     return f'best validation loss {y[at]:.3f}{per_byte}, at step {x[at]:,.0f}'
 
 
-def picture(columns: Columns, title: str) -> Figure:
-    """Losses against steps (above: against tokens), below them a panel for each of PANELS that was measured, and beside
-    them HellaSwag."""
+def picture(columns: Columns, title: str, reference: Reference | None = None) -> Figure:
+    """Return a figure of losses against steps (and tokens, along the top), the validation loss of another run in grey,
+    with a panel below them for each of PANELS that was measured, and HellaSwag beside them."""
     steps, tokens = line_of_tokens(columns)
     end, has_tokens = max(columns['step'][-1], 1), len(tokens) > 1
     panels = [name for name in PANELS if np.isfinite(columns[name]).any()]
@@ -159,6 +169,8 @@ def picture(columns: Columns, title: str) -> Figure:
 
     losses = figure.add_subplot(grid[0, :])
     draw_losses(losses, columns)
+    if reference:
+        draw_reference(losses, columns, reference)
     losses.set_title(title, loc='left', fontsize=12, fontweight='bold', color=INK, pad=8)
     losses.set_title(best(columns), loc='right', pad=8)
     scale(losses, end, 'step 0')
@@ -183,9 +195,9 @@ def picture(columns: Columns, title: str) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
-def draw(columns: Columns, title: str) -> bytes:
-    """The PNG of a run, some loss of which must be there."""
+def draw(columns: Columns, title: str, reference: Reference | None = None) -> bytes:
+    """Return the PNG of a run, which must have at least one loss."""
     full, small = io.BytesIO(), io.BytesIO()
-    picture(columns, title).savefig(full, format='png', facecolor='white')
+    picture(columns, title, reference).savefig(full, format='png', facecolor='white')
     Image.open(full).convert('RGB').quantize(64).save(small, format='png', optimize=True)  # in 64 colours
     return small.getvalue()

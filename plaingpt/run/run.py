@@ -1,4 +1,4 @@
-"""The two objects that the training loop holds beside its data: what learns, and what surrounds learning."""
+"""The two objects that the training loop holds beside its data: the learner, and the run around it."""
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from plaingpt.run.log import Log, Pace
 
 @dataclass
 class Learner:
-    """A model, all that changes while it learns, which a checkpoint holds, and where it learns."""
+    """A model, all that changes while it learns, which a checkpoint holds, and the device it learns on."""
 
     raw_model: GPT
     model: nn.Module  # the same, as several processes share it
@@ -54,31 +54,31 @@ class Learner:
         self.tokens += n_windows * self.raw_model.config.block_size
 
     def is_sound(self, loss: float, grad_norm: float) -> bool:
-        """Return whether the weights may be updated: loss and gradient are finite, which they are on all processes or
-        on none. An overflow of float16 is for the scaler, which then updates nothing either."""
+        """Return whether the weights may be updated: loss and gradient are finite, and then they are on all processes.
+        An overflow of float16 is left to the scaler, which then updates nothing either."""
         may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         return math.isfinite(loss) and (math.isfinite(grad_norm) or may_overflow)
 
 
 class Work(NamedTuple):
-    """How much there is to do."""
+    """The amount of work that a run has to do."""
 
     n_windows: int  # in a step, over all processes
     n_parts: int  # micro-batches of each process in a step
-    last_step: int  # before which the run ends
-    decay_steps: int  # where the learning rate has come down
-    end: int  # windows of this corpus that are read by then
+    last_step: int  # the run ends before this step
+    decay_steps: int  # the step at which the learning rate has come down
+    end: int  # windows of this corpus that are read by the end
 
 
 @dataclass
 class Run:
-    """What surrounds learning. Every process calls it alike; only the main one writes."""
+    """All that surrounds learning. Every process calls it alike; only the main one writes."""
 
     folder: Path
     log: Log
     saver: checkpoint.Saver
     watch: Watch  # over the other processes
-    stop: Stop  # who may ask for an end
+    stop: Stop  # may ask for an end
     process: Process
     record: dict[str, Any]  # the settings, as checkpoints keep them
     wandb_run_id: str
@@ -86,12 +86,12 @@ class Run:
     work: Work
     log_interval: int  # steps
     pace: Pace
-    first_loss: float = math.nan  # of the steps that were reported
+    first_loss: float = math.nan  # of the reported steps
     last_loss: float = math.nan
 
     def heed(self, learner: Learner) -> None:
-        """Raise StopAsked, on all processes at once, if any of them was asked to end; and what went wrong with the last
-        checkpoint, if that is known by now."""
+        """Raise StopAsked, on all processes at once, if any of them was asked to end. Raise what went wrong with the
+        last checkpoint, if that is known by now."""
         self.watch.beat(learner.step)
         is_asked = torch.tensor(float(self.stop.is_asked()), device=self.process.device)
         if processes.total(is_asked).item():
@@ -99,7 +99,7 @@ class Run:
         self.saver.complain()
 
     def progress(self, learner: Learner) -> Progress:
-        """A bar around a loop that heeds requests to stop."""
+        """Return a bar for loops, in which they heed requests to stop."""
         def heeding(items: Iterable[int], total: int, label: str, unit: str) -> Iterator[int]:
             for item in console.progress(items, total, label, unit, say=self.log.line):
                 self.heed(learner)
@@ -108,7 +108,7 @@ class Run:
         return heeding
 
     def is_due(self, interval: int, step: int) -> bool:
-        """Whether something is done before `step`: every `interval` steps, and at the end. 0 is never."""
+        """Return whether something is due before `step`: every `interval` steps, and at the end. 0 means never."""
         return interval > 0 and (step % interval == 0 or step == self.work.last_step)
 
     def report(self, learner: Learner, loss: float, lr: float, grad_norm: float) -> None:
@@ -128,7 +128,7 @@ class Run:
         }, self.pace.lap())
 
     def save(self, data: Data, learner: Learner, is_best: bool = False) -> None:
-        """Begin to write a checkpoint: every process gives its part, and the main one writes while all go on."""
+        """Begin to write a checkpoint: every process gives its part, and the main one writes while all continue."""
         self.saver.wait()
         weights, moments = strategies.gather(learner.raw_model, learner.optimizer, self.process)
         if not self.process.is_main:

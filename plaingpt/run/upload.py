@@ -1,5 +1,6 @@
 """
-Copies elsewhere: checkpoints go to and come from any folder that fsspec can write to, such as s3://bucket/folder.
+Copies in another place: checkpoints are uploaded to, and fetched from, any folder that fsspec can write to, such as
+s3://bucket/folder.
 
 Uploading happens behind training and never stops it. Credentials come from the environment and the files where each
 service's own tools look for them; none is taken from a URL, since URLs end up in checkpoints and logs.
@@ -19,9 +20,9 @@ from plaingpt.paths import is_url
 PAUSES = (1.0, 5.0, 25.0)  # seconds between one attempt to upload a file and the next
 OBJECT_STORES = ('s3://', 's3a://', 'gs://', 'gcs://', 'abfs://', 'abfss://', 'az://')
 CHECKPOINTS = re.compile(r'ckpt(\.\d+)?\.pt|best\.pt')
-UPLOADING = '.uploading'  # how the name of a copy ends that waits
+UPLOADING = '.uploading'  # how the name of a waiting copy ends
 SECRETS = re.compile(r'SECRET|TOKEN|PASSWORD|KEY|CONNECTION_STRING')  # in the names of environment variables
-SHORTEST_SECRET = 8  # characters; what is shorter may be a part of any word
+SHORTEST_SECRET = 8  # characters; a shorter one may be part of any word
 
 
 def reason(error: BaseException) -> str:
@@ -30,26 +31,26 @@ def reason(error: BaseException) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text without what is secret in its URLs, and without what the environment holds in variables that are
-    named like secrets."""
+    """Return a text without the secrets in its URLs, and without the values of environment variables that are named
+    like secrets."""
     text = console.shown(text)
     hidden = {value for name, value in os.environ.items() if SECRETS.search(name) and len(value) >= SHORTEST_SECRET}
-    for value in sorted(hidden, key=len, reverse=True):  # one may be a part of another
+    for value in sorted(hidden, key=len, reverse=True):  # one may be part of another
         text = text.replace(value, '***')
     return text
 
 
 def open_url(url: str, code: int) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path in it. Nothing is asked of the network yet. Raises UserError with
-    this code for a path, a URL with a password, a protocol that is unknown, and if the package of one is missing."""
+    """Return the file system of a URL, and the path in it. The network is not used yet. Raise UserError with this code
+    for a path, a URL with a password, or an unknown protocol, and if a protocol's package is missing."""
     import fsspec
     if not is_url(url):
-        raise UserError(f'{url!r} is no URL: write s3://bucket/folder, or file://{Path(url).absolute()}', code)
+        raise UserError(f'{url!r} is not a URL: write s3://bucket/folder, or file://{Path(url).absolute()}', code)
     if re.search(r'://[^/]*:[^/]*@', url):
         raise UserError(f'{url} was given with a password, which checkpoints and logs would show: leave it out, '
                         'and put it into the environment', code)
     try:
-        # others write there: what it has listed before is old
+        # other machines write there, so a listing of before may be out of date
         elsewhere, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         raise missing_package(error) from None
@@ -59,8 +60,8 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
 
 
 def checkpoints(url: str) -> list[str]:
-    """Return the names of the checkpoint files in a folder; none where there is no such folder or bucket. Raises
-    UserError where that cannot be known: no permission, no network."""
+    """Return the names of the checkpoint files in a folder; none if there is no such folder or bucket. Raise UserError
+    if that cannot be known: no permission, no network."""
     elsewhere, folder = open_url(url, CHECKPOINT)
     try:
         names = [Path(path).name for path in elsewhere.ls(folder, detail=False)]
@@ -73,7 +74,7 @@ def checkpoints(url: str) -> list[str]:
 
 def fetch(url: str, folder: Path) -> list[Path]:
     """Copy a checkpoint file (*.pt), or those of the folder at `url`, into a local folder, each whole or not at all.
-    Raises UserError where there is none, or no way to it."""
+    Raise UserError if there is none, or it cannot be reached."""
     elsewhere, path = open_url(url, CHECKPOINT)
     sources = [path] if path.endswith('.pt') else [f'{path}/{name}' for name in checkpoints(url)]
     if not sources:
@@ -96,31 +97,31 @@ def snapshots(folder: Path) -> list[Path]:
 
 
 class Uploader:
-    """Copies files to a folder anywhere, in the background, in order. Of several versions of a file that wait, only the
-    newest is uploaded, so that a slow network holds back at most two of each on the disk."""
+    """A copier of files to a folder anywhere, in the background and in order. If several versions of a file wait, only
+    the newest is uploaded, so that with a slow network at most two of each stay on the disk."""
 
     def __init__(self, url: str, say: Callable[[str], None]) -> None:
-        """Call `say` with a line for each failure, also from the background. Nothing at all happens where `url` is ''.
-        Raises UserError for a URL that no file system can serve here."""
+        """Call `say` with a line for each failure, also from the background. If `url` is '', do nothing at all. Raise
+        UserError for a URL that no installed file system can serve."""
         self.url, self.say = url.rstrip('/'), say
         self.changed = Condition()  # its lock guards what follows; say() is called without it
-        self.waiting: dict[str, Path] = {}  # names, and copies of the newest versions, that are not there yet
-        self.failed: set[str] = set()  # those of them that wait for the next put
+        self.waiting: dict[str, Path] = {}  # names, and copies of the newest versions, not uploaded yet
+        self.failed: set[str] = set()  # the names among them that wait for the next put
         self.busy_with: Path | None = None
         self.is_closed = not url
         if url:
             self.elsewhere, self.folder = open_url(url, COMMAND)
-            Thread(target=self.work, name='uploader', daemon=True).start()  # it holds up no process that wants to end
+            Thread(target=self.work, name='uploader', daemon=True).start()  # a daemon holds up no end
 
     @property
     def missing(self) -> list[str]:
-        """Return the names of the files whose newest version is not there, or not yet."""
+        """Return the names of the files whose newest version is not uploaded, or not yet."""
         with self.changed:
             return list(self.waiting)
 
     def put(self, path: Path) -> None:
-        """Upload the file as it is now, whatever becomes of `path`: it may be renamed, replaced or deleted, though not
-        written to in place. Returns at once. What failed earlier is tried again as well."""
+        """Upload the file as it is now, and return at once. `path` may then be renamed, replaced or deleted, though not
+        written to in place. Uploads that failed earlier are tried again as well."""
         if self.is_closed:
             return
         snapshot = path.with_name(f'.{path.name}.{secrets.token_hex(4)}{UPLOADING}')
@@ -139,7 +140,8 @@ class Uploader:
             self.complain(path.name, why_not)
 
     def close(self, seconds: float) -> None:
-        """Wait for what is under way, at most so long. Then give up, with a line for each file that is not there."""
+        """Wait for uploads that are under way, at most so long. Then give up, with a line for each file that is
+        missing."""
         with self.changed:
             self.failed.clear()
             self.changed.notify_all()
@@ -153,7 +155,7 @@ class Uploader:
             self.complain(name, f'{seconds:g} seconds were not enough')
 
     def work(self) -> None:
-        """Upload what waits, one file after the other, until the end: this is what the thread does."""
+        """Upload the waiting files, one after the other, until the end: this is what the thread does."""
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.is_closed or self.waiting.keys() - self.failed)
@@ -174,8 +176,8 @@ class Uploader:
                 self.changed.notify_all()
 
     def attempt(self, name: str, snapshot: Path) -> str:
-        """Upload a file, and again after each pause until it is there, or a newer one waits. Gives why it is not there,
-        or ''."""
+        """Try to upload a file, and again after each pause, until that succeeds or a newer version waits. Return why it
+        failed, or ''."""
         for pause in (*PAUSES, 0.0):
             try:
                 self.upload(name, snapshot)
@@ -200,7 +202,7 @@ class Uploader:
         self.elsewhere.mv(target + files.UNFINISHED, target)
 
     def complain(self, name: str, why_not: str) -> None:
-        self.say(f'{console.shown(self.url)}/{name} is not uploaded: {why_not}; the run goes on')
+        self.say(f'{console.shown(self.url)}/{name} is not uploaded: {why_not}; the run continues')
 
     def sweep(self, folder: Path) -> None:
         """Delete the copies of older versions, and those that a killed process has left."""

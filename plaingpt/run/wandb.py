@@ -13,12 +13,12 @@ NAMES = {'loss': 'train/loss', 'train_loss': 'train/loss_evaluated'}  # of a row
 
 
 def new_id() -> str:
-    """Of a run that has none yet. It goes into the checkpoint, so that the run is continued under it."""
+    """Return an id for a run that has none yet. It goes into the checkpoint, so that the run is continued under it."""
     return secrets.token_hex(4)
 
 
 class Wandb:
-    """The wandb run `run_id`, begun or continued. Never asks for a key; raises whatever stands in the way."""
+    """The wandb run `run_id`, begun or continued. It never asks for a key, and raises whatever stands in the way."""
 
     def __init__(self, project: str, name: str, run_id: str, out_dir: str, settings: dict[str, Any]) -> None:
         import wandb
@@ -36,7 +36,7 @@ class Wandb:
             allow_val_change=True,
         )
         sys.argv = typed
-        # Our own x axis: a resumed run repeats steps, and wandb refuses its own `step` going back.
+        # `iter` is the x axis: a resumed run repeats steps, and wandb refuses to let its own `step` go back.
         self.run.define_metric('iter')
         self.run.define_metric('*', step_metric='iter')
         self.run.define_metric('val/loss', step_metric='iter', summary='min')
@@ -54,7 +54,7 @@ class Wandb:
 
 
 def wandb_row(step: int, values: dict[str, float]) -> dict[str, float]:
-    """A row under nanoGPT's names: iter, train/loss, val/loss, lr, mfu in percent; the rest likewise."""
+    """Return a row under nanoGPT's names: iter, train/loss, val/loss, lr, mfu in percent; the rest likewise."""
     return {'iter': step} | {
         NAMES.get(name, re.sub('^val_', 'val/', name)): 100 * value if name == 'mfu' else value
         for name, value in values.items()

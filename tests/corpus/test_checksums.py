@@ -1,4 +1,4 @@
-"""Damage in the middle of a corpus: seen where it is read, never taken for tokens, and looked for once."""
+"""Damage in the middle of a corpus: noticed when it is read, never taken for tokens, and looked for once."""
 import json
 import random
 import shutil
@@ -22,7 +22,7 @@ TEXT = random.Random(1).randbytes(200_000).hex()  # 400,000 tokens, 800,000 byte
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of twelve blocks, of which the last is short, and one block to validate."""
+    """Return a corpus of twelve blocks, the last of them short, and one block to validate on."""
     where = tmp_path_factory.mktemp('prepared')
     parts, validation = tokenise.split_text(TEXT, 0.05)
     tokenise.write_corpus(where, tokenise.Packer(BYTE, None), parts, validation, 'these')
@@ -31,13 +31,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def corpus(prepared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """Return a copy that a test may damage."""
     return Path(shutil.copytree(prepared, tmp_path / 'corpus'))
 
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """The same tokens in shards of 60,000, which begin 1024 bytes into their files."""
+    """Return the same tokens in shards of 60,000, which begin 1024 bytes into their files."""
     (tmp_path / 'text.txt').write_text(TEXT, encoding='utf-8')
     source = shards.Source([str(tmp_path / 'text.txt')], str, 'text')
     shards.write_shards(tmp_path / 'sharded', tokenise.Packer(BYTE, None), source, 60_000, 'these')
@@ -45,7 +45,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def flip(path: Path, position: int) -> None:
-    """Turn one bit, and leave the size and the time as they were."""
+    """Flip one bit, and leave the size and the time as they were."""
     with open(path, 'r+b') as file:
         file.seek(position)
         [byte] = file.read(1)
@@ -70,12 +70,12 @@ def test_a_damaged_block_is_refused_with_its_bytes_and_the_others_are_read(corpu
     flip(path, 5 * BLOCK + 17)
     flip(path, size - 5000)
     meta = json.loads((corpus / 'meta.json').read_text(encoding='utf-8'))
-    command = f'data/text/prepare.py --input=mine.txt --to_dir={corpus}'
+    command = f'data/text/prepare.py --input=mytext.txt --to_dir={corpus}'
     (corpus / 'meta.json').write_text(json.dumps(meta | {'created_by': f'python {command}'}), encoding='utf-8')
     tokens = open_split(corpus, 'train', 16, 257)
     message = refused(tokens.read, len(tokens) - 1, 1)
     assert f'bytes 720,896 to {size - 1:,} are' in message, 'the last one is short'
-    assert message.endswith(command), 'as it was made'
+    assert message.endswith(command), 'the command that made it'
 
 
 def test_most_of_a_file_reversed_is_seen_at_the_first_window(corpus: Path) -> None:
@@ -87,19 +87,19 @@ def test_most_of_a_file_reversed_is_seen_at_the_first_window(corpus: Path) -> No
         assert 'is damaged: bytes ' in refused(tokens.read, start, 17)
 
 
-def test_a_shard_is_compared_from_its_header_on_and_the_way_to_make_it_anew_is_said(sharded: Path) -> None:
+def test_a_shard_is_compared_from_its_header_on_and_the_command_that_makes_it_anew_is_named(sharded: Path) -> None:
     tokens = open_split(sharded, 'train', 16, 257)
     assert tokens.read(0, len(tokens)).tolist() == list(TEXT.encode()[60_000:])
     flip(sharded / 'train_000002.bin', 70_000)
-    assert tokens.read(0, len(tokens)).size, 'what was compared is not compared again'
+    assert tokens.read(0, len(tokens)).size, 'no block is compared twice'
     meta = json.loads((sharded / 'meta.json').read_text(encoding='utf-8'))
-    made = {'created_by': 'python data/fineweb_edu/prepare.py --input=mine.txt'}
+    made = {'created_by': 'python data/fineweb_edu/prepare.py --input=mytext.txt'}
     (sharded / 'meta.json').write_text(json.dumps(meta | made), encoding='utf-8')
     tokens = open_split(sharded, 'train', 16, 257)
-    tokens.read(59_990, 20)  # from one file to the next
+    tokens.read(59_990, 20)  # across two files
     message = refused(tokens.read, 60_000 + (BLOCK - 1024) // 2, 1)
     assert f'{sharded}/train_000002.bin is damaged: bytes 65,536 to 121,023' in message
-    assert message.endswith(f' data/fineweb_edu/prepare.py --input=mine.txt --to_dir={sharded} --overwrite=True')
+    assert message.endswith(f' data/fineweb_edu/prepare.py --input=mytext.txt --to_dir={sharded} --overwrite=True')
 
 
 def test_each_block_is_read_whole_once_and_then_no_byte_is_read_beside_those_asked_for(
@@ -122,7 +122,7 @@ def test_each_block_is_read_whole_once_and_then_no_byte_is_read_beside_those_ask
 
 
 @pytest.mark.parametrize('name', ['train.bin', 'checksums.npz', 'train_000003.bin'])
-def test_of_200_random_damages_none_gives_other_tokens(
+def test_none_of_200_random_damages_gives_other_tokens(
         name: str, prepared: Path, sharded: Path, tmp_path: Path) -> None:
     whole = open_split(sharded if name.startswith('train_') else prepared, 'train', 16, 257)
     ids, refusals = whole.read(0, len(whole)), list[UserError]()

@@ -1,5 +1,5 @@
 """Token files and the order of windows: each window once in an epoch, the same for any number of processes, and no
-damage that goes unseen."""
+damage that goes unnoticed."""
 import hashlib
 import json
 import math
@@ -34,7 +34,7 @@ SMALL = GPTConfig(block_size=16, vocab_size=1 << 16, n_layer=1, n_head=1, n_embd
 
 
 def counted(path: Path, n: int, dtype: str = '<u2') -> TokenFile:
-    """A file in which each token is its own position, so that a window shows where it was cut."""
+    """Return a file in which each token is its own position, so that a window shows which part of the file it is."""
     np.arange(n, dtype=dtype).tofile(path)
     return TokenFile(path)
 
@@ -43,7 +43,7 @@ def process(rank: int, world_size: int) -> processes.Process:
     return processes.Process(rank, world_size, torch.device('cpu'), '')
 
 
-refused = partial(comparing.refused, code=DATA)  # what is wrong with data exits with 3
+refused = partial(comparing.refused, code=DATA)  # an error in the data exits with 3
 
 
 # ------------------------------------------------------------------------------------------------
@@ -57,12 +57,12 @@ def test_each_epoch_reads_each_of_its_windows_once_and_nearly_all_tokens(n_token
     offsets = set()
     for epoch in range(20):
         starts = order.starts(epoch * order.epoch, order.epoch)
-        assert sorted(starts % T) == [starts[0] % T] * order.epoch, 'all at the same offset in the grid of one epoch'
+        assert sorted(starts % T) == [starts[0] % T] * order.epoch, 'all at the same offset within one epoch'
         first = starts.min()
         assert sorted(starts) == list(range(first, first + order.epoch * T, T)), 'side by side, each once'
         assert 0 <= first < T or order.epoch == 1
         assert first >= 0 and starts.max() + T + 1 <= n_tokens, 'x and y lie inside the corpus'
-        assert n_tokens - (order.epoch * T + 1) < 2 * T, 'tokens that sit out'
+        assert n_tokens - (order.epoch * T + 1) < 2 * T, 'few tokens are left out'
         offsets.add(int(first))
     possible = min(T, n_tokens - order.epoch * T)
     assert len(offsets) > min(possible, 20) / 2, 'epochs differ in their offset'
@@ -87,7 +87,7 @@ def test_what_a_step_reads_does_not_depend_on_what_was_read_before() -> None:
 
 
 def test_the_order_stays_what_it_was_in_the_first_release() -> None:
-    """A run that was begun with an older version goes on with the windows that it has not read."""
+    """A run that began with an older version continues with the windows that it has not read."""
     order = Order(10_000, 16, seed=1337)
     assert order.starts(order.epoch - 4, 8).tolist() == [4401, 5665, 193, 1169, 1461, 6325, 4389, 2741]
 
@@ -123,8 +123,8 @@ def test_over_many_keys_the_shuffle_puts_each_index_everywhere_equally_often(n: 
     expected = keys / n
     freedom = (n - 1) ** 2  # rows and columns each have a fixed sum
     chi_square = ((counts - expected) ** 2 / expected).sum()
-    assert abs(chi_square - freedom) < 6 * math.sqrt(2 * freedom), 'six standard deviations'
-    expected = (n - 1) / n  # pairs that stay side by side, in a random order
+    assert abs(chi_square - freedom) < 6 * math.sqrt(2 * freedom), 'within six standard deviations'
+    expected = (n - 1) / n  # pairs that stay adjacent in a random order
     assert abs(neighbours.mean() - expected) < 6 * math.sqrt(1 / keys)
 
 
@@ -151,7 +151,7 @@ def test_the_windows_of_one_two_and_three_processes_are_the_same_global_batch(tm
             x, y = torch.cat([part.x for part in every]), torch.cat([part.y for part in every])
             assert x[:n_windows, 0].tolist() == starts.tolist()
             assert torch.equal(x[:n_windows] + 1, y[:n_windows]), 'y is x, one token later'
-            assert (y[n_windows:] == -1).all(), 'windows that are missing have no targets'
+            assert (y[n_windows:] == -1).all(), 'missing windows have no targets'
             assert (x >= 0).all()
             assert sum(part.share for part in every) == pytest.approx(1)
             for part in every:
@@ -159,7 +159,7 @@ def test_the_windows_of_one_two_and_three_processes_are_the_same_global_batch(tm
 
 
 def test_micro_batches_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    """Dropout is seeded by the number of the micro-batch: so the same number must hold the same windows."""
+    """Dropout is seeded by the number of the micro-batch, so the same number must hold the same windows."""
     corpus = counted(tmp_path / 'train.bin', 5000)
     starts = Order(len(corpus), 16, seed=1).starts(0, 10)
     one = {part.number: part for part in parts_of(corpus, starts, 2, SMALL, process(0, 1))}
@@ -202,7 +202,7 @@ def test_windows_over_a_file_a_list_an_array_and_text_are_equal(tmp_path: Path, 
             assert (x.tolist(), y.tolist()) == (ids[100 * i:100 * i + 100], ids[100 * i + 1:100 * i + 101])
 
 
-def test_windows_end_where_the_tokens_do() -> None:
+def test_windows_end_with_the_tokens() -> None:
     windows = Windows(list(range(33)), 16)
     assert len(windows) == 2
     assert len(Windows(list(range(32)), 16)) == 1, 'the last token of x needs one more as its target'
@@ -235,7 +235,7 @@ def test_a_bare_nanogpt_corpus_is_read(tmp_path: Path) -> None:
     assert np.array_equal(corpus.read(5, 100), ids[5:105])
 
 
-def test_nanogpts_way_to_read_finds_the_windows_of_our_file(tiny_dataset: Path, tiny_text: str) -> None:
+def test_nanogpts_way_to_read_finds_the_windows_of_a_corpus_file(tiny_dataset: Path, tiny_text: str) -> None:
     data = np.memmap(tiny_dataset / 'train.bin', dtype=np.uint16, mode='r')
     corpus = open_split(tiny_dataset, 'train', 16, 128)
     assert len(data) == len(corpus)
@@ -263,10 +263,10 @@ def test_a_corpus_is_a_name_in_data_or_any_folder(tiny_dataset: Path) -> None:
 def test_a_folder_is_called_by_the_shortest_name_that_means_it_and_no_corpus_in_data(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ('stdlib', 'mine', 'a/b'):
+    for name in ('stdlib', 'book', 'a/b'):
         (tmp_path / name).mkdir(parents=True)
-    for folder, name in ((CORPORA / 'stdlib', 'stdlib'), (CORPORA / 'none', 'none'), (Path('mine'), 'mine'),
-                         (tmp_path / 'mine', 'mine'), (Path('a/b'), 'a/b'), (Path('stdlib'), f'{tmp_path}/stdlib'),
+    for folder, name in ((CORPORA / 'stdlib', 'stdlib'), (CORPORA / 'none', 'none'), (Path('book'), 'book'),
+                         (tmp_path / 'book', 'book'), (Path('a/b'), 'a/b'), (Path('stdlib'), f'{tmp_path}/stdlib'),
                          (tmp_path / 'a/b', f'{tmp_path}/a/b'), (Path(), str(tmp_path))):
         assert dataset_of(folder) == name
         assert data_folder(name).absolute() == folder.absolute()
@@ -291,7 +291,7 @@ def test_evaluation_reads_windows_that_are_spread_evenly_and_never_one_twice(n_t
 
 @pytest.fixture
 def copy(tiny_dataset: Path, tmp_path: Path) -> Path:
-    """A corpus that a test may damage."""
+    """Return a corpus that a test may damage."""
     return Path(shutil.copytree(tiny_dataset, tmp_path / 'corpus'))
 
 
@@ -372,7 +372,7 @@ def test_a_corpus_that_is_not_prepared_names_the_command_that_does_it(tmp_path: 
             (CORPORA, 'text', 'data/text/prepare.py --input=YOUR_TEXT'),
             (tmp_path, 'openwebtext', f'data/openwebtext/prepare.py --to_dir={tmp_path}/openwebtext'),
             (tmp_path, 'stdlib', f'data/stdlib/prepare.py --to_dir={tmp_path}/stdlib'),
-            (tmp_path, "it's mine", f"""data/text/prepare.py --input=YOUR_TEXT --to_dir='{tmp_path}/it'"'"'s mine'""")]:
+            (tmp_path, "it's text", f"""data/text/prepare.py --input=YOUR_TEXT --to_dir='{tmp_path}/it'"'"'s text'""")]:
         assert refused(read_meta, place / name).endswith(f'first run: {errors.python()} {command}')
     for pattern in ('no*.bin', 'no[1]', '*/*.bin'):
         assert refused(read_meta, tmp_path / pattern).endswith('\ngive a folder, or a glob of .bin or .npy')
@@ -392,17 +392,17 @@ def test_a_meta_pkl_is_refused_and_never_opened(copy: Path, tmp_path: Path) -> N
     assert 'python data/text/prepare.py' in message
     assert not witness.exists()
     pickle.loads((copy / 'meta.pkl').read_bytes())
-    assert witness.exists(), 'it would have run'
+    assert witness.exists(), 'the pickle would have run'
 
 
 def without(meta: dict[str, Any], *path: str) -> dict[str, Any]:
-    """A copy in which one entry is missing."""
+    """Return a copy in which one entry is missing."""
     name, *rest = path
     return {key: without(value, *rest) if key == name else value for key, value in meta.items() if rest or key != name}
 
 
 def damaged(meta: dict[str, Any]) -> Iterator[str]:
-    """meta.json as a torn write, another program or a careless hand may leave it."""
+    """Yield meta.json as a torn write, another program or a careless user may leave it."""
     text = json.dumps(meta)
     yield from ('', '\0' * len(text), text[:len(text) // 2], '[]', '3', 'null', '\ufeff{')
     for path in ('tokenizer', 'vocab_size', 'dtype', 'splits', 'tokenizer name', 'splits train head'):
@@ -431,13 +431,13 @@ def test_a_damaged_meta_json_is_refused_by_name(copy: Path) -> None:
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that no file backs."""
+    """Return the bytes of this process that no file backs."""
     status = Path('/proc/self/status').read_text(encoding='utf-8')
     return 1024 * int(next(line for line in status.splitlines() if line.startswith('RssAnon')).split()[1])
 
 
 def all_memory() -> int:
-    """Bytes of this process in main memory: a memory map would count here."""
+    """Return the bytes of this process in main memory: a memory map would count here."""
     status = Path('/proc/self/status').read_text(encoding='utf-8')
     return 1024 * int(next(line for line in status.splitlines() if line.startswith('VmRSS')).split()[1])
 
@@ -474,10 +474,10 @@ def test_the_fingerprint_tells_two_corpora_apart(tmp_path: Path) -> None:
     assert fingerprint(first, bare) != fingerprint(second, bare)
     assert fingerprint(first, bare) != fingerprint(counted(tmp_path / 'c.bin', 4999), bare)
     prepared = {'splits': {'a': {'sha256': 'one hash'}}}
-    assert fingerprint(first, prepared) != fingerprint(first, bare), 'the whole file counts, by its hash'
+    assert fingerprint(first, prepared) != fingerprint(first, bare), 'the hash covers the whole file'
 
 
-def test_an_endless_order_goes_on_past_its_epochs() -> None:
+def test_an_endless_order_continues_past_its_epochs() -> None:
     order = Order(100, 16, seed=1)  # five windows
     numbers = (order.starts(i, 1)[0] for i in range(10**6, 10**6 + 100))
     assert len(set(islice(numbers, 100))) > 20

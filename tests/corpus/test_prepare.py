@@ -37,13 +37,13 @@ TEXTS = ROOT / 'tests/data'
 
 
 def load(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """data/<name>/prepare.py, which writes below `folder` instead of data/."""
+    """Return data/<name>/prepare.py, which writes below `folder` instead of data/."""
     monkeypatch.setattr('plaingpt.corpus.folder.CORPORA', folder)
     return importlib.import_module(f'data.{name}.prepare')
 
 
 def read_split(folder: Path, split: str) -> list[int]:
-    """The ids of one split, opened as training opens them."""
+    """Return the ids of one split, opened as training opens them."""
     file = open_split(folder, split, 1, 1 << 20)
     return [int(i) for i in file.read(0, len(file))]
 
@@ -54,7 +54,7 @@ def tokenizer_of(folder: Path) -> tokenizer.Tokenizer:
 
 
 def documents_of(folder: Path, split: str) -> list[str]:
-    """What stands between the ends of text."""
+    """Return the texts between the end-of-text tokens."""
     tokenizer, ids = tokenizer_of(folder), read_split(folder, split)
     assert ids[-1] == tokenizer.eot, 'the last document ends'
     return tokenizer.decode(ids).split('<|endoftext|>')[:-1]
@@ -75,7 +75,7 @@ def test_the_default_text_is_pythons_library_without_tests(tmp_path: Path, monke
 
     library = Path(json.__file__).parents[1]
     assert (library / 'json/decoder.py').read_text(encoding='utf-8') in train
-    assert (library / 'copy.py').read_text(encoding='utf-8') in val  # the hash of its name says so, on every machine
+    assert (library / 'copy.py').read_text(encoding='utf-8') in val  # the hash of its name decides so, on every machine
     together = ''.join(train + val)
     assert 8e6 < len(together) < 14e6
     assert 0.02 < len(''.join(val)) / len(together) < 0.08
@@ -97,7 +97,7 @@ def test_the_default_text_is_pythons_library_without_tests(tmp_path: Path, monke
 
 @pytest.fixture
 def play(tmp_path: Path) -> Path:
-    """Speeches in the form of tiny Shakespeare's, and more than the 32,768 tokens that llm.c validates on."""
+    """Return speeches in the form of tiny Shakespeare's, and more than the 32,768 tokens that llm.c validates on."""
     text = (TEXTS / 'play.txt').read_text(encoding='utf-8')
     (tmp_path / 'play.txt').write_text('\n'.join([text] * 80), encoding='utf-8', newline='')
     return tmp_path / 'play.txt'
@@ -144,7 +144,7 @@ def test_tiny_shakespeare_is_split_as_llm_c_splits_it(
 @pytest.mark.parametrize('name', ['shakespeare', 'shakespeare_char', 'tinyshakespeare'])
 def test_shakespeare_may_have_any_tokenizer(
         name: str, tmp_path: Path, play: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of its own, or that of a corpus."""
+    """The tokenizer may be a new one, or that of another corpus."""
     text = play.read_text(encoding='utf-8')
     load('text', tmp_path, monkeypatch).main([f'--input={play}', '--tokenizer=byte', '--name=other'])
     for spec, n_vocab in (('bpe:300', 300), ('byte', 256), (str(tmp_path / 'other'), 256)):
@@ -159,7 +159,7 @@ def test_shakespeare_may_have_any_tokenizer(
 @pytest.mark.usefixtures('tiktoken_cache')
 def test_the_real_shakespeare_has_the_published_counts(
         tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nanoGPT's, in characters and in GPT-2's tokens, and llm.c's."""
+    """The counts are nanoGPT's, in characters and in GPT-2's tokens, and llm.c's."""
     for name, n_train, n_val in [('shakespeare_char', 1_003_854, 111_540), ('shakespeare', 301_966, 36_059),
                                  ('tinyshakespeare', 305_260, 32_768)]:
         load(name, tmp_path, monkeypatch).main([f'--input={shared_data}/tinyshakespeare/input.txt'])
@@ -184,7 +184,7 @@ def test_every_prepare_py_may_be_given_a_tokenizer() -> None:
 def test_tiny_stories_keep_their_own_validation_and_learn_nothing_from_it(
         is_local: bool, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    """From files that are here, and through `datasets` from a folder that is laid out as the dataset is."""
+    """The stories come from local files, and through `datasets` from a folder that is laid out as the dataset is."""
     import pyarrow
     import pyarrow.parquet
 
@@ -210,7 +210,7 @@ def test_tiny_stories_keep_their_own_validation_and_learn_nothing_from_it(
         assert caught.value.code == COMMAND
 
 
-def test_without_network_shakespeare_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_shakespeare_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
     with pytest.raises(UserError, match=r'tinyshakespeare/input\.txt cannot be used.*\n.*--input=PATH') as caught:
         load('shakespeare_char', tmp_path, monkeypatch).main([])
@@ -224,23 +224,23 @@ def test_without_network_shakespeare_says_how_to_go_on(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize('spec', ['char', 'byte', 'bpe:300', 'gpt2'])
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_ones_own_documents_become_a_corpus(
+def test_the_users_own_documents_become_a_corpus(
         spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [f'Document {i}: ' + 'naïve 🙂\r\n' * (i % 5) for i in range(50)]
     rows = [json.dumps({'body': text}) for text in [*texts[:20], '', *texts[20:]]]
-    (tmp_path / 'mine.jsonl').write_text('\n'.join(rows), encoding='utf-8')
+    (tmp_path / 'own.jsonl').write_text('\n'.join(rows), encoding='utf-8')
     load('text', tmp_path, monkeypatch).main(
-        [f'--input={tmp_path}/mine.jsonl', '--column=body', f'--tokenizer={spec}', '--name=mine', '--val_fraction=0.2'])
+        [f'--input={tmp_path}/own.jsonl', '--column=body', f'--tokenizer={spec}', '--name=own', '--val_fraction=0.2'])
 
-    train, val = documents_of(tmp_path / 'mine', 'train'), documents_of(tmp_path / 'mine', 'val')
+    train, val = documents_of(tmp_path / 'own', 'train'), documents_of(tmp_path / 'own', 'val')
     assert Counter(train + val) == Counter(texts)  # each once, and the empty one not at all
     assert len(val) == 10, 'a fifth of those that are not empty'
     assert train == [text for text in texts if text in train], 'the order of the file'
-    assert max(map(texts.index, val)) > 30 > min(map(texts.index, val)), 'drawn from everywhere'
+    assert max(map(texts.index, val)) > 30 > min(map(texts.index, val)), 'drawn from the whole file'
     out = capsys.readouterr().out
-    for line in ('found: files 1, documents 50', f'vocabulary: {spec}, {tokenizer_of(tmp_path / "mine").n_vocab:,} ids',
-                 'python train.py config/train_stdlib.py --dataset=mine --out_dir=out-mine',
-                 'python sample.py --out_dir=out-mine'):
+    for line in ('found: files 1, documents 50', f'vocabulary: {spec}, {tokenizer_of(tmp_path / "own").n_vocab:,} ids',
+                 'python train.py config/train_stdlib.py --dataset=own --out_dir=out-own',
+                 'python sample.py --out_dir=out-own'):
         assert line in out
 
 
@@ -262,7 +262,7 @@ def test_a_single_document_is_split_by_position_and_has_no_end(
 
 
 def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Counter[str]:
-    """The documents of a corpus that `data/text/prepare.py arguments...` makes."""
+    """Return the documents of a corpus that `data/text/prepare.py arguments...` makes."""
     load('text', folder, monkeypatch).main([*arguments, '--tokenizer=byte', '--name=it'])
     return Counter(documents_of(folder / 'it', 'train') + documents_of(folder / 'it', 'val'))
 
@@ -270,9 +270,9 @@ def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> 
 def test_hidden_files_are_no_documents_unless_they_are_named(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ('notes.txt', 'more/notes.txt', '.ipynb_checkpoints/notes-checkpoint.txt', '._notes.txt', '.x/a.txt'):
-        (tmp_path / '.mine' / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / '.mine' / name).write_text(f'This is {name}', encoding='utf-8')
-    folder, seen = tmp_path / '.mine', Counter(['This is notes.txt', 'This is more/notes.txt'])
+        (tmp_path / '.book' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / '.book' / name).write_text(f'This is {name}', encoding='utf-8')
+    folder, seen = tmp_path / '.book', Counter(['This is notes.txt', 'This is more/notes.txt'])
     for pattern in ('', '/**', '/**/*.txt'):
         assert prepared(tmp_path, monkeypatch, f'--input={folder}{pattern}') == seen
         assert 'hidden files, whose names begin with a dot, are left out: 3\n' in capsys.readouterr().out
@@ -293,9 +293,9 @@ def test_documents_on_both_sides_of_the_split_are_counted(
     for name, text in (('a', 'two'), ('b', 'four'), ('c', 'three')):
         write(tmp_path / f'val/{name}.txt', text)
     prepared(tmp_path, monkeypatch, f'--input={tmp_path}/*.txt', f'--val_input={tmp_path}/val')
-    assert 'of the documents in val.bin, 2 are in train.bin too' in capsys.readouterr().out
+    assert 'of the documents in val.bin, 2 are in train.bin, too' in capsys.readouterr().out
     prepared(tmp_path, monkeypatch, f'--input={tmp_path}/*.txt', '--val_fraction=0.3')
-    assert 'train.bin too' not in capsys.readouterr().out
+    assert 'train.bin, too' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('empty', ['{"text": ""}', '{"text": null}', ''])
@@ -318,7 +318,7 @@ def test_empty_documents_leave_before_the_split(empty: str, tmp_path: Path, monk
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'a.txt').write_bytes(codecs.BOM_UTF8 + 'naïve\r\n'.encode())
-    (tmp_path / 'b.txt').write_text('naïve 16', encoding='utf-16')  # with its mark, as PowerShell's > writes it
+    (tmp_path / 'b.txt').write_text('naïve 16', encoding='utf-16')  # with the mark, as PowerShell's > writes it
     (tmp_path / 'c.txt').write_bytes(codecs.BOM_UTF16_BE + 'naïve 16 BE'.encode('utf-16-be'))
     (tmp_path / 'd.jsonl').write_bytes(codecs.BOM_UTF8 + b'{"text": "first"}\n{"text": "second"}\n')
     (tmp_path / 'e.ndjson').write_bytes(b'{"text": "third"}\n')
@@ -356,7 +356,7 @@ def test_a_text_is_prepared_with_the_tokenizer_of_a_run_a_model_a_corpus_or_a_fi
         assert found.pieces == learned.pieces, where
         ids = read_split(tmp_path / 'b', 'train') + read_split(tmp_path / 'b', 'val')
         assert found.decode(ids) == 'Another one: quick brown foxes! ' * 9
-    # so that a model may be trained further on another text
+    # for training a model further on another text
     train.main([f'--dataset={tmp_path}/b', f'--out_dir={tmp_path}/tuned', f'--init_from={tmp_path}/run/ckpt.pt',
                 *settings[4:]])
 
@@ -364,13 +364,13 @@ def test_a_text_is_prepared_with_the_tokenizer_of_a_run_a_model_a_corpus_or_a_fi
 @pytest.mark.parametrize('suffix', ['.json', '.csv', '.tsv'])
 def test_a_table_is_not_read_as_text(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f'a{suffix}').write_text('[{"text": "one"}, {"text": "two"}]', encoding='utf-8')
-    with pytest.raises(UserError, match=r'is no text: .*\n.*\.jsonl.*\.txt') as error:
+    with pytest.raises(UserError, match=r'is not text: .*\n.*\.jsonl.*\.txt') as error:
         prepared(tmp_path, monkeypatch, f'--input={tmp_path}/a{suffix}')
     assert error.value.code == DATA
 
 
 @pytest.mark.parametrize('spec', ['char', 'bpe:300'])
-def test_a_validation_text_of_ones_own_is_used_whole(
+def test_the_users_own_validation_text_is_used_whole(
         spec: str, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'in').mkdir()
     for name in ('a', 'b'):
@@ -428,8 +428,8 @@ def test_a_wrong_command_is_one_clear_message(
 
 @pytest.fixture
 def as_nanogpt(documents: list[str], gpt2_stand_in: tiktoken.Encoding) -> tuple[list[list[int]], bytes]:
-    """The train documents, and val.bin, as nanoGPT's procedure makes them with the libraries that it uses. Its fraction
-    of 0.0005 is one document here; of seven, the order shows."""
+    """Return the train documents, and val.bin, as nanoGPT's procedure makes them with the libraries that it uses. Its
+    fraction of 0.0005 is one document here; with seven documents, the order shows."""
     import datasets
 
     pages = datasets.Dataset.from_dict({'text': documents})
@@ -443,7 +443,8 @@ def as_nanogpt(documents: list[str], gpt2_stand_in: tiktoken.Encoding) -> tuple[
 def test_openwebtext_is_split_and_written_as_nanogpt_does(
         as_nanogpt: tuple[list[list[int]], bytes], documents: list[str], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """From local files of every form, and from a folder of parquet files through `datasets`, as from the hub."""
+    """The documents come from local files of every form, and from a folder of parquet files through `datasets`, as from
+    the hub."""
     import pyarrow
     import pyarrow.parquet
 
@@ -459,8 +460,8 @@ def test_openwebtext_is_split_and_written_as_nanogpt_does(
         prepare.main([*arguments, '--val_fraction=0.15'])
         assert (folder / 'val.bin').read_bytes() == val_bin
         ids = np.array(read_split(folder, 'train'))
-        ours = np.split(ids, np.flatnonzero(ids == 50256) + 1)[:-1]
-        assert Counter(tuple(d.tolist()) for d in ours) == Counter(map(tuple, train_documents))
+        found = np.split(ids, np.flatnonzero(ids == 50256) + 1)[:-1]
+        assert Counter(tuple(d.tolist()) for d in found) == Counter(map(tuple, train_documents))
         shutil.rmtree(folder)
 
     prepare.main([f'--input={tmp_path}/hub'])
@@ -478,7 +479,7 @@ def test_openwebtext_that_cannot_be_downloaded_names_the_remedy(
 
 
 def processes_of(group: int) -> list[int]:
-    """The processes of a group that are alive."""
+    """Return the processes of a group that are still alive."""
     listing = subprocess.run(['ps', '-eo', 'pid,pgid,stat'], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in listing.splitlines()[1:]]
     return [int(pid) for pid, pgid, status in rows if int(pgid) == group and not status.startswith('Z')]
@@ -490,7 +491,8 @@ def is_gone(group: int) -> bool:
 
 @pytest.fixture
 def _heeds_ctrl_c() -> Iterator[None]:
-    """As in a terminal. What a shell starts with & ignores Ctrl-C, and what that starts: pytest, and the run below."""
+    """Heed Ctrl-C as in a terminal. A process that a shell starts with & ignores Ctrl-C, and so does all that it
+    starts: pytest, and the run below."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -499,12 +501,12 @@ def _heeds_ctrl_c() -> Iterator[None]:
 @pytest.mark.skipif(sys.platform == 'win32', reason='sends POSIX signals')
 @pytest.mark.usefixtures('gpt2_stand_in', '_heeds_ctrl_c')
 def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(tmp_path: Path) -> None:
-    """Killed, and stopped by Ctrl-C, while its workers are at it; then the same command again, to the end."""
+    """The run is killed, and stopped by Ctrl-C, while its workers are busy; then the same command runs to the end."""
     copy_script('data/openwebtext/prepare.py', tmp_path)
     folder, short, long = tmp_path / 'data/openwebtext', tmp_path / 'short.jsonl', tmp_path / 'long'
     short.write_bytes((TEXTS / 'documents.jsonl').read_bytes() * 90)
     long.mkdir()
-    for i in range(300):  # half a minute of work for two cores, at the least
+    for i in range(300):  # at least half a minute of work for two cores
         os.link(short, long / f'{i}.jsonl')
     command = [sys.executable, str(folder / 'prepare.py'), '--num_proc=2']
     subprocess.run([*command, f'--input={short}'], check=True, capture_output=True)
@@ -517,11 +519,11 @@ def test_an_interrupted_run_leaves_neither_half_a_file_nor_a_process(tmp_path: P
                                    stderr=subprocess.PIPE, text=True, encoding='utf-8')
         try:
             wait_until(lambda: temporary.exists() and temporary.stat().st_size > 0)
-            assert len(processes_of(running.pid)) >= 3, 'this one and two workers'
+            assert len(processes_of(running.pid)) >= 3, 'the run and two workers'
             if number == signal.SIGKILL:
-                running.kill()  # it alone: its workers must notice
+                running.kill()  # the run alone: its workers must notice
             else:
-                os.killpg(running.pid, number)  # all of them, as a terminal does
+                os.killpg(running.pid, number)  # the whole group, as a terminal does
             wait_until(partial(is_gone, running.pid))
         finally:
             if not is_gone(running.pid):
@@ -551,15 +553,15 @@ def test_a_script_ends_with_the_documented_codes_and_no_traceback(tmp_path: Path
 
 @contextmanager
 def serving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The host, with its port, of a web server that has this folder."""
-    monkeypatch.setattr(SimpleHTTPRequestHandler, 'log_message', lambda *_: None)  # what it logs is the server's
+    """Yield the host, with its port, of a web server for this folder."""
+    monkeypatch.setattr(SimpleHTTPRequestHandler, 'log_message', lambda *_: None)  # no log of the server in the output
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(SimpleHTTPRequestHandler, directory=str(folder))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f'127.0.0.1:{server.server_port}'
         server.shutdown()
 
 
-def test_what_is_secret_in_the_url_of_an_input_is_neither_printed_nor_kept(
+def test_a_secret_in_the_url_of_an_input_is_neither_printed_nor_kept(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(TEXTS / 'play.txt', tmp_path)
     prepare = load('text', tmp_path / 'data', monkeypatch)
@@ -581,7 +583,7 @@ def test_what_is_secret_in_the_url_of_an_input_is_neither_printed_nor_kept(
 def test_every_corpus_is_written_where_to_dir_says_and_nothing_elsewhere(
         name: str, play: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    """What comes from a URL is kept there, too."""
+    """Downloads from a URL are kept in the same folder."""
     prepare, folder = load(name, tmp_path / 'data', monkeypatch), tmp_path / "my [1] corpora/it's here"
     (tmp_path / 'rows.jsonl').write_text('{"text": "to be or not to be"}\n' * 3000, encoding='utf-8')
     kind = play.name if 'shakespeare' in name else 'rows.jsonl'
@@ -600,7 +602,7 @@ def test_every_corpus_is_written_where_to_dir_says_and_nothing_elsewhere(
 
 
 @pytest.mark.parametrize(('argument', 'message'), [
-    ('--to_dir=s3://bucket/corpus', '--to_dir=s3://bucket/corpus is no folder of this machine'),
+    ('--to_dir=s3://bucket/corpus', '--to_dir=s3://bucket/corpus is not a folder on this machine'),
     ('--to_dir=data/stdlib', '--to_dir=data/stdlib: that folder is for the corpus of data/stdlib/prepare.py: give an'),
 ])
 def test_a_folder_that_cannot_be_the_corpus_is_refused_before_any_text_is_read(
@@ -611,17 +613,17 @@ def test_a_folder_that_cannot_be_the_corpus_is_refused_before_any_text_is_read(
     assert str(caught.value).startswith(message) and caught.value.code == COMMAND
 
 
-def test_a_name_that_decides_nothing_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_decides_nothing_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
     main = load('text', tmp_path / 'data', monkeypatch).main
     given = [f'--input={TEXTS}/play.txt', '--tokenizer=byte', f'--to_dir={tmp_path}/it']
-    for more, count in (([], 0), (['--name=mine'], 1)):
+    for more, count in (([], 0), (['--name=mytext'], 1)):
         main([*given, *more])
         assert capsys.readouterr().out.count('name has no effect: to_dir decides\n') == count
     assert [path.name for path in tmp_path.iterdir()] == ['it']
 
 
-@pytest.mark.parametrize('name', ['text', 'mine', 'a.b_c-2', 'Bücher', '日本語', 'हिन्दी', 'ไทย', 'com10'])
+@pytest.mark.parametrize('name', ['text', 'mytext', 'a.b_c-2', 'Bücher', '日本語', 'हिन्दी', 'ไทย', 'com10'])
 def test_a_corpus_may_have_a_name_of_any_script(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'text').mkdir()
     (tmp_path / 'text/prepare.py').touch()

@@ -1,4 +1,4 @@
-"""Corpora of any length: shards that other projects read, and runs that are killed at any moment and go on."""
+"""Corpora of any length: shards that other projects read, and runs that are killed at any moment and resume."""
 import hashlib
 import itertools
 import json
@@ -34,7 +34,7 @@ TEXTS[::50] = [''] * 8
 
 
 def write_inputs(folder: Path) -> list[str]:
-    """The same documents as .jsonl, .parquet and packed files, and a file without any."""
+    """Write the same documents as .jsonl, .parquet and packed files, and a file without any."""
     import gzip
 
     import pyarrow
@@ -51,7 +51,7 @@ def write_inputs(folder: Path) -> list[str]:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Files of several pieces each."""
+    """Write files of several pieces each."""
     for module in (tokenise, documents):
         monkeypatch.setattr(module, 'PIECE', 500)
     return write_inputs(tmp_path / 'in')
@@ -76,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize('num_proc', [1, 2])
 def test_shards_hold_every_token_once_in_the_order_of_the_documents(
         shard_size: int, num_proc: int, files: list[str], tmp_path: Path) -> None:
-    """Written in llm.c's format, as a reader of llm.c's takes it apart."""
+    """The shards are in llm.c's format, taken apart here as a reader of llm.c's takes it apart."""
     ids, folder = expected(), tmp_path / 'out'
     if shard_size > len(ids):
         with pytest.raises(UserError, match=rf'has {len(ids):,} tokens.*none.*\n.*--shard_size={len(ids) // 10} '):
@@ -120,9 +120,9 @@ def test_a_vocabulary_beyond_16_bits_is_written_as_llama_3s_is(tmp_path: Path) -
     assert open_split(tmp_path / 'out', 'train', 8, 70_000).read(9999, 1).tolist() == [69_999]
 
 
-def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(
+def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(
         files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped before or after each of the moments that change a name on the disk, and always run again."""
+    """The run stops before or after each moment that changes a name on the disk, and is always run again."""
     write(tmp_path / 'whole', files)
     real, stops = Path.replace, list[str]()
 
@@ -139,7 +139,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(
     for attempt in range(100):
         left = [attempt % 7 + 1]  # moments until this attempt stops
         for module in (tokenise, documents):
-            monkeypatch.setattr(module, 'PIECE', (500, 60, 2000)[attempt % 3])  # batches need not be those of before
+            monkeypatch.setattr(module, 'PIECE', (500, 60, 2000)[attempt % 3])  # batches may differ between attempts
         try:
             write(tmp_path / 'parts', files)
             break
@@ -149,7 +149,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(
     assert contents(tmp_path / 'parts') == contents(tmp_path / 'whole')
 
 
-def test_what_goes_on_reads_only_the_documents_that_are_left(
+def test_a_resumed_run_reads_only_the_documents_that_are_left(
         files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / 'out', files, 500)
     meta = json.loads((tmp_path / 'out/meta.json').read_text(encoding='utf-8'))
@@ -235,9 +235,9 @@ def test_a_finished_corpus_is_left_as_it_is_and_can_be_made_anew(files: list[str
     assert contents(folder) == contents(tmp_path / 'other')
 
 
-def test_a_command_that_overwrites_goes_on_when_it_is_given_again(
+def test_a_command_that_overwrites_resumes_when_it_is_given_again(
         files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And does not delete what it has done until then."""
+    """And it does not delete what it has done until then."""
     folder, real, finished = tmp_path / 'out', shards.write_shard, list[str]()
     write(folder, files, 5000)
     write(tmp_path / 'other', files)
@@ -258,7 +258,7 @@ def test_a_command_that_overwrites_goes_on_when_it_is_given_again(
     assert contents(folder) == contents(tmp_path / 'other')
 
 
-def test_a_full_disk_is_one_message_and_the_same_command_goes_on(
+def test_a_full_disk_is_one_message_and_the_same_command_resumes(
         files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / 'whole', files)
     real, calls = put_on_disk, itertools.count()
@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_message_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize('has_terminal', [False, True])
-def test_progress_tells_tokens_speed_and_what_is_left(
+def test_progress_shows_tokens_speed_and_what_is_left(
         has_terminal: bool, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr('plaingpt.console.PLAIN_SECONDS', 0.0)
@@ -330,14 +330,14 @@ def test_training_takes_shards_of_several_families_as_it_takes_one_file_of_the_s
 
 @pytest.fixture
 def fineweb(tmp_path: Path) -> Path:
-    """The script in a folder of its own, with what it imports, so that it writes there."""
+    """Copy the script, with what it imports, into a folder of its own, so that it writes there."""
     return copy_script('data/fineweb_edu/prepare.py', tmp_path)
 
 
 def test_fineweb_edus_shards_are_build_nanogpts_sequence_from_local_files_and_from_a_dataset(
         fineweb: Path, documents: list[str], gpt2_stand_in: tiktoken.Encoding, tmp_path: Path) -> None:
-    """As its script makes it: the end of text, then encode_ordinary, document after document; through `datasets`, too,
-    which finds the files of a configuration, and of no other."""
+    """build-nanogpt writes the end of text, then encode_ordinary, document after document. `datasets` gives the same,
+    from the files of one configuration, and of no other."""
     import pyarrow
     import pyarrow.parquet
 
@@ -358,7 +358,7 @@ def test_fineweb_edus_shards_are_build_nanogpts_sequence_from_local_files_and_fr
         train, val = (open_split(tmp_path / f'data/{name}', split, 64, 50257) for split in ('train', 'val'))
         assert len(val) == 1000
         assert np.concatenate([val.read(0, len(val)), train.read(0, len(train))]).tolist() == ids
-        assert len(list((tmp_path / f'data/{name}').glob('train_*.bin'))) == len(ids) // 1000, 'the last is not full'
+        assert len(list((tmp_path / f'data/{name}').glob('train_*.bin'))) == len(ids) // 1000, 'the last not full'
 
 
 def test_a_tokenizer_that_would_read_everything_first_is_refused(fineweb: Path) -> None:
@@ -371,7 +371,7 @@ def test_a_tokenizer_that_would_read_everything_first_is_refused(fineweb: Path) 
 
 @pytest.fixture
 def long_text(tmp_path: Path) -> Iterator[Path]:
-    """Some fifteen million tokens in two files."""
+    """Yield some fifteen million tokens in two files."""
     folder = tmp_path / 'long'
     folder.mkdir()
     for name in ('a', 'b'):
@@ -385,7 +385,8 @@ def long_text(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.usefixtures('gpt2_stand_in')
 def test_kills_at_random_moments_leave_no_torn_missing_or_repeated_token(
         fineweb: Path, long_text: Path, tmp_path: Path) -> None:
-    """The real command, with two processes, killed again and again, against one that nobody killed."""
+    """The real command, with two processes, is killed again and again, and compared with a run that was never
+    killed."""
     command = [sys.executable, str(fineweb), f'--input={long_text}', '--shard_size=300_000', '--num_proc=2']
     folder = tmp_path / 'data/fineweb_edu'
     subprocess.run(command, check=True, capture_output=True)
@@ -401,7 +402,7 @@ def test_kills_at_random_moments_leave_no_torn_missing_or_repeated_token(
             if len(ends) < 8:
                 wait_for_more_shards(folder, running, chance.randint(1, 3))
                 time.sleep(chance.uniform(0, 0.3))
-                running.kill()  # it alone: its workers notice
+                running.kill()  # the run alone: its workers notice
             _, error = running.communicate(timeout=PATIENT)
         finally:
             if running.poll() is None:
@@ -415,6 +416,6 @@ def test_kills_at_random_moments_leave_no_torn_missing_or_repeated_token(
 
 
 def wait_for_more_shards(folder: Path, running: subprocess.Popen[bytes], more: int) -> None:
-    """Until the run has made so many, or has ended."""
+    """Block until the run has made so many more, or has ended."""
     before = len(list(folder.glob('*.bin')))
     wait_until(lambda: len(list(folder.glob('*.bin'))) >= before + more or running.poll() is not None, 'a shard')

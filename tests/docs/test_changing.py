@@ -1,4 +1,4 @@
-"""What docs/changing.md says is true: its names exist, and its changes, made in a copy, train."""
+"""The page docs/changing.md is true: its names exist, and its changes, made in a copy, train."""
 import ast
 import json
 import re
@@ -28,12 +28,12 @@ from plaingpt.corpus.folder import folder_for
 to_dir = ''
 text = 100 * 'Simple is better than complex.'
 if True:
-"""  # and the lines of the page
+"""  # then the lines of the page
 
 
 def named() -> Iterator[tuple[str, str]]:
-    """Each (path, name) of the page; the name of a path alone is ''. In a paragraph of what to touch, names belong to
-    the path before them; elsewhere only those that follow it after a comma do."""
+    """Yield each (path, name) of the page; the name of a path alone is ''. In a paragraph of what to touch, names
+    belong to the path before them; elsewhere only names that follow a path after a comma do."""
     for paragraph in PROSE.split('\n\n'):
         path, end = '', 0
         for span in re.finditer(r'(new )?`([^`\n]+)`', paragraph):
@@ -48,7 +48,7 @@ def named() -> Iterator[tuple[str, str]]:
 
 
 def bound(source: str) -> set[str]:
-    """The names that a file gives to something."""
+    """Return the names that a file binds."""
     nodes = list(ast.walk(ast.parse(source)))
     return ({node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
             | {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)})
@@ -104,7 +104,7 @@ def test_the_changes_work_together(tmp_path: Path, run_script: Callable[..., Com
     again = run_script(str(script), *arguments, '--max_iters=6', '--init_from=resume', '--epsilon=1e-6', cwd=tmp_path)
     assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
 
-    assert "tensorboard is off: No module named 'a_package_that_is_missing'; the run goes on" in first.stdout
+    assert "tensorboard is off: No module named 'a_package_that_is_missing'; the run continues" in first.stdout
     assert re.search(r'^resuming at step 4, with .*epsilon=1e-06 \(was 1e-08\)', again.stdout, re.MULTILINE)
     rows = [json.loads(line) for line in (tmp_path / 'out/metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     assert [row['lr'] for row in rows[:3]] == pytest.approx([1e-2, 0.5e-2, (1 - 0.5**0.5) * 1e-2])
@@ -112,5 +112,5 @@ def test_the_changes_work_together(tmp_path: Path, run_script: Callable[..., Com
     assert 0 <= rows[0]['val_accuracy'] <= rows[0]['val_top5_accuracy'] <= 1
     state = checkpoint.load(tmp_path / 'out/ckpt.pt')
     assert [len(group['params']) for group in state['optimizer']['param_groups']] == [2, 4, 3]
-    assert all('mu_product' in moments for moments in state['optimizer']['state'].values()), 'it is NAdam'
+    assert all('mu_product' in moments for moments in state['optimizer']['state'].values()), 'the optimizer is NAdam'
     assert 'top5_accuracy' in state['best']

@@ -1,12 +1,14 @@
-"""README's promises: its commands are run as they stand there, and what it says of files and settings is compared.
+"""The promises of README and docs/: their commands are run as they stand there, and what they say of files and settings
+is compared.
 
-What README marks with † it calls GPU and download rows. A command that this file runs is in RUN, any other one in
-EXCEPTIONS, with the reason; where the reason is a GPU or a download, README must say so.
+What a table marks with † needs a GPU or a download. A command that this file runs is in RUN, any other one in
+EXCEPTIONS, with the reason; if the reason is a GPU or a download, the page must say so.
 """
 import ast
 import importlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import site
@@ -18,36 +20,43 @@ from typing import NamedTuple
 
 import pytest
 
+from configurator import find_settings
 from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
-PROSE = re.sub(r'^```.*?^```$', '', README, flags=re.MULTILINE | re.DOTALL)  # without its blocks of code
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in (
+    ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted(ROOT.glob('docs/*.md')))
+    if path.name != 'changing.md'}  # tests/docs/test_changing.py reads that
+GUIDE = '\n'.join(PAGES.values())
+PROSE = re.sub(r'^```.*?^```$', '', GUIDE, flags=re.MULTILINE | re.DOTALL)  # without their blocks of code
 PROGRAMS = ('make ', 'python ', 'python3 ', '.venv/bin/python ', 'torchrun ', 'pip ', 'diff ', '. ', 'sbatch ', 'srun ',
-            'kubectl ', 'docker ')
+            'kubectl ', 'docker ', 'plaingpt ')
 MARKS = {'a GPU': ('†', 'GPU', 'Apple'), 'a download': ('†', 'download', 'hub'),
-         'a cluster': ('machines', 'cluster', 'Slurm')}  # how README says that it needs one
+         'a cluster': ('machines', 'cluster', 'Slurm')}  # the words by which README says so
 
 
 class Run(NamedTuple):
-    """How a command of README is run here."""
+    """A run of one of README's commands."""
 
-    more: str  # what is appended, to make it short
-    expected: str  # somewhere in its output: a regular expression; its group is the number that README says to expect
+    more: str  # settings that are appended, to make it short
+    expected: str  # a regular expression, found in the output; its group is the number that README says to expect
 
 
 TRAIN, SAMPLE = '--max_iters=3 --eval_iters=1 --sample_tokens=5', '--max_new_tokens=5 --num_samples=1'
 PLAIN = Run('--max_iters=3', r'\nval loss \d\.\d{4}\n')
-VENV, ACTIVATE = 'python3 -m venv .venv', '. .venv/bin/activate'  # the fixture `clone` runs the first, all the other
+VENV, ACTIVATE = 'python3 -m venv .venv', '. .venv/bin/activate'  # `clone` runs the first, every test the other
 DEFAULT = 'python train.py config/train_stdlib.py'
 
-# In an order in which each finds what it needs
+# In an order in which each command finds what it needs
 RUN = {
     'python data/stdlib/prepare.py': Run('', r'(?m)^train: .* tokens, (\d\.\d+) bytes of text each'),
     'python train.py config/train_gpt2.py --plan=True':
         Run('', r'(?m)^124,3\d\d,\d+ parameters: 12 layers of 12 heads'),
     f'{DEFAULT} --check=True': Run('', r'\n9 checks passed\n'),
     f'{DEFAULT} --overwrite=True': Run(TRAIN, r'\n=== step 3 ===\n'),
+    f'{DEFAULT} --overwrite=True --reference=docs/curves/stdlib.csv': Run(TRAIN, r'\n=== step 3 ===\n'),
+    'python -m plaingpt.run.reference out-stdlib mytext.csv': Run('', r'mytext\.csv is written'),
     f'{DEFAULT} --init_from=auto': Run('--max_iters=5 --eval_iters=1', r'\nresuming at step 3\b'),
     '.venv/bin/python sample.py --out_dir=out-stdlib --start="def main("': Run(SAMPLE, r'(?m)^def main\('),
     '.venv/bin/python sample.py --out_dir=out-stdlib --interactive=True':
@@ -57,14 +66,15 @@ RUN = {
     'python export.py --out_dir=out-stdlib --to=hf': Run('', r' out-stdlib/hf/model\.safetensors\n(?s:.*)\nnext:\n'),
     'python export.py --out_dir=out-stdlib --to=gguf': Run('', r' out-stdlib/gguf/model\.gguf\n(?s:.*)ollama create'),
     'python export.py --out_dir=out-stdlib --to=llmc': Run('', r' out-stdlib/llmc/model\.bin\n(?s:.*)train_gpt2cu'),
-    'python export.py --init_from=THEIRS.pt --out_dir=out-theirs --to=ckpt --n_head=12 --gelu=tanh':
-        Run('--n_head=4 --dataset=stdlib', r' out-theirs/ckpt\.pt\n'),
+    'python export.py --init_from=MODEL.pt --out_dir=out-model --to=ckpt --n_head=12 --gelu=tanh':
+        Run('--n_head=4 --dataset=stdlib', r' out-model/ckpt\.pt\n'),
     'python evaluate.py --out_dir=out-stdlib': Run('--eval_iters=2', r'bits_per_byte\nout-stdlib, step \d+ +\d+\.\d+ '),
     'python evaluate.py --init_from="out-stdlib/ckpt*.pt"':
         Run('--eval_iters=1', r'\nout-stdlib/ckpt\.1\.pt, step \d .*\nout-stdlib/ckpt\.pt, step \d '),
     'python evaluate.py --out_dir=out-stdlib --dataset=README.md':
         Run('--eval_iters=1', r'\ntext of README\.md\n +loss .*\nout-stdlib, step \d+ +\d+\.\d+ '),
     'python train.py config/train_modern_stdlib.py': Run(TRAIN, r'\n=== step 3 ===\n'),
+    'python sample.py --out_dir=out-modern-stdlib': Run(SAMPLE, r'-{15}\n'),
     f'{DEFAULT} --overfit_single_batch=True --max_iters=100': Run('', r'\nPASS: .* in 100 steps\n'),
     'torchrun --standalone --nproc_per_node=2 train.py config/train_stdlib.py --device=cpu --out_dir=out-two '
     '--overwrite=True':
@@ -73,6 +83,7 @@ RUN = {
     'python learn.py start 7': Run('', r'exercises/07_attend\.py is written'),
     'python learn.py hint 7': Run('', r'rows are queries'),
     'python learn.py bug 15': Run('', r'exercises/bug_15_adamw\.py is written.*\na small GPT with it ends at'),
+    'python -m plaingpt.run.report out-stdlib out-two': Run('', r'^open report\.html in a browser\n$'),
     'python train_trivialised.py --max_iters=1': Run('', r'(?m)^step 0, loss (\d\.\d+)'),
     'python course/00_window.py': Run('', r"(?m)^ *\d+ +\d+ +'"),
     'python course/01_counting.py': Run('', r'(?m)^counting tokens +(\d\.\d+)'),
@@ -82,10 +93,10 @@ RUN = {
     'python train_trivialised.py --n_layer=1': PLAIN,
     'python train_trivialised.py --learning_rate=4e-4': PLAIN,
     'python train_trivialised.py': PLAIN,
-    'python data/text/prepare.py --input=PATH --tokenizer=bpe:4096 --name=mine':
-        Run('', r'\n    python train\.py config/train_stdlib\.py --dataset=mine --out_dir=out-mine\n'),
-    f'{DEFAULT} --dataset=mine --out_dir=out-mine': Run(TRAIN, r'\n=== step 3 ===\n'),
-    'python sample.py --out_dir=out-mine': Run(SAMPLE, r'-{15}\n'),
+    'python data/text/prepare.py --input=PATH --tokenizer=bpe:4096 --name=mytext':
+        Run('', r'\n    python train\.py config/train_stdlib\.py --dataset=mytext --out_dir=out-mytext\n'),
+    f'{DEFAULT} --dataset=mytext --out_dir=out-mytext': Run(TRAIN, r'\n=== step 3 ===\n'),
+    'python sample.py --out_dir=out-mytext': Run(SAMPLE, r'-{15}\n'),
     'python train.py --help': Run('', re.escape("out_dir: str = 'out'\n")),
     'python benchmarks/fast_marks.py': Run('', r'(?m)^AdamW +\d'),
     'python benchmarks/memory.py': Run('--n_layer=1', r'2 processes: ddp 16\.\d\d .*, zero1 1[23]\.\d\d .*, fsdp 8\.'),
@@ -96,6 +107,25 @@ GPT2_ON_A_CPU = ('python train.py config/train_gpt2.py --device=cpu --compile=Fa
 EXCEPTIONS = {
     'make train': 'tests/test_pipeline.py runs it',
     'make test': 'runs this very file',
+    'make test-fast': 'is a part of make test',
+    'make lint': '.ci/run runs it',
+    'make reference': 'test_the_settings_are_those_of_the_scripts_line_for_line compares what it writes',
+    'python -m pytest tests/test_twins.py -k causal': 'is a part of what runs this file',
+    'pip install .': 'tests/test_installed.py installs the wheel',
+    'uv venv && uv pip install .': 'a download',
+    'plaingpt prepare stdlib && plaingpt train config/train_stdlib.py': 'tests/test_installed.py runs both, shorter',
+    'pip install -e .': 'tests/test_setup.py does',
+    'plaingpt prepare stdlib': 'tests/test_installed.py runs it for a smaller text',
+    'plaingpt train config/train_stdlib.py': 'tests/test_installed.py runs it, shorter',
+    'plaingpt sample --out_dir=out-stdlib': 'tests/test_installed.py runs it',
+    'python -m plaingpt': 'tests/test_installed.py runs it',
+    'plaingpt train --help': 'tests/test_installed.py runs it',
+    'python -m torch.distributed.run --standalone --nproc_per_node=gpu -m plaingpt train config/train_gpt2.py': 'a GPU',
+    'python benchmarks/ablate.py': 'takes hours; tests/test_ablate.py runs it, shorter',
+    'python benchmarks/modern.py': 'takes half an hour',
+    'python course/all.py': 'tests/test_course.py proves each rung',
+    'python course/all.py --measure=True': 'writes what was measured; tests/test_course.py proves each rung',
+    'python course/ladder.py --only=depth': 'takes many minutes',
     'python learn.py check 7': 'tests/learning/test_learn.py passes and fails it: an exercise that is only begun fails',
     'make ladder': 'takes half an hour; tests/test_course.py holds its numbers together',
     'python -m pytest tests/test_twins.py': 'is a part of what runs this file',
@@ -138,6 +168,9 @@ EXCEPTIONS = {
     'pcluster ssh --cluster-name=plaingpt -i KEY.pem': 'a cluster',
     'pcluster delete-cluster --cluster-name=plaingpt': 'a cluster',
     'docker build -f launch/Dockerfile -t REGISTRY/plaingpt:1 . && docker push REGISTRY/plaingpt:1': 'a cluster',
+    'docker buildx imagetools inspect python:3.12.12-slim-bookworm': 'a cluster',
+    'docker build --build-arg=BASE=python:3.12.12-slim-bookworm@sha256:DIGEST -f launch/Dockerfile '
+    '-t REGISTRY/plaingpt:1 .': 'a cluster',
     'kubectl create secret generic plaingpt --from-env-file=secrets.env': 'a cluster',
     'kubectl apply -f launch/kubernetes.yaml': 'a cluster',
     'kubectl logs -f job/plaingpt': 'a cluster',
@@ -146,7 +179,7 @@ SHORT_GPT2 = '--n_embd=32 --max_iters=2 --gradient_accumulation_steps=2 --eval_i
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
-    """The rows of each table, by what its first column is called."""
+    """Return the rows of each table, by what its first column is called."""
     found = {}
     for table in re.findall(r'(?:^\|.*\n)+', text, re.MULTILINE):
         head, _, *rows = ([cell.strip() for cell in line.strip('|').split(' | ')] for line in table.splitlines())
@@ -155,13 +188,13 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 
 
 def block(language: str) -> list[str]:
-    """The lines of README's blocks of code in a language."""
-    blocks = re.findall(rf'^```{language}\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+    """Return the lines of the code blocks in a language."""
+    blocks = re.findall(rf'^```{language}\n(.*?)^```$', GUIDE, re.MULTILINE | re.DOTALL)
     return ''.join(blocks).splitlines()
 
 
 def commands() -> dict[str, str]:
-    """Every command that README shows, without its comment, and the line that it stands in."""
+    """Return every command that a page shows, without its comment, and the line that it stands in."""
     lines = {line: line for line in block('sh')}
     for line in PROSE.splitlines():
         lines |= {span: line for span in spans(line) if span.startswith(PROGRAMS)}
@@ -169,7 +202,7 @@ def commands() -> dict[str, str]:
 
 
 def spans(text: str) -> list[str]:
-    """What stands in `backticks`."""
+    """Return the texts in `backticks`."""
     return re.findall(r'`([^`\n]+)`', text)
 
 
@@ -185,11 +218,11 @@ def test_every_command_is_run_by_a_test_or_is_an_exception() -> None:
     shown, run = set(commands()), {command.partition(' || ')[0] for command in RUN} | {GPT2_ON_A_CPU, VENV, ACTIVATE}
     assert not run & EXCEPTIONS.keys()
     assert shown - run - EXCEPTIONS.keys() == set(), 'run these in tests/docs/test_readme.py, or say there why not'
-    assert (run | EXCEPTIONS.keys()) - shown == set(), 'README shows these no more'
+    assert (run | EXCEPTIONS.keys()) - shown == set(), 'README no longer shows these'
 
 
 def test_readme_marks_what_needs_a_gpu_or_a_download() -> None:
-    sections = re.split(r'^##+ .*$', README, flags=re.MULTILINE)
+    sections = re.split(r'^##?#? .*$', GUIDE, flags=re.MULTILINE)
     for command, line in commands().items():
         marks = MARKS.get(EXCEPTIONS.get(command, ''), ())
         section = next(section for section in sections if line in section)
@@ -201,11 +234,11 @@ def test_readme_marks_what_needs_a_gpu_or_a_download() -> None:
 
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a clone of the repository would hold, with a .venv as README makes it, and the packages that these tests
-    run on in it."""
+    """Return a folder with the files of a clone of the repository, a .venv as README makes it, and the packages that
+    these tests need in it."""
     folder = tmp_path_factory.mktemp('clone')
     for pattern in ('*.py', 'plaingpt/**/*.py', 'plaingpt/**/*.html', '*.txt', 'README.md', 'Makefile',
-                    'benchmarks/*.py', 'config/*.py', 'course/*.py', 'data/*/prepare.py'):
+                    'benchmarks/*.py', 'config/*.py', 'course/*.py', 'docs/curves/*.csv', 'data/*/prepare.py'):
         for file in ROOT.glob(pattern):
             (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder / file.relative_to(ROOT))
@@ -216,11 +249,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell(folder: Path, *lines: str) -> str:
-    """What lines print that a user types in a terminal, each of which must end well. No GPU is found, and no key for
-    wandb."""
+    """Return what the lines print that a user types in a terminal; each must exit with code 0. No GPU is found, and no
+    key for wandb."""
     secret = ('WANDB', 'MAKE', 'VIRTUAL_ENV')
     environment = {name: value for name, value in os.environ.items() if not name.startswith(secret)}
-    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'  # its python3, and its torchrun
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'  # that environment's python3 and torchrun
     result = subprocess.run(['sh', '-e', '-c', '\n'.join(lines)], cwd=folder, stdin=subprocess.DEVNULL, timeout=PATIENT,
                             env={**environment, 'PATH': path, 'CUDA_VISIBLE_DEVICES': '', 'NETRC': str(folder / 'no'),
                                  'WANDB_CONFIG_DIR': str(folder)},
@@ -232,59 +265,57 @@ def shell(folder: Path, *lines: str) -> str:
 
 @pytest.mark.slow
 def test_the_commands_do_what_readme_says(clone: Path, tiny_text: str) -> None:
-    """As written, but for PATH, and made short by settings that are appended."""
+    """The commands run as written, except for PATH, and are made short by settings that are appended."""
     (clone / 'texts').mkdir()
     for number, text in enumerate(tiny_text.split('\nclass ')):
         (clone / f'texts/{number}.txt').write_text(text, encoding='utf-8')
     torch, model = importlib.import_module('torch'), importlib.import_module('model')
-    torch.save(model.GPT(model.GPTConfig(16, 1024, 1, 4, 16)).state_dict(), clone / 'THEIRS.pt')
+    torch.save(model.GPT(model.GPTConfig(16, 1024, 1, 4, 16)).state_dict(), clone / 'MODEL.pt')
     for command, (more, expected) in RUN.items():
         output = shell(clone, ACTIVATE, f'{command.replace("PATH", "texts")} {more}')
         found = re.search(expected, output)
         assert found, f'{command}\n{output}'
         for measured in found.groups():
-            row = next(row for table in tables(README).values() for row in table if f'`{command}`' in row)
+            row = next(row for table in tables(GUIDE).values() for row in table if f'`{command}`' in row)
             assert float(measured) == pytest.approx(float(re.findall(r'\d+\.\d+', row[-1])[0]), abs=0.1), command
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('gpt2_stand_in')
-def test_gpt2_trains_on_a_cpu_and_goes_on_without_a_key_for_wandb(clone: Path, tmp_path: Path) -> None:
+def test_gpt2_trains_on_a_cpu_and_continues_without_a_key_for_wandb(clone: Path, tmp_path: Path) -> None:
     (tmp_path / 'some.jsonl').write_bytes((ROOT / 'tests/data/documents.jsonl').read_bytes() * 10)
     prepare = f'python data/openwebtext/prepare.py --input={tmp_path}/some.jsonl --val_fraction=0.1'
     output = shell(clone, ACTIVATE, prepare, f'{GPT2_ON_A_CPU} {SHORT_GPT2}')
-    assert len(re.findall(r'^wandb is off: .*; the run goes on$', output, re.MULTILINE)) == 1
+    assert len(re.findall(r'^wandb is off: .*; the run continues$', output, re.MULTILINE)) == 1
     assert re.search(r'^tokens per iteration will be: 2,048 = 8 windows of 256', output, re.MULTILINE)
     assert re.search(r'^step 2: train loss \d+\.\d+, val loss \d+\.\d+$', output, re.MULTILINE)
     assert output.endswith('python sample.py --out_dir=out\n')
 
 
 # ------------------------------------------------------------------------------------------------
-# What it says
+# README's statements
 
 
 def test_no_number_is_missing() -> None:
-    assert re.findall(r'.*@@.*', README) == []
+    assert re.findall(r'.*@@[A-Z].*', GUIDE) == []
 
 
 def test_the_settings_are_those_of_the_scripts_line_for_line() -> None:
-    shown = re.findall(r'^### Settings of (\S+)$(.*?)(?=^##)', README, re.MULTILINE | re.DOTALL)
-    assert [script for script, _ in shown] == ['train.py', 'sample.py', 'evaluate.py', 'export.py',
-                                                'data/text/prepare.py']
-    for script, section in shown:
-        _, lines, *_ = (ROOT / script).read_text(encoding='utf-8').split(f'# {"-" * 96}\n')
-        settings = section.partition('```python\n')[2].partition('```')[0]
-        assert lines.endswith(settings), script
-        assert re.findall(r'^\w+: ', settings, re.MULTILINE) == re.findall(r'^\w+: ', lines, re.MULTILINE)
+    reference = runpy.run_path(str(ROOT / 'docs/reference.py'))
+    assert PAGES['docs/reference.md'] == reference['page'](), 'make reference writes it anew'
+    for script in reference['SCRIPTS']:
+        settings = PAGES['docs/reference.md'].partition(f'### {script}\n\n```python\n')[2].partition('```')[0]
+        assert re.findall(r'^(\w+): ', settings, re.MULTILINE) == list(find_settings(importlib.import_module(
+            script.removesuffix('.py').replace('/', '.')))), script
 
 
 def test_the_exit_codes_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = importlib.import_module('plaingpt.errors')
     sources = [path.read_text(encoding='utf-8') for pattern in ('*.py', 'plaingpt/**/*.py', 'data/*/*.py')
                for path in ROOT.glob(pattern)]
-    names = [name for name, value in vars(errors).items() if isinstance(value, int) and name.isupper()]
+    names = [name for name, value in vars(errors).items() if type(value) is int and name.isupper()]
     used = {getattr(errors, name): name for name in set(names) & names_read(sources)}
-    rows = {int(code): meaning for code, meaning in tables(README)['code']}
+    rows = {int(code): meaning for code, meaning in tables(GUIDE)['code']}
     assert list(rows) == sorted(used)
     for code, name in used.items():
         words = {'INTERRUPTED': 'ctrl-c'}.get(name, name.lower()).split('_')
@@ -292,13 +323,13 @@ def test_the_exit_codes_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch)
 
 
 def names_read(sources: list[str]) -> set[str]:
-    """The variables and attributes that some file reads."""
+    """Return the variables and attributes that some file reads."""
     nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
     read = [node for node in nodes if isinstance(getattr(node, 'ctx', None), ast.Load)]
     return {getattr(node, 'id', '') or getattr(node, 'attr', '') for node in read}
 
 
-FAULTS = {  # what holds each row of the table of faults, in tests/
+FAULTS = {  # the test in tests/ that proves each row of the table of faults
     'SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGQUIT, Ctrl-C':
         'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on',
     'a second Ctrl-C': 'test_watch.test_a_second_interrupt_leaves_at_once',
@@ -343,7 +374,7 @@ FAULTS = {  # what holds each row of the table of faults, in tests/
 
 
 def test_every_row_of_the_table_of_faults_has_its_test() -> None:
-    assert [row[0] for row in tables(README)['fault']] == list(FAULTS)
+    assert [row[0] for row in tables(GUIDE)['fault']] == list(FAULTS)
     for where in FAULTS.values():
         file, _, name = where.partition('.')
         [path] = ROOT.glob(f'tests/**/{file}.py')
@@ -358,30 +389,55 @@ def test_the_table_of_files_names_every_file_once() -> None:
         'data/<name>/prepare.py', 'config/', 'course/', 'launch/', 'plaingpt/', *rooms}
 
 
-def test_every_file_that_is_named_or_linked_is_there() -> None:
-    links = re.findall(r'\]\(([^)\s]+)\)', README)
-    assert len(links) > 10
-    written = {'out-stdlib/', 'out_dir/', 'loss.png', 'data/<name>/'}  # by a run, or by prepare.py
+@pytest.mark.parametrize('page', PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
+    for link in re.findall(r'\]\(([^)\s]+)\)', PAGES[page]):
+        target, _, heading = link.partition('#')
+        if not link.startswith('https://'):
+            file = ROOT.joinpath(page).parent / target if target else ROOT / page
+            assert file.exists(), link
+            headings = [re.sub(r'[^\w -]', '', line.strip('# ').lower()).replace(' ', '-')
+                        for line in (file.read_text(encoding='utf-8').splitlines() if heading else ())
+                        if line.startswith('#')]
+            assert not heading or heading in headings, link
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    written = {'out-stdlib/', 'out_dir/', 'loss.png', 'data/<name>/', 'data/'}  # by a run, or by prepare.py
     words = [word for span in (*spans(PROSE), *block('sh')) for word in shlex.split(span, comments=True)]
     named = [word for word in words if re.fullmatch(r'[\w/<>.-]+(\.(py|md|toml|png)|/)', word)]
     assert 'config/train_gpt2.py' in named
-    missing = {name for name in (*links, *named) if not name.startswith('https://') and name not in written
-               and not [*ROOT.glob(re.sub('<.*>', '*', name))]}
+    missing = {name for name in named if name not in written and not [*ROOT.glob(re.sub('<.*>', '*', name))]}
     assert missing == set()
+
+
+def test_readme_is_read_in_one_sitting() -> None:
+    assert len(README.encode()) <= 10_240
+
+
+def test_pictures_are_small_and_say_what_they_show() -> None:
+    pictures = re.findall(r'!\[(.*?)\]\((.*?\.png)\)', README)
+    assert {path for _, path in pictures} == {'docs/loss.png', 'docs/xray.png'}
+    assert all(len(text) > 20 and (ROOT / path).stat().st_size < 100_000 for text, path in pictures)
 
 
 def test_what_the_ladder_says_to_read_is_in_the_files_that_it_names() -> None:
     ladder = tables(README)['rung']
-    assert len(ladder) == len({row[0] for row in ladder}) > 5
+    pages = re.findall(r'^## (\d+)\. (.*)\n((?s:.*?))(?=^## )', PAGES['docs/ladder.md'], re.MULTILINE)
+    assert [row[0] for row in ladder] == [f'{number}. {name}' for number, name, _ in pages]
     twins = ['model_trivialised.py', 'train_trivialised.py']
-    for rung, read, *_ in ladder:
-        sources = [(ROOT / name).read_text(encoding='utf-8') for name in re.findall(r'\]\((.+?)\)', read) or twins]
+    for (rung, run, _), (_, _, text) in zip(ladder, pages, strict=True):
+        assert '*Ask:*' in text and '*Do* exercise' in text, rung
+        read = text.partition('*Read*')[2].partition('*Run*')[0]
+        links = [file.removeprefix('../') for file in re.findall(r'\]\((.+?)\)', read)]
         for name in spans(read):
-            assert any(has_definition(source, name.split('.')) for source in sources), f'{rung}: where is {name}?'
+            assert any(has_definition((ROOT / file).read_text(encoding='utf-8'), name.split('.'))
+                       for file in links or twins), f'{rung}: where is {name}?'
+        assert spans(run)[0] in text.replace('\n', ' ') or 'course/' in run, rung
 
 
 def has_definition(source: str, names: list[str]) -> bool:
-    """Whether a file defines a function or class of this name; with two names, the second in the first."""
+    """Return whether a file defines a function or class of this name; with two names, the second in the first."""
     scopes: list[ast.AST] = [ast.parse(source)]
     for name in names:
         nodes = [node for scope in scopes for node in ast.walk(scope)]
@@ -392,11 +448,11 @@ def has_definition(source: str, names: list[str]) -> bool:
 def test_every_optimisation_has_its_row() -> None:
     marks = {name: (ROOT / name).read_text(encoding='utf-8').count('# fast: ') for name in top_level_files()}
     assert marks['model.py'] > 3
-    rows = {head.partition(' in ')[2]: len(table) for head, table in tables(README).items() if 'fast:' in head}
+    rows = {head.partition(' in ')[2]: len(table) for head, table in tables(GUIDE).items() if 'fast:' in head}
     assert rows == {name: count for name, count in marks.items() if count}
 
 
-def test_the_plain_files_are_as_short_as_it_says() -> None:
+def test_the_plain_files_are_as_short_as_readme_says() -> None:
     stated = re.search(r'Two files, (\d+) lines', README)
     names = ('model_trivialised.py', 'train_trivialised.py')
     lines = sum(len((ROOT / name).read_text(encoding='utf-8').splitlines()) for name in names)
@@ -408,7 +464,7 @@ def test_readme_and_the_default_run_agree() -> None:
     expected = re.search(r'expected: (\d\.\d+) bits per byte', config)
     stated = re.findall(r'(\S+) bits per byte(?: on files|\s*\|)', README)
     assert expected and stated == [expected[1]] * 2
-    assert f'=== step {importlib.import_module("configurator").configure(*default_run())[0]["max_iters"]} ===' in README
+    assert f'=== step {importlib.import_module("configurator").configure(*default_run())[0]["max_iters"]} ===' in GUIDE
 
 
 def default_run() -> tuple[ModuleType, list[str]]:

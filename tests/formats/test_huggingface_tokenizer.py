@@ -1,4 +1,4 @@
-"""Tokenizers beside the models of others: the ids, the stop and the text that transformers has."""
+"""Tokenizers beside models of other projects: the ids, the stop tokens and the text are those of transformers."""
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from tests.comparing import refused
 
 
 def their_tokenizer(**options: Any) -> Any:
-    """A byte-level BPE as others train it, special tokens first."""
+    """Return a byte-level BPE as other projects train it, special tokens first."""
     library = tokenizers.ByteLevelBPETokenizer(**options)
     library.train_from_iterator([__doc__], vocab_size=300, special_tokens=['<s>', '<|endoftext|>'], show_progress=False)
     library.enable_truncation(8)
@@ -44,7 +44,7 @@ def write(path: Path, **settings: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Tokens that were added
+# Added tokens
 
 
 TEXTS = ['Hi<|user|>hello  mytool<|bot|> and <|endoftext|>more</s>', ' <|user|> mytools', '', ' ', 'no such token\n',
@@ -53,7 +53,7 @@ ADDED = ('mytool', '<|user|>', '<|bot|>', '</s>')
 DECODER = {str(i): {'content': content, 'lstrip': False, 'normalized': False, 'rstrip': False, 'single_word': False,
                     'special': content != 'mytool'} for i, content in enumerate(('<|endoftext|>', *ADDED), start=298)}
 GPT2, FAST = {'tokenizer_class': 'GPT2Tokenizer'}, {'tokenizer_class': 'PreTrainedTokenizerFast'}
-KINDS: dict[str, tuple[bool, dict[str, dict[str, Any]]]] = {  # whether it is tokenizer.json, and what else is there
+KINDS: dict[str, tuple[bool, dict[str, dict[str, Any]]]] = {  # whether it is tokenizer.json, and the other files
     'nothing said': (True, {}),
     'a space first': (True, {'tokenizer_config.json': GPT2 | {'add_prefix_space': True}}),
     'a space first, which their class does not look for there': (
@@ -110,46 +110,48 @@ def save_tokenizer(folder: Path, is_one_file: bool, settings: dict[str, dict[str
 @pytest.mark.parametrize('space_first', [False, True])
 @pytest.mark.parametrize('kind', KINDS)
 def test_added_tokens_are_read_as_transformers_reads_them(kind: str, space_first: bool, tmp_path: Path) -> None:
-    """The ids of texts, and the texts of ids; where a text ends, and where `generate` ends it; also after an export."""
+    """Compare the ids of texts, the texts of ids, and the tokens at which a text, and `generate`, ends; also after an
+    export."""
     transformers = pytest.importorskip('transformers')
     is_one_file, settings = KINDS[kind]
-    folder = their_folder(tmp_path / 'theirs', 303, **settings.get('config.json', {}))
+    folder = their_folder(tmp_path / 'source', 303, **settings.get('config.json', {}))
     save_tokenizer(folder, is_one_file, settings, space_first)
-    ours = learned(folder)
-    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/ours'])
-    for path in (folder, tmp_path / 'ours'):
-        theirs = transformers.AutoTokenizer.from_pretrained(path)
+    found = learned(folder)
+    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/exported'])
+    for path in (folder, tmp_path / 'exported'):
+        reference = transformers.AutoTokenizer.from_pretrained(path)
         for text in TEXTS:
-            ids = theirs(text).input_ids
-            assert ours.encode_prompt(text) == ours.encode(text) == ids
-            assert [i.tolist() for i in ours.encode_batch([text, text])] == [ids, ids]
-            assert ours.decode(ids) == theirs.decode(ids)
-        assert {i for i in ours.special if i is not None} == set(theirs.all_special_ids) | {
-            i for i, token in theirs.added_tokens_decoder.items() if token.special}
+            ids = reference(text).input_ids
+            assert found.encode_prompt(text) == found.encode(text) == ids
+            assert [i.tolist() for i in found.encode_batch([text, text])] == [ids, ids]
+            assert found.decode(ids) == reference.decode(ids)
+        assert {i for i in found.special if i is not None} == set(reference.all_special_ids) | {
+            i for i, token in reference.added_tokens_decoder.items() if token.special}
         model = transformers.AutoModelForCausalLM.from_pretrained(path)
         generation = model.generation_config
         stops = [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else generation.eos_token_id
-        known = [i for i in stops if i is not None and i < len(theirs)]
-        assert ours.eot == (known or [theirs.eos_token_id or theirs.convert_tokens_to_ids('<|endoftext|>')])[0]
+        known = [i for i in stops if i is not None and i < len(reference)]
+        assert found.eot == (known or [reference.eos_token_id or reference.convert_tokens_to_ids('<|endoftext|>')])[0]
         if known:
-            assert ours.bos == generation.bos_token_id
-    assert tokenizer.from_state(ours.state()).state() == ours.state() == tokenizer_of(str(folder)).state()
-    assert ours.token_sizes()[ours.pieces.index(b'mytool')] == 6
-    without_text = {i for i, n_bytes in enumerate(ours.token_sizes()) if not n_bytes}
-    assert without_text == {ours.eot, ours.bos} & ours.special
+            assert found.bos == generation.bos_token_id
+    assert tokenizer.from_state(found.state()).state() == found.state() == tokenizer_of(str(folder)).state()
+    assert found.token_sizes()[found.pieces.index(b'mytool')] == 6
+    without_text = {i for i, n_bytes in enumerate(found.token_sizes()) if not n_bytes}
+    assert without_text == {found.eot, found.bos} & found.special
 
 
-def test_a_tokenizer_that_adds_only_the_end_of_a_text_is_one_of_ours(tmp_path: Path) -> None:
-    """So that a run that was exported, and lost its plaingpt.json, is the same again: the name in a text is text."""
-    ours = tokenizer.build('bpe:300', lambda: [__doc__ or ''], eot=True)
+def test_a_tokenizer_that_adds_only_the_end_of_a_text_is_read_as_plaingpts(tmp_path: Path) -> None:
+    """So a run that was exported, and lost its plaingpt.json, is the same again: the token's name in a text is text."""
+    found = tokenizer.build('bpe:300', lambda: [__doc__ or ''], eot=True)
     folder = their_folder(tmp_path, 300)
-    ours.to_huggingface().save(str(folder / 'tokenizer.json'))
-    assert learned(folder).state() == ours.state() == tokenizer_of(str(folder / 'tokenizer.json')).state()
-    assert learned(folder).encode('<|endoftext|>') == ours.encode('<|endoftext|>') != [ours.eot]
+    found.to_huggingface().save(str(folder / 'tokenizer.json'))
+    assert learned(folder).state() == found.state() == tokenizer_of(str(folder / 'tokenizer.json')).state()
+    assert learned(folder).encode('<|endoftext|>') == found.encode('<|endoftext|>') != [found.eot]
 
 
 def test_a_text_that_a_token_may_span_is_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tokens that have a space in them, or that take the spaces around them; and cut, without such tokens."""
+    """Texts with tokens that have a space in them, or that take the spaces around them; without such tokens, texts are
+    cut."""
     transformers = pytest.importorskip('transformers')
     monkeypatch.setattr(tokenizer, 'PART', 3)
     for number, flags in enumerate([{}, {'lstrip': True}, {'rstrip': True}, {'single_word': True}]):
@@ -160,20 +162,20 @@ def test_a_text_that_a_token_may_span_is_not_cut(tmp_path: Path, monkeypatch: py
             decoder = {str(i): entry for i, entry in DECODER.items() if i in ('298', '299')}
             decoder['299'] = decoder['299'] | {'content': name} | flags
             write(folder / 'tokenizer_config.json', **GPT2, added_tokens_decoder=decoder)
-            ours, text = learned(folder), 'then my tool and  mytool  or mytools there ' * 3
-            assert ours.encode(text) == transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids
-            assert ours.may_cut == (name == 'mytool' and not flags)
-            assert (len(list(ours.parts(text))) > 10) == ours.may_cut
+            found, text = learned(folder), 'then my tool and  mytool  or mytools there ' * 3
+            assert found.encode(text) == transformers.AutoTokenizer.from_pretrained(folder)(text).input_ids
+            assert found.may_cut == (name == 'mytool' and not flags)
+            assert (len(list(found.parts(text))) > 10) == found.may_cut
 
 
-def test_a_sample_stops_at_their_token_and_ollama_learns_which_it_is(
+def test_a_sample_stops_at_the_models_own_token_and_ollama_is_told_which_it_is(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     gguf = pytest.importorskip('gguf')
-    folder = their_folder(tmp_path / 'theirs', 303, tie_word_embeddings=False)
+    folder = their_folder(tmp_path / 'source', 303, tie_word_embeddings=False)
     save_tokenizer(folder, True, {'tokenizer_config.json': FAST | {'eos_token': '</s>'}}, False)
     transformers = pytest.importorskip('transformers')
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():  # it always says </s>
+    with torch.no_grad():  # the model always predicts </s>
         model.transformer.ln_f.bias.fill_(1.0)
         model.transformer.ln_f.weight.zero_()
         model.lm_head.weight.zero_()
@@ -202,21 +204,21 @@ def test_a_special_token_keeps_the_flags_that_it_was_added_with(tmp_path: Path) 
     its = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
     its['added_tokens'][-1] |= {'lstrip': True, 'rstrip': True}
     write(folder / 'tokenizer.json', added_tokens=its['added_tokens'])
-    ours, theirs = learned(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    found, reference = learned(folder), transformers.AutoTokenizer.from_pretrained(folder)
     text = 'hello </s> there </s>'
-    assert ours.encode(text) == theirs(text).input_ids and ours.eot == 302
-    assert not ours.may_cut
+    assert found.encode(text) == reference(text).input_ids and found.eot == 302
+    assert not found.may_cut
 
 
 def test_an_eos_that_is_an_ordinary_token_gets_no_name(tmp_path: Path) -> None:
-    """As GPT2Config's 50256 is in a larger vocabulary; even if it is half a character."""
+    """One example is GPT2Config's 50256 in a larger vocabulary; such a token may even be half a character."""
     pytest.importorskip('gguf')
     transformers = pytest.importorskip('transformers')
     for number, eos in enumerate((125, 261)):
-        folder = their_folder(tmp_path / f'theirs{number}', 303, eos_token_id=eos, bos_token_id=eos)
+        folder = their_folder(tmp_path / f'source{number}', 303, eos_token_id=eos, bos_token_id=eos)
         save_tokenizer(folder, True, {'tokenizer_config.json': FAST}, False)
-        ours = learned(folder)
-        assert ours.eot == eos and ours.token_sizes()[eos] > 0
+        found = learned(folder)
+        assert found.eot == eos and found.token_sizes()[eos] > 0
         for to in ('hf', 'gguf'):
             export.main([f'--init_from={folder}', f'--to={to}', f'--to_dir={tmp_path}/{number}{to}'])
         assert 'stop' not in (tmp_path / f'{number}gguf/Modelfile').read_text(encoding='utf-8').split('"""')[2]
@@ -231,32 +233,32 @@ def test_a_special_token_that_only_the_settings_name_is_added_if_the_model_has_a
         folder = their_folder(tmp_path / str(n_vocab), n_vocab)
         save_tokenizer(folder, True, {'tokenizer_config.json': FAST | {
             'eos_token': '<a>', 'pad_token': '<b>', 'additional_special_tokens': ['<c>']}}, False)
-        ours, theirs = learned(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        found, reference = learned(folder), transformers.AutoTokenizer.from_pretrained(folder)
         text = 'one<a>two' if added else 'one two'
-        assert ours.encode(text) == theirs(text).input_ids and ours.n_vocab == 303 + len(added)
-        assert [piece.decode() for piece in ours.pieces[303:]] == added
-        assert ours.eot == (303 if added else 298)
+        assert found.encode(text) == reference(text).input_ids and found.n_vocab == 303 + len(added)
+        assert [piece.decode() for piece in found.pieces[303:]] == added
+        assert found.eot == (303 if added else 298)
 
 
 def test_a_text_may_end_at_any_of_several_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As `generate` ends it; also after an export."""
+    """It ends as `generate` ends it; also after an export."""
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('gguf')
-    folder = their_folder(tmp_path / 'theirs', 303, tie_word_embeddings=False)
+    folder = their_folder(tmp_path / 'source', 303, tie_word_embeddings=False)
     save_tokenizer(folder, True, {'generation_config.json': {'eos_token_id': [301, 302]}}, False)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():  # it always says </s>, which is the second of them
+    with torch.no_grad():  # the model always predicts </s>, the second of them
         model.transformer.ln_f.bias.fill_(1.0)
         model.transformer.ln_f.weight.zero_()
         model.lm_head.weight.zero_()
         model.lm_head.weight[302] = 1.0
     model.save_pretrained(folder)
     for path in (folder, tmp_path / 'hf'):
-        ours = learned(path)
-        assert (ours.eot, ours.stops) == (301, (301, 302))
-        assert tokenizer.from_state(ours.state()).stops == ours.stops
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
-        assert len(theirs.generate(torch.tensor([[5]]), do_sample=False, max_new_tokens=9)[0]) == 2
+        found = learned(path)
+        assert (found.eot, found.stops) == (301, (301, 302))
+        assert tokenizer.from_state(found.state()).stops == found.stops
+        reference = transformers.AutoModelForCausalLM.from_pretrained(path)
+        assert len(reference.generate(torch.tensor([[5]]), do_sample=False, max_new_tokens=9)[0]) == 2
         capsys.readouterr()
         sample.main([f'--init_from={path}', '--start=<|user|>', '--stop=True', '--num_samples=1', '--temperature=0'])
         assert capsys.readouterr().out == f'<|user|>\n{sample.RULE}\n'
@@ -267,11 +269,11 @@ def test_a_text_may_end_at_any_of_several_tokens(tmp_path: Path, capsys: pytest.
 
 
 def test_names_of_special_tokens_in_a_text_count_as_text(tmp_path: Path) -> None:
-    """So that bits per byte are those of the whole text."""
+    """So bits per byte count the whole text."""
     folder = their_folder(tmp_path, 303)
     save_tokenizer(folder, True, {'tokenizer_config.json': FAST | {'eos_token': '</s>'}}, False)
-    ours, text = learned(folder), 'hello<|user|> and<|bot|>mytool'
-    assert sum(ours.token_sizes()[i] for i in ours.encode(text)) == len(text.encode())
+    found, text = learned(folder), 'hello<|user|> and<|bot|>mytool'
+    assert sum(found.token_sizes()[i] for i in found.encode(text)) == len(text.encode())
 
 
 def test_a_folder_without_a_tokenizer_is_not_taken_for_gpt2s(tmp_path: Path) -> None:
@@ -287,11 +289,11 @@ def test_a_token_that_begins_every_text_begins_every_prompt(
     library.no_truncation()
     library.post_processor = tokenizers.processors.TemplateProcessing('<s> $A', special_tokens=[('<s>', 0)])
     library.save(str(folder / 'tokenizer.json'))
-    ours, theirs = learned(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    found, reference = learned(folder), transformers.AutoTokenizer.from_pretrained(folder)
     for text in ('', 'the ids', '<|endoftext|> of\n'):
-        assert ours.encode_prompt(text) == [0, *ours.encode(text)] == theirs(text).input_ids
+        assert found.encode_prompt(text) == [0, *found.encode(text)] == reference(text).input_ids
     sample.main([f'--init_from={folder}', '--start=', '--num_samples=1', '--max_new_tokens=0'])
-    assert ours.bos == 0 and capsys.readouterr().out.endswith(f'\n{sample.RULE}\n')
+    assert found.bos == 0 and capsys.readouterr().out.endswith(f'\n{sample.RULE}\n')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -300,34 +302,35 @@ def test_a_token_that_begins_every_text_begins_every_prompt(
 
 @pytest.mark.parametrize('is_one_file', [True, False])
 def test_a_tokenizer_of_gpt2s_kind_is_read_from_a_folder(is_one_file: bool, tmp_path: Path) -> None:
-    folder, theirs = their_folder(tmp_path / 'theirs', 300), their_tokenizer()
+    folder, reference = their_folder(tmp_path / 'source', 300), their_tokenizer()
     if is_one_file:
-        theirs.save(str(folder / 'tokenizer.json'))
+        reference.save(str(folder / 'tokenizer.json'))
     else:
-        theirs.save_model(str(folder))
+        reference.save_model(str(folder))
     model, state = open_model(str(folder))
-    ours = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
-    theirs.no_truncation()
+    found = learned_tokenizer(state, model.config.vocab_size, corpus_of(state))
+    reference.no_truncation()
     for text in (__doc__, 'naïve café 日本語 \x00 end  of\n'):
-        assert ours.encode(text) == theirs.encode(text).ids
-        assert ours.decode(ours.encode(text)) == text
-    assert (ours.eot, ours.n_vocab, ours.pieces[0]) == (1, theirs.get_vocab_size(), b'<s>')
-    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/ours'])
-    assert open_model(f'{tmp_path}/ours')[1]['tokenizer'] == ours.state()
-    assert tokenizers.Tokenizer.from_file(f'{tmp_path}/ours/tokenizer.json').encode(__doc__).ids == ours.encode(__doc__)
+        assert found.encode(text) == reference.encode(text).ids
+        assert found.decode(found.encode(text)) == text
+    assert (found.eot, found.n_vocab, found.pieces[0]) == (1, reference.get_vocab_size(), b'<s>')
+    export.main([f'--init_from={folder}', f'--to_dir={tmp_path}/exported'])
+    assert open_model(f'{tmp_path}/exported')[1]['tokenizer'] == found.state()
+    exported = tokenizers.Tokenizer.from_file(f'{tmp_path}/exported/tokenizer.json')
+    assert exported.encode(__doc__).ids == found.encode(__doc__)
 
 
-def test_a_model_of_the_hub_has_the_tokenizer_that_is_there(tmp_path: Path, run_script: Callable[..., Any]) -> None:
-    """Without network, out of the cache that a download has left."""
-    cache = tmp_path / 'hub/models--somebody--novels'
+def test_a_model_of_the_hub_has_the_tokenizer_beside_it(tmp_path: Path, run_script: Callable[..., Any]) -> None:
+    """Without network, the tokenizer comes out of the cache that a download has left."""
+    cache = tmp_path / 'hub/models--alice--novels'
     (cache / 'refs').mkdir(parents=True)
     (cache / 'refs/main').write_text('0' * 40, encoding='utf-8')
     folder = their_folder(cache / 'snapshots' / ('0' * 40), 300)
     their_tokenizer().save(str(folder / 'tokenizer.json'))
-    arguments = ['export.py', '--init_from=somebody/novels', f'--to_dir={tmp_path}/ours']
+    arguments = ['export.py', '--init_from=alice/novels', f'--to_dir={tmp_path}/exported']
     result = run_script(*arguments, cwd=tmp_path, environment={'HF_HOME': str(tmp_path)})
     assert result.returncode == 0, result.stderr
-    state = json.loads((tmp_path / 'ours/plaingpt.json').read_text(encoding='utf-8'))
+    state = json.loads((tmp_path / 'exported/plaingpt.json').read_text(encoding='utf-8'))
     expected = open_model(str(folder))[1]['tokenizer']
     assert state['tokenizer'] == expected and expected['name'].startswith('bpe:')
 
@@ -360,4 +363,4 @@ def test_a_tokenizer_of_another_kind_is_not_taken_for_gpt2s(kind: str, tmp_path:
     message = refused(open_model, str(tmp_path), code=errors.CHECKPOINT)
     assert f"the tokenizer of {tmp_path} is damaged, or of another kind than GPT-2's" in message
     path.unlink()
-    assert open_model(str(tmp_path))[1] == {}, 'as it advises'
+    assert open_model(str(tmp_path))[1] == {}, 'as the message advises'

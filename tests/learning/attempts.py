@@ -1,4 +1,4 @@
-"""What learners might write, in other words than the plain file's, and what they are told of it; '': it passes."""
+"""Attempts that learners might write, in other words than the plain file's, and the answer to each; '': it passes."""
 
 ATTEMPTS: list[tuple[str, str, str]] = [
     ('merge', """
@@ -55,6 +55,33 @@ def most_frequent_pair(words):
     counts = Counter(pair for word in words for pair in zip(word, word[1:]))
     return min(counts, key=lambda pair: (-counts[pair], pair), default=None)
 """, 'a word counts once'),
+    ('most_frequent_pair', """
+def most_frequent_pair(words):
+    counts = Counter()
+    for word, n in words.items():
+        i = 0
+        while i + 1 < len(word):
+            counts[word[i], word[i + 1]] += n
+            i += 2 if word[i] == word[i + 1] else 1
+    return min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+""", 'should be (1, 1), and here it is (0, 3)'),
+    ('most_frequent_pair', """
+def most_frequent_pair(words):
+    counts = Counter()
+    while words:
+        word, n = words.popitem()
+        for pair in pairwise(word):
+            counts[pair] += n
+    return min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+""", 'its arguments are changed'),
+    ('most_frequent_pair', """
+def most_frequent_pair(words):
+    counts = Counter()
+    for word, n in words.items():
+        for pair in pairwise(word):
+            counts[pair] += n
+    min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+""", 'this returns nothing (has it a `return`?)'),
     ('encode', """
 def encode(text, merges):
     numbers = {pair: 256 + i for i, pair in enumerate(merges)}
@@ -104,7 +131,7 @@ def softmax(x):
 def softmax(x):
     e = (x - x.amax(-1, keepdim=True)).exp()
     e / e.sum(-1, keepdim=True)
-""", 'nothing (is there a `return`?)'),
+""", 'nothing (has it a `return`?)'),
     ('cross_entropy', """
 def cross_entropy(logits, targets):
     p = torch.softmax(logits, -1)
@@ -123,7 +150,20 @@ def cross_entropy(logits, targets):
 def cross_entropy(logits, targets):
     log_p = torch.log_softmax(logits, -1)
     return -log_p[:, :, targets].mean()
-""", 'differ'),
+""", 'should be 2.14851, and is 2.18579'),
+    ('cross_entropy', """
+def cross_entropy(logits, targets):
+    return -torch.log_softmax(logits, -1).gather(-1, targets[..., None]).mean().item()
+""", 'this returns a number; it should be a tensor of shape ()'),
+    ('cross_entropy', """
+def cross_entropy(logits, targets):
+    return -torch.log_softmax(logits.detach(), -1).gather(-1, targets[..., None]).mean()
+""", 'does a gradient flow through it? .item(), .detach() and numpy cut it off'),
+    ('cross_entropy', """
+def cross_entropy(logits, targets):
+    p = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+    return -torch.log(p.gather(-1, targets[..., None])).mean()
+""", 'subtract the largest first'),
     ('gradient_of_cross_entropy', """
 def gradient_of_cross_entropy(logits, targets):
     z = logits.clone().requires_grad_()
@@ -182,6 +222,25 @@ def attend(q, k, v):
     w = (q @ k.transpose(-2, -1) / 3).softmax(-1)
     return w @ v
 """, 'the model reads the answer'),
+    ('attend', """
+def attend(q, k, v):
+    s = q @ k.transpose(1, 2) / math.sqrt(q.size(2))
+    s = s + torch.triu(torch.ones(s.shape[1:]), 1) * float('-inf')
+    return softmax(s) @ v
+""", 'the one at [0, 0, 0] should be -0.70123, and is nan (inf - inf, 0 * inf and 0 / 0 are nan)'),
+    ('attend', """
+def attend(q, k, v):
+    s = q @ k.transpose(1, 2) / math.sqrt(q.size(2))
+    s = s.masked_fill(torch.ones(s.shape[1:]).triu(1) == 1, -math.inf)
+    return torch.dropout(softmax(s), 0.1, True) @ v
+""", 'this gives different answers: is it random?'),
+    ('attend', """
+def attend(q, k, v):
+    s = q @ k.transpose(1, 2) / math.sqrt(q.size(2))
+    T = q.size(1)
+    s = s.masked_fill(torch.ones(T, T).triu(1) + torch.ones(T, T).tril(-16) == 1, -math.inf)
+    return softmax(s) @ v
+""", 'row 16 does not look at token 0'),
     ('Attention.forward', """
 class Attention(nn.Module):
     def __init__(self, config):
@@ -243,6 +302,23 @@ def clip(gradients, limit):
         out.append(g * limit / (n + 1e-6) if n > limit else g)
     return out, math.sqrt(sum((g ** 2).sum().item() for g in gradients))
 """, 'each weight is clipped on its own'),
+    ('clip', """
+def clip(gradients, limit):
+    length = math.sqrt(sum((g ** 2).sum().item() for g in gradients) + 1e-6)
+    return [g * min(1.0, limit / length) for g in gradients], length
+""", 'added to the square of the length'),
+    ('clip', """
+def clip(gradients, limit):
+    length = math.sqrt(sum((g ** 2).sum().item() for g in gradients))
+    return [g * min(1.0, limit / (length + 1e-6)) for g in gradients]
+""", 'a tensor of shape (5,)); it should be (tuple of 2: (list of 2: a tensor of shape (3, 4)'),
+    ('clip', """
+def clip(gradients, limit):
+    length = math.sqrt(sum((g ** 2).sum().item() for g in gradients))
+    for g in gradients:
+        g *= min(1.0, limit / length)
+    return gradients, length
+""", 'the 1e-6 is missing, with which PyTorch keeps a length of 0 from dividing\nand: its arguments are changed'),
     ('adamw', """
 def adamw(p, g, m, v, step, lr, decay):
     m.mul_(beta1).add_(g, alpha=1 - beta1)
@@ -282,6 +358,25 @@ def accumulate(model, x, y, batch_size):
         (model(a, b)[1] * len(a) / len(x)).backward()
     return [p.grad for p in model.parameters()]
 """, ''),
+    ('accumulate', """
+def accumulate(model, x, y, batch_size):
+    return list(torch.autograd.grad(model(x, y)[1], list(model.parameters())))
+""", 'MemoryError: the model was given 7 windows, and only 3 fit into memory'),
+    ('accumulate', """
+def accumulate(model, x, y, batch_size):
+    for a, b in zip(x.split(batch_size), y.split(batch_size)):
+        (model(a, b)[1] * len(a) / len(x)).backward()
+    return [p.grad.clone() for p in model.parameters()]
+""", 'of 7 windows: '),
+    ('zero1', """
+def zero1(weights, gradients, moments, step, lr, decay):
+    n = len(weights)
+    for i in range(len(weights[0])):
+        m, v = moments[i % n][i]
+        adamw(weights[i % n][i], gradients[i % n][i], m, v, step, lr, decay)
+        for machine in range(n):
+            weights[machine][i] = weights[i % n][i]
+""", 'how many tensors 2 machines hold should be 8, and here it is 4'),
     ('reduce_scatter', """
 def reduce_scatter(parts):
     n = len(parts)

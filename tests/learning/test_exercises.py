@@ -1,8 +1,9 @@
-"""Every exercise can be done, and every known mistake is told as what it is: by the numbers that it gives."""
+"""Every exercise can be done, and every known mistake is recognised by the numbers that it gives."""
 import itertools
 
 import pytest
 
+from plaingpt.learning import whole
 from plaingpt.learning.exercises import EXERCISES
 from plaingpt.learning.mistakes import MISTAKES
 from plaingpt.learning.part import HOLE, Exercise, Results
@@ -28,11 +29,11 @@ def test_there_are_22_exercises_each_with_known_mistakes_and_a_hint() -> None:
     assert all(len(mistakes) >= 4 for mistakes in MISTAKES.values())
     for exercise in EXERCISES:
         lines = [line.strip() for line in body_of(exercise).splitlines() if len(line.strip()) > 20]
-        assert exercise.hint and not any(line in exercise.hint for line in lines), 'a hint is no solution'
+        assert exercise.hint and not any(line in exercise.hint for line in lines), 'a hint is not the solution'
 
 
 @each
-def test_a_hole_is_not_passed_and_the_lines_of_the_plain_file_are(exercise: Exercise) -> None:
+def test_a_hole_fails_and_the_lines_of_the_plain_file_pass(exercise: Exercise) -> None:
     path = exercise.file.with_name('exercise.py')
     assert of_lines(exercise, exercise.text(exercise.hole()), path) == (False, 'nothing is written there yet')
     passed, says = of_lines(exercise, exercise.text(), path)
@@ -41,7 +42,7 @@ def test_a_hole_is_not_passed_and_the_lines_of_the_plain_file_are(exercise: Exer
 
 
 @each
-def test_each_known_mistake_is_told_as_itself_and_no_two_are_the_same(exercise: Exercise) -> None:
+def test_each_known_mistake_is_named_as_itself_and_no_two_are_the_same(exercise: Exercise) -> None:
     right, path = answers(exercise, body_of(exercise)), exercise.file.with_name('exercise.py')
     seen: list[tuple[str, Results]] = []
     for mistake in MISTAKES[exercise.part]:
@@ -53,3 +54,11 @@ def test_each_known_mistake_is_told_as_itself_and_no_two_are_the_same(exercise: 
         assert of_lines(exercise, exercise.text(body), path) == (False, mistake.says)
     for (says, one), (also, other) in itertools.combinations(seen, 2):
         assert says == also or not agree(one, other), f'{says} cannot be told from {also}'
+
+
+@each
+def test_a_gpt_with_any_known_mistake_in_it_can_be_trained(exercise: Exercise) -> None:
+    """As `learn.py bug` does, though a part may leave a parameter out."""
+    for mistake in MISTAKES[exercise.part] if exercise.where.__name__ in whole.LEARNS else ():
+        learned = whole.learned(plain(exercise, mistake.planted(body_of(exercise))), 1)
+        assert isinstance(learned.val_loss, float), mistake.says

@@ -27,7 +27,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(('part', 'text', 'told'), ATTEMPTS, ids=[
     f'{number} {part}' for number, (part, _, _) in enumerate(ATTEMPTS)])
-def test_attempts_in_other_words_are_told_what_they_do(part: str, text: str, told: str) -> None:
+def test_attempts_in_other_words_are_answered_by_what_they_do(part: str, text: str, told: str) -> None:
     exercise = BY_PART[part]
     head = '; '.join(line for line in exercise.imports() if 'import' in line)
     passed, says = of_lines(exercise, f'import torch.nn as nn; {head}{text}', Path('exercise.py'))
@@ -63,7 +63,7 @@ def test_an_exercise_is_started_tried_and_done(capfd: pytest.CaptureFixture[str]
     assert 'gelu                       model_trivialised.py       done' in capfd.readouterr().out
     path.write_text(path.read_text(encoding='utf-8') + '\n# another thought', encoding='utf-8')
     learn.main(['list'])
-    assert 'done' not in capfd.readouterr().out, 'it has not been checked since'
+    assert 'done' not in capfd.readouterr().out, 'the file has not been checked since'
 
 
 def test_hints_and_the_lines_of_the_plain_file_are_shown(capfd: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_hints_and_the_lines_of_the_plain_file_are_shown(capfd: pytest.CaptureFi
         assert shown.startswith('def ') and f'def {exercise.part.rpartition(".")[2]}(' in shown
 
 
-def test_a_planted_bug_is_found_only_when_it_is_mended(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_planted_bug_is_found_only_when_it_is_fixed(capfd: pytest.CaptureFixture[str]) -> None:
     learn.main(['bug', '14'])
     path = Path('exercises/bug_14_clip.py')
     said = capfd.readouterr().out
@@ -89,7 +89,7 @@ def test_a_planted_bug_is_found_only_when_it_is_mended(capfd: pytest.CaptureFixt
 @pytest.mark.parametrize('words', [
     ['strat', '3'], ['start'], ['start', '0'], ['start', '23'], ['start', '-1'], ['check', 'GPT'], ['hint', '1', '2'],
     ['list', '3'], ['start', '1e1'], ['show', '²']])
-def test_what_is_typed_wrongly_is_refused_with_what_can_be_typed(words: list[str]) -> None:
+def test_a_mistyped_command_is_refused_with_the_commands_that_exist(words: list[str]) -> None:
     assert 'exercise' in (said := refused(learn.main, words, code=COMMAND)) or 'the commands are' in said
     assert not Path('exercises').exists()
 
@@ -104,7 +104,7 @@ def test_a_file_that_is_missing_is_asked_for() -> None:
     ('return x +', 'line N: return x +\ninvalid syntax'),
     ('return undefined', "line N: return undefined\nNameError: name 'undefined' is not defined"),
 ])
-def test_whatever_happens_to_the_learners_process_there_is_an_answer(body: str, told: str) -> None:
+def test_the_learner_gets_an_answer_whatever_happens_to_the_process(body: str, told: str) -> None:
     learn.main(['start', 'gelu'])
     fill(Path('exercises/09_gelu.py'), body)
     said = refused(learn.main, ['check', 'gelu'], code=CHECK_FAILED)
@@ -112,7 +112,7 @@ def test_whatever_happens_to_the_learners_process_there_is_an_answer(body: str, 
 
 
 def judged_within_a_second(body: str) -> tuple[int, bool, str]:
-    """Judge an exercise with this body in a process of its own, which has one second in place of 20."""
+    """Judge an exercise with this body in a process of its own, which has one second instead of 20."""
     path, answer = Path('exercises/01_merge.py'), Path('answer.json')
     learn.main(['start', 'merge'])
     fill(path, body)
@@ -123,9 +123,9 @@ def judged_within_a_second(body: str) -> tuple[int, bool, str]:
     return done.returncode, passed, says
 
 
-def test_a_loop_without_an_end_ends_and_is_shown() -> None:
+def test_an_endless_loop_is_ended_and_shown() -> None:
     code, passed, says = judged_within_a_second('i = 0\n    while i < 1:\n        pass')
     assert (code, passed) == (0, False)
     line, _, rest = says.partition('\n')
     assert re.fullmatch(r'line \d+: (while i < 1:|pass)', line)
-    assert rest == 'it has not ended after 1 seconds: does its loop come to an end?'
+    assert rest == 'it has not ended after 1 seconds: does its loop end?'

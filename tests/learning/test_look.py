@@ -1,4 +1,5 @@
-"""What is seen in a model is what its own parts compute: each of them, in every kind of model."""
+"""The tables and lenses that look() shows of a model are what the model's own parts compute: each of them, in every
+kind of model."""
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +23,8 @@ kinds = pytest.mark.parametrize('kind', KINDS.values(), ids=KINDS)
 
 @torch.no_grad()
 def model_of(kind: dict[str, Any]) -> GPT:
-    """A model in float64 whose weights are all random, gains and shares too, so that none can be left out unseen."""
+    """Return a model in float64 whose weights are all random, gains and shares too, so that none can be left out
+    unseen."""
     config = GPTConfig(**{'block_size': T, 'vocab_size': 61, 'n_layer': 3, 'n_head': 4, 'n_embd': 32, **kind})
     model = gpt_class(config)(config).double().eval()
     for name, p in model.named_parameters():
@@ -54,13 +56,13 @@ def test_each_table_is_the_one_that_the_kernel_does_not_store(
     for table, (v, result) in zip(tables, calls, strict=True):
         same(table @ v, result)  # each (H, T, D)
         same(table.sum(dim=-1), torch.ones(4, T, dtype=torch.float64))
-        assert (table >= 0).all() and (table.triu(1) == 0).all(), 'no token sees those after it'
-        assert (table[:, 1:, 0] < 1).all() and table.std() > 0.05, 'the heads do look about'
+        assert (table >= 0).all() and (table.triu(1) == 0).all(), 'no token sees later tokens'
+        assert (table[:, 1:, 0] < 1).all() and table.std() > 0.05, 'the heads look at several tokens'
 
 
 @kinds
 @torch.no_grad()
-def test_each_lens_is_what_the_model_would_say_without_the_layers_above(kind: dict[str, Any]) -> None:
+def test_each_lens_is_what_the_model_would_predict_without_the_layers_above(kind: dict[str, Any]) -> None:
     model, idx = model_of(kind), some_tokens()
     layers = model.transformer.h
     lens = look(model, idx).lens
@@ -107,6 +109,6 @@ def test_ids_that_pad_the_vocabulary_are_never_expected() -> None:
     with torch.no_grad():
         model.lm_head.weight[50:] *= 100
     lens = look(model, some_tokens() % 50).lens
-    assert (lens[-1].argmax(dim=-1) >= 50).any(), 'they would be, if their probabilities decided'
+    assert (lens[-1].argmax(dim=-1) >= 50).any(), 'padding ids would be expected if probabilities decided'
     found = predictions(lens, [0] * T, top=100, n_vocab=50)
     assert all(len(one.best) == 50 and one.rank <= 50 and i < 50 for one in found for i, _ in one.best)

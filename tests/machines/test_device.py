@@ -1,4 +1,4 @@
-"""Which device is taken, and how it computes: cards that are not here are emulated by what torch would say of them."""
+"""The choice of a device and how it computes: GPUs that this machine lacks are emulated by what torch would report."""
 import shutil
 import warnings
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def test_code_runs_on_the_generation_that_it_was_built_for(built: str, capabilit
     assert device.runs_on(built, capability) == runs
 
 
-def test_a_card_is_compiled_for_if_all_that_takes_is_there(
+def test_blocks_are_compiled_for_a_card_if_all_that_takes_is_available(
         card: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch) -> None:
     card((8, 0))
     monkeypatch.setattr(device, 'find_spec', lambda name: object())
@@ -68,14 +68,14 @@ def test_a_card_is_compiled_for_if_all_that_takes_is_there(
     monkeypatch.delenv('CC', raising=False)
     assert pick_compile('auto', 'cuda') == (True, 'which pays on cuda')
     card((7, 5))
-    assert pick_compile('auto', 'cuda') == (False, 'for want of a newer card')
+    assert pick_compile('auto', 'cuda') == (False, 'as that needs a newer card')
     card((9, 0))
     monkeypatch.setattr(shutil, 'which', lambda name: None)
-    assert pick_compile('auto', 'cuda') == (False, 'for want of a C compiler, gcc or clang or cc')
+    assert pick_compile('auto', 'cuda') == (False, 'as that needs a C compiler, gcc or clang or cc')
     monkeypatch.setenv('CC', '/opt/bin/icx')
     assert pick_compile('auto', 'cuda')[0]
     monkeypatch.setattr(device, 'find_spec', lambda name: None)
-    assert pick_compile('auto', 'cuda') == (False, 'for want of Triton')
+    assert pick_compile('auto', 'cuda') == (False, 'as that needs Triton')
     assert pick_compile('auto', 'cpu')[0] is False
 
 

@@ -1,4 +1,5 @@
-"""8 bits: what is computed is what plain whole numbers give, row by row, and a model loses next to nothing by it."""
+"""Products in 8 bits: the result is what plain whole numbers give, row by row, and a model loses next to nothing by
+it."""
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ OLD_RUN = Path(__file__).parents[1] / 'data/run_0.1.0'
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('n_rows', [1, 2, 17])
 def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool) -> None:
-    """Of rows that differ a thousandfold in size; one of them is 0."""
+    """The rows differ a thousandfold in size; one of them is 0."""
     torch.manual_seed(1)
     linear = nn.Linear(24, 40, bias=bias)
     x = torch.randn(n_rows, 24) * 10.0 ** torch.arange(n_rows)[:, None].remainder(4)
@@ -29,7 +30,8 @@ def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool) -> None:
     assert found.shape == (1, n_rows, 40)
 
     def whole(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """In float32, in which a division is the same on every machine, so that no number is rounded another way."""
+        """Compute in float32, in which a division is the same on every machine, so that no number is rounded another
+        way."""
         scales = np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.float32(1e-30)) / np.float32(127)
         return np.rint(rows / scales).astype(np.int64), scales.astype(np.float64)
 
@@ -43,8 +45,8 @@ def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool) -> None:
 
 
 def test_a_text_does_not_depend_on_those_beside_it() -> None:
-    """Ten texts at once are each of them alone, although one of them has numbers that are a hundred times larger. In
-    float64, in which what surrounds the products does not round a number of theirs another way."""
+    """Ten texts at once give what each gives alone, although one of them has numbers that are a hundred times larger.
+    The test is in float64, so that the code around the products does not round a number of a text another way."""
     torch.manual_seed(2)
     model = GPT(GPTConfig(32, 300, 2, 2, 32)).double().eval()
     with torch.no_grad():
@@ -81,7 +83,7 @@ def test_the_loss_is_nearly_that_of_float32(tmp_path: Path) -> None:
     assert 0 < abs(figures['int8'] - figures['float32']) < 0.01
 
 
-def test_samples_are_written_with_8_bits_or_it_is_said_why_not(
+def test_samples_are_written_with_8_bits_or_a_line_says_why_not(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f'--init_from={OLD_RUN}/ckpt.pt', '--device=cpu', '--num_samples=2', '--max_new_tokens=9',
                  '--start=the', '--temperature=0']

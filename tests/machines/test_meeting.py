@@ -1,4 +1,4 @@
-"""How processes of one run find each other under any launcher, and which are turned away: real processes, with the
+"""The meeting of a run's processes under any launcher, and the processes that are turned away: real processes, with the
 environment that launchers give them."""
 import os
 import re
@@ -45,7 +45,7 @@ class Processes:
         return self.running[-1]
 
     def ends(self) -> list[tuple[int, str]]:
-        """The exit code of each, and what it wrote to stderr, after all have ended."""
+        """Return the exit code of each process, and what it wrote to stderr, after all have ended."""
         said = [process.communicate(timeout=PATIENT)[1] for process in self.running]
         return [(process.returncode, text) for process, text in zip(self.running, said, strict=True)]
 
@@ -76,7 +76,7 @@ def can_connect(port: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------
-# What launchers say
+# The environment of each launcher
 
 
 @pytest.mark.parametrize(('environment', 'rank', 'host'), [
@@ -88,7 +88,7 @@ def can_connect(port: str) -> bool:
     (SRUN | {'MASTER_ADDR': 'chosen'}, '1', 'chosen'),
     (MPIRUN, '1', 'localhost'),
     (SRUN | MPIRUN | {'OMPI_COMM_WORLD_RANK': '0'}, '0', 'localhost'),  # mpirun in a step of Slurm
-    (SRUN | MPIRUN | TORCHRUN | {'RANK': '0', 'MASTER_ADDR': 'other'}, '0', 'other'),  # and torchrun in that
+    (SRUN | MPIRUN | TORCHRUN | {'RANK': '0', 'MASTER_ADDR': 'other'}, '0', 'other'),  # and torchrun inside that
 ])
 def test_each_launcher_is_understood(environment: dict[str, str], rank: str, host: str) -> None:
     launch = meeting.launch_of(environment)
@@ -116,7 +116,7 @@ def test_a_process_that_no_launcher_started_is_alone(environment: dict[str, str]
     assert meeting.launch_of(environment) is None
 
 
-def test_the_port_is_that_of_one_step_and_start_alone() -> None:
+def test_each_step_and_each_start_has_a_port_of_its_own() -> None:
     others = ({'SLURM_STEP_ID': '1'}, {'SLURM_RESTART_COUNT': '1'}, {'SLURM_JOB_ID': '13'})
     launches = [meeting.launch_of(SRUN | other) for other in ({}, *others)]
     assert len({launch.variables['MASTER_PORT'] for launch in launches if launch}) == 4
@@ -136,7 +136,7 @@ def test_the_port_is_that_of_one_step_and_start_alone() -> None:
     (TORCHRUN | {'MASTER_PORT': '99999'}, 'MASTER_PORT=99999 from 1 to 65535'),
     (SRUN | {'SLURM_STEP_NUM_TASKS': 'many'}, 'WORLD_SIZE=many'),
 ])
-def test_half_of_what_a_launcher_says_or_nonsense_is_refused(environment: dict[str, str], words: str) -> None:
+def test_half_of_a_launchers_environment_or_nonsense_is_refused(environment: dict[str, str], words: str) -> None:
     with pytest.raises(errors.UserError, match=words) as caught:
         meeting.launch_of(environment)
     assert caught.value.code == errors.COMMAND
@@ -151,7 +151,7 @@ def test_a_process_in_a_batch_shell_trains_alone_and_says_so(processes: Processe
 
 
 @pytest.mark.slow
-def test_processes_of_mpirun_meet_and_one_of_them_speaks(processes: Processes) -> None:
+def test_processes_of_mpirun_meet_and_only_one_of_them_prints(processes: Processes) -> None:
     run = {'PMIX_NAMESPACE': free_port()}
     both = [processes.start(MPIRUN | run | {'OMPI_COMM_WORLD_RANK': rank, 'OMPI_COMM_WORLD_LOCAL_RANK': rank})
             for rank in '01']
@@ -187,8 +187,8 @@ def test_two_steps_of_a_job_with_one_port_do_not_meet_in_one_run(processes: Proc
 
 @pytest.mark.slow
 def test_a_process_that_does_not_meet_the_others_ends_with_code_8_in_every_phase(processes: Processes) -> None:
-    """Nothing answers at the address; it has no name; what answers says nothing; another process has not come, or is
-    halted after it has come."""
+    """Nothing answers at the address; the name has no address; an answer never comes; another process is missing, or is
+    halted after it has arrived."""
     quickly = '--start_timeout=6'
     with socket.socket() as silent:
         silent.bind(('127.0.0.1', 0))
@@ -215,7 +215,7 @@ def test_a_process_that_does_not_meet_the_others_ends_with_code_8_in_every_phase
 
 
 @pytest.mark.slow
-def test_an_interface_that_does_not_exist_is_named_before_anything_is_waited_for(processes: Processes) -> None:
+def test_an_interface_that_does_not_exist_is_named_before_any_wait(processes: Processes) -> None:
     processes.start(by_hand(0, free_port()) | {'GLOO_SOCKET_IFNAME': 'nowhere0'})
     [(code, text)] = processes.ends()
     assert code == errors.COMMAND
@@ -224,7 +224,8 @@ def test_an_interface_that_does_not_exist_is_named_before_anything_is_waited_for
 
 @pytest.fixture
 def two_hosts(tmp_path: Path) -> Iterator[list[str]]:
-    """Two network namespaces with a cable between them; on both, the name of this machine is 127.0.0.1 or 127.0.1.1."""
+    """Yield two network namespaces with a cable between them; on both, the name of this machine is 127.0.0.1 or
+    127.0.1.1."""
     names = [f'plaingpt{os.getpid()}{host}' for host in 'ab']
 
     def ip(*words: str) -> bool:
@@ -245,7 +246,7 @@ def two_hosts(tmp_path: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.slow
-def test_hosts_meet_whose_own_name_is_of_the_loopback(processes: Processes, two_hosts: list[str]) -> None:
+def test_hosts_meet_although_their_own_names_are_of_the_loopback(processes: Processes, two_hosts: list[str]) -> None:
     for rank, host in enumerate(two_hosts):
         processes.start(by_hand(rank, '29500', '10.77.0.1'), prefix=('ip', 'netns', 'exec', host))
     assert [code for code, _ in processes.ends()] == [errors.DONE, errors.DONE], processes.ends()
@@ -266,7 +267,7 @@ def test_processes_with_different_settings_or_sources_are_all_refused(processes:
         assert 'weight_decay: 0.1 on process 0, 0.2 on process 1' in text
         assert 'seed: 1337 on process 0, 1 on process 1' in text
         assert len(text.splitlines()) <= 3
-    assert not (tmp_path / 'out').exists(), 'nothing was begun'
+    assert not (tmp_path / 'out').exists(), 'no run was begun'
 
     processes.running.clear()
     other = tmp_path / 'other'
@@ -284,7 +285,7 @@ def test_processes_with_different_settings_or_sources_are_all_refused(processes:
 
 
 @pytest.mark.slow
-def test_processes_may_lie_in_different_places_and_take_the_time_of_the_first(
+def test_processes_may_run_in_different_places_and_take_the_time_of_the_first(
         processes: Processes, tmp_path: Path, tiny_dataset: Path) -> None:
     shutil.copytree(tiny_dataset, tmp_path / 'copy')
     (tmp_path / 'clock.py').write_text('import time\nseed = int(time.time() * 1000) % 1000000\n'

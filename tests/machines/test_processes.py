@@ -1,4 +1,5 @@
-"""What connects the processes of a run on cards: the cards are emulated, the store where processes meet is real."""
+"""The groups that connect the processes of a run on GPUs: the GPUs are emulated, the store at which processes meet is
+real."""
 import socket
 from typing import Any
 
@@ -12,12 +13,12 @@ from plaingpt.machines.processes import backend_for
 
 
 class HasBegun(Exception):
-    """Ends a run where it would exchange something."""
+    """An exception that ends a run before its first exchange."""
 
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Two cards of the generation 9.0, and the backend and the bound device of each group that is formed."""
+    """Emulate two cards of the generation 9.0; return the backend and the bound device of each group that is formed."""
     formed: list[tuple[str, Any]] = []
 
     def form(backend: str, *, device_id: torch.device | None = None, **_: Any) -> None:
@@ -62,7 +63,7 @@ def test_a_run_on_one_card_forms_the_group_that_its_strategy_needs(
 def test_the_group_of_several_processes_is_bound_to_the_card_of_each(
         asked: str, offloads: bool, expected: tuple[str, Any], groups: list[tuple[str, Any]],
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """A barrier of a bound group is between cards; of another one that has gloo, too, it would be gloo's."""
+    """A barrier of a bound group is between cards; the barrier of an unbound group with gloo would be gloo's."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])

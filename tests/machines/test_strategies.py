@@ -1,5 +1,5 @@
-"""Several processes learn what one learns, whatever each of them holds. This file is also the script that torchrun
-starts: it trains a list of runs, one after the other, in one group of processes."""
+"""Several processes learn what one process learns, whatever part each of them holds. This file is also the script that
+torchrun starts: it trains a list of runs, one after the other, in one group of processes."""
 import json
 import os
 import subprocess
@@ -65,17 +65,17 @@ def arguments(settings: dict[str, Any]) -> list[str]:
 
 
 def draw_nothing(log: Log) -> None:
-    """In place of the picture of a run, which costs as much time as a hundred of its steps."""
+    """Stand in for the picture of a run, which costs as much time as a hundred of its steps."""
 
 
-# Several processes compute the loss of these so; one computes it as a whole.
+# Several processes compute the loss of these runs in chunks; one process computes it as a whole.
 IN_CHUNKS = ('three micro-batches', 'no clipping, untied, with biases', MODERN_PARTS)
 
 
 @contextmanager
 def loss_of(folder: str | Path) -> Iterator[None]:
-    """Have the loss of some runs computed for a few tokens at a time, as that of a large vocabulary is; but of none in
-    which it is compiled."""
+    """Have the loss of some runs computed for a few tokens at a time, as for a large vocabulary; but of no run that
+    compiles its loss."""
     with pytest.MonkeyPatch.context() as patch:
         if Path(folder).name.startswith(IN_CHUNKS) and not Path(folder).name.endswith('compiled'):
             patch.setattr(model, 'MOST_LOGITS', 0)
@@ -85,7 +85,7 @@ def loss_of(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def groups_of(folder: str | Path) -> Iterator[None]:
-    """Have the optimizer of the run in this folder its three groups of parameters, if the run is the one with them."""
+    """Give the optimizer of the run in this folder its three groups of parameters, if it is the run that has them."""
     with pytest.MonkeyPatch.context() as patch:
         if Path(folder).name.startswith(RESUMED):
             patch.setattr(train, 'parameter_groups', in_three_groups)
@@ -93,11 +93,11 @@ def groups_of(folder: str | Path) -> Iterator[None]:
 
 
 def note_tokens(patch: pytest.MonkeyPatch, rank: int) -> None:
-    """Have every micro-batch that is read in training noted beside the run: a line of JSON in tokens.RANK.jsonl."""
+    """Have every micro-batch that training reads noted beside the run: a line of JSON in tokens.RANK.jsonl."""
     parts_of = batches.parts_of
 
     def noting(*arguments: Any) -> Iterator[Part]:
-        Path(train.out_dir).mkdir(exist_ok=True)  # the main process may not have come so far
+        Path(train.out_dir).mkdir(exist_ok=True)  # the main process may not have made it yet
         for part in parts_of(*arguments):
             with open(Path(train.out_dir, f'tokens.{rank}.jsonl'), 'a', encoding='utf-8') as file:
                 print(json.dumps([part.number, part.share, part.x.tolist(), part.y.tolist()]), file=file)
@@ -107,8 +107,8 @@ def note_tokens(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 
 def tokens_of(folder: Path) -> list[list[Any]]:
-    """The micro-batches that all processes of a run have read, in the order of the steps, as one process reads them.
-    Those that are there to fill up are left out."""
+    """Return the micro-batches that all processes of a run have read, in the order of the steps, as one process reads
+    them. Padding is left out."""
     steps: dict[int, list[list[Any]]] = {}
     for path in sorted(folder.glob('tokens.*.jsonl')):
         parts = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
@@ -121,7 +121,7 @@ def tokens_of(folder: Path) -> list[list[Any]]:
 
 
 def main() -> None:
-    """Train each run of the file that the command line names; in float64, where the run does not say how precisely."""
+    """Train each run of the file that the command line names; in float64, unless the run names a precision."""
     plan = json.loads(Path(sys.argv[1]).read_text(encoding='utf-8'))
     process = processes.start('cpu', 'nccl', shards=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -137,7 +137,7 @@ def main() -> None:
 
 
 def torchrun(processes: int, *command: str) -> str:
-    """What a launch prints, which must end well."""
+    """Return what a launch prints; it must exit with code 0."""
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     result = subprocess.run([*launch, *command], cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, timeout=PATIENT,
                             stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8')
@@ -152,7 +152,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_equal_runs(one: Path, several: Path, steps: int = 8) -> None:
-    """The same steps, losses, metrics, answers, weights and moments, but for rounding."""
+    """Assert that two runs have the same steps, losses, metrics, answers, weights and moments, apart from rounding."""
     rows = rows_of(one)
     assert [row['step'] for row in rows if 'hellaswag_acc_norm' in row] == list(range(0, steps + 1, 4))
     assert_equal_to_rounding(rows_of(several), rows)
@@ -164,25 +164,25 @@ def assert_equal_runs(one: Path, several: Path, steps: int = 8) -> None:
 
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
-    """Every run, in this one process."""
+    """Train every run in this one process."""
     folder = tmp_path_factory.mktemp('alone')
     with in_float64(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Log, 'plot', draw_nothing)
         note_tokens(patch, 0)
         for name, settings in RUNS.items():
-            whole = settings | {'init_from': 'scratch'}  # the one to resume too: without an interruption
+            whole = settings | {'init_from': 'scratch'}  # also the run to resume, here without an interruption
             with groups_of(name):
                 train.main(arguments(whole | {'out_dir': folder / name, 'dataset': tiny_dataset}))
     return folder
 
 
 STRATEGIES = ('ddp', 'zero1', 'fsdp')
-CROSSING = ('ddp', 'ddp', 'zero1', 'zero1', 'fsdp', 'fsdp', 'ddp', 'fsdp', 'zero1', 'ddp')  # each after each
+CROSSING = ('ddp', 'ddp', 'zero1', 'zero1', 'fsdp', 'fsdp', 'ddp', 'fsdp', 'zero1', 'ddp')  # each after each other one
 SOME = ['four micro-batches', 'three micro-batches', 'a short last one']
 
 
 def plan_of(folder: Path, dataset: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """For each of these runs and each strategy the settings, under the name of its folder."""
+    """Return the settings of each of these runs with each strategy, by the name of its folder."""
     return {f'{name}, {strategy}': RUNS[name] | {'strategy': strategy, 'out_dir': str(folder / f'{name}, {strategy}'),
                                                  'dataset': str(dataset)}
             for name in names for strategy in STRATEGIES}
@@ -194,8 +194,9 @@ def plan_of(folder: Path, dataset: Path, names: list[str]) -> dict[str, dict[str
     (1, SOME[:2]), (2, list(RUNS)), (3, [*SOME, MODERN_PARTS]), (4, SOME)])
 def test_several_processes_learn_what_one_learns(alone: Path, tiny_dataset: Path, tmp_path: Path, processes: int,
                                                  names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With dropout; micro-batches that divide among the processes and others, some of which get none at all; evaluation
-    on windows that do not divide; a run that one process began; and one that each strategy continues after each."""
+    """The runs have dropout; micro-batches that divide among the processes and others, some of which leave a process
+    without any; evaluation on windows that do not divide; a run that one process began; and one that each strategy
+    continues after each."""
     monkeypatch.setattr(Log, 'plot', draw_nothing)
     plan = plan_of(tmp_path, tiny_dataset, names)
     for settings in plan.values():
@@ -223,7 +224,7 @@ def test_several_processes_learn_what_one_learns(alone: Path, tiny_dataset: Path
 
     for crossing in crossings:
         never = str(tmp_path / 'never crossed' / Path(crossing['out_dir']).name)
-        train.main(arguments(crossing | {'max_iters': 12, 'eval_interval': 1, 'init_from': 'resume'}))  # one again
+        train.main(arguments(crossing | {'max_iters': 12, 'eval_interval': 1, 'init_from': 'resume'}))  # one process
         train.main(arguments(crossing | {'max_iters': 12, 'eval_interval': 1, 'out_dir': never}))
         assert_equal_runs(Path(never), Path(crossing['out_dir']), 12)
 
@@ -231,7 +232,7 @@ def test_several_processes_learn_what_one_learns(alone: Path, tiny_dataset: Path
 @pytest.mark.slow
 @pytest.mark.usefixtures('float64')
 def test_what_saves_memory_changes_nothing_that_is_learned(alone: Path, tiny_dataset: Path, tmp_path: Path) -> None:
-    """Recomputing blocks, keeping weights after a block, offloading them, and compiling, with each strategy."""
+    """The options recompute blocks, keep weights after a block, offload them, or compile, with each strategy."""
     name = 'three micro-batches'
     variants: list[dict[str, Any]] = [
         *({'strategy': strategy, 'activation_checkpointing': True} for strategy in STRATEGIES),
@@ -260,8 +261,8 @@ def test_what_saves_memory_changes_nothing_that_is_learned(alone: Path, tiny_dat
 
 @pytest.fixture(scope='module')
 def in_real_precisions(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes leave with each strategy: runs in bfloat16, of both models; and runs of the modern one in
-    float32, one in a piece and one in two."""
+    """Return what two processes leave with each strategy: runs in bfloat16, of both models; and runs of the modern one
+    in float32, one in a single piece and one in two."""
     folder = tmp_path_factory.mktemp('precisions')
     plan: list[dict[str, Any]] = []
     for strategy in STRATEGIES:
@@ -281,13 +282,14 @@ def in_real_precisions(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.slow
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
 def test_bfloat16_means_the_same_to_each_strategy(in_real_precisions: Path, arch: str) -> None:
-    """The same loss and gradient, until the first update makes much of little; and the weights stay in float32."""
+    """They have the same loss and gradient, until the first update magnifies small differences; and the weights stay in
+    float32."""
     expected = rows_of(in_real_precisions / f'{arch} ddp')[0]
     for strategy in STRATEGIES:
         folder = in_real_precisions / f'{arch} {strategy}'
         first, *_, last, _ = rows_of(folder)
         for name in ('loss', 'grad_norm', 'train_loss', 'val_loss'):
-            assert first[name] == pytest.approx(expected[name], rel=2**-8), 'of 8 bits, the last may differ'
+            assert first[name] == pytest.approx(expected[name], rel=2**-8), 'the last of 8 bits may differ'
         assert last['loss'] < first['loss'] - 0.1, 'it learns'
         weights = checkpoint.load(folder / 'ckpt.pt')['model'].values()
         assert {p.dtype for p in weights} == {torch.float32}

@@ -1,5 +1,5 @@
-"""What befalls a run from outside: signals, kills, processes that die or hang, numbers that are not finite, too little
-memory, full disks. Real signals to real processes; where a number is broken on purpose, it is in a real run."""
+"""A run and the faults from outside: signals, kills, processes that die or hang, numbers that are not finite, too
+little memory, full disks. Real signals reach real processes; a number that is broken on purpose is in a real run."""
 import errno
 import json
 import math
@@ -42,7 +42,7 @@ TINY: dict[str, Any] = {
     'eval_interval': 4, 'eval_iters': 2, 'sample_interval': 0, 'device': 'cpu', 'init_from': 'auto',
 }
 TRAIN = 'import sys, train; train.main(sys.argv[1:])'
-# the steps take a tenth of a second each, so that there is time to see one
+# each step takes a tenth of a second, so that a test has time to see one
 SLOWLY = """import os, sys, time, train
 from plaingpt import errors
 parts_of = train.parts_of
@@ -70,8 +70,8 @@ def arguments(out_dir: Path, dataset: Path, **changes: Any) -> list[str]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Start a process and return at once: start('-c', CODE, *arguments, name=value for its environment). It is killed
-    when the test ends, with all that it has started."""
+    """Start a process and return at once: start('-c', CODE, *arguments, name=value for its environment). The process is
+    killed when the test ends, with all that it has started."""
     running: list[subprocess.Popen[str]] = []
 
     def start(*command: str, **environment: str) -> subprocess.Popen[str]:
@@ -86,14 +86,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert process.stdout is not None, 'it is a pipe'
+        assert process.stdout is not None, 'stdout is a pipe'
         process.stdout.close()
 
 
 def wait_for(process: subprocess.Popen[str], word: str) -> str:
-    """What a process prints up to the line with this word."""
+    """Return what a process prints up to the line with this word."""
     lines = []
-    assert process.stdout is not None, 'it is a pipe'
+    assert process.stdout is not None, 'stdout is a pipe'
     for line in process.stdout:
         lines.append(line)
         if word in line:
@@ -102,7 +102,7 @@ def wait_for(process: subprocess.Popen[str], word: str) -> str:
 
 
 def end_of(process: subprocess.Popen[str]) -> str:
-    """What a process prints until it ends, by itself."""
+    """Return what a process prints until it ends by itself."""
     return process.communicate(timeout=PATIENT)[0]
 
 
@@ -118,7 +118,7 @@ def rows_of(out_dir: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimizer state and rows, bit for bit."""
+    """Assert that two runs have the same weights, optimizer state and rows, bit for bit."""
     first, second = checkpoint.load(one / 'ckpt.pt'), checkpoint.load(other / 'ckpt.pt')
     assert first['iter_num'] == second['iter_num']
     for name, weight in first['model'].items():
@@ -136,20 +136,20 @@ def free_port() -> str:
 
 
 def start_two(start: Start, code: str, out_dir: Path, dataset: Path, **changes: Any) -> list[subprocess.Popen[str]]:
-    """A run of two processes, without torchrun, which would end one for the other."""
+    """Start a run of two processes without torchrun, which would end one for the other."""
     port = free_port()
     return [start('-c', code, *arguments(out_dir, dataset, **changes), RANK=str(rank), LOCAL_RANK=str(rank),
                   WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port) for rank in range(2)]
 
 
 def freezing(rank: int, out_dir: Path) -> str:
-    """The process of this rank halts itself (SIGSTOP) in a step after the first checkpoint."""
+    """Return code with which the process of this rank halts itself (SIGSTOP) in a step after the first checkpoint."""
     is_time = f"os.environ['RANK'] == '{rank}' and os.path.exists('{out_dir}/ckpt.pt')"
     return SLOWLY.replace('time.sleep(0.1)', f'if {is_time}: os.kill(os.getpid(), 19)')
 
 
 def is_halted(pid: int) -> bool:
-    """Whether a process has got SIGSTOP."""
+    """Return whether SIGSTOP has halted a process."""
     return subprocess.run(['ps', '-o', 'stat=', '-p', str(pid)], capture_output=True, text=True).stdout.startswith('T')
 
 
@@ -160,7 +160,7 @@ def is_halted(pid: int) -> bool:
 @pytest.mark.slow
 def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(start: Start, tmp_path: Path,
                                                                          tiny_dataset: Path) -> None:
-    """All signals one after the other; the run is then what it would have been without any."""
+    """All signals arrive one after the other; the run then equals one that got none."""
     stopped, long = tmp_path / 'stopped', {'max_iters': 200, 'lr_decay_iters': 200, 'eval_interval': 100}
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGINT, signal.SIGQUIT):
         process = start('-c', SLOWLY + RUN, *arguments(stopped, tiny_dataset, **long))
@@ -208,8 +208,9 @@ def test_a_second_interrupt_leaves_at_once(start: Start, tmp_path: Path, tiny_da
 
 
 @pytest.mark.slow
-def test_signals_are_heard_by_a_process_that_waits_for_others(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
-    """Python's own handlers would have to wait as long: for peers that never come, or one that is frozen in a step."""
+def test_signals_reach_a_process_that_waits_for_others(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+    """Python's own handlers would have to wait as long: for peers that never come, or for one that is frozen in a
+    step."""
     for number, code in [(signal.SIGTERM, errors.STOPPED), (signal.SIGINT, errors.INTERRUPTED)]:
         alone = start('-c', JOINING + RUN, *arguments(tmp_path / 'alone', tiny_dataset),
                       RANK='0', LOCAL_RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port())
@@ -230,10 +231,10 @@ def test_signals_are_heard_by_a_process_that_waits_for_others(start: Start, tmp_
 
 @pytest.mark.slow
 def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
-    """`python train.py | tee log`: Ctrl-C ends tee as well, and the output has no reader any more."""
+    """With `python train.py | tee log`, Ctrl-C ends tee as well, and the output has no reader any more."""
     process = start('-c', SLOWLY + RUN, *arguments(tmp_path, tiny_dataset, max_iters=1000))
     wait_for(process, 'iter ')
-    assert process.stdout is not None, 'it is a pipe'
+    assert process.stdout is not None, 'stdout is a pipe'
     process.stdout.close()
     assert process.wait(PATIENT) == errors.STOPPED
     assert checkpoint.load(tmp_path / 'ckpt.pt')['iter_num'] > 0
@@ -243,16 +244,16 @@ def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_
 @pytest.mark.slow
 def test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwise(tmp_path: Path,
                                                                                   tiny_dataset: Path) -> None:
-    """A real terminal: its session gets SIGHUP, and what it prints to has no reader any more."""
+    """In a real terminal, the session gets SIGHUP, and the output has no reader any more."""
     codes = {}
     for name, command in (('hung up', []), ('nohup', ['nohup'])):
-        ours, theirs = pty.openpty()
+        controller, terminal = pty.openpty()
         process = subprocess.Popen(
             [*command, sys.executable, '-c', SLOWLY + RUN, *arguments(tmp_path / name, tiny_dataset, max_iters=40)],
-            cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, preexec_fn=partial(os.login_tty, theirs))
-        os.close(theirs)
+            cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, preexec_fn=partial(os.login_tty, terminal))
+        os.close(terminal)
         wait_until((tmp_path / name / 'ckpt.pt').exists, 'a checkpoint')
-        os.close(ours)
+        os.close(controller)
         codes[name] = process.wait(PATIENT)
     assert codes == {'hung up': errors.STOPPED, 'nohup': errors.DONE}
     assert status_of(tmp_path / 'hung up')['state'] == 'stopped'
@@ -279,7 +280,7 @@ def test_torchrun_passes_a_signal_on_and_both_processes_stop_at_the_same_step(st
     wait_for(process, 'iter ')
     process.send_signal(signal.SIGUSR1)
     printed = end_of(process)
-    assert process.returncode == 1, 'which torchrun makes of every code'
+    assert process.returncode == 1, 'torchrun makes 1 of every code'
     assert len(set(re.findall(r'stopped before step (\d+)', printed))) == 1
     assert printed.count('stopped before step') == 2
     assert status_of(tmp_path / 'run')['exit_code'] == errors.STOPPED
@@ -287,7 +288,7 @@ def test_torchrun_passes_a_signal_on_and_both_processes_stop_at_the_same_step(st
 
 @pytest.mark.slow
 def test_torchrun_starts_a_run_again_that_has_lost_a_process(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
-    """In one torchrun, whose store outlives the first start."""
+    """It does so within one torchrun, whose store outlives the first start."""
     script = tmp_path / 'dying.py'
     is_first = "os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT'] == '10'"  # process 1, before a restart
     is_time = f"{is_first} and os.path.exists('{tmp_path}/run/ckpt.pt')"
@@ -304,8 +305,8 @@ def test_torchrun_starts_a_run_again_that_has_lost_a_process(start: Start, tmp_p
 
 @pytest.mark.slow
 def test_a_stop_under_torchrun_waits_for_a_slow_disk(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
-    """The time of max_hours is over on all processes, in a step that has come; the main one writes for longer than its
-    peers may be silent, and torchrun would end it as soon as another had left."""
+    """max_hours ends on all processes, in some step; the main process writes for longer than its peers may be silent,
+    and torchrun would end it as soon as another process had left."""
     script = tmp_path / 'slow_disk.py'
     script.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r})
 import os, time, train
@@ -329,11 +330,11 @@ Stop.is_asked = is_asked_later
 
 
 # ------------------------------------------------------------------------------------------------
-# Processes that are lost
+# Lost processes
 
 
 def hang(start: Start, tmp_path: Path, dataset: Path, what: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
-    """Two processes of which the second, after two steps, does `what`; and what both print."""
+    """Run two processes, of which the second does `what` after two steps; return both, and what the first prints."""
     code = SLOWLY.replace('    time.sleep(0.1)\n', f"""
     global calls
     calls += 1
@@ -417,7 +418,7 @@ def test_a_frozen_process_that_keeps_the_store_is_noticed(start: Start, tmp_path
 @pytest.mark.slow
 def test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goes_on(start: Start, tmp_path: Path,
                                                                                      tiny_dataset: Path) -> None:
-    """Two torchruns that find each other by c10d rendezvous. The one that does not keep the store is killed."""
+    """Two torchruns find each other by c10d rendezvous. The one that does not keep the store is killed."""
     script = tmp_path / 'slowly.py'
     script.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SLOWLY}{RUN}', encoding='utf-8')
 
@@ -437,7 +438,7 @@ def test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goe
     for reader in readers:
         reader.start()
     wait_until((tmp_path / 'run/ckpt.pt').exists, 'a checkpoint')
-    agents[1].kill()  # not its worker, which must notice
+    agents[1].kill()  # only the agent: its worker must notice
     for reader in readers:
         reader.join(PATIENT)
     assert agents[0].wait(PATIENT) == 1
@@ -472,7 +473,8 @@ Log.plot = lambda log: time.sleep(9 if log.folder else 0)
 @pytest.mark.slow
 def test_of_two_runs_in_one_folder_the_second_waits_for_the_first(start: Start, tmp_path: Path,
                                                                   tiny_dataset: Path) -> None:
-    """A requeued job whose predecessor still lives, of two processes and of one; then the predecessor is killed."""
+    """A requeued job finds its predecessor still alive, with two processes and with one; then the predecessor is
+    killed."""
     shared, long = tmp_path / 'shared', {'max_iters': 60, 'lr_decay_iters': 60, 'eval_interval': 20}
     first = start('-c', SLOWLY.replace('0.1', '2 if os.path.exists(sys.argv[1].partition("=")[2] + "/ckpt.pt") else 0')
                   + RUN, f'--out_dir={shared}', *arguments(shared, tiny_dataset, **long))
@@ -482,8 +484,8 @@ def test_of_two_runs_in_one_folder_the_second_waits_for_the_first(start: Start, 
     assert [process.returncode for process in both] == [errors.PEER_LOST] * 2, printed
     assert f'{shared} belongs to process {first.pid} on ' in printed[0]
     new = start('-c', ALONE, *arguments(shared, tiny_dataset, init_from='scratch', start_timeout=3, **long))
-    assert ': waiting up to 3 s for its end' in end_of(new) and new.returncode == errors.PEER_LOST
-    assert first.poll() is None, 'it goes on'
+    assert ': waiting up to 3 s for it to end' in end_of(new) and new.returncode == errors.PEER_LOST
+    assert first.poll() is None, 'the first run continues'
     third = start('-c', ALONE, *arguments(shared, tiny_dataset, **long))
     wait_for(third, f'belongs to process {first.pid}')
     first.kill()
@@ -494,11 +496,11 @@ def test_of_two_runs_in_one_folder_the_second_waits_for_the_first(start: Start, 
 
 
 # ------------------------------------------------------------------------------------------------
-# What is not finite
+# Numbers that are not finite
 
 
 def break_steps(monkeypatch: pytest.MonkeyPatch, broken: Callable[[int], bool], number: float) -> None:
-    """The loss of these steps is multiplied by `number`."""
+    """Multiply the loss of these steps by `number`."""
     calls, parts_of = [-1], batches.parts_of  # the first call is that of step 0
 
     def breaking(*rest: Any) -> Iterator[Part]:
@@ -551,7 +553,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(monkeypatch: pytest.
 @pytest.mark.usefixtures('no_pictures')
 def test_the_text_on_which_the_loss_is_not_finite_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                            tiny_dataset: Path, tiny_text: str) -> None:
-    """One position has an embedding whose square overflows: every window has a loss that is not finite."""
+    """One position has an embedding whose square overflows, so every window has a loss that is not finite."""
     train.main(arguments(tmp_path, tiny_dataset, max_iters=4))
     state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
     state['model']['transformer.wpe.weight'][3, ::2] = 1e30
@@ -634,9 +636,9 @@ def test_a_run_that_would_fill_the_disk_does_not_begin(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures('no_pictures')
-def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                        tiny_dataset: Path) -> None:
-    """The disk waits until two more steps are done; the checkpoint holds the weights of its own step all the same."""
+def test_training_continues_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                          tiny_dataset: Path) -> None:
+    """The disk waits until two more steps are done; the checkpoint still holds the weights of its own step."""
     went_on, write, iteration = threading.Event(), checkpoint.write, Log.iteration
     written: list[int] = []
 
@@ -648,7 +650,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
     def noting(log: Log, step: int, *rest: Any) -> None:
         iteration(log, step, *rest)
         if step == 5:
-            assert written == [], 'the disk was not waited for'
+            assert written == [], 'training did not wait for the disk'
             went_on.set()
 
     monkeypatch.setattr(checkpoint, 'write', slowly)
@@ -668,16 +670,16 @@ def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
 def test_what_a_kill_left_half_written_is_removed_and_nothing_else(tmp_path: Path, tiny_dataset: Path) -> None:
     left = ('ckpt.new.pt', 'best.pt.tmp', 'metrics.jsonl.tmp', 'ckpt.pt.0a1b2c3d.tmp', '.best.pt.0a1b2c3d.uploading',
             '.ckpt.pt.0a1b2c3d.uploading.tmp')
-    foreign = ('thesis.tmp', 'ckpt.pt.old.tmp', '.mine.uploading', 'ckpt-mine.pt', 'ckpt.final.pt', 'my best.pt')
+    foreign = ('thesis.tmp', 'ckpt.pt.old.tmp', '.mytext.uploading', 'ckpt-mytext.pt', 'ckpt.final.pt', 'my best.pt')
     for name in (*left, *foreign):
         (tmp_path / name).write_bytes(b'half')
-    upload_to = (tmp_path / 'elsewhere').as_uri()  # which removes old copies
+    upload_to = (tmp_path / 'elsewhere').as_uri()  # removes old copies
     train.main(arguments(tmp_path, tiny_dataset, init_from='scratch', overwrite=True, upload_to=upload_to))
     assert {path.name for path in tmp_path.iterdir()} & {*left, *foreign} == {*foreign}
 
 
 @pytest.mark.usefixtures('no_pictures')
-def test_a_run_goes_on_elsewhere_from_what_it_has_uploaded(
+def test_a_run_resumes_elsewhere_from_what_it_has_uploaded(
         tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str],
         run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     url = (tmp_path / 'elsewhere').as_uri()
@@ -709,18 +711,18 @@ def test_an_upload_that_fails_is_seen_and_does_not_end_the_run(monkeypatch: pyte
     assert (status['state'], status['exit_code']) == ('done', 0)
     assert sorted(status['not_uploaded']) == ['best.pt', 'ckpt.pt']
     (tmp_path / 'file').unlink()
-    train.main(arguments(tmp_path / 'run', tiny_dataset, upload_to=url))  # there is nothing to do but that
+    train.main(arguments(tmp_path / 'run', tiny_dataset, upload_to=url))  # nothing is left to do but the upload
     assert status_of(tmp_path / 'run')['not_uploaded'] == []
     assert (tmp_path / 'file/run/ckpt.pt').read_bytes() == (tmp_path / 'run/ckpt.pt').read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------
-# More of disks, folders and numbers
+# More on disks, folders and numbers
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(tmp_path: Path, tiny_dataset: Path) -> None:
-    """`ulimit -f`: no file may become larger than half a checkpoint."""
+    """The limit is that of `ulimit -f`: no file may become larger than half a checkpoint."""
     subprocess.run([sys.executable, 'train.py', *arguments(tmp_path, tiny_dataset, max_iters=8)], cwd=ROOT, check=True,
                    capture_output=True)
     before = (tmp_path / 'ckpt.pt').read_bytes()
@@ -753,7 +755,7 @@ def test_a_disk_that_has_no_room_for_a_row_is_full_in_one_line(tmp_path: Path, t
 @pytest.mark.parametrize('eval_interval', [1000, 1], ids=['while a row is written', 'while a checkpoint is written'])
 def test_status_has_the_exit_code_though_the_disk_is_full(start: Start, tmp_path: Path, tiny_dataset: Path,
                                                           eval_interval: int) -> None:
-    """A real file system in memory, without one free byte from the moment at which the run is in its steps."""
+    """A real file system in memory has not one free byte once the run is in its steps."""
     mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=2M', 'tmpfs', str(tmp_path)], capture_output=True,
                              text=True, check=False)
     if mounted.returncode:
@@ -789,7 +791,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_made_again(start: Start, tmp_pa
 @pytest.mark.parametrize('what', ['link', 'write'])
 def test_what_goes_wrong_behind_training_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                       tiny_dataset: Path, what: str) -> None:
-    """In the thread that writes: when the files are renamed, and where nobody would expect it."""
+    """The fault is in the thread that writes: in renaming the files, or in code that expects no error."""
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, 'planted')
 
@@ -808,7 +810,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over(tmp_path: P
     for path in tmp_path.glob('*.pt'):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
-        path.unlink()  # best.pt may be a second name of it
+        path.unlink()  # best.pt may be another name of the same file
         path.write_bytes(data)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(errors.UserError, match='is damaged') as caught:
@@ -833,7 +835,7 @@ def test_processes_that_do_not_share_a_folder_are_told_so(start: Start, tmp_path
 @pytest.mark.usefixtures('no_pictures')
 def test_an_overflow_that_the_scaler_answers_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                                             tiny_dataset: Path) -> None:
-    """float16 on the CPU, which only a test asks for, with a scale that overflows for the first steps."""
+    """float16 runs on the CPU, which only a test asks for, with a scale that overflows in the first steps."""
     monkeypatch.setattr('plaingpt.machines.device.pick_dtype', lambda name, device: (torch.float16, 'for a test'))
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device, 2.0**30, enabled=enabled))
@@ -882,7 +884,7 @@ def test_no_secret_of_the_environment_is_left_anywhere(start: Start, tmp_path: P
 
 
 def test_a_corpus_that_is_a_pickle_runs_nothing(tmp_path: Path, tiny_dataset: Path) -> None:
-    """The protocol-0 pickle of a call of os.system, in place of each file of a corpus."""
+    """Each file of a corpus is replaced by the protocol-0 pickle of a call of os.system."""
     witness = tmp_path / 'it ran'
     evil = f"cos\nsystem\n(S'touch \"{witness}\"'\ntR.".encode()
     evil += b' ' * (len(evil) % 2)

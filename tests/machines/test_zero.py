@@ -1,5 +1,5 @@
-"""An optimizer that processes share updates as one that each of them has would. This file is also the script that each
-of the processes runs."""
+"""An optimizer that the processes share updates as a whole optimizer in each of them would. This file is also the
+script that each of the processes runs."""
 import os
 import socket
 import subprocess
@@ -29,20 +29,20 @@ Groups = list[dict[str, Any]]
 
 
 class Case:
-    """Weights, who updates them, and which of them are dealt out."""
+    """Weights, the optimizer that updates them, and which of them are divided among the processes."""
 
     def __init__(self, matrices: list[list[int]], others: list[list[int]], is_muon: bool, divides_all: bool) -> None:
         self.shapes, self.n_matrices = matrices + others, len(matrices)
         self.is_muon, self.divides_all = is_muon, divides_all
 
     def groups(self) -> Groups:
-        """The same weights each time, in groups as train.parameter_groups makes them."""
+        """Return the same weights each time, in groups as train.parameter_groups makes them."""
         torch.manual_seed(1)
         weights = [torch.nn.Parameter(torch.randn(shape)) for shape in self.shapes]
         of_muon: dict[str, Any] = {'parts': 1, 'momentum': 0.9} if self.is_muon else {}
         groups = [{'params': weights[:self.n_matrices], 'weight_decay': 0.1, 'scale': 1.0, **of_muon},
                   {'params': weights[self.n_matrices:], 'weight_decay': 0.0, 'scale': 0.5}]
-        if of_muon and self.n_matrices > 1:  # the first one is three
+        if of_muon and self.n_matrices > 1:  # the first matrix is three in one
             groups = [{**groups[0], 'params': weights[:1], 'parts': 3},
                       {**groups[0], 'params': weights[1:self.n_matrices]}, groups[1]]
         return groups
@@ -62,7 +62,7 @@ CASES = {
     'AdamW': Case(MATRICES, OTHERS, False, True),
     'Muon, as with ddp': Case(MATRICES, OTHERS, True, False),
     'Muon, as with zero1': Case(MATRICES, OTHERS, True, True),
-    'Muon of one matrix': Case(MATRICES[1:2], OTHERS[-1:], True, False),  # which leaves nothing for the other process
+    'Muon of one matrix': Case(MATRICES[1:2], OTHERS[-1:], True, False),  # the other process owns nothing
     'AdamW of one tensor': Case(MATRICES[1:2], [], False, True),
 }
 
@@ -72,7 +72,7 @@ def weights_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def learn(optimizer: Optimizer) -> None:
-    """Make some steps, at a rate and with a momentum that change. A process that only receives a weight has no sound
+    """Make some steps, at a rate and with a momentum that change. A process that only receives a weight has no valid
     gradient for it."""
     torch.manual_seed(2)
     for step in range(STEPS):
@@ -88,7 +88,8 @@ def learn(optimizer: Optimizer) -> None:
 
 
 def main() -> None:
-    """Learn each case, and leave what this process has of it in a file; then go on from what process 0 has gathered."""
+    """Learn each case, and write this process's share of it to a file; then continue from the state that process 0 has
+    gathered."""
     folder = Path(sys.argv[1])
     process = processes.start('cpu')
     with in_float64():
@@ -116,7 +117,7 @@ def main() -> None:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes leave."""
+    """Return the folder that two processes fill."""
     folder = tmp_path_factory.mktemp('zero')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -140,8 +141,8 @@ def test_the_largest_goes_first_to_the_process_that_has_least(sizes: list[int], 
 @pytest.mark.parametrize('name', CASES)
 @pytest.mark.usefixtures('float64')
 def test_two_processes_update_as_one_optimizer_of_everything_does(name: str, folder: Path) -> None:
-    """And so they do when they go on from a state that process 0 has gathered. Both have the same weights, to the last
-    bit."""
+    """The same holds when they continue from a state that process 0 has gathered. Both processes hold the same weights,
+    to the last bit."""
     case = CASES[name]
     alone = case.make()(case.groups())
     learn(alone)
@@ -163,7 +164,7 @@ def test_two_processes_update_as_one_optimizer_of_everything_does(name: str, fol
 
 @pytest.mark.parametrize('name', CASES)
 def test_each_process_holds_the_state_of_its_own_weights_alone(name: str, folder: Path) -> None:
-    """Of what is not divided, each has it all."""
+    """Of a group that is not divided, each process has the whole state."""
     case = CASES[name]
     first, second = ({*torch.load(folder / f'{name}.{rank}.pt')['held']} for rank in range(2))
     divided = range(len(case.shapes) if case.divides_all else case.n_matrices)

@@ -1,4 +1,5 @@
-"""Checkpoints: nanoGPT's load here and ours load there, damage is noticed, and nothing in a file is ever run."""
+"""Checkpoints: nanoGPT's load here and plainGPT's load in nanoGPT, damage is noticed, and no code in a file ever
+runs."""
 import dataclasses
 import mmap
 import os
@@ -55,16 +56,16 @@ def run(tiny_dataset: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope='module')
-def ours(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that no test changes."""
-    folder = tmp_path_factory.mktemp('ours')
+def saved(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint that no test changes."""
+    folder = tmp_path_factory.mktemp('saved')
     settings = SETTINGS | {'out_dir': folder, 'dataset': tiny_dataset, 'gelu': 'exact'}
     train.main([f'--{name}={value}' for name, value in settings.items()])
     return folder / 'ckpt.pt'
 
 
 # ------------------------------------------------------------------------------------------------
-# nanoGPT's model, as far as its checkpoints tell of it: its names, its exact GELU, its seven arguments
+# nanoGPT's model, as far as its checkpoints describe it: its names, its exact GELU, its seven arguments
 
 
 @dataclasses.dataclass
@@ -119,7 +120,7 @@ class TheirGPT(nn.Module):
 
 
 def their_step(model: TheirGPT, optimizer: torch.optim.Optimizer, corpus: token_files.TokenFile, step: int) -> float:
-    """One update on the four windows that this project reads in that step."""
+    """Make one update on the four windows that this project reads in that step."""
     starts = Order(len(corpus), 16, 1337).starts(4 * step, 4)
     x, y = read_batch(corpus, starts, 16, 4, 128)
     loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
@@ -161,7 +162,7 @@ def corpus(tiny_dataset: Path) -> token_files.TokenFile:
 @pytest.mark.parametrize('bias', [True, False])
 def test_nanogpts_checkpoint_computes_here_what_it_computed_there(tmp_path: Path, corpus: token_files.TokenFile,
                                                                   bias: bool) -> None:
-    theirs, _ = their_run(tmp_path, corpus, bias)
+    original, _ = their_run(tmp_path, corpus, bias)
     state = checkpoint.load(tmp_path / 'ckpt.pt')
     assert state['best_val_loss'] == 4.25
     assert isinstance(state['best_val_loss'], float)
@@ -169,24 +170,24 @@ def test_nanogpts_checkpoint_computes_here_what_it_computed_there(tmp_path: Path
     assert (model.config.gelu, model.config.tie_weights, model.config.bias) == ('exact', True, bias)
     x, _ = read_batch(corpus, fixed_starts(len(corpus), 16, 8), 16, 8, 128)
     logits, _ = model.double()(x)
-    torch.testing.assert_close(logits, theirs.double()(x), atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(logits, original.double()(x), atol=ROUNDING, rtol=0)
 
     tanh = GPT.from_weights(GPTConfig(**vars(model.config) | {'gelu': 'tanh'}), state['model'])
-    assert (tanh.double()(x)[0] - logits).abs().max() > 1e-4, 'the other GELU would be seen'
+    assert (tanh.double()(x)[0] - logits).abs().max() > 1e-4, 'the other GELU would fail'
 
 
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('bias', [True, False])
-def test_nanogpts_run_goes_on_here_with_its_moments(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
+def test_nanogpts_run_resumes_here_with_its_moments(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
                                                     run: Callable[..., Path]) -> None:
-    theirs, optimizer = their_run(tmp_path, corpus, bias)
+    original, optimizer = their_run(tmp_path, corpus, bias)
     fresh = GPT.from_weights(checkpoint.config_of(checkpoint.load(tmp_path / 'ckpt.pt')), {
-        name: weight.clone() for name, weight in theirs.state_dict().items()})
+        name: weight.clone() for name, weight in original.state_dict().items()})
     for step in (3, 4):
-        their_step(theirs, optimizer, corpus, step)
+        their_step(original, optimizer, corpus, step)
     state = checkpoint.load(run(tmp_path, init_from='resume', max_iters=5, n_layer=None))
     assert state['iter_num'] == 5
-    assert_equal_to_rounding(state['model'], theirs.state_dict())
+    assert_equal_to_rounding(state['model'], original.state_dict())
     assert_equal_to_rounding(state['optimizer']['state'], optimizer.state_dict()['state'], ROUNDING / 1000)
 
     give(train, learning_rate=1e-2)
@@ -198,40 +199,40 @@ def test_nanogpts_run_goes_on_here_with_its_moments(tmp_path: Path, corpus: toke
         forgetful.step()
         forgetful.zero_grad()
     distance = (fresh.transformer.wte.weight - state['model']['transformer.wte.weight']).abs().max().item()
-    assert distance > 1e-3, 'without the moments it would have gone elsewhere'
+    assert distance > 1e-3, 'without the moments the weights would differ'
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_our_checkpoint_is_one_of_nanogpts(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
-                                           run: Callable[..., Path]) -> None:
-    """What its sample.py does: load with torch's own defaults, strip the prefix of compiled models, build the model
-    from model_args, and load strictly; and what its train.py does on resume."""
+def test_a_checkpoint_of_plaingpt_is_one_of_nanogpts(tmp_path: Path, corpus: token_files.TokenFile, bias: bool,
+                                                     run: Callable[..., Path]) -> None:
+    """nanoGPT's sample.py loads with torch's own defaults, strips the prefix of compiled models, builds the model from
+    model_args, and loads strictly; its train.py does so on resume."""
     path = run(tmp_path, bias=bias, gelu='exact')
     file = torch.load(path)
     assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= file.keys()
     assert set(file['model_args']) == {field.name for field in dataclasses.fields(TheirConfig)}
     assert not any(name.startswith('_orig_mod.') for name in file['model'])
-    theirs = TheirGPT(TheirConfig(**file['model_args']))
-    assert {name: weight.shape for name, weight in theirs.state_dict().items()} == {
+    original = TheirGPT(TheirConfig(**file['model_args']))
+    assert {name: weight.shape for name, weight in original.state_dict().items()} == {
         name: weight.shape for name, weight in file['model'].items()}
-    theirs.load_state_dict(file['model'])
+    original.load_state_dict(file['model'])
     x, _ = read_batch(corpus, fixed_starts(len(corpus), 16, 8), 16, 8, 128)
-    ours, _ = checkpoint.model_of(checkpoint.load(path)).double()(x)
-    torch.testing.assert_close(theirs.double()(x), ours, atol=ROUNDING, rtol=0)
+    expected, _ = checkpoint.model_of(checkpoint.load(path)).double()(x)
+    torch.testing.assert_close(original.double()(x), expected, atol=ROUNDING, rtol=0)
 
-    groups = [{'params': [p for p in theirs.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
-              {'params': [p for p in theirs.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
+    groups = [{'params': [p for p in original.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
+              {'params': [p for p in original.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     optimizer.load_state_dict(file['optimizer'])
     for p, moments in optimizer.state.items():
         assert moments['exp_avg'].shape == p.shape
         assert moments['step'].item() == 4
-    assert len(optimizer.state) == len(list(theirs.parameters()))
+    assert len(optimizer.state) == len(list(original.parameters()))
 
 
-def test_what_wrappers_put_into_the_names_of_weights_is_taken_out(ours: Path, tmp_path: Path) -> None:
-    state = torch.load(ours)
-    clean = checkpoint.load(ours)['model']
+def test_what_wrappers_put_into_the_names_of_weights_is_removed(saved: Path, tmp_path: Path) -> None:
+    state = torch.load(saved)
+    clean = checkpoint.load(saved)['model']
     for prefix in ('', '_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.', '_fsdp_wrapped_module.'):
         weights = {prefix + name: weight for name, weight in state['model'].items()}
         torch.save(state | {'model': weights}, tmp_path / 'a')
@@ -242,10 +243,10 @@ def test_what_wrappers_put_into_the_names_of_weights_is_taken_out(ours: Path, tm
         assert not differences(checkpoint.load(tmp_path / 'a')['model'], clean)
 
 
-def test_a_tied_file_needs_no_head_and_one_that_differs_is_kept(ours: Path, tmp_path: Path,
+def test_a_tied_file_needs_no_head_and_one_that_differs_is_kept(saved: Path, tmp_path: Path,
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    """As nanoGPT's own files tie, and those of its forks may not: neither says it."""
-    state, path = torch.load(ours), tmp_path / 'a'
+    """nanoGPT's own files tie the head, and those of its forks may not: neither says so."""
+    state, path = torch.load(saved), tmp_path / 'a'
     state['config'] = {}
     head = state['model'].pop('lm_head.weight')
     torch.save(state, path)
@@ -265,8 +266,8 @@ def test_a_tied_file_needs_no_head_and_one_that_differs_is_kept(ours: Path, tmp_
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_are_trained_in_float32_whatever_their_file_has(ours: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    state = torch.load(ours)
+def test_weights_are_trained_in_float32_whatever_the_file_has(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = torch.load(saved)
     state['model'] = {name: p.to(dtype) for name, p in state['model'].items()}
     torch.save(state, tmp_path / 'a')
     for name, p in open_model(str(tmp_path / 'a'))[0].state_dict().items():
@@ -274,8 +275,8 @@ def test_weights_are_trained_in_float32_whatever_their_file_has(ours: Path, tmp_
         assert torch.equal(p, state['model'][name].float())
 
 
-def test_numbers_of_numpy_in_a_checkpoint_are_numbers(ours: Path, tmp_path: Path) -> None:
-    state = torch.load(ours) | {'best_val_loss': np.float64(2.5), 'iter_num': np.int64(7)}
+def test_numbers_of_numpy_in_a_checkpoint_are_numbers(saved: Path, tmp_path: Path) -> None:
+    state = torch.load(saved) | {'best_val_loss': np.float64(2.5), 'iter_num': np.int64(7)}
     state['config'] |= {'learning_rate': np.float32(0.5)}
     torch.save(state, tmp_path / 'a')
     loaded = checkpoint.load(tmp_path / 'a')
@@ -283,24 +284,24 @@ def test_numbers_of_numpy_in_a_checkpoint_are_numbers(ours: Path, tmp_path: Path
     assert [type(loaded[name]) for name in ('best_val_loss', 'iter_num')] == [float, int]
 
 
-def test_other_formats_are_named_with_the_way_in(ours: Path, tmp_path: Path) -> None:
-    state, old = torch.load(ours), tmp_path / 'old.pt'
+def test_other_formats_are_named_with_the_way_in(saved: Path, tmp_path: Path) -> None:
+    state, old = torch.load(saved), tmp_path / 'old.pt'
     torch.save(state, old, _use_new_zipfile_serialization=False)
     message = refused(checkpoint.load, old, code=errors.CHECKPOINT)
-    assert "PyTorch's format of before 1.6" in message
+    assert "PyTorch's format before 1.6" in message
     command = message.splitlines()[1]
     subprocess.run(shlex.split(command.replace(command.split(' -c ')[0], sys.executable)), check=True)
-    assert not differences(checkpoint.load(tmp_path / 'old.converted.pt')['model'], checkpoint.load(ours)['model'])
+    assert not differences(checkpoint.load(tmp_path / 'old.converted.pt')['model'], checkpoint.load(saved)['model'])
     save_file({name: p for name, p in state['model'].items() if name != 'lm_head.weight'}, tmp_path / 'a.safetensors')
     assert 'is a safetensors file' in refused(checkpoint.load, tmp_path / 'a.safetensors', code=errors.CHECKPOINT)
 
 
 # ------------------------------------------------------------------------------------------------
-# The memory that a file takes
+# The memory that a file needs
 
 
 def is_in_file(tensor: Tensor, path: Path) -> bool:
-    """Return whether the numbers of a tensor are those of the file, which the system reads when they are used."""
+    """Return whether the numbers of a tensor are those of the file, which the system reads on first use."""
     for line in Path('/proc/self/maps').read_text(encoding='utf-8').splitlines():
         if line.endswith(str(path.resolve())):
             first, last = (int(end, 16) for end in line.split()[0].split('-'))
@@ -311,36 +312,36 @@ def is_in_file(tensor: Tensor, path: Path) -> bool:
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc')
 def test_moments_take_no_memory_until_a_run_needs_them_and_weights_do_not_stay_in_a_file(
-        ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, right = checkpoint.load(ours), torch.load(ours)
+        saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, right = checkpoint.load(saved), torch.load(saved)
     assert not differences({**state, 'model': None}, {**right, 'model': None})
     assert not differences(state['model'], right['model'])
     moments = [tensor for one in state['optimizer']['state'].values() for tensor in one.values()]
-    assert len(moments) > 30 and all(is_in_file(tensor, ours) for tensor in moments)
-    assert not any(is_in_file(tensor, ours) for tensor in state['model'].values())
+    assert len(moments) > 30 and all(is_in_file(tensor, saved) for tensor in moments)
+    assert not any(is_in_file(tensor, saved) for tensor in state['model'].values())
     assert len({tensor.data_ptr() for tensor in state['model'].values()}) == len(state['model']) - 1, 'a tied table'
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError('this file system maps nothing')
 
     monkeypatch.setattr(mmap, 'mmap', refuse)
-    state = checkpoint.load(ours)
+    state = checkpoint.load(saved)
     assert not differences(state, right)
-    assert not is_in_file(state['optimizer']['state'][0]['exp_avg'], ours)
+    assert not is_in_file(state['optimizer']['state'][0]['exp_avg'], saved)
 
 
-def test_a_checkpoint_that_was_compressed_afterwards_has_the_same_values(ours: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_compressed_afterwards_has_the_same_values(saved: Path, tmp_path: Path) -> None:
     small = tmp_path / 'ckpt.pt'
-    with zipfile.ZipFile(ours) as archive, zipfile.ZipFile(small, 'w', zipfile.ZIP_DEFLATED) as compressed:
+    with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(small, 'w', zipfile.ZIP_DEFLATED) as compressed:
         for part in archive.infolist():
             compressed.writestr(part.filename, archive.read(part))
-    assert small.stat().st_size < ours.stat().st_size
-    assert not differences(checkpoint.load(small), checkpoint.load(ours))
+    assert small.stat().st_size < saved.stat().st_size
+    assert not differences(checkpoint.load(small), checkpoint.load(saved))
 
 
-def test_a_run_goes_on_from_a_file_that_something_else_overwrites(run: Callable[..., Path], tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends with the bits of one whose file stays; and so does the best checkpoint that it leaves."""
+def test_a_run_resumes_from_a_file_that_another_program_overwrites(run: Callable[..., Path], tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends with the same bits as one whose file stays; and so does the best checkpoint that it leaves."""
     for name in ('left alone', 'overwritten'):
         run(tmp_path / name, max_iters=2)
     run(tmp_path / 'left alone', init_from='resume')
@@ -358,11 +359,11 @@ def test_a_run_goes_on_from_a_file_that_something_else_overwrites(run: Callable[
 
 
 # ------------------------------------------------------------------------------------------------
-# What a file holds
+# The contents of a file
 
 
-def test_a_checkpoint_holds_tensors_and_plain_values_and_nothing_else(ours: Path) -> None:
-    state = torch.load(ours, weights_only=True)
+def test_a_checkpoint_holds_tensors_and_plain_values_and_nothing_else(saved: Path) -> None:
+    state = torch.load(saved, weights_only=True)
     assert state.keys() == {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', 'tokenizer',
                             'scaler', 'wandb_run_id', 'data', 'versions', 'compute', 'best', 'skipped', 'windows',
                             'windows_before', 'tokens'}
@@ -375,10 +376,10 @@ def test_a_checkpoint_holds_tensors_and_plain_values_and_nothing_else(ours: Path
     assert state['versions']['torch'] == torch.__version__
 
 
-def test_the_checkpoint_alone_is_enough_to_continue_a_text(ours: Path, tmp_path: Path, tiny_text: str) -> None:
+def test_the_checkpoint_alone_is_enough_to_continue_a_text(saved: Path, tmp_path: Path, tiny_text: str) -> None:
     from plaingpt.corpus import tokenizer
 
-    model, state = open_model(str(shutil.copy(ours, tmp_path / 'moved.pt')))
+    model, state = open_model(str(shutil.copy(saved, tmp_path / 'moved.pt')))
     vocabulary = tokenizer.from_state(state['tokenizer'])
     ids = vocabulary.encode(tiny_text[:10])
     assert vocabulary.decode(ids) == tiny_text[:10]
@@ -402,33 +403,33 @@ def test_tied_tensors_are_stored_once_and_stay_tied(run: Callable[..., Path], tm
 
 def test_the_best_is_a_second_name_of_the_newest_and_outlives_it(run: Callable[..., Path], tmp_path: Path) -> None:
     newest, best = run(tmp_path), tmp_path / 'best.pt'
-    assert os.path.samefile(newest, best), 'no copy where the file system needs none'
+    assert os.path.samefile(newest, best), 'no copy if the file system needs none'
     content = best.read_bytes()
     run(tmp_path, init_from='resume', max_iters=6, learning_rate=1.0)
     assert checkpoint.load(newest)['iter_num'] == 6
-    assert best.read_bytes() == content, 'and the next one does not write through it'
+    assert best.read_bytes() == content, 'and the next checkpoint does not write through it'
     assert not list(tmp_path.glob('*.tmp')) + list(tmp_path.glob('*.new.*'))
 
 
-def test_where_a_file_can_have_one_name_only_the_best_is_a_copy(
-        ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_is_a_copy_if_a_file_can_have_one_name_only(
+        saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_links(*_: Any) -> None:
         raise OSError('this file system has no links')
 
     monkeypatch.setattr(os, 'link', no_links)
     (tmp_path / 'best.pt').write_bytes(b'old')
-    files.link(ours, tmp_path / 'best.pt')
-    assert (tmp_path / 'best.pt').read_bytes() == ours.read_bytes()
-    assert not os.path.samefile(ours, tmp_path / 'best.pt')
+    files.link(saved, tmp_path / 'best.pt')
+    assert (tmp_path / 'best.pt').read_bytes() == saved.read_bytes()
+    assert not os.path.samefile(saved, tmp_path / 'best.pt')
 
 
 # ------------------------------------------------------------------------------------------------
-# What is refused
+# Refused files
 
 
 def spoiled(data: bytes, rng: random.Random) -> Iterator[tuple[str, bytes]]:
-    """A file with one bit flipped: anywhere, and in the directory and headers of the zip, where a flip may point to
-    other data; then files that are cut short, or full of zeros from somewhere on."""
+    """Yield a file with one bit flipped: anywhere, and in the directory and headers of the zip, where a flip may point
+    to other data; then files that are cut short, or that end in zeros."""
     directory = data.index(b'PK\x01\x02')
     headers = [at + i for at in range(directory) if data.startswith(b'PK\x03\x04', at) for i in range(30)]
     bits = [*rng.choices(range(len(data)), k=120), *rng.choices(range(directory, len(data)), k=200),
@@ -441,9 +442,9 @@ def spoiled(data: bytes, rng: random.Random) -> Iterator[tuple[str, bytes]]:
         yield f'zeros from {length} on', data[:length] + bytes(len(data) - length)
 
 
-def test_no_damage_ever_loads_other_values(ours: Path, tmp_path: Path) -> None:
+def test_no_damage_ever_loads_other_values(saved: Path, tmp_path: Path) -> None:
     """A flip may hit bytes that are never read, such as the date of a part. Then the values must be the same."""
-    data, right, path = ours.read_bytes(), checkpoint.load(ours), tmp_path / 'ckpt.pt'
+    data, right, path = saved.read_bytes(), checkpoint.load(saved), tmp_path / 'ckpt.pt'
     refusals = 0
     for what, bad in spoiled(data, random.Random(1)):
         path.write_bytes(bad)
@@ -459,18 +460,18 @@ def test_no_damage_ever_loads_other_values(ours: Path, tmp_path: Path) -> None:
     assert refusals > 250
 
 
-def test_every_bit_of_the_weights_counts(ours: Path, tmp_path: Path) -> None:
-    data, path = ours.read_bytes(), tmp_path / 'ckpt.pt'
-    weights = checkpoint.load(ours)['model']['transformer.wpe.weight'].numpy().tobytes()
+def test_every_bit_of_the_weights_counts(saved: Path, tmp_path: Path) -> None:
+    data, path = saved.read_bytes(), tmp_path / 'ckpt.pt'
+    weights = checkpoint.load(saved)['model']['transformer.wpe.weight'].numpy().tobytes()
     first = data.index(weights)
     for at in random.Random(2).choices(range(first, first + len(weights)), k=60):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
-        assert torch.load(path)['iter_num'] == 4, 'torch itself does not notice'
+        assert torch.load(path)['iter_num'] == 4, 'torch itself does not notice the damage'
         assert f'{path} is damaged' in refused(checkpoint.load, path, code=errors.CHECKPOINT)
 
 
 class Evil:
-    """Runs a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, witness: Path) -> None:
         self.witness = witness
@@ -481,19 +482,19 @@ class Evil:
 
 @pytest.mark.parametrize('where', ['model', 'config', 'tokenizer', 'evil'])
 def test_a_file_that_would_run_a_command_is_refused_whatever_the_environment_says(
-        ours: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        saved: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     witness = tmp_path / 'witness'
     for zipped in (True, False):
-        torch.save(torch.load(ours, weights_only=True) | {where: Evil(witness)}, tmp_path / 'evil.pt',
+        torch.save(torch.load(saved, weights_only=True) | {where: Evil(witness)}, tmp_path / 'evil.pt',
                    _use_new_zipfile_serialization=zipped)
         assert str(tmp_path / 'evil.pt') in refused(checkpoint.load, tmp_path / 'evil.pt', code=errors.CHECKPOINT)
         assert not witness.exists()
     torch.load(tmp_path / 'evil.pt', weights_only=False)
-    assert witness.exists(), 'it would have run'
+    assert witness.exists(), 'the pickle would have run'
 
 
-def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / 'ckpt.pt'
     assert refused(checkpoint.load, path, code=errors.CHECKPOINT) == f'no checkpoint at {path}'
     assert f'no checkpoint at {tmp_path}' in refused(checkpoint.load, tmp_path, code=errors.CHECKPOINT)
@@ -506,8 +507,8 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
         assert f"{path} has no 'model' and 'model_args'" in refused(checkpoint.load, path, code=errors.CHECKPOINT)
 
 
-def test_a_file_whose_entries_are_of_the_wrong_kind_is_refused(ours: Path, tmp_path: Path) -> None:
-    state, path = torch.load(ours), tmp_path / 'ckpt.pt'
+def test_a_file_whose_entries_are_of_the_wrong_kind_is_refused(saved: Path, tmp_path: Path) -> None:
+    state, path = torch.load(saved), tmp_path / 'ckpt.pt'
     weights = dict(state['model'])
     del weights['transformer.ln_f.weight']
     changes: list[dict[str, Any]] = [
@@ -519,7 +520,7 @@ def test_a_file_whose_entries_are_of_the_wrong_kind_is_refused(ours: Path, tmp_p
 
 
 def changed(tree: Any, path: str, value: Any) -> Any:
-    """A copy in which the entry at 'a.b' is another; '' is the tree itself."""
+    """Return a copy in which the entry at 'a.b' is replaced; '' is the tree itself."""
     name, _, rest = path.partition('.')
     return {**tree, name: changed(tree[name], rest, value)} if name else value
 
@@ -546,46 +547,46 @@ WRONG: list[tuple[str, Any, str]] = [
 ]
 
 
-def test_an_entry_that_is_not_what_it_should_be_is_named(ours: Path, tmp_path: Path) -> None:
+def test_an_entry_that_is_not_what_it_should_be_is_named(saved: Path, tmp_path: Path) -> None:
     for path, value, message in WRONG:
-        torch.save(changed(torch.load(ours), path, value), tmp_path / 'ckpt.pt')
+        torch.save(changed(torch.load(saved), path, value), tmp_path / 'ckpt.pt')
         said = refused(open_model, str(tmp_path / 'ckpt.pt'), code=errors.CHECKPOINT)
         assert f'{tmp_path}/ckpt.pt' in said and message in said and '\n' not in said, said
 
 
 def test_weights_that_are_no_numbers_are_refused_before_anything_is_computed(
-        ours: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
-    """An older checkpoint takes the place of such a one, as for any other damage."""
-    state = torch.load(ours)
+        saved: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
+    """An older checkpoint takes its place, as after any other damage."""
+    state = torch.load(saved)
     for name, bad in (('transformer.h.1.mlp.c_fc.weight', NAN), ('transformer.wpe.weight', -1 / torch.zeros(()))):
         weights = state['model'] | {name: state['model'][name].clone()}
         weights[name].view(-1)[-1] = bad
         torch.save(state | {'model': weights}, tmp_path / 'ckpt.pt')
         said = refused(run, tmp_path, init_from='resume', max_iters=6, code=errors.CHECKPOINT)
         assert f'ckpt.pt do not fit a GPT-2: {name} has numbers that are infinite or NaN' in said
-    shutil.copy(ours, tmp_path / 'ckpt.1.pt')
+    shutil.copy(saved, tmp_path / 'ckpt.1.pt')
     assert open_model(str(tmp_path))[1]['iter_num'] == 4
 
 
-def test_moments_of_other_shapes_are_refused(ours: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
-    state = torch.load(ours)
+def test_moments_of_other_shapes_are_refused(saved: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
+    state = torch.load(saved)
     for number, moments in ((0, {'exp_avg': torch.ones(2, 3)}), (99, {'step': torch.ones(())})):
         moved = state['optimizer']['state'] | {number: state['optimizer']['state'][0] | moments}
         torch.save(changed(state, 'optimizer.state', moved), tmp_path / 'ckpt.pt')
         assert 'another model' in refused(run, tmp_path, init_from='resume', max_iters=6, code=errors.CHECKPOINT)
 
 
-def test_weights_without_an_optimizer_can_be_fine_tuned_and_not_resumed(ours: Path, tmp_path: Path,
+def test_weights_without_an_optimizer_can_be_fine_tuned_and_not_resumed(saved: Path, tmp_path: Path,
                                                                         run: Callable[..., Path]) -> None:
-    state = torch.load(ours)
+    state = torch.load(saved)
     del state['optimizer']
     torch.save(state, tmp_path / 'ckpt.pt')
     assert checkpoint.load(run(tmp_path / 'new', init_from=tmp_path / 'ckpt.pt', max_iters=1))['iter_num'] == 1
     assert 'optimizer' in refused(run, tmp_path, init_from='resume', max_iters=6, code=errors.CHECKPOINT)
 
 
-def test_moments_of_another_model_are_refused(ours: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
-    state = torch.load(ours)
+def test_moments_of_another_model_are_refused(saved: Path, tmp_path: Path, run: Callable[..., Path]) -> None:
+    state = torch.load(saved)
     state['optimizer']['param_groups'][0]['params'].pop()
     torch.save(state, tmp_path / 'ckpt.pt')
     assert 'another model' in refused(run, tmp_path, init_from='resume', max_iters=6, code=errors.CHECKPOINT)
@@ -597,11 +598,11 @@ def test_resuming_needs_something_to_resume(run: Callable[..., Path], tmp_path: 
     assert '--init_from=scratch' in message
 
 
-def test_a_model_is_opened_by_its_file_its_folder_or_its_name(ours: Path, tmp_path: Path) -> None:
-    for path in (ours, ours.parent):
+def test_a_model_is_opened_by_its_file_its_folder_or_its_name(saved: Path, tmp_path: Path) -> None:
+    for path in (saved, saved.parent):
         model, state = open_model(str(path), dropout=0.2)
         assert (model.config.dropout, model.config.gelu, state['iter_num']) == (0.2, 'exact', 4)
     for where in ('nonsense', str(tmp_path / 'nothing'), str(tmp_path)):
         assert where in refused(open_model, where, code=errors.CHECKPOINT)
-    shutil.copy(ours, tmp_path / 'ckpt.1.pt')
+    shutil.copy(saved, tmp_path / 'ckpt.1.pt')
     assert open_model(str(tmp_path))[1]['iter_num'] == 4, 'a run whose newest file is gone'

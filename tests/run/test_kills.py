@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, again and again: the run is in the end what it would have been without."""
+"""SIGKILL at random moments, again and again: in the end, the run is the same as without any kill."""
 import re
 import subprocess
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a run leaves: real files, a real pseudo-terminal, a killed process, and wandb itself."""
+"""The files and output of a run: real files, a real pseudo-terminal, a killed process, and wandb itself."""
 import importlib
 import io
 import json
@@ -33,7 +33,7 @@ def open_logger(folder: Path, first_step: int = 0) -> Log:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, read as strictly as any JSON reader may."""
+    """Return the rows of metrics.jsonl, read as strictly as any JSON reader may."""
     def refuse(name: str) -> None:
         raise AssertionError(f'{name} is no JSON')
 
@@ -48,7 +48,7 @@ def steps_of(folder: Path) -> list[int]:
 # ------------------------------------------------------------------------------------------------ metrics.jsonl
 
 
-def test_rows_of_a_killed_and_resumed_run_stand_once(tmp_path: Path) -> None:
+def test_rows_of_a_killed_and_resumed_run_appear_once(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from plaingpt.run.log import Log
@@ -136,7 +136,7 @@ def test_a_process_that_is_not_the_main_one_leaves_nothing(tmp_path: Path, capsy
 # ------------------------------------------------------------------------------------------------ samples and status
 
 
-def test_samples_of_a_resumed_run_stand_once_whatever_the_model_wrote(tmp_path: Path) -> None:
+def test_samples_of_a_resumed_run_appear_once_whatever_the_model_wrote(tmp_path: Path) -> None:
     with open_logger(tmp_path) as log:
         log.sample(0, 'noise \x00\r\x1b[2J é')
         log.sample(10, 'a\n=== step 5 ===\nb')
@@ -172,7 +172,7 @@ def test_status_says_how_the_run_ended(tmp_path: Path) -> None:
         raise UserError('no train.bin', DATA)
     assert status() == {'state': 'failed', 'step': 0, 'exit_code': DATA, 'message': 'no train.bin',
                         'not_uploaded': []}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.jsonl', 'status.json']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.jsonl', 'report.html', 'status.json']
 
 
 # ------------------------------------------------------------------------------------------------ the console
@@ -180,7 +180,8 @@ def test_status_says_how_the_run_ended(tmp_path: Path) -> None:
 
 @contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """stdout and stderr on a pseudo-terminal of 100 columns. What it gives reads what was written since."""
+    """Put stdout and stderr on a pseudo-terminal of 100 columns. Yield a function that reads what was written since its
+    last call."""
     pty, fcntl, termios = (pytest.importorskip(name) for name in ('pty', 'fcntl', 'termios'))
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, b'\x18\x00\x64\x00\x00\x00\x00\x00')
@@ -201,7 +202,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
 
 
 def screen(written: str) -> list[str]:
-    """What a terminal shows of it: lines, of which a carriage return, a cursor up and a new line lead to others."""
+    """Return the lines that a terminal shows: a carriage return, a cursor up and a new line lead from one to
+    another."""
     lines, row, column = [''], 0, 0
     for part in re.findall(r'\x1b\[A|\x1b\[K|[\r\n]|[^\x1b\r\n]+', written):
         if part == '\x1b[A':
@@ -255,7 +257,7 @@ def test_without_a_terminal_there_are_no_bars(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr() == ('one line\n', '')
 
 
-# What people's scripts look for in nanoGPT's output.
+# The lines that users' scripts look for in nanoGPT's output.
 NANOGPT_ITER = re.compile(r'^iter (\d+): loss (\d+\.\d{4}), time (\d+\.\d\d)ms, mfu (-?\d+\.\d\d)%')
 NANOGPT_STEP = re.compile(r'^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})$')
 
@@ -318,7 +320,7 @@ def test_a_card_is_known_by_its_name(name: str, dtype: str, teraflops: float | N
 @pytest.mark.skipif(sys.platform == 'win32', reason='Windows does not say')
 def test_peak_memory_counts_what_was_held_once() -> None:
     before = peak_memory('cpu')
-    held = np.ones(before // 8 + (1 << 23))  # as much as ever, and 64 MiB
+    held = np.ones(before // 8 + (1 << 23))  # as much as the peak so far, and 64 MiB
     assert peak_memory('cpu') >= held.nbytes > before
     del held
     assert peak_memory('cpu') > before
@@ -345,7 +347,7 @@ def picture(folder: Path) -> NDArray[np.int64]:
 
 
 def heights(pixels: NDArray[np.int64], colour: tuple[int, int, int], columns: slice) -> NDArray[np.int64]:
-    """How far from the top the pixels of a colour are that lie in these columns of the upper panel."""
+    """Return how far from the top the pixels of a colour are that lie in these columns of the upper panel."""
     return np.nonzero(np.abs(pixels[60:520, columns] - colour).sum(axis=2) < 40)[0]
 
 
@@ -386,7 +388,7 @@ def test_the_picture_shows_the_losses_of_all_runs_in_a_folder(tmp_path: Path) ->
         log.plot()
         both = picture(tmp_path)
         five, three = heights(both, BLUE, slice(80, 100)).min(), heights(both, BLUE, slice(900, 930)).mean()
-        four = heights(both, RED, slice(1100, 1160)).max()  # where step 1000 is
+        four = heights(both, RED, slice(1100, 1160)).max()  # at step 1000
         assert four == pytest.approx((five + three) / 2, abs=12)
     assert (tmp_path / 'loss.png').stat().st_size < 100_000
 
@@ -397,7 +399,7 @@ def test_the_picture_shows_the_losses_of_all_runs_in_a_folder(tmp_path: Path) ->
     [{'loss': math.nan, 'val_loss': 2.0, 'lr': 0.0}, {'loss': 1e9}, {'loss': math.inf}],
     [{'loss': 2.0, 'val_loss': 2.5, 'tokens': 10, 'grad_norm': 0.0}] * 3,
 ])
-def test_a_picture_comes_of_however_little(rows: list[dict[str, float]], tmp_path: Path) -> None:
+def test_a_picture_is_drawn_of_however_few_rows(rows: list[dict[str, float]], tmp_path: Path) -> None:
     with open_logger(tmp_path) as log:
         for step, row in enumerate(rows):
             log.row(step, **row)
@@ -409,7 +411,7 @@ def test_a_picture_comes_of_however_little(rows: list[dict[str, float]], tmp_pat
 def test_nothing_to_draw_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_logger(tmp_path) as log:
         log.plot()
-        log.row(0, loss=3.0, val_loss=3.0)  # one point is no curve
+        log.row(0, loss=3.0, val_loss=3.0)  # one point is not a curve
         log.plot()
     assert not (tmp_path / 'loss.png').exists()
     with open_logger(tmp_path) as log:
@@ -440,7 +442,7 @@ SETTINGS = {'n_layer': 4, 'tokenizer': 'bpe:1024', 'sample_tokens': 256, 'hf_tok
 
 
 def run_with_wandb(folder: Path, first: int, last: int, before: str = '', **environment: str) -> tuple[list[str], str]:
-    """Log steps first..last-1 in a process that has a terminal to ask on, and nobody at the keys. What it printed."""
+    """Log steps first..last-1 in a process that has a terminal but no user at the keys. Return what it printed."""
     pty = pytest.importorskip('pty')
     master, slave = pty.openpty()
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith('WANDB')}
@@ -458,9 +460,9 @@ def run_with_wandb(folder: Path, first: int, last: int, before: str = '', **envi
 
 
 @pytest.mark.parametrize('of_pictures', ['matplotlib', 'PIL'])
-def test_without_the_packages_the_run_goes_on(of_pictures: str, tmp_path: Path) -> None:
+def test_without_the_packages_the_run_continues(of_pictures: str, tmp_path: Path) -> None:
     missing = f"import sys; sys.modules['wandb'] = sys.modules['{of_pictures}'] = None\n"
-    remedy = f'{python()} -m pip install -r requirements.txt; the run goes on'
+    remedy = f'{python()} -m pip install -r requirements.txt; the run continues'
     lines, errors = run_with_wandb(tmp_path, 0, 3, before=missing)
     assert lines == [
         f'wandb is off: the package wandb is missing: {remedy}',
@@ -471,11 +473,11 @@ def test_without_the_packages_the_run_goes_on(of_pictures: str, tmp_path: Path) 
     assert steps_of(tmp_path / 'out') == [0, 1, 2]
 
 
-def test_without_a_key_nobody_is_asked_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_without_a_key_wandb_asks_for_none_and_the_run_continues(tmp_path: Path) -> None:
     lines, errors = run_with_wandb(tmp_path, 0, 3)
     remedy = f'run `{python()} -m wandb login`, or set WANDB_MODE=offline'
     assert lines == [
-        f'wandb is off: there is no API key ({remedy}); the run goes on',
+        f'wandb is off: there is no API key ({remedy}); the run continues',
         '=== step 2 ===', 'import os',
     ]
     assert errors == ''
@@ -512,8 +514,8 @@ def test_wandb_offline_holds_the_run_and_what_was_resumed_but_no_secret(tmp_path
 
 
 def wandb_records(file: Path) -> list[Any]:
-    """The records of wandb's offline file: a LevelDB log (blocks of 32 KiB, a 7-byte header before each fragment) after
-    7 bytes of its own."""
+    """Return the records of wandb's offline file: a LevelDB log (blocks of 32 KiB, a 7-byte header before each
+    fragment) after 7 bytes of its own."""
     wandb_internal_pb2 = importlib.import_module('wandb.proto.wandb_internal_pb2')
     data = file.read_bytes()
     records, whole, at = [], b'', 7
@@ -524,7 +526,7 @@ def wandb_records(file: Path) -> list[Any]:
         length, kind = int.from_bytes(data[at + 4:at + 6], 'little'), data[at + 6]
         whole += data[at + 7:at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # a full record, or the last fragment of one
+        if kind in (1, 4):  # a full record, or the last fragment of a record
             record = wandb_internal_pb2.Record()
             record.ParseFromString(whole)
             records.append(record)
@@ -541,10 +543,10 @@ def test_wandb_that_fails_later_costs_one_line(tmp_path: Path, capsys: pytest.Ca
         sink = Wandb('project', '', 'run1234', str(tmp_path), {})
         log.add('wandb', lambda: sink)
         log.row(0, loss=1.0)
-        sink.close(0)  # a finished run refuses what is logged
+        sink.close(0)  # a finished run refuses further logging
         capsys.readouterr()
         for step in range(1, 4):
             log.row(step, loss=1.0)
     out = capsys.readouterr().out
-    assert re.fullmatch(r'wandb is off: .*; the run goes on\n', out)
+    assert re.fullmatch(r'wandb is off: .*; the run continues\n', out)
     assert steps_of(tmp_path) == [0, 1, 2, 3]

@@ -14,7 +14,7 @@ N, TOKENS = 50, 524288  # rows, tokens in a step
 
 
 def columns_of(name: str, last: float) -> dict[str, plot.Values]:
-    """A run whose accuracy rises from chance, and is measured in every tenth row."""
+    """Return a run whose accuracy rises from chance, and is measured in every tenth row."""
     columns = {column: np.full(N, np.nan) for column in plot.COLUMNS}
     columns['step'] = np.arange(N) * 250.0
     columns['tokens'] = (columns['step'] + 1) * TOKENS
@@ -28,14 +28,14 @@ def right_panel(columns: dict[str, plot.Values]) -> Axes:
     return plot.picture(columns, 'out-gpt2').axes[-1]
 
 
-def test_hellaswag_stands_beside_the_losses_against_tokens() -> None:
+def test_hellaswag_is_drawn_beside_the_losses_against_tokens() -> None:
     columns = columns_of('hellaswag_acc_norm', 0.31)
     panel = right_panel(columns)
     assert panel.get_title('left') == 'HellaSwag acc_norm, completion style, GPT-3 as OpenAI scored it'
     curve = np.asarray(panel.lines[-1].get_xydata())
     assert curve[:, 1].tolist() == np.linspace(0.25, 0.31, 5).tolist()
     assert curve[:, 0] == pytest.approx(columns['tokens'][::10], abs=2 * TOKENS)
-    assert any(text.get_text() == '0.310 ± 0.004' for text in panel.texts), 'where it has come to'
+    assert any(text.get_text() == '0.310 ± 0.004' for text in panel.texts), 'the last value'
     with Image.open(io.BytesIO(plot.draw(columns, 'out-gpt2'))) as image:
         assert image.format == 'PNG' and image.width == 2100
 
@@ -45,7 +45,7 @@ def test_the_axis_of_tokens_bends_where_the_batch_has_changed() -> None:
     steps = columns['step'] + 1
     columns['tokens'] = TOKENS * np.where(steps < 5000, steps, 5000 + 4 * (steps - 5000))
     for name in ('tokens', 'loss'):
-        columns[name][-1] = np.nan  # only an evaluation was made there
+        columns[name][-1] = np.nan  # only an evaluation happened there
     figure = plot.picture(columns, 'out-gpt2')
     losses, *_, panel = figure.axes
     figure.draw_without_rendering()

@@ -1,4 +1,4 @@
-"""Checkpoints elsewhere: a real S3 API in a process of its own, folders under file://, and kills."""
+"""Copies of checkpoints: a real S3 API in a process of its own, folders under file://, and kills."""
 import os
 import signal
 import socket
@@ -62,7 +62,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What an Uploader says; with short pauses between its attempts."""
+    """Collect the messages of an Uploader, with short pauses between its attempts."""
     monkeypatch.setattr(upload, 'PAUSES', (0.05, 0.1))
     return []
 
@@ -103,7 +103,7 @@ def test_what_is_put_arrives_bit_for_bit_though_the_file_is_renamed_at_once(
 
 @needs_s3
 @pytest.mark.slow
-def test_a_run_goes_on_and_is_sampled_from_what_is_in_s3(
+def test_a_run_resumes_and_is_sampled_from_what_is_in_s3(
         server: Server, tmp_path: Path, tiny_dataset: Path,
         run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     settings = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2', '--eval_iters=1',
@@ -122,7 +122,7 @@ def test_a_run_goes_on_and_is_sampled_from_what_is_in_s3(
 
 
 @needs_s3
-def test_a_bucket_that_is_not_there_is_visible_and_not_fatal(server: Server, tmp_path: Path, lines: list[str]) -> None:
+def test_a_missing_bucket_is_visible_and_not_fatal(server: Server, tmp_path: Path, lines: list[str]) -> None:
     uploader = upload.Uploader('s3://nowhere/run', lines.append)
     uploader.put(write(tmp_path / 'ckpt.pt', b'one'))
     wait_until(lambda: len(lines) == 1)
@@ -182,9 +182,9 @@ def test_a_service_that_comes_back_gets_what_it_missed(server: Server, tmp_path:
 
 
 @needs_s3
-def test_nothing_that_is_said_holds_a_secret(server: Server, tmp_path: Path, lines: list[str],
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://127.0.0.1:1/{SECRET}')  # nobody answers there; errors quote it
+def test_no_message_holds_a_secret(server: Server, tmp_path: Path, lines: list[str],
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://127.0.0.1:1/{SECRET}')  # no server answers there; errors quote it
     uploader = upload.Uploader('s3://bucket/run', lines.append)
     uploader.put(write(tmp_path / 'ckpt.pt', b'one'))
     wait_until(lambda: len(lines) == 1)
@@ -204,7 +204,7 @@ def test_errors_are_shown_without_credentials(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_what_is_secret_in_upload_to_is_neither_printed_nor_kept_by_a_run(
+def test_a_secret_in_upload_to_is_neither_printed_nor_kept_by_a_run(
         tmp_path: Path, tiny_dataset: Path, run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     result = run_script('train.py', '--n_layer=1', '--n_head=2', '--n_embd=16', '--block_size=16', '--batch_size=2',
                         '--eval_iters=1', '--gradient_accumulation_steps=1', '--device=cpu', '--max_iters=1',
@@ -239,8 +239,8 @@ def test_a_folder_under_file_gets_whole_files_and_nothing_else(tmp_path: Path, l
     assert upload.fetch(f'file://{there}/best.pt', run) == [run / 'best.pt']
 
 
-def test_files_arrive_where_no_links_are_possible(tmp_path: Path, lines: list[str],
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_arrive_even_if_no_links_are_possible(tmp_path: Path, lines: list[str],
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: Path, target: Path) -> None:
         raise PermissionError('this file system has no links')
 
@@ -253,7 +253,7 @@ def test_files_arrive_where_no_links_are_possible(tmp_path: Path, lines: list[st
     assert (kinds(tmp_path), lines) == ({'there'}, [])
 
 
-def test_a_folder_that_cannot_be_written_to_is_said_once_a_put_and_tried_again(
+def test_a_folder_that_cannot_be_written_to_is_reported_once_a_put_and_tried_again(
         tmp_path: Path, lines: list[str]) -> None:
     there = tmp_path / 'there'
     there.write_text('a file where a folder should be', encoding='utf-8')
@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_once_a_put_and_tried_again(
 def test_a_kill_in_the_middle_leaves_no_half_file_under_the_final_name(tmp_path: Path) -> None:
     run, there = tmp_path / 'run', tmp_path / 'there'
     run.mkdir()
-    size = 20_000_000_000  # of holes: they take no room until they are copied
+    size = 20_000_000_000  # of holes: they take no space until they are copied
     with open(run / 'ckpt.pt', 'wb') as file:
         file.truncate(size)
     code = ('import sys; from plaingpt.run import upload; from pathlib import Path; '
@@ -282,7 +282,7 @@ def test_a_kill_in_the_middle_leaves_no_half_file_under_the_final_name(tmp_path:
     wait_until(lambda: there.is_dir() and any(there.iterdir()))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert [path.stat().st_size < size for path in there.iterdir()] == [True]  # it was in the middle
+    assert [path.stat().st_size < size for path in there.iterdir()] == [True]  # the kill came in the middle
     assert not (there / 'ckpt.pt').exists()
     assert upload.checkpoints(f'file://{there}') == []
     assert len(list(run.glob('.*.uploading'))) == 1
@@ -294,7 +294,7 @@ def test_a_kill_in_the_middle_leaves_no_half_file_under_the_final_name(tmp_path:
 
 
 def test_a_slow_upload_holds_up_neither_close_nor_the_end_of_the_process(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / 'ckpt.pt.tmp')  # whoever opens it waits for a reader, who never comes
+    os.mkfifo(tmp_path / 'ckpt.pt.tmp')  # opening it blocks until a reader comes, and none does
     (tmp_path / 'run').mkdir()
     write(tmp_path / 'run/ckpt.pt', b'one')
     code = ('import sys; from plaingpt.run import upload; from pathlib import Path; '
@@ -306,11 +306,11 @@ def test_a_slow_upload_holds_up_neither_close_nor_the_end_of_the_process(tmp_pat
                             cwd=ROOT, capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
-        f'file://{tmp_path}/ckpt.pt is not uploaded: 0.5 seconds were not enough; the run goes on', "['ckpt.pt']"]
+        f'file://{tmp_path}/ckpt.pt is not uploaded: 0.5 seconds were not enough; the run continues', "['ckpt.pt']"]
 
 
 @pytest.mark.parametrize('url', ['memory://nobody/was/here', 'file:///nobody/was/here', 'file:///nobody/here/ckpt.pt'])
-def test_fetching_what_is_not_there_is_answered_in_one_line(url: str, tmp_path: Path) -> None:
+def test_fetching_a_missing_file_is_answered_in_one_line(url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         upload.fetch(url, tmp_path / 'out')
     assert error.value.code == CHECKPOINT
@@ -321,14 +321,14 @@ def test_fetching_what_is_not_there_is_answered_in_one_line(url: str, tmp_path: 
 
 @needs_s3
 @pytest.mark.parametrize('url', ['s3://no-such-bucket/run', 's3://no-such-bucket/run/ckpt.pt', 's3://bucket/none'])
-def test_fetching_from_a_bucket_that_is_not_there_is_answered_in_one_line(
+def test_fetching_from_a_missing_bucket_is_answered_in_one_line(
         server: Server, url: str, tmp_path: Path) -> None:
-    test_fetching_what_is_not_there_is_answered_in_one_line(url, tmp_path)
+    test_fetching_a_missing_file_is_answered_in_one_line(url, tmp_path)
 
 
 @pytest.mark.parametrize(('url', 'answer'), [
     ('nosuch://bucket/run', r'nosuch://bucket/run cannot be used: Protocol not known'),
-    ('backup', r"'backup' is no URL: write s3://bucket/folder, or file:///.*/backup"),
+    ('backup', r"'backup' is not a URL: write s3://bucket/folder, or file:///.*/backup"),
     ('ftp://me:secret@host/run', r'ftp://\*\*\*@host/run was given with a password'),
     ('oci://bucket@namespace/run', r'the package ocifs is missing: .*python -m pip install ocifs'),
 ])

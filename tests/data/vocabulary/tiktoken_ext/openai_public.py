@@ -1,6 +1,6 @@
 """A vocabulary with GPT-2's size and pattern and other tokens, in place of the one that tiktoken downloads.
 
-tiktoken asks every module of the namespace package tiktoken_ext for its encodings. Where PYTHONPATH names the folder
+tiktoken asks every module of the namespace package tiktoken_ext for its encodings. If PYTHONPATH names the folder
 above, this module hides tiktoken's own of the same name, and `tiktoken.get_encoding('gpt2')` needs no network.
 """
 import base64
@@ -10,11 +10,11 @@ from typing import Any
 
 LEARNED = Path(__file__).parents[1] / 'small.tiktoken'  # see ../../README.md
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # GPT-2's
-N_VOCAB = 50257  # GPT-2's, with the end of text
+N_VOCAB = 50257  # as GPT-2, with the end of text
 
 
 def more_tokens() -> Iterator[bytes]:
-    """The characters of Unicode beyond ASCII, each after its first two bytes, if it has three."""
+    """Yield the characters of Unicode beyond ASCII, each after its first two bytes, if it has three."""
     for character in map(chr, (*range(0x80, 0xD800), *range(0xE000, 0x10000))):
         data = character.encode('utf-8')
         if len(data) == 3:
