@@ -44,7 +44,7 @@ of 4 heads, 128 channels, 16 windows of 64 tokens. Rungs 8 and 9 are for a GPU; 
 
 """
 
-GAINS = """How many times as fast as the rung that it changes, and as the plain files. No gain is a result. The last
+GAINS = """How many times as fast as the rung that it changes, and as the plain files; 1.0 is a result, too. The last
 column is empty until a GPU has been measured.
 """
 ABLATED = """*What it learns,* by the val loss at equal tokens: 600 steps, four layers, means of three seeds, by
