@@ -3,9 +3,9 @@ Settings are the annotated names at the top of a script: defaults < config file 
 
     python train.py config/train_gpt2.py --batch_size=32
 
-Arguments are taken from left to right, and the last word wins. A config file is parsed and never run: it holds lines
+Arguments are read from left to right, and the last one wins. A config file is parsed and never run: it holds lines
 `name = value`, with literals, f-strings, arithmetic, a few functions, and the names of settings, which stand for their
-value so far. Another name may hold what later lines of its file read.
+value so far. Any other name may hold a value for later lines of its file.
 """
 import ast
 import difflib
@@ -27,23 +27,23 @@ from plaingpt.errors import UserError, command, typed
 from plaingpt.paths import here_or_installed
 
 T = TypeVar('T')
-Kinds = dict[str, list[Any]]  # what each setting may be: bool, int, float, str, and the texts that a Literal names
+Kinds = dict[str, list[Any]]  # the types that each setting may have: bool, int, float, str; and the texts of a Literal
 
-STARTED = time.time()  # what time.time() is in a config file, and '{time}' in the name of a run or of a folder
+STARTED = time.time()  # the value of time.time() in a config file, and of '{time}' in the name of a run or a folder
 CLOCK = 'time.time()'
-MANY = 2**31  # windows, layers, seconds ...: a number from here on is a mistake, and no memory is asked for it
-LARGEST = 2**63  # no number that a config file computes needs more; 9**9**9 would take all memory
+MANY = 2**31  # windows, layers, seconds ...: a number from here on is a mistake, and would take too much memory
+LARGEST = 2**63  # beyond any number that a config file needs; 9**9**9 would take all memory
 LONGEST = 100_000  # characters in a text, and in a config file
 LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes, of a file
 MOST_DIGITS = 64  # the largest exponent, and the most digits that a number is rounded or written to
-NEAR = 0.75  # how much of two names must agree, by difflib's measure, for one to have been meant by the other
+NEAR = 0.75  # how much of two names must agree, by difflib's measure, for one to be a misspelling of the other
 ARITHMETIC: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
     ast.USub: operator.neg, ast.UAdd: operator.pos,
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {'int': int, 'float': float, 'round': round, 'min': min, 'max': max}
-QUOTED = re.compile(r'(["\'])(?:(?!\1)[^\\]|\\.)*\1', re.DOTALL)  # one text of Python, with its quotes
+QUOTED = re.compile(r'(["\'])(?:(?!\1)[^\\]|\\.)*\1', re.DOTALL)  # one string of Python, with its quotes
 EMPTY = ast.Constant('')
 REMEDY = ('A config file is read, never run. Write name = value, with numbers, text, arithmetic, names of settings, '
           f'{", ".join(FUNCTIONS)}, str.')
@@ -52,8 +52,8 @@ TIME_REMEDY = "A config file is read, never run. For the time in a name, write '
 
 def configure(script: types.ModuleType, args: list[str], clock: float = STARTED) -> tuple[dict[str, Any], set[str]]:
     """Set the settings of `script` from `args` (as in sys.argv[1:]). Return all of them by name, for records, which
-    keep no secret of a URL, and the names that a config file or the command line gave. `clock` is the time that they
-    may name, in seconds since 1970. UserError if an argument cannot be taken; --help prints and exits."""
+    keep no secret of a URL, and the names that a config file or the command line gave. `clock` is the time that these
+    may name, in seconds since 1970. Raise UserError if an argument cannot be taken; --help prints and exits."""
     lines = find_settings(script)
     if '--help' in args or '-h' in args:
         console.say(manual(script, lines))
@@ -95,7 +95,7 @@ def pick(make: Callable[..., T], script: types.ModuleType, **others: Any) -> T:
 
 
 def check_range(script: types.ModuleType, names: str, least: float, below: float = math.inf) -> None:
-    """Refuse a setting of `script`, of those that `names` lists, that is less than `least`, or not below `below`."""
+    """Raise UserError if a setting of `script` that `names` lists is less than `least`, or not below `below`."""
     for name in names.split():
         value = getattr(script, name)
         if not least <= value < below:
@@ -105,13 +105,13 @@ def check_range(script: types.ModuleType, names: str, least: float, below: float
 
 
 # ------------------------------------------------------------------------------------------------
-# The script: which settings it has, and what each may be
+# The script: which settings it has, and which values each may have
 
 
 def find_settings(script: types.ModuleType) -> dict[str, ast.AnnAssign]:
-    """Return the annotated names above the first function or class; NAMES like this are constants, not settings.
-    Defaults come from these lines and not from the module's values, so that a second call does not start from what the
-    first set."""
+    """Return the annotated names above the first function or class; NAMES LIKE THESE are constants, not settings.
+    Defaults come from these lines and not from the module's values, so that a second call does not start from the
+    values of the first."""
     lines: dict[str, ast.AnnAssign] = {}
     for node in ast.parse(inspect.getsource(script)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -131,7 +131,7 @@ def alternatives(annotation: Any) -> list[Any]:
 
 
 def manual(script: types.ModuleType, lines: dict[str, ast.AnnAssign]) -> str:
-    """Return the docstring, and the settings as the source has them: name, type, default, meaning."""
+    """Return the docstring of a script, and its settings as they stand in the source: name, type, default, meaning."""
     source, nodes = inspect.getsource(script), list(lines.values())
     if not nodes:
         return f'{inspect.getdoc(script)}\n\nIt has no settings.'
@@ -142,13 +142,12 @@ def manual(script: types.ModuleType, lines: dict[str, ast.AnnAssign]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# Values: from what was written to what the setting declares
+# Values: from the text that was written to the type that the setting declares
 
 
 def fit(name: str, value: Any, kinds: Kinds, where: str) -> Any:
-    """Return `value` as the type that the setting declares: 1 is as good a number as 1.0, and 1e5 as good a whole
-    number."""
-    is_number = type(value) in (int, float) and abs(value) < LARGEST  # not of infinity, nor of nan
+    """Return `value` as the type that the setting declares: 1 will do for 1.0, and 1e5 for a whole number."""
+    is_number = type(value) in (int, float) and abs(value) < LARGEST  # False for infinity and NaN
     for kind in kinds[name]:
         if kind is bool and (type(value) is bool or (is_number and value in (0, 1))):
             return bool(value)
@@ -165,7 +164,8 @@ def fit(name: str, value: Any, kinds: Kinds, where: str) -> Any:
 
 
 def refuse_odd_text(name: str, text: str, where: str) -> None:
-    """Refuse what is no text, and what can name no file, unless it is a prompt or a URL."""
+    """Raise UserError for what is not text, and for what cannot be the name of a file, unless it is a prompt or a
+    URL."""
     if '\0' in text or text.encode('utf-8', 'replace').decode() != text:
         raise UserError(f'{where}: {name} must be text in UTF-8, without the character NUL')
     path = '' if name.endswith('start') or '://' in text else text
@@ -189,8 +189,8 @@ def read_option(arg: str, rest: list[str], kinds: Kinds, script: types.ModuleTyp
 
 
 def parse_text(text: str, kinds: list[Any]) -> Any:
-    """Read what was typed on the command line. Digits are text if text is wanted; text within quotes of its own is read
-    as Python reads it, so that "'\\n'" is a new line, and '"Hello" and "world"' is no such text."""
+    """Read a value that was typed on the command line. Digits are text if the setting takes text; text within quotes of
+    its own is read as Python reads it: "'\\n'" is a new line, and '"Hello" and "world"' is not one such text."""
     if QUOTED.fullmatch(text):
         try:
             unquoted = ast.literal_eval(text)
@@ -214,7 +214,7 @@ def parse_text(text: str, kinds: list[Any]) -> Any:
 
 
 def read_file(path: str, names: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
-    """Return the settings that the file at `path` assigns, if `names` have these values. Nothing in it is executed."""
+    """Return the settings that the file at `path` assigns, given the values of `names`. Nothing in it is executed."""
     try:
         with open(here_or_installed(path), encoding='utf-8-sig') as file:
             source = file.read(LONGEST + 1)
@@ -233,13 +233,13 @@ def read_file(path: str, names: dict[str, Any], kinds: Kinds) -> dict[str, Any]:
         raise UserError(f'{path} is not a config file: {error or "too deeply nested"}') from None
     console.say(f'Overriding config with {path}:\n{source}')
     if helpers := new.keys() - kinds:
-        console.say(f'{path}: for its own lines only, as no setting is called so: {", ".join(sorted(helpers))}')
+        console.say(f'{path}: for its own lines only, as no setting has this name: {", ".join(sorted(helpers))}')
     return {name: value for name, value in new.items() if name in kinds}
 
 
 def read_statements(body: list[ast.stmt], names: dict[str, Any], kinds: Kinds, path: str) -> dict[str, Any]:
-    """Return what the statements assign, and add it to `names`: settings, and helpers, which are other names that a
-    later statement reads."""
+    """Return what the statements assign, and add it to `names`: settings, and helpers, which are other names that later
+    statements read."""
     new: dict[str, Any] = {}
     last_read = {node.id: number for number, statement in enumerate(body) for node in ast.walk(statement)
                  if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
@@ -257,8 +257,8 @@ def read_statements(body: list[ast.stmt], names: dict[str, Any], kinds: Kinds, p
 
 
 def assignment(statement: ast.stmt, where: str) -> tuple[list[str], ast.expr]:
-    """Return the names that a statement assigns to, and the value; no names for a docstring, and for what nanoGPT's own
-    files import."""
+    """Return the names that a statement assigns to, and the value; no names for a docstring, and for `import time`,
+    which nanoGPT's own files have."""
     match statement:
         case ast.Expr(value=ast.Constant(value=str())) | ast.Import(names=[ast.alias(name='time', asname=None)]):
             return [], EMPTY
@@ -270,7 +270,7 @@ def assignment(statement: ast.stmt, where: str) -> tuple[list[str], ast.expr]:
 
 
 def evaluate(node: ast.expr, names: dict[str, Any], where: str) -> Any:
-    """Return the value of a literal, of a name, or of what is calculated or written from these."""
+    """Return the value of a literal, a name, a calculation or an f-string."""
     function: Callable[..., Any]
     match node:
         case ast.Constant(value=value):
@@ -304,7 +304,8 @@ def join(*texts: str) -> str:
 
 
 def calculate(function: Callable[..., Any], values: list[Any], where: str) -> Any:
-    """Return the result of one operation on numbers or texts, if both it and what it takes are of a sensible size."""
+    """Return the result of one operation on numbers or texts. Raise UserError if it, or a number in it, is too
+    large."""
     numbers = [value for value in values if isinstance(value, int | float)]
     texts = [value for value in values if isinstance(value, str)]
     takes_text = function in (join, operator.add)
@@ -323,7 +324,7 @@ def calculate(function: Callable[..., Any], values: list[Any], where: str) -> An
 
 
 # ------------------------------------------------------------------------------------------------
-# What to say
+# Messages
 
 
 def brief(text: str) -> str:
@@ -333,7 +334,7 @@ def brief(text: str) -> str:
 
 
 def near(name: str, names: Iterable[str]) -> list[str]:
-    """Return the one of `names` that may have been meant by `name`, if there is one."""
+    """Return the one of `names` that the user may have meant by `name`, if there is one."""
     return difflib.get_close_matches(name.lower(), names, 1, NEAR)
 
 
@@ -344,19 +345,19 @@ def unknown(name: str, names: Iterable[str], where: str, dashes: str = '', other
 
 
 def refused(node: ast.AST, where: str) -> UserError:
-    """Say what a config file holds that is no setting, and what to write."""
+    """Return an error that says what a config file may not hold, and what to write instead."""
     text = ast.unparse(node)
     return UserError(f'{where}: this is refused: {brief(text)}\n{TIME_REMEDY if "time" in text else REMEDY}')
 
 
 def explain_missing(path: str, error: OSError) -> str:
-    """Say what else may have been meant by a config file that cannot be read."""
+    """Return a message about a config file that cannot be read, with what the user may have meant."""
     if '=' in path or path.startswith('-'):
         return f'{brief(path)}: a setting is given with two dashes, --name=value'
     if not isinstance(error, FileNotFoundError):
         return f"'{path}' cannot be read as a config file: {error.strerror}; a setting is given as --name=value"
-    ours = Path(__file__).with_name('config')
-    files = {file.stem: file for folder in (Path(path).parent, ours) for file in folder.glob('*.py')}
+    shipped = Path(__file__).with_name('config')
+    files = {file.stem: file for folder in (Path(path).parent, shipped) for file in folder.glob('*.py')}
     near = [typed(files[stem]) for stem in difflib.get_close_matches(Path(path).stem, files)]
-    there = textwrap.fill('config/ has ' + ', '.join(sorted(file.stem for file in ours.glob('*.py'))), 150)
-    return f'there is no config file {path}\n' + (f'did you mean {" or ".join(near)}?' if near else there)
+    known = textwrap.fill('config/ has ' + ', '.join(sorted(file.stem for file in shipped.glob('*.py'))), 150)
+    return f'there is no config file {path}\n' + (f'did you mean {" or ".join(near)}?' if near else known)

@@ -1,5 +1,5 @@
 """
-How good is a model: loss, perplexity, accuracy and bits per byte on a corpus, HellaSwag, LAMBADA.
+How good a model is: loss, perplexity, accuracy and bits per byte on a corpus, HellaSwag, LAMBADA.
 
     python evaluate.py --out_dir=out-stdlib                          the newest checkpoint of a run, on its own corpus
     python evaluate.py --init_from='out/ckpt*.pt' --tasks=hellaswag  several, one below the other
@@ -45,38 +45,38 @@ from plaingpt.tasks import Row, is_raw, load, measure_hellaswag, measure_lambada
 # Settings
 init_from: str = ''  # a checkpoint file, a run's folder, a glob of these, a Hugging Face folder, 'gpt2*'; '' is out_dir
 out_dir: str = 'out'  # of the run
-tasks: str = 'val'  # of 'val', 'hellaswag' and 'lambada', those to do: 'val,hellaswag'
+tasks: str = 'val'  # any of 'val', 'hellaswag' and 'lambada', such as 'val,hellaswag'
 dataset: str = ''  # a folder in data/, any folder, or text (.txt, .jsonl, .parquet); '' is what the model has read
 split: Literal['train', 'val'] = 'val'  # of the dataset, unless that is text
-column: str = 'text'  # where the text stands in .jsonl and .parquet files, if the dataset is some of these
+column: str = 'text'  # of the text in .jsonl and .parquet files, if the dataset consists of these
 hellaswag: str = ''  # its validation set, a .jsonl file; '' downloads the original
 lambada: str = ''  # its test set, a .jsonl file; '' downloads OpenAI's
 eval_iters: int = 0  # batches of the dataset to evaluate on; 0 is the whole split
 limit: int = 0  # examples of hellaswag and lambada, from the first on; 0 is all
 batch_size: int = 8  # windows at a time, or as many tokens of questions; lower it when memory runs out
-json: str = ''  # a file for all figures; '' is evaluation.json beside the checkpoint, written anew each time
+json: str = ''  # a file for all figures; '' is evaluation.json beside the checkpoint, replaced each time
 device: str = 'auto'
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'  # of the matrix products
 backend: str = 'auto'
 # ------------------------------------------------------------------------------------------------
 
-# Of these each process may have its own, as they say where things are: what is there is compared.
+# Each process may have its own values of these, which say where things are: the things themselves are compared.
 PLACE = ('init_from', 'out_dir', 'dataset', 'hellaswag', 'lambada', 'json', 'device')
 MEASURES = {'hellaswag': measure_hellaswag, 'lambada': measure_lambada}  # the tasks beside 'val'
 SAME = '{} must be the same on all machines'
 
 
 class Measured(NamedTuple):
-    """What was found out about one checkpoint."""
+    """The figures of one checkpoint."""
 
     checkpoint: str
-    step: int | None  # None where the weights do not come from a run
-    dataset: str  # that of the split, '' where none was read
+    step: int | None  # None if the weights do not come from a run
+    dataset: str  # that of the split, '' if no split was read
     figures: dict[str, dict[str, float]]  # of the split, and of each scoring
 
 
 def find_tasks(names: str) -> list[str]:
-    """'val,lambada' -> ['val', 'lambada']"""
+    """Return ['val', 'lambada'] for 'val,lambada'. Raise UserError for a task that does not exist."""
     found, known = [name.strip() for name in names.split(',')], ['val', *MEASURES]
     if unknown := [name for name in found if name not in known]:
         raise UserError(f"--tasks={names}: there is no task '{unknown[0]}'; give some of {','.join(known)}")
@@ -84,7 +84,7 @@ def find_tasks(names: str) -> list[str]:
 
 
 def find_checkpoints(where: str) -> list[str]:
-    """Return `where` itself, if that is a file, a folder, a URL or a name of the hub; if not, what it matches."""
+    """Return `where` itself, if that is a file, a folder, a URL or a name on the hub; if not, all that it matches."""
     if is_url(where) or Path(where).exists() or not glob.has_magic(where):
         return [where]
     found = [str(path) for path in matching(Path(where))]
@@ -115,7 +115,7 @@ def measure(where: str, names: Sequence[str], questions: dict[str, list[Row]], p
 
 
 def measure_split(folder: Path, state: State, predict: Predictor) -> dict[str, dict[str, float]]:
-    """Measure a model on a corpus, whose tokenizer must be its own."""
+    """Measure a model on a corpus, which must have the model's tokenizer."""
     n_vocab = predict.config.vocab_size
     corpus = open_split(folder, split, predict.config.block_size, n_vocab)
     processes.refuse_difference(predict.process, {split: fingerprint(corpus, read_meta(folder))}, SAME.format(folder))
@@ -125,7 +125,7 @@ def measure_split(folder: Path, state: State, predict: Predictor) -> dict[str, d
 
 
 def measure_text(state: State, predict: Predictor) -> dict[str, dict[str, float]]:
-    """Measure a model on text that is tokenised as it has learned it."""
+    """Measure a model on text, in the tokens that it has learned."""
     if split != 'val':
         raise UserError(f'--split={split}: {dataset} is text, which has no splits: leave it out')
     learned = learned_tokenizer(state, predict.config.vocab_size, corpus_of(state))
@@ -136,33 +136,33 @@ def measure_text(state: State, predict: Predictor) -> dict[str, dict[str, float]
 
 
 def report(all_measured: Sequence[Measured], notes: dict[str, str]) -> str:
-    """A table for each of the split and the scorings, with the published figures below ours."""
+    """Return a table for the split, and one for each scoring, with published figures below the measured ones."""
     tables = []
     datasets = ', '.join(dict.fromkeys(measured.dataset for measured in all_measured))
     for name in all_measured[0].figures:
-        ours = {measured.checkpoint if measured.step is None else f'{measured.checkpoint}, step {measured.step}':
+        rows = {measured.checkpoint if measured.step is None else f'{measured.checkpoint}, step {measured.step}':
                 measured.figures[name] for measured in all_measured}
         corpus = f'{name} of {datasets}'
-        table = metrics.table(ours | PUBLISHED.get(corpus, PUBLISHED.get(name, {})), {})
+        table = metrics.table(rows | PUBLISHED.get(corpus, PUBLISHED.get(name, {})), {})
         tables.append('\n'.join(filter(None, (TITLES.get(name, corpus), notes.get(name), table))))
     return '\n\n'.join(tables)
 
 
 def notes_on(rows: dict[str, list[Row]]) -> dict[str, str]:
-    """What must be known of each scoring to compare its figures."""
-    notes, theirs = {}, '; GPT-3 as OpenAI scored it'
+    """Return what a reader must know about each scoring to compare its figures."""
+    notes, gpt3 = {}, '; GPT-3 as OpenAI scored it'
     if 'hellaswag' in rows:
         text = '' if is_raw(rows['hellaswag']) else ' of cleaned text: not comparable with the published figures'
         examples = f'{len(rows["hellaswag"]):,} examples{text}'
-        notes = {'hellaswag_completion': examples + theirs, 'hellaswag_lm_eval': examples}
+        notes = {'hellaswag_completion': examples + gpt3, 'hellaswag_lm_eval': examples}
     if 'lambada' in rows:
-        notes['lambada_openai'] = f'{len(rows["lambada"]):,} examples{theirs}'
+        notes['lambada_openai'] = f'{len(rows["lambada"]):,} examples{gpt3}'
     return notes
 
 
 def json_file(where: str, found: Sequence[str]) -> str:
-    """evaluation.json in the folder that holds what was found; for the weights of the hub, or of a URL, in this one,
-    under their name."""
+    """Return the path of evaluation.json in the folder that holds the checkpoints; for weights from the hub, or from a
+    URL, a path in the current folder, with their name in it."""
     if not os.path.exists(found[0]):
         return f'evaluation-{Path(where.partition("?")[0]).stem}.json'
     common = os.path.commonpath(found)
@@ -170,7 +170,7 @@ def json_file(where: str, found: Sequence[str]) -> str:
 
 
 def as_json(all_measured: Sequence[Measured], about: dict[str, Any]) -> bytes:
-    """What the tables say, and what else was given, as JSON, which has no infinity and no NaN: null."""
+    """Return the figures of the tables, and `about`, as JSON, which has null for infinity and NaN."""
     rows = []
     for checkpoint, step, corpus, figures in all_measured:
         finite = {name: {metric: x if math.isfinite(x) else None for metric, x in row.items()}
@@ -193,7 +193,7 @@ def main(args: list[str]) -> None:
         raise UserError(f'--json={json} is a folder: give the name of a file')
     names, where = find_tasks(tasks), init_from or out_dir
     found = find_checkpoints(where)
-    # An evaluation may take as long as it takes; what is watched for is a process that ends.
+    # An evaluation may take as long as it takes: the watch is for a process that ends.
     with (processes.joined(device, backend) as process, Watch(process, math.inf, math.inf) as watch,
           explained(watch, 'a smaller --batch_size')):
         settings = processes.agree_on_settings(process, sys.modules[__name__], args, PLACE)

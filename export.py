@@ -1,8 +1,8 @@
 """
-Take a model elsewhere: to Hugging Face, to llama.cpp and Ollama, to llm.c; or bring one of theirs here.
+Take a model elsewhere: to Hugging Face, to llama.cpp and Ollama, to llm.c; or bring another project's model here.
 
     python export.py --out_dir=out-stdlib --to=hf                            a run, to out-stdlib/hf
-    python export.py --init_from=theirs.pt --out_dir=out-theirs --to=ckpt    what another project has trained, as a run
+    python export.py --init_from=theirs.pt --out_dir=out-theirs --to=ckpt    another project's model, as a run
 """
 import re
 import shlex
@@ -28,36 +28,36 @@ from plaingpt.run import checkpoint
 # Settings
 out_dir: str = 'out'  # of the run
 init_from: str = ''  # a checkpoint file, a run's folder, a Hugging Face folder, llm.c's model or 'gpt2*'; '' is out_dir
-to: Literal['hf', 'gguf', 'llmc', 'ckpt'] = 'hf'  # Hugging Face; llama.cpp and Ollama; llm.c; a checkpoint of our own
+to: Literal['hf', 'gguf', 'llmc', 'ckpt'] = 'hf'  # Hugging Face; llama.cpp and Ollama; llm.c; a checkpoint of plainGPT
 to_dir: str = ''  # the folder to write; '' is out_dir/hf, out_dir/gguf or out_dir/llmc, and for 'ckpt' out_dir itself
-dtype: Literal['float32', 'float16', 'bfloat16', 'q8_0'] = 'float32'  # of the weights there; 'q8_0' is 8 bits, in GGUF
+dtype: Literal['float32', 'float16', 'bfloat16', 'q8_0'] = 'float32'  # of the file's weights; 'q8_0' is 8 bits, in GGUF
 overwrite: bool = False  # write into a folder that holds other files, over those of the same names
-# what a checkpoint of another project may not say
-n_head: int = 0  # 0 is what it says
-gelu: Literal['', 'tanh', 'exact'] = ''  # '' is what it says; a model that has another one becomes slightly another
-dataset: str = ''  # the corpus whose tokenizer it has learned: a folder in data/, or any folder
+# a checkpoint of another project may not say these
+n_head: int = 0  # 0 takes what it says
+gelu: Literal['', 'tanh', 'exact'] = ''  # '' takes what it says; the other one changes slightly what a model computes
+dataset: str = ''  # the corpus whose tokenizer the model has learned: a folder in data/, or any folder
 # ------------------------------------------------------------------------------------------------
 
-UNFINISHED = '.exporting'  # a folder that is not whole yet
+UNFINISHED = '.exporting'  # the name of a folder until it is whole
 BY_TANH = ('approximates GELU by tanh, and this model has the exact one: what it computes would change a little\n'
            'give --gelu=tanh to export it all the same, or --to=hf')
 ONLY_HF = 'and not the modern model: that can be exported with --to=hf, if it has no shortcuts'
 
 
 class Format(NamedTuple):
-    """What `to` may name."""
+    """A format that `to` may name."""
 
     write: Callable[[Path, Exported], None]  # into a new folder; for a checkpoint, the folder of the run
     dtypes: tuple[str, ...]
     needs: dict[str, tuple[Any, str]]  # by the names of GPTConfig: the only value, and why there is no other
-    next_step: str  # what to type where the export is wanted; the function of this name lists what may be in {}
+    next_step: str  # the command that uses the export; the function of this name lists what may be in {}
     optional: tuple[str, ...] = ()  # files that one export writes and another does not
-    is_run: bool = False  # a checkpoint of our own: it may lack biases and a tokenizer
+    is_run: bool = False  # a checkpoint of plainGPT: it may lack biases and a tokenizer
 
 
 def write_run(folder: Path, exported: Exported) -> None:
-    """A checkpoint in a run's folder, so that all other scripts take it. Its optimizer state comes along, if it has
-    one."""
+    """Write a checkpoint into the folder of a run, so that all other scripts take it. Its optimizer state comes along,
+    if it has one."""
     if checkpoint.holds_run(folder):
         raise UserError(f'{folder} holds a run already: give another --out_dir')
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ FORMATS = {
 
 
 def open_source() -> Exported:
-    """The model that the settings name, with what they say of it in place of what its file says."""
+    """Return the model that the settings name; what they say about it counts before what its file says."""
     source = init_from or out_dir
     model, state = open_model(source, answers={name: value for name, value in
                                                (('n_head', n_head), ('gelu', gelu)) if value})
@@ -116,14 +116,14 @@ def open_source() -> Exported:
     if gelu and model.config.arch == 'modern':
         console.say('gelu has no effect: arch=modern decides')
     config = replace(model.config, gelu=gelu or model.config.gelu,
-                     dropout=state.get('model_args', {}).get('dropout', 0.0))  # for those who train on
+                     dropout=state.get('model_args', {}).get('dropout', 0.0))  # if the training is to continue
     learned = None
     try:
         learned = learned_tokenizer(state, config.vocab_size, corpus_of(state), bool(dataset))
     except UserError as error:
         if not FORMATS[to].is_run:
             raise
-        console.say(f'the tokenizer stays behind: {error}')
+        console.say(f'the tokenizer is left out: {error}')
     return Exported(
         name=re.sub(r'[^\w.-]', '-', Path(console.shown(out_dir)).resolve().name),
         config=config,
@@ -134,7 +134,7 @@ def open_source() -> Exported:
 
 
 def check(exported: Exported) -> None:
-    """Refuse what the other format cannot hold."""
+    """Raise UserError for a model that the other format cannot hold."""
     if dtype not in FORMATS[to].dtypes:
         raise UserError(f'--dtype={dtype}: for --to={to} it must be {" or ".join(FORMATS[to].dtypes)}')
     for name, (value, reason) in FORMATS[to].needs.items():
@@ -145,16 +145,16 @@ def check(exported: Exported) -> None:
 
 
 def write_folder(target: Path, exported: Exported) -> None:
-    """Write the model to the folder `target`, whose files are there when all of them are written, and not before. An
-    earlier export to the same form is replaced; anything else is not, unless told so."""
+    """Write the model to the folder `target`, in which the files appear when all of them are written. An earlier export
+    to the same format is replaced; other files are not, unless `overwrite` says so."""
     if target.exists() and not target.is_dir():
         raise UserError(f'{target} is a file: give another --to_dir')
     is_again = huggingface.read_origin(target).get('to') == to
     if not (is_again or overwrite) and any(path.name != UNFINISHED for path in target.glob('*')):
-        raise UserError(f'{target} holds other files than an export with --to={to}: give another --to_dir, or '
+        raise UserError(f'{target} holds files that are not an export with --to={to}: give another --to_dir, or '
                         '--overwrite=True to write among them')
     temporary = target / UNFINISHED if target.is_dir() else target.with_name(f'.{target.name}{UNFINISHED}')
-    shutil.rmtree(temporary, ignore_errors=True)  # what a kill has left
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
     try:
         with files.about(target):
             temporary.mkdir(parents=True)
@@ -162,7 +162,7 @@ def write_folder(target: Path, exported: Exported) -> None:
             huggingface.write_origin(temporary, exported, to)
         if not target.exists():
             temporary.rename(target)
-        else:  # config.json comes last: without it nobody takes the folder for whole
+        else:  # config.json comes last: without it no program takes the folder for whole
             new = sorted(temporary.iterdir(), key=lambda path: path.name == 'config.json')
             for name in (*(FORMATS[to].optional if is_again else ()), *(path.name for path in new)):
                 (target / name).unlink(missing_ok=True)
@@ -173,7 +173,7 @@ def write_folder(target: Path, exported: Exported) -> None:
 
 
 def next_step(target: Path, exported: Exported) -> str:
-    """What to type where the export is wanted."""
+    """Return the command that uses the export."""
     program = (f'from transformers import pipeline; '
                f"print(pipeline('text-generation', {str(target)!r})({exported.prompt!r})[0]['generated_text'])")
     is_plain = re.fullmatch(r"[\w ;(),.'/\[\]-]+", program)
@@ -187,7 +187,7 @@ def next_step(target: Path, exported: Exported) -> str:
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if is_url(to_dir or out_dir):
-        raise UserError(f'{to_dir or out_dir} is no folder of this machine: give one as --to_dir')
+        raise UserError(f'{to_dir or out_dir} is not a folder on this machine: give one as --to_dir')
     target = Path(to_dir).resolve() if to_dir else Path(out_dir, '' if FORMATS[to].is_run else to)
     exported = open_source()
     check(exported)

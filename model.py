@@ -1,6 +1,6 @@
 """
 GPT-2, fast. model_trivialised.py computes the same function, plainly, and `diff model_trivialised.py model.py` lists
-what was done to it: `fast:` marks the same function computed otherwise, `more:` what the plain file leaves out.
+the changes: `fast:` marks the same function computed in another way, `more:` what the plain file leaves out.
 
 Shapes, in every file of this project:
     B  sequences in the batch        C  width of the residual stream (n_embd)
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from plaingpt.chance import draw
 from plaingpt.errors import CHECKPOINT, NOT_FINITE, UserError
 
-MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**13  # more: what is above was not meant, and would take all memory
+MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**13  # more: above that it is a mistake, and would take all memory
 
 
 # more: the plain file imports this
@@ -63,8 +63,8 @@ class GPTConfig:
 
 # more: generation
 class Cache:
-    """The keys and values of the tokens that one layer has read, so that the next token need not read them again. If
-    there are more than it has room for, a new one takes the place of the oldest."""
+    """The keys and values of the tokens that one layer has read, so that they need not be computed again for the next
+    token. If there is no room, a new token takes the place of the oldest."""
 
     def __init__(self, room: int) -> None:
         self.room = room  # tokens
@@ -72,7 +72,7 @@ class Cache:
         self.k = self.v = torch.empty(0)  # (B, H, room, D) from the first call on
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the k and v (B, H, T, D) of T more tokens; return those of all that have room, (B, H, <= length, D)."""
+        """Add the k and v (B, H, T, D) of T more tokens; return those of all tokens kept, (B, H, <= length, D)."""
         if self.length == 0:
             B, H, _, D = k.shape
             self.k, self.v = k.new_empty(B, H, self.room, D), v.new_empty(B, H, self.room, D)
@@ -86,8 +86,8 @@ class Cache:
 
 # more: models without numbers
 class Undrawn(TorchFunctionMode):
-    """Within it, normal_ draws nothing. Where a tensor has no numbers, there is nothing to draw, but PyTorch would
-    load its compiler to find that out: a second, at the start of every sample.py."""
+    """A mode in which normal_ draws nothing. A tensor without numbers has nothing to draw, but PyTorch would load its
+    compiler to find that out: a second, at the start of every sample.py."""
 
     def __torch_function__(self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)  # more: dropout
 
-    # more: a name for what goes into the kernel, from which xray.py forms the table
+    # more: a name for the input of the kernel, from which xray.py forms the (T, T) table
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> q, k and v of all heads, each (B, H, T, D)"""
         B, T, C = x.shape
@@ -176,12 +176,12 @@ class Transformer(nn.Module):
     def forward(self, idx: Tensor, caches: list[Cache] | None = None) -> Tensor:  # more: a cache for each layer
         """idx (B, T) -> (B, T, C)"""
         T = idx.size(1)
-        first = caches[0].length if caches else 0  # more: the position of the first token, where a text is continued
+        first = caches[0].length if caches else 0  # more: the position of the first token, if a text is continued
         block_size = self.wpe.num_embeddings
         assert first + T <= block_size, f'{first + T} tokens do not fit in a block of {block_size}'
         x = self.drop(self.wte(idx) + self.wpe.weight[first:first + T])  # (B, T, C)
         for layer, block in enumerate(self.h):
-            if self.recomputes and self.training:  # more: what happens in a block is forgotten, and computed twice
+            if self.recomputes and self.training:  # more: what a block computes is forgotten, and computed twice
                 x = checkpoint(block, x, use_reentrant=False)
                 continue
             x = block(x, caches[layer] if caches else None)
@@ -189,18 +189,18 @@ class Transformer(nn.Module):
 
 
 # fast: the plain file stores all logits, (B, T, V), and their gradient
-MOST_LOGITS = 2**26  # in training, a larger table of them is never whole
-CHUNK = 2**25  # logits that are there at a time instead
+MOST_LOGITS = 2**26  # in training, a larger table of them is never stored whole
+CHUNK = 2**25  # logits that are stored at a time instead
 
 
 class ChunkedNats(torch.autograd.Function):
-    """The cross-entropy of a head, a few tokens at a time. Forward computes their gradient at once, which backward
-    scales: so their logits need not be kept, nor be computed a second time."""
+    """The cross-entropy of a head, a few tokens at a time. Forward computes their gradient at once, and backward only
+    scales it: so their logits need not be kept, nor computed a second time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         """x (N, C), the weight of the head (V, C) and targets (N,) -> the sum of the nats of those that are not -1. A
-        `cap` makes of each logit z cap * tanh(z / cap)."""
+        `cap` turns each logit z into cap * tanh(z / cap)."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype  # of the products
         precise = torch.promote_types(dtype, torch.float32)
@@ -229,7 +229,7 @@ class ChunkedNats(torch.autograd.Function):
                 dz = z.to(dtype)
                 gradient.copy_(dz @ head)
                 dw.addmm_(dz.T, part) if dtype == precise else dw.add_(dz.T @ part)
-                del z, dz, slope  # before the next ones come
+                del z, dz, slope  # or they would stay in memory beside the next ones
         ctx.save_for_backward(dx, dw)
         ctx.dtype = x.dtype
         return nats
@@ -245,13 +245,13 @@ chunked_nats: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] = Chunked
 
 # more: a place for what the modern model does
 def capped(z: Tensor, cap: float | None) -> Tensor:
-    """Return cap * tanh(z / cap) of each logit, which is about z where z is small; without a cap, z."""
+    """Return cap * tanh(z / cap) of each logit, which is about z if z is small; without a cap, z."""
     return z if cap is None else cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
 
 
 # fast: one kernel for the logarithm of the softmax, in float32 at least, and the choice of each target
 def sum_of_nats(z: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
-    """Logits z (B, T, V), to be capped, and targets (B, T) -> the sum of the nats of those that are not -1."""
+    """Return the sum of the nats of those targets (B, T) that are not -1, for logits z (B, T, V), to be capped."""
     scores = capped(z, cap)
     precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return F.cross_entropy(precise.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum')
@@ -262,7 +262,7 @@ class GPT(nn.Module):
 
     # more: places for what the modern model has
     body: type[Transformer] = Transformer
-    cap: float | None = None  # what no logit exceeds
+    cap: float | None = None  # no logit exceeds it
     compiled_nats: Callable[[Tensor, Tensor, float | None], Tensor] | None = None  # if blocks are compiled
 
     def __init__(self, config: GPTConfig) -> None:
@@ -287,11 +287,11 @@ class GPT(nn.Module):
             else:
                 p.normal_(0.0, 0.02)
 
-    # more: targets of -1 do not count, logits that nobody asks for are not returned, and the caches
+    # more: targets of -1, which do not count; the choice of which logits to return; and the caches
     def forward(self, idx: Tensor, targets: Tensor | None = None, logits: Literal['all', 'last', 'none'] = 'all',
                 caches: list[Cache] | None = None) -> tuple[Tensor | None, Tensor | None]:
         """idx (B, T) -> logits (B, T, V), or (B, 1, V) for 'last', or None for 'none'; and, given targets (B, T), the
-        mean cross-entropy in nats per token over the targets that are not -1 (0 where all are)."""
+        mean cross-entropy in nats per token over the targets that are not -1 (0 if all are)."""
         x = self.transformer(idx, caches)  # (B, T, C)
         if targets is None:
             if logits == 'last':
@@ -320,10 +320,10 @@ class GPT(nn.Module):
                top_p: float | None = None, stop: int | Sequence[int] | None = None, seed: int | None = None,
                n_vocab: int | None = None, use_cache: bool = True, first: int = 0) -> Generator[Tensor]:
         """Continue each row of idx (B, T), T > 0; yield one token for each row, (B,), at a time, until all rows have
-        said `stop`, or one of several (a row that has goes on repeating it). Temperature 0 takes the likeliest token.
-        Ids from n_vocab on are never drawn: they pad the vocabulary to a round size. The rows are samples number
-        `first`, first + 1, ...: the same seed gives the same text to a sample of the same number, cached or not,
-        whatever else is in the batch."""
+        said `stop`, or one of several (a row that has said it repeats it). Temperature 0 takes the likeliest token. Ids
+        from n_vocab on are never drawn: they pad the vocabulary to a round size. The rows are samples number `first`,
+        first + 1, ...: with the same seed a sample of the same number has the same text, cached or not, whatever else
+        is in the batch."""
         block_size = self.config.block_size
         # fast: each token is read once, and its keys and values kept; the plain file reads all of them every time
         idx = unread = idx[:, -block_size:]
@@ -349,13 +349,13 @@ class GPT(nn.Module):
             unread = idx if caches is None else token[:, None]
 
     def go_beyond_the_block(self, idx: Tensor, caches: list[Cache] | None) -> tuple[Tensor, list[Cache] | None]:
-        """What a text idx (B, T) that is longer than the block becomes, and its caches: GPT-2's positions are absolute,
-        so every token moves, and is read anew."""
+        """Return the end of a text idx (B, T) that is longer than the block, and its caches, which are none: GPT-2's
+        positions are absolute, so every token moves, and is read anew."""
         return idx[:, -self.config.block_size:], None
 
     def score_next(self, idx: Tensor, caches: list[Cache] | None) -> Tensor:
-        """The logits (B, V) of what follows idx (B, T), without dropout. The mode is restored before anybody else sees
-        the model: a stream may be left at any token, and run beside another one or beside training."""
+        """Return the logits (B, V) of what follows idx (B, T), without dropout. The mode is restored at once: a stream
+        may be left at any token, and run beside another one or beside training."""
         if not self.training:
             return self(idx, logits='last', caches=caches)[0][:, 0]
         self.eval()
@@ -367,19 +367,21 @@ class GPT(nn.Module):
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, stop: int | Sequence[int] | None = None, seed: int | None = None,
                  n_vocab: int | None = None, use_cache: bool = True, first: int = 0) -> Tensor:
-        """idx (B, T) and what `stream` makes of it, in one tensor (B, <= T + max_new_tokens)."""
+        """Return idx (B, T) with all that `stream` adds to it, in one tensor (B, <= T + max_new_tokens)."""
         new = self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, seed, n_vocab, use_cache, first)
         return torch.cat([idx, *(token[:, None] for token in new)], dim=1)
 
     @classmethod
     def on_meta(cls, config: GPTConfig) -> 'GPT':
-        """A model whose parameters have shapes and no numbers: it takes no memory, and nothing is drawn at random."""
+        """Return a model whose parameters have shapes and no numbers: it takes no memory, and draws nothing at
+        random."""
         with torch.device('meta'), Undrawn():
             return cls(config)
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> 'GPT':
-        """A model that takes these tensors as its parameters, without drawing any at random and without a copy."""
+        """Return a model that takes these tensors as its parameters, without drawing any at random, and without a
+        copy."""
         model = cls.on_meta(config)
         try:
             model.load_state_dict(weights, assign=True)
@@ -387,19 +389,20 @@ class GPT(nn.Module):
             first = str(error).splitlines()[1].strip()
             raise UserError(f'these weights do not fit {config}: {first}', CHECKPOINT) from None
         if config.tie_weights:
-            model.lm_head.weight = model.transformer.wte.weight  # assigning has parted them
+            model.lm_head.weight = model.transformer.wte.weight  # assigning has separated them
         return model
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str, dropout: float = 0.0) -> 'GPT':
-        """GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', any other GPT-2 of the Hugging Face hub, or
-        a local folder with one. Raises UserError where it is not there or not whole, or is another model than GPT-2."""
+        """Return a GPT-2 with its weights: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', any other GPT-2 of the
+        Hugging Face hub, or a local folder with one. Raise UserError if it is missing or not whole, or is a different
+        model."""
         from plaingpt.formats import huggingface
 
         return cls.from_weights(*huggingface.load(name_or_folder, dropout))
 
     def crop_block_size(self, block_size: int) -> 'GPT':
-        """The same model for sequences of at most block_size tokens."""
+        """Return the same model for sequences of at most block_size tokens."""
         if block_size > self.config.block_size:
             raise UserError(f'block_size={block_size} is longer than the {self.config.block_size} positions that this '
                             f'model has learned: give --block_size={self.config.block_size} or less')
@@ -408,28 +411,28 @@ class GPT(nn.Module):
         return self.from_weights(replace(self.config, block_size=block_size), weights)
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token: 6 for each weight of a matrix product (2 forward and
-        4 backward), 12 T C for each layer's attention (Chowdhery et al. 2022, PaLM, appendix B)."""
+        """Return the floating-point operations to train on one token: 6 for each weight of a matrix product (2 forward
+        and 4 backward), 12 T C for each layer's attention (Chowdhery et al. 2022, PaLM, appendix B)."""
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
 
 # more: generation
 def refuse_not_finite(is_finite: bool) -> None:
-    """Raise UserError unless what a model has predicted is finite: finite weights can be damaged, too."""
+    """Raise UserError unless a model's predictions are finite: finite weights can be damaged, too."""
     if not is_finite:
         raise UserError('what the model predicts is infinite or NaN: its weights are damaged, or too large for --dtype',
                         NOT_FINITE)
 
 
-ALL = 2**40  # what a probability of 1 is as a whole number: fine enough, and sums of such numbers stay far below 2**63
-GREEDY = 1e-6  # a lower temperature tells apart only logits whose difference is a matter of rounding
+ALL = 2**40  # a probability of 1 as a whole number: fine enough, and sums of such numbers stay far below 2**63
+GREEDY = 1e-6  # a lower temperature would only choose among logits that differ by rounding
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, draws: Sequence[int]) -> Tensor:
     """Choose one token (B,) for each row of logits (B, V), from the top_k likeliest, or from the fewest that hold top_p
     of the probability (Holtzman et al. 2019); with both, from the fewest that hold top_p of what the top_k have. A
-    number of 63 bits for each row draws it: its part of 2**63 is the part of the probability before its token."""
+    number of 63 bits for each row draws its token: as a share of 2**63, it is a place in the cumulative probability."""
     if temperature < GREEDY:
         best = logits.max(dim=-1)
         refuse_not_finite(bool(best.values.isfinite().all()))
@@ -441,7 +444,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     p = ((logits / temperature).softmax(dim=-1) * ALL).long()  # (B, K)
     sums = p.cumsum(dim=-1)
     if top_p is not None:
-        beyond = sums - p >= int(top_p * ALL)  # (B, K), those before it suffice already
+        beyond = sums - p >= int(top_p * ALL)  # (B, K), True if the tokens before this one suffice
         beyond[:, 0] = False  # the likeliest stays, even for a top_p of 0
         sums = p.masked_fill(beyond, 0).cumsum(dim=-1)
     totals = sums[:, -1].tolist()

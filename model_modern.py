@@ -1,6 +1,6 @@
 """
-model.py, and what was learned since. What is not defined here is model.py's; `gain:` marks each difference, with its
-effect and source, and docs/modern.md says what it gains here. "-18 % (record 5)": a model of 124M needs that many fewer
+model.py, with what was learned since. All that is not defined here is model.py's; `gain:` marks each difference, with
+its effect and source, and docs/modern.md says what it gains here. "-18 % (record 5)": a model of 124M needs 18 % fewer
 tokens for GPT-2's loss on FineWeb, in the fifth record of modded-nanogpt (Jordan et al. 2024). Shapes as in model.py.
 """
 import math
@@ -21,10 +21,10 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-# gain: rotary positions (Su et al. 2021) for a table of them: what counts is how far two tokens are apart. Half the
-# tokens, with a linear decay and three times the learning rate (record 2)
+# gain: rotary positions (Su et al. 2021) for a table of them: only the distance of two tokens counts. Half the tokens,
+# with a linear decay and three times the learning rate (record 2)
 def turns_of(first: int, T: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The angles of T positions from `first` on: cosines and sines (T, D/2), as precise as `like`, or as float32."""
+    """Return cos and sin (T, D/2) of the angles of T positions from `first` on, as precise as `like`, or as float32."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     speeds = 10_000 ** (torch.arange(0, D, 2, device=like.device, dtype=dtype) / -D)  # (D/2,), radians a token
     angles = torch.arange(first, first + T, device=like.device, dtype=dtype)[:, None] * speeds  # (T, D/2)
@@ -60,12 +60,12 @@ class Attention(nn.Module):
         return q, k, mixed, v
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], first_v: Tensor | None,
-                cache: Cache | None = None) -> tuple[Tensor, Tensor]:  # gain: what heads has (records 2 and 9)
+                cache: Cache | None = None) -> tuple[Tensor, Tensor]:  # gain: what heads takes (records 2 and 9)
         q, k, mixed, v = self.heads(x, turns, first_v)  # each (B, H, T, D)
         B, T, C = x.shape
         if cache is not None:
             k, mixed = cache.extend(k, mixed)  # each (B, H, <= length, D)
-        # gain: of a text that is longer than the block, a token sees the last block_size tokens (Su et al. 2021)
+        # gain: in a text that is longer than the block, a token sees the last block_size tokens (Su et al. 2021)
         far = 1 - self.block_size
         band = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(far) if self.block_size < T else None
         y = F.scaled_dot_product_attention(q, k, mixed, band, is_causal=T > 1 and band is None)  # (B, H, T, D)
@@ -129,13 +129,13 @@ class Transformer(model.Transformer):
 class GPT(model.GPT):
     """The language model: from a sequence of tokens to a prediction of each next one."""
 
-    body = Transformer  # gain: and a head that is not tied to the table, so that each has its own rate (record 8)
+    body = Transformer  # gain: with a head that is not tied to the table, so that each has its own rate (record 8)
     cap = 15.0  # gain: logits z become 15 tanh(z / 15) (Gemma team 2024): -7 % against 30 (record 18)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Zero, where a layer adds to the residual stream and in the head, so that at first each token is as likely as
-        any other; Normal(0, 1) embeddings; and elsewhere a size that the wider sums of wide models keep."""
+        """Zero the head, and all that is added to the residual stream, so that at first each token is as likely as any
+        other. Draw embeddings from Normal(0, 1), and the rest smaller in wider models, whose sums are longer."""
         for name, p in self.named_parameters():
             if name.endswith('mix'):
                 p.copy_(torch.tensor([0.5] if name.endswith('attn.mix') else [1.0, 0.0]))

@@ -2,7 +2,7 @@
 Let a model write: one trained here, or GPT-2.
 
     python sample.py                                           the run in out/, or else the newest one in this folder
-    python sample.py --out_dir=out-stdlib --start='def '       a run of your choice, and what it continues
+    python sample.py --out_dir=out-stdlib --start='def '       a run of your choice, and a text that it continues
     python sample.py --init_from=gpt2-xl --start=FILE:a.txt    GPT-2's weights, and a prompt from a file
     python sample.py --out_dir=out-stdlib --interactive=True   one prompt after the other, a line each
 
@@ -34,7 +34,7 @@ from plaingpt.paths import is_url
 from plaingpt.run import checkpoint
 
 # ------------------------------------------------------------------------------------------------
-# Settings: names, defaults and meanings are nanoGPT's wherever it has them
+# Settings: names, defaults and meanings are nanoGPT's if it has them
 init_from: str = 'resume'  # 'resume' is out_dir; or a checkpoint file, a run's folder, a Hugging Face folder, 'gpt2*'
 out_dir: str = 'out'  # of the run
 start: str = '\n'  # what each sample continues: text, '<|endoftext|>', 'FILE:path'; '' begins a document
@@ -48,7 +48,7 @@ top_k: int = 200  # draw from so many of the likeliest tokens; 0 draws from all
 top_p: float = 1.0  # draw from the likeliest tokens that together have this probability; 1.0 draws from all
 seed: int = 1337  # the same seed gives the same texts
 device: str = 'auto'  # 'cuda', 'cuda:1', 'mps', 'cpu'; 'auto' is the first of these that the machine has
-# of the weights and of what is computed with them; 'int8' is the fastest on a CPU, and 'auto' exact there
+# of the weights and of all that is computed with them; on a CPU 'int8' is the fastest, and 'auto' is exact
 dtype: Literal['auto', 'float32', 'bfloat16', 'float16', 'int8'] = 'auto'
 compile: bool | Literal['auto'] = 'auto'  # 'auto' is off: compiling takes longer than it saves
 # ------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ RULE = '-' * 15  # nanoGPT's line after each sample
 
 
 def refuse_mistakes() -> None:
-    """Refuse what can be refused before anything is loaded."""
+    """Refuse mistakes that show before anything is loaded."""
     script = sys.modules[__name__]
     configurator.check_range(script, 'num_samples batch_size', 1, below=configurator.MANY)
     configurator.check_range(script, 'max_new_tokens top_k', 0, below=configurator.MANY)
@@ -67,7 +67,7 @@ def refuse_mistakes() -> None:
 
 
 def read_prompt(start: str) -> str:
-    """The text that `start` is or, as 'FILE:path', names."""
+    """Return the text that `start` is, or that it names as 'FILE:path'."""
     if not start.startswith('FILE:'):
         return start
     path = Path(start.removeprefix('FILE:'))
@@ -78,7 +78,8 @@ def read_prompt(start: str) -> str:
 
 
 def find_run(out_dir: str, is_given: bool) -> str:
-    """out_dir, if it holds a checkpoint; if not, and nobody asked for that very one, the newest run in this folder."""
+    """Return out_dir if it holds a checkpoint; if not, and the user did not give it, the newest run in the current
+    folder."""
     if is_url(out_dir) or Path(out_dir).is_file() or checkpoint.holds_run(Path(out_dir)):
         return out_dir
     runs = sorted((path.stat().st_mtime, path.parent.name) for path in Path().glob('out*/ckpt.pt'))
@@ -95,13 +96,14 @@ def find_run(out_dir: str, is_given: bool) -> str:
 
 
 def how_to_train() -> str:
-    """Return the command that makes a first run, or the corpus of it, which names the other when it is done."""
+    """Return the command that trains a first run, or first the one that prepares its corpus, and then names the
+    other."""
     folder = data_folder('stdlib')
     return errors.command('train.py', 'config/train_stdlib.py') if is_prepared(folder) else how_to_prepare(folder)
 
 
 def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> list[int]:
-    """The ids to continue, of which there is at least one. An empty prompt asks for the beginning of a document."""
+    """Return the ids to continue, at least one. An empty prompt asks for the beginning of a document."""
     if not prompt and vocabulary.bos is None:
         raise UserError(f"--start is empty, and this model's tokenizer '{vocabulary.name}' has no token that begins a "
                         'document\ngive a text to continue, such as --start=A')
@@ -113,10 +115,11 @@ def encode(prompt: str, vocabulary: tokenizer.Tokenizer, block_size: int) -> lis
 
 def encode_start(text: str, vocabulary: tokenizer.Tokenizer | None,
                  unseen: token_files.TokenFile) -> tuple[list[int], str]:
-    """The ids that the samples of a training continue, and a line to say where that is not `text`: what the vocabulary
-    cannot write gives way to the beginning of the validation text, and an empty text to the beginning of a document."""
+    """Return the ids that samples in training continue, and a line to print if these are not `text`: a text that the
+    vocabulary cannot write gives way to the beginning of the validation text, and an empty one to the beginning of a
+    document."""
     if vocabulary is None:
-        return [], f'the tokenizer of {unseen.path} cannot be had here: no samples, and no bits per byte'
+        return [], f'the tokenizer of {unseen.path} is not available: no samples, and no bits per byte'
     if not text and vocabulary.bos is not None:
         return [vocabulary.bos], ''
     try:
@@ -129,7 +132,8 @@ def encode_start(text: str, vocabulary: tokenizer.Tokenizer | None,
 
 def continue_text(model: GPT, prompt: list[int], vocabulary: tokenizer.Tokenizer, n_tokens: int, seed: int,
                   device: torch.device) -> str:
-    """What a model makes of a prompt while it is trained. Every process must call it, as each may hold a part of it."""
+    """Return a model's continuation of a prompt during training. Every process must call it, as each may hold a part of
+    the model."""
     idx = torch.tensor([prompt], device=device)  # (1, T)
     text = model.generate(idx, n_tokens, temperature=0.8, top_k=200, seed=seed, n_vocab=vocabulary.n_vocab)
     return vocabulary.decode(text[0].tolist())
@@ -137,8 +141,9 @@ def continue_text(model: GPT, prompt: list[int], vocabulary: tokenizer.Tokenizer
 
 def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokenizer.Tokenizer,
           stops: Sequence[int]) -> Iterator[str]:
-    """What to show, piece by piece, while `stream` gives the samples a token each (count,) at a time: the first sample
-    as it grows; once it has ended, what there is of the second, and so on. Characters are whole, lines end in \\n."""
+    """Yield the text to show, piece by piece, while `stream` gives each sample one token (count,) at a time: the first
+    sample as it grows; once that has ended, all there is of the second, and so on. Characters are whole, lines end in
+    \\n."""
     decoders = [io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')('replace'), translate=True)
                 for _ in range(count)]
     unseen = [decoder.decode(prompt.encode('utf-8')) for decoder in decoders]  # text of each sample, not shown yet
@@ -148,7 +153,7 @@ def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokeniz
     unseen[0] = ''
     for ids in stream:
         for row, token in enumerate(ids.tolist()):
-            has_ended[row] = token in stops  # and stays: a row that has stopped repeats that id
+            has_ended[row] = token in stops  # and so it stays: a row that has stopped repeats that id
             if not has_ended[row]:
                 unseen[row] += decoders[row].decode(vocabulary.decode_bytes([token]))
         while shown < count - 1 and has_ended[shown]:
@@ -161,14 +166,14 @@ def texts(stream: Iterable[Tensor], count: int, prompt: str, vocabulary: tokeniz
 
 
 def show(pieces: Iterable[str]) -> None:
-    """Print each piece the moment it is there, without what would steer the terminal; in the main process only."""
+    """Print each piece as soon as it comes, without what would steer the terminal; in the main process only."""
     for piece in pieces:
         if console.is_main():
             console.write(piece, sys.stdout)
 
 
 def continued(model: GPT, idx: Tensor, vocabulary: tokenizer.Tokenizer, first: int) -> Iterator[Tensor]:
-    """Yield a token (B,) at a time of the samples number `first`, first + 1, ... which continue idx (B, T)."""
+    """Yield one token (B,) at a time of the samples number `first`, first + 1, ..., which continue idx (B, T)."""
     return model.stream(idx, max_new_tokens, temperature, top_k or None, top_p if top_p < 1 else None,
                         ends_of(vocabulary) or None, seed, vocabulary.n_vocab, first=first)
 
@@ -180,7 +185,7 @@ def ends_of(vocabulary: tokenizer.Tokenizer) -> tuple[int, ...]:
 
 def write_samples(model: GPT, prompt: str, ids: list[int], vocabulary: tokenizer.Tokenizer,
                   device: torch.device) -> None:
-    """Print num_samples texts that continue the prompt, whose ids these are."""
+    """Print num_samples texts that continue the prompt, which has these ids."""
     for first in range(0, num_samples, batch_size):
         count = min(batch_size, num_samples - first)
         idx = torch.tensor([ids] * count, device=device)  # (B, T)
@@ -189,8 +194,8 @@ def write_samples(model: GPT, prompt: str, ids: list[int], vocabulary: tokenizer
 
 
 def converse(model: GPT, context: list[int], vocabulary: tokenizer.Tokenizer, device: torch.device) -> None:
-    """Print a continuation of each line of stdin, which follows the context and all lines and continuations before it.
-    Ctrl-C ends a continuation."""
+    """Print a continuation of each line of stdin, after the context and all lines and continuations before it. Ctrl-C
+    ends a continuation."""
     block_size = model.config.block_size
     for number, line in enumerate(lines()):
         try:
@@ -211,7 +216,7 @@ def converse(model: GPT, context: list[int], vocabulary: tokenizer.Tokenizer, de
 
 
 def lines() -> Iterator[str]:
-    """Yield the lines of stdin without their ends. A terminal shows where to type."""
+    """Yield the lines of stdin without their ends. Show a prompt on a terminal."""
     while True:
         if sys.stdin.isatty():
             console.write('> ', sys.stderr)
@@ -257,7 +262,7 @@ def sample(source: str, prompt: str) -> None:
 
 def main(args: list[str]) -> None:
     wants_help = not {'-h', '--help'}.isdisjoint(args)
-    with redirect_stdout(sys.stdout if wants_help else io.StringIO()):  # the samples have it for themselves
+    with redirect_stdout(sys.stdout if wants_help else io.StringIO()):  # stdout is for the samples alone
         _, given = configurator.configure(sys.modules[__name__], args)
     refuse_mistakes()
     prompt = read_prompt(start) if 'start' in given or not interactive else ''

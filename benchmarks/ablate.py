@@ -5,8 +5,8 @@ modern model less one change at a time. docs/modern.md says what they are, and h
     python benchmarks/ablate.py                     69 runs of 600 steps: 90 minutes of one core
     python benchmarks/ablate.py --seeds=1337        a third of them
 
-A run that has ended is kept in --out_dir, and not made again: the same command continues, and prints the table again.
-Changes are parts that this script exchanges; they are no settings of train.py, where they would be branches.
+A run that has ended is kept in --out_dir, and not repeated: the same command continues, and prints the table again.
+Changes are parts that this script exchanges; they are not settings of train.py, where they would be branches.
 """
 import io
 import json
@@ -59,7 +59,7 @@ GPT2, MODERN = frozenset[str](), frozenset(CHANGES)
 
 
 class Attention(nn.Module):
-    """That of model.py or of model_modern.py, or something between the two."""
+    """The attention of model.py or of model_modern.py, or something between the two."""
 
     def __init__(self, config: GPTConfig, layer: int, changes: frozenset[str]) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The same for the MLP."""
+    """The MLP of either model."""
 
     def __init__(self, config: GPTConfig, changes: frozenset[str]) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def norm_of(config: GPTConfig, changes: frozenset[str]) -> nn.Module:
 
 
 class Block(nn.Module):
-    """The same for a layer."""
+    """A layer of either model, or something between the two."""
 
     def __init__(self, config: GPTConfig, layer: int, changes: frozenset[str]) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 class Transformer(model.Transformer):
-    """The same for all layers."""
+    """All layers of either model, or something between the two."""
 
     def __init__(self, config: GPTConfig, changes: frozenset[str]) -> None:
         nn.Module.__init__(self)
@@ -167,7 +167,7 @@ class Mixed(model.GPT):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """As model.py draws weights, and as model_modern.py does."""
+        """Draw each weight as model.py or model_modern.py does, depending on the changes."""
         C, zeros, ones = self.config.n_embd, 'zeros' in self.changes, 'embedding' in self.changes
         for name, p in self.named_parameters():
             if name.endswith('mix'):
@@ -185,8 +185,8 @@ class Mixed(model.GPT):
 
 
 def groups_of(mixed: model.GPT) -> list[dict[str, Any]]:
-    """In place of train.groups_of_modern, some parameters of which may be missing. A table of positions learns like the
-    one of tokens, and a table that is the head as well like a head."""
+    """Return the groups of train.groups_of_modern, some parameters of which may be missing. A table of positions learns
+    like that of tokens, and a table that is the head as well learns like a head."""
     groups = {id(group['params'][0]): group for group in original_groups(mixed)}  # a tied head takes the table's place
     tables = [module.weight for name, module in mixed.transformer.named_children() if name == 'wpe']
     next(group for group in groups.values() if group['params'][0] is mixed.transformer.wte.weight)['params'] += tables
@@ -197,8 +197,8 @@ original_groups = train.groups_of_modern
 
 
 def trained(config: str, steps: int, **settings: object) -> dict[str, float]:
-    """Train as config/NAME.py says, and these settings, for so many steps with a schedule of their own. Return what was
-    measured at the end, and the seconds of one core."""
+    """Train as config/<config>.py and these settings say, for so many steps with a schedule of their own. Return the
+    figures at the end, and the seconds of one core."""
     with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         settings |= {'max_iters': steps, 'lr_decay_iters': steps, 'eval_interval': steps, 'sample_interval': 0,
                      'device': 'cpu', 'out_dir': folder}
@@ -218,7 +218,7 @@ def final_loss(changes: frozenset[str], seed: int) -> dict[str, float]:
 
 
 def variants() -> dict[str, frozenset[str]]:
-    """The rows of the table."""
+    """Return the rows of the table, each with its changes."""
     names = list(CHANGES)
     found = {'GPT-2': GPT2}
     found |= {f'+ {CHANGES[name]}': frozenset(names[:i + 1]) for i, name in enumerate(names)}
@@ -226,8 +226,8 @@ def variants() -> dict[str, frozenset[str]]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The means over all seeds whose runs have all ended, with their standard deviation, and what a row differs by from
-    the one that it is to be compared with."""
+    """Return the means over all seeds whose runs have all ended, with their standard deviation, and the difference of a
+    row from the one that it is compared with."""
     whole = [seed for seed in seeds.split(',')
              if all(f'{label}, seed {seed}, {max_iters} steps' in results for label in variants())]
     lines = ['| | val loss, nats | difference | bits per byte | seconds |', '|---|---|---|---|---|']
@@ -266,7 +266,7 @@ def main(args: list[str]) -> None:
 
 
 def done(kept: Path) -> dict[str, dict[str, float]]:
-    """The runs that have ended, by what they were."""
+    """Return the results of the runs that have ended, under their keys."""
     rows = map(json.loads, kept.read_text(encoding='utf-8').splitlines())
     return {row['key']: row for row in rows if row['key'].endswith(f', {max_iters} steps')}
 

@@ -32,14 +32,14 @@ from plaingpt.errors import run
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 steps: int = 100
 n_tokens: int = 9_035_582_198  # OpenWebText's, for training
-folder: str = ''  # for the two files, where a file may be sparse; '' is the system's for temporary ones
+folder: str = ''  # for the two files, on a file system with sparse files; '' is the system's for temporary files
 # ------------------------------------------------------------------------------------------------
 
 COUNTER = Path('/proc/self/io')  # Linux's, of this process
 
 
 def bytes_read() -> int:
-    """Bytes that this process has asked the system for so far; 0 where it does not say."""
+    """Return the bytes that this process has read from the system so far; 0 if the system does not say."""
     return int(COUNTER.read_text(encoding='utf-8').split()[1]) if COUNTER.exists() else 0
 
 

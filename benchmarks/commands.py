@@ -5,9 +5,9 @@ Does any command line end in a traceback?
     python benchmarks/commands.py --lines=500 --seed=7 --real=30
 
 A copy of this project, in a temporary folder, is given small texts, a small trained model, and command lines that are
-right but for one to three settings. Each is run by `main(args)` in this process, the last `real` ones as commands. What
-must come of it: exit code 0, or one that README lists with a message of at most three lines. Exit code 1 says what else
-there was.
+right but for one to three settings. Each is run by `main(args)` in this process, the last `real` ones as commands. Each
+must end with exit code 0, or with one that README lists and a message of at most three lines. Exit code 1 says which
+did not.
 """
 import faulthandler
 import importlib
@@ -37,9 +37,9 @@ from plaingpt.run.log import Log
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 lines: int = 10000
-real: int = 100  # of these, run as commands
+real: int = 100  # of these lines are run as commands
 seed: int = 1  # decides which lines these are
-is_copy: bool = False  # this is the copy, which the original runs
+is_copy: bool = False  # this process is that of the copy, which the original starts
 # ------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,12 +73,12 @@ TEXTS = ['', ' ', '.', '..', 'none', 'none/none', '/dev/null', '/dev/null/none',
          'file://none', 'simplecache::file://none', 's3://', 'abc://\udcff']
 EXTRAS = ['good.py', 'bad.py', 'none.py', '.', '', '-x', '--', '--=', '---', '--x', 'a=b', '\udcff', '--é=1',
           'trained/ckpt.pt', 'x' * 5000]
-PATIENCE = 600  # seconds that a line may take; then it is shown where it stands
-LONG = {'max_iters', 'eval_iters', 'num_samples', 'max_new_tokens', 'sample_tokens', 'compile'}  # large: takes long
+PATIENCE = 600  # seconds that a line may take; after that a traceback shows where it hangs
+LONG = {'max_iters', 'eval_iters', 'num_samples', 'max_new_tokens', 'sample_tokens', 'compile'}  # large ones take long
 
 
 def make_folder(folder: Path) -> None:
-    """A copy of the project, and what the command lines name."""
+    """Copy the project, and write the files that the command lines name."""
     for path in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('data/*/prepare.py'), Path(__file__)):
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def make_folder(folder: Path) -> None:
 
 
 def draw_line(chance: random.Random, scripts: dict[str, ModuleType]) -> tuple[str, list[str]]:
-    """A script, and arguments that are right but for a few."""
+    """Draw a script, and arguments that are right but for a few."""
     [name] = chance.choices(list(RIGHT), [weight for _, weight in RIGHT.values()])
     args = list(RIGHT[name][0])
     settings = list(configurator.find_settings(scripts[name]))
@@ -117,7 +117,7 @@ def draw_line(chance: random.Random, scripts: dict[str, ModuleType]) -> tuple[st
 
 
 def complaint_about(code: Any, message: str) -> str:
-    """What is wrong with how a command has ended; '' if nothing is."""
+    """Return what is wrong with the end of a command; '' if nothing is."""
     if code not in (0, 1, 2, 3, 4, 5, 6, 7, 75):
         return f'exit code {code}'
     if 'Traceback' in message:
@@ -126,7 +126,7 @@ def complaint_about(code: Any, message: str) -> str:
 
 
 def call(main: Any, args: list[str]) -> tuple[Any, str, str]:
-    """The exit code, the message and the complaint of one call in this process."""
+    """Return the exit code, the message and the complaint of one call in this process."""
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             main(args)
@@ -137,12 +137,12 @@ def call(main: Any, args: list[str]) -> tuple[Any, str, str]:
         return error.code, '', complaint_about(error.code, '')
     except BaseException as error:
         code, text = code_of(error), traceback.format_exc()
-        is_answered = isinstance(error, OSError) or code != CHECK_FAILED  # by errors.run
+        is_answered = isinstance(error, OSError) or code != CHECK_FAILED  # errors.run turns these into a message
         return code, text, '' if is_answered else text
 
 
 def run_command(name: str, args: list[str]) -> tuple[Any, str, str]:
-    """The same of a real command."""
+    """Return the same for a real command."""
     script = f'{name.replace(".", "/")}.py'
     done = subprocess.run([sys.executable, script, *args], stdin=subprocess.DEVNULL, capture_output=True,
                           text=True, encoding='utf-8', errors='replace', timeout=300)
@@ -150,7 +150,7 @@ def run_command(name: str, args: list[str]) -> tuple[Any, str, str]:
 
 
 def try_lines() -> Iterator[tuple[Any, str]]:
-    """The exit code of each line, and a report of those that are answered wrongly."""
+    """Yield the exit code of each line, and a report if it was answered wrongly."""
     chance = random.Random(seed)
     scripts = {name: importlib.import_module(name) for name in RIGHT}
     for number in range(lines):
@@ -166,7 +166,7 @@ def try_lines() -> Iterator[tuple[Any, str]]:
 
 
 def report() -> None:
-    """Try all lines, and say what came of them."""
+    """Try all lines, and print the results."""
     begun, codes, n_wrong = time.monotonic(), Counter[str](), 0
     with patch.object(Log, 'plot'):  # pictures take longer than such a run
         for code, text in try_lines():

@@ -26,7 +26,7 @@ from plaingpt.machines.device import autocast, pick_dtype
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
-way: Literal['', 'eager', 'blocks', 'whole'] = ''  # measure this one in this process; '' starts one for each of them
+way: Literal['', 'eager', 'blocks', 'whole'] = ''  # the one to measure in this process; '' starts a process for each
 # ------------------------------------------------------------------------------------------------
 
 THREADS, STEPS = 1, 20
@@ -38,7 +38,7 @@ SHAPES = {  # by device: batch and model
 
 
 def measure() -> tuple[float, float]:
-    """Seconds to the end of the first step, and the median of the steps after it."""
+    """Return the seconds to the end of the first step, and the median of the steps after it."""
     torch.set_num_threads(THREADS)
     process = processes.start('auto')
     B, config = SHAPES[process.device.type]

@@ -1,5 +1,5 @@
 """
-What becomes of a file that is damaged? One of each kind that this project reads is damaged, at random, again and again.
+What happens if a file is damaged? One of each kind that this project reads is damaged, at random, again and again.
 
     python benchmarks/damage.py                        each kind 200 times
     python benchmarks/damage.py --times=20 --seed=7    less often, and in other ways
@@ -7,7 +7,7 @@ What becomes of a file that is damaged? One of each kind that this project reads
 
 Bytes are changed, left out, repeated or cut off; and of names and values (marked {}), some are left out, or changed to
 values of other types and sizes. The file must then be refused in at most three lines, with the right exit code, or read
-with the same results; and with other results only if it has no checksum. Exit code 1 says what was none of these.
+with the same results; other results are allowed only if it has no checksum. Exit code 1 says what broke these rules.
 """
 import bz2
 import copy
@@ -53,14 +53,14 @@ from tests.comparing import leaves
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 times: int = 200  # that a file of each kind is damaged
-kinds: str = ''  # a part of the names of those to try; '' tries all
+kinds: str = ''  # part of the names of the kinds to try; '' tries all
 seed: int = 1
 # ------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
 T = 16  # tokens in a window
 PATIENCE = 60  # seconds for what takes milliseconds
-DEEP, LONG = '<deep>', '<long>'  # stand for what json.dumps cannot write
+DEEP, LONG = '<deep>', '<long>'  # in place of what json.dumps cannot write
 ODD: list[Any] = [None, True, False, -1, 0, 3, 0.5, 10**9, 10**20, 1e308, float('nan'), '', 'x', '../x', '\udfff',
                   '\x1b[31m', '\n' * 9, [], {}, [1], {'a': 1}, DEEP, LONG]
 ODD_TENSORS = [torch.ones(2), torch.ones(()), torch.tensor(float('nan')), torch.eye(2).to_sparse(),
@@ -68,19 +68,19 @@ ODD_TENSORS = [torch.ones(2), torch.ones(()), torch.tensor(float('nan')), torch.
 
 
 class Kind(NamedTuple):
-    """Files of one kind: one of them, and how it is used."""
+    """A kind of file: an example of it, and how it is used."""
 
     name: str
     path: Path
-    read: Callable[[Path], Any]  # what comes of the file
+    read: Callable[[Path], Any]  # returns all that is read from the file
     codes: set[int]  # with which it may be refused
     has_checksum: bool = False  # so that it never gives other results
-    load: Callable[[bytes], Any] | None = None  # its names and values
+    load: Callable[[bytes], Any] | None = None  # returns its names and values
     dump: Callable[[Any], bytes] | None = None
 
 
 class Hangs(BaseException):
-    """It has taken too long: no handler of ordinary errors may take this for damage."""
+    """The error of a read that takes too long. No handler of ordinary errors may take it for damage."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -88,7 +88,8 @@ class Hangs(BaseException):
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
-    """Other bytes: a bit that is flipped, most often; some that are changed, left out or repeated; or an early end."""
+    """Return other bytes: most often a bit is flipped, else some bytes are changed, left out or repeated, or it ends
+    early."""
     at, length = chance.randrange(len(data)), chance.randint(1, max(1, len(data) // 8))
     part, rest = data[at:at + length], data[at + length:]
     return chance.choice([
@@ -101,7 +102,7 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 
 
 def changed(tree: Any, chance: random.Random) -> Any:
-    """The same names and values, but for one that is left out, renamed, or an odd one."""
+    """Return the same names and values, but for one that is left out, renamed, or replaced by an odd one."""
     if not (isinstance(tree, dict | list) and tree) or chance.random() < 0.1:
         return chance.choice(ODD if not isinstance(tree, Tensor) else [*ODD, *ODD_TENSORS * 4, -tree / 0])
     new = copy.copy(tree)
@@ -143,7 +144,7 @@ def as_torch(tree: Any) -> bytes:
 
 
 def of_model(path: Path, **answers: Any) -> Any:
-    """What all stages get from a model: its shape, its weights, what is known of its run, its tokenizer, and a text."""
+    """Return all that the stages get from a model: its shape, weights, tokenizer, the facts of its run, and a text."""
     model, state = open_model(str(path), answers=answers)
     known = [state.get(name) for name in ('iter_num', 'best', 'config', 'data')]
     if state.get('tokenizer'):
@@ -155,7 +156,7 @@ def of_model(path: Path, **answers: Any) -> Any:
 
 
 def of_corpus(path: Path, folder: Path | None = None) -> Any:
-    """All tokens and windows, and the tokenizer."""
+    """Return all tokens and windows, and the tokenizer."""
     folder = folder or path.parent
     meta = read_meta(folder)
     found: list[Any] = [meta['vocab_size']]
@@ -207,30 +208,30 @@ def of_config(path: Path) -> Any:
 
 
 def write_models(folder: Path, vocabulary: tokenizer.Tokenizer) -> Iterator[Kind]:
-    """Checkpoints, our own and others', and the files of other projects."""
+    """Write checkpoints of this project and of nanoGPT, and the files of other projects."""
     model, codes = GPT(GPTConfig(T, vocabulary.n_vocab, 2, 2, 16)), {CHECKPOINT, NOT_FINITE}
     optimizer = torch.optim.AdamW(model.parameters())
     model.lm_head.weight.sum().backward()
     optimizer.step()
-    theirs = {
+    nanogpts = {
         'model': model.state_dict(), 'model_args': checkpoint.model_args(model.config), 'iter_num': 7,
         'optimizer': optimizer.state_dict(), 'best_val_loss': torch.tensor(2.5), 'config': {'dataset': 'novels'}}
     mark = {'tokens': 9, 'sha256': '', 'head': '', 'tail': ''}
-    ours = others.complete(theirs | {
+    state = others.complete(nanogpts | {
         'config': {'dataset': 'novels', 'batch_size': 4, **checkpoint.shape_of(model.config)},
         'best': {'loss': [2.5, 7], 'accuracy': [0.5, 6]}, 'best_val_loss': 2.5, 'tokenizer': vocabulary.state(),
         'data': {'train': mark, 'val': mark}})
-    checkpoint.write(folder, ours, 2, False)
+    checkpoint.write(folder, state, 2, False)
     own = Kind('ckpt.pt', folder / 'ckpt.pt', of_model, codes, True)
     yield own
-    for name, tree in (('ckpt.pt', ours), ("nanoGPT's ckpt.pt", theirs)):
+    for name, tree in (('ckpt.pt', state), ("nanoGPT's ckpt.pt", nanogpts)):
         path = folder / f'{name.split()[-1]}.{len(name)}.pt'
         path.write_bytes(as_torch(tree))
         yield Kind(f'{name} {{}}', path, of_model, codes, load=of_torch, dump=as_torch)
     torch.save(model.state_dict(), folder / 'bare.pth')
     yield Kind('bare weights {}', folder / 'bare.pth', of_bare, codes, load=of_torch, dump=as_torch)
 
-    exported = Exported('x', model.config, model.state_dict(), vocabulary, 'float32', ours).complete()
+    exported = Exported('x', model.config, model.state_dict(), vocabulary, 'float32', state).complete()
     (folder / 'hf').mkdir()
     (folder / 'llmc').mkdir()
     huggingface.write(folder / 'hf', exported)
@@ -265,7 +266,7 @@ def of_neighbour(path: Path) -> Any:
 
 
 def write_old_folder(folder: Path, new: Path, codes: set[int]) -> Iterator[Kind]:
-    """The same model in PyTorch's files, two of them, with an index; and its tokenizer in two files."""
+    """Write the same model into two of PyTorch's files, with an index; and its tokenizer into two files."""
     from safetensors.torch import load_file
 
     folder.mkdir()
@@ -287,7 +288,7 @@ def write_old_folder(folder: Path, new: Path, codes: set[int]) -> Iterator[Kind]
 
 
 def write_corpora(folder: Path, vocabulary: tokenizer.Tokenizer, texts: list[str]) -> Iterator[Kind]:
-    """Our own corpus, and the token files of others."""
+    """Write a corpus of this project, and the token files of others."""
     parts: list[tokenise.Part] = [texts]
     packer = tokenise.Packer(vocabulary, vocabulary.eot)
     tokenise.write_corpus(folder / 'corpus', packer, parts, tokenise.choose_validation(len(texts), 0.2, 1), 'x', 1)
@@ -311,7 +312,7 @@ def write_corpora(folder: Path, vocabulary: tokenizer.Tokenizer, texts: list[str
 
 
 def write_texts(folder: Path, texts: list[str]) -> Iterator[Kind]:
-    """Texts, packed and not, and questions."""
+    """Write texts, packed and not, and questions."""
     import pyarrow.parquet
 
     rows = as_lines([{'id': number, 'text': text} for number, text in enumerate(texts)])
@@ -335,7 +336,7 @@ def write_texts(folder: Path, texts: list[str]) -> Iterator[Kind]:
 
 
 def write_rest(folder: Path) -> Iterator[Kind]:
-    """What a run has left, and what its user has written."""
+    """Write the files that a run leaves, and a config file, which its user writes."""
     rows = as_lines([{'step': step, 'loss': 1 / (1 + step), 'val_loss': None} for step in range(20)])
     (folder / 'metrics.jsonl').write_bytes(rows + b'\n')
     (folder / 'samples.txt').write_text(''.join(f'=== step {step} ===\nx\n' for step in range(20)), encoding='utf-8')
@@ -363,7 +364,7 @@ def all_kinds(folder: Path) -> Iterator[Kind]:
 
 
 def mark_of(result: Any) -> str:
-    """What tells a result from another."""
+    """Return a hash that tells a result from another."""
     mark = hashlib.sha256()
     for name, leaf in leaves(result):
         value = leaf.numpy().tobytes() if isinstance(leaf, Tensor) else leaf
@@ -376,7 +377,7 @@ def hang(signum: int, frame: FrameType | None) -> None:
 
 
 def outcome(kind: Kind, right: str) -> str:
-    """'refused', 'same', 'other', or what must not be."""
+    """Return 'refused', 'same', 'other', or a description of what must not happen."""
     signal.alarm(PATIENCE)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -394,7 +395,7 @@ def outcome(kind: Kind, right: str) -> str:
 
 
 def try_kind(kind: Kind, times: int, seed: int) -> Counter[str]:
-    """How often each outcome was."""
+    """Return how often each outcome occurred."""
     data, chance = kind.path.read_bytes(), random.Random(seed)
     with redirect_stdout(io.StringIO()):
         right = mark_of(kind.read(kind.path))

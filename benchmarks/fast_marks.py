@@ -1,5 +1,5 @@
 """
-What each `fast:` mark is worth: the plain file's time over the main file's, on the shapes of the default run.
+The worth of each `fast:` mark: the plain file's time over the main file's, on the shapes of the default run.
 
     python benchmarks/fast_marks.py
 
@@ -28,11 +28,11 @@ from plaingpt.errors import run as run_script
 
 THREADS, TURNS = 1, 15
 B, CONFIG = 16, GPTConfig(block_size=64, vocab_size=1024, n_layer=4, n_head=4, n_embd=128, bias=False)
-NEW_TOKENS = 64  # that the last row generates
+NEW_TOKENS = 64  # in the text of the last row, with its prompt
 
 
 def median_ratio(plain: Callable[[], object], fast: Callable[[], object]) -> float:
-    """How many times as long the first takes as the second."""
+    """Return how many times as long the first takes as the second."""
     seconds: dict[Callable[[], object], list[float]] = {plain: [], fast: []}
     for _ in range(TURNS + 2):
         for run, taken in seconds.items():
@@ -43,7 +43,8 @@ def median_ratio(plain: Callable[[], object], fast: Callable[[], object]) -> flo
 
 
 def forward_and_backward(module: nn.Module, *inputs: Tensor) -> Callable[[], object]:
-    """Run a module and its gradient; a model's loss, or the sum of what a layer gives."""
+    """Return a function that runs a module forward and backward, from a model's loss or from the sum of a layer's
+    output."""
 
     def run() -> None:
         result = module(*inputs)
@@ -53,7 +54,7 @@ def forward_and_backward(module: nn.Module, *inputs: Tensor) -> Callable[[], obj
 
 
 def plain_adamw(parameters: list[Tensor]) -> Callable[[], object]:
-    """The arithmetic of train_trivialised.py's update, on its own."""
+    """Return the update of train_trivialised.py, and only its arithmetic."""
     m, v = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
 
     @torch.no_grad()
@@ -82,9 +83,9 @@ def main(args: list[str]) -> None:
 
     for name in ('LayerNorm', 'Attention', 'MLP'):
         arguments = (C, False) if name == 'LayerNorm' else (CONFIG,)
-        theirs = getattr(model, name)(C, bias=False) if name == 'LayerNorm' else getattr(model, name)(CONFIG)
-        ours = getattr(model_trivialised, name)(*arguments)
-        ratio = median_ratio(forward_and_backward(ours, x), forward_and_backward(theirs, x))
+        fast_layer = getattr(model, name)(C, bias=False) if name == 'LayerNorm' else getattr(model, name)(CONFIG)
+        plain_layer = getattr(model_trivialised, name)(*arguments)
+        ratio = median_ratio(forward_and_backward(plain_layer, x), forward_and_backward(fast_layer, x))
         print(f'{name:40} {ratio:6.2f}')
     ratio = median_ratio(forward_and_backward(plain, idx, targets), forward_and_backward(fast, idx, targets))
     print(f'{"whole model, loss included":40} {ratio:6.2f}')

@@ -1,5 +1,5 @@
 """
-Does anything get lost when a run is killed, again and again?
+Is anything lost when a run is killed, again and again?
 
     python benchmarks/kills.py                              200 times, a run of one process and then one of two
     python benchmarks/kills.py --kills=20 --processes=2     20 times, one of two
@@ -10,7 +10,7 @@ Does anything get lost when a run is killed, again and again?
 
 A small run with dropout, which saves every few steps, is killed (SIGKILL) at random moments, while it loads, learns,
 saves or evaluates, and started again with the same command. In the end its weights, its optimizer's state and its rows
-of metrics.jsonl must equal those of a run that nobody killed, bit for bit. Exit code 1 says what differs.
+of metrics.jsonl must equal those of a run that was never killed, bit for bit. Exit code 1 says what differs.
 """
 import json
 import math
@@ -71,7 +71,7 @@ def arguments(out_dir: Path, dataset: str, steps: int) -> list[str]:
 
 
 def start(world_size: int, train_arguments: list[str], log: Path) -> list[subprocess.Popen[bytes]]:
-    """A life of the run, in `world_size` processes; of torchrun, which starts them, if that is asked for."""
+    """Start a life of the run, in `world_size` processes, or torchrun, which then starts them."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -93,7 +93,7 @@ def start(world_size: int, train_arguments: list[str], log: Path) -> list[subpro
 
 
 def those_of(lives: list[subprocess.Popen[bytes]]) -> list[int]:
-    """The processes of a life, with those that torchrun has started."""
+    """Return the processes of a life, with those that torchrun has started."""
     own = [life.pid for life in lives if life.poll() is None]
     return own + [int(pid) for parent in own
                   for pid in Path(f'/proc/{parent}/task/{parent}/children').read_text(encoding='ascii').split()]
@@ -112,7 +112,8 @@ def last_step(log: Path) -> int:
 
 def live_and_die(lives: list[subprocess.Popen[bytes]], log: Path, random_moment: random.Random, fate: int) -> bool:
     """Kill a life around step `fate`, however fast the machine: now and then before its first step, and now and then,
-    later, one process of several, without which the others must end by themselves. False if the run was over before."""
+    later, one process of several, so that the others must end by themselves. Return False if the run was over
+    before."""
     limit = 4 * random_moment.random() if random_moment.random() < 0.1 else math.inf  # seconds
     end = time.monotonic() + limit
     while last_step(log) < fate and time.monotonic() < end and all(life.poll() is None for life in lives):
@@ -132,7 +133,7 @@ def live_and_die(lives: list[subprocess.Popen[bytes]], log: Path, random_moment:
 
 
 def check_copies(folder: Path) -> Path:
-    """Fetch what was uploaded, which is whole at any time, and return where it is."""
+    """Fetch the uploaded checkpoints, which must be whole at any time, and return the path of the newest."""
     if upload_to and upload.checkpoints(upload_to):
         for path in upload.fetch(upload_to, folder):
             checkpoint.load(path)
@@ -145,7 +146,7 @@ def rows(out_dir: Path) -> list[dict[str, Any]]:
 
 
 def check(world_size: int, folder: Path, seed: int) -> str:
-    """A line on a run that survived; UserError on one that did not."""
+    """Return a line about a run that survived. Raise UserError for one that did not."""
     whole, killed, logs = folder / 'whole', folder / 'killed', (folder / 'log 0', folder / 'log 1')
     steps = (kills + 16) * STEPS_PER_LIFE  # so many that the last one, too, is killed, even if some live on for longer
     finish(start(world_size, arguments(whole, dataset, steps), logs[0]), logs[0])
@@ -161,10 +162,10 @@ def check(world_size: int, folder: Path, seed: int) -> str:
         check_copies(folder / 'copies')
         lives = heirs or begin()
     finish(lives, logs[kills % 2])
-    ours, theirs = checkpoint.load(killed / 'ckpt.pt'), checkpoint.load(whole / 'ckpt.pt')
+    survivor, reference = checkpoint.load(killed / 'ckpt.pt'), checkpoint.load(whole / 'ckpt.pt')
     wrong = [what for part in ('model', 'optimizer', 'iter_num', 'best')
-             for what in [part + path for path in differences(ours[part], theirs[part])]]
-    wrong += [f'row {mine["step"]}' for mine, other in zip(rows(killed), rows(whole), strict=False) if mine != other]
+             for what in [part + path for path in differences(survivor[part], reference[part])]]
+    wrong += [f'row {row["step"]}' for row, other in zip(rows(killed), rows(whole), strict=False) if row != other]
     if upload_to and check_copies(folder / 'copies').read_bytes() != (killed / 'ckpt.pt').read_bytes():
         wrong.append('the uploaded checkpoint')
     if len(rows(killed)) != len(rows(whole)):
@@ -172,8 +173,8 @@ def check(world_size: int, folder: Path, seed: int) -> str:
     if wrong:
         raise UserError(f'seed {seed}: after {done} kills of {world_size} processes {", ".join(wrong[:9])} differ: see '
                         f'{folder}', CHECK_FAILED)
-    return (f'{world_size} processes, seed {seed}: killed {done} times in {steps} steps; {len(ours["model"])} weights, '
-            f'the optimizer and {len(rows(killed))} rows are equal to those of a run that was not')
+    return (f'{world_size} processes, seed {seed}: killed {done} times in {steps} steps; {len(survivor["model"])} '
+            f'weights, the optimizer and {len(rows(killed))} rows are equal to those of a run that was not')
 
 
 def main(args: list[str]) -> None:

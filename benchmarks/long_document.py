@@ -1,11 +1,11 @@
 """
-How much memory the preparation of one long document takes, beside that of a document of a tenth of its length.
+The memory that the preparation of one long document takes, beside that of a document of a tenth of its length.
 
     python benchmarks/long_document.py
     python benchmarks/long_document.py --megabytes=2000 --tokenizers=gpt2
 
-Memory should not grow with the document: the ratios to reach are 1. Counted is what all processes of the command hold
-of the machine (the proportional set size of each, from /proc, twenty times a second: Linux only).
+Memory should not grow with the document: the ratios to reach are 1. It is what all processes of the command hold (the
+proportional set size of each, from /proc, twenty times a second: Linux only).
 """
 import os
 import shutil

@@ -1,11 +1,11 @@
 """
-The bytes that a process holds for each parameter of a model that several train, by strategy, beside what to expect.
+The bytes that a process holds for each parameter of a model that several train, by strategy, beside the expected ones.
 
     python benchmarks/memory.py
 
 Weights, gradients and AdamW's two moments, all float32, are four times 4 bytes. ddp: each of N processes has all, 16.
-zero1: the moments in parts, 8 + 8/N. fsdp: all in parts, 16/N. Counted after a step, on gloo and CPU: the tensors
-themselves. Activations, and what is gathered for a moment, come on top.
+zero1: the moments in parts, 8 + 8/N. fsdp: all in parts, 16/N. The tensors themselves are counted after a step, on gloo
+and CPU. Activations, and what is gathered for a moment, come on top.
 """
 import json
 import os
@@ -43,7 +43,7 @@ def expected(strategy: strategies.Strategy, n: int) -> float:
 
 
 def held(tensors: Iterator[Tensor]) -> int:
-    """Bytes of memory behind the tensors, of this process alone, each counted once."""
+    """Return the bytes of memory behind the tensors in this process; each piece of memory counts once."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in local}.values())
 
@@ -57,7 +57,7 @@ def tensors_of(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]
 
 
 def measure(strategy: strategies.Strategy, process: processes.Process) -> float:
-    """The most bytes that a process holds for a parameter."""
+    """Return the most bytes that a process holds for each parameter."""
     config = GPTConfig(n_layer=n_layer, n_head=4, n_embd=n_embd, block_size=64, vocab_size=1024)
     model = GPT(config)
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -68,15 +68,15 @@ def measure(strategy: strategies.Strategy, process: processes.Process) -> float:
     _, loss = wrapped(ids[:, :-1], ids[:, 1:], logits='none')
     loss.backward()
     optimizer.step()
-    mine = torch.zeros(process.world_size)
-    mine[process.rank] = held(tensors_of(model, optimizer)) / n_parameters
-    return float(processes.total(mine).max())
+    of_ranks = torch.zeros(process.world_size)
+    of_ranks[process.rank] = held(tensors_of(model, optimizer)) / n_parameters
+    return float(processes.total(of_ranks).max())
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     if answer:
-        with processes.joined('cpu', shards=True) as process:  # which leave together
+        with processes.joined('cpu', shards=True) as process:
             results = {strategy: measure(strategy, process) for strategy in STRATEGIES}
             if process.is_main:
                 Path(answer).write_text(json.dumps(results), encoding='utf-8')

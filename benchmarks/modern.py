@@ -28,12 +28,12 @@ texts: str = 'stdlib,shakespeare_char'
 share: float = 1.0  # of all steps: less shows that this script works
 # ------------------------------------------------------------------------------------------------
 
-ON_A_CPU: dict[str, Any] = {  # what nanoGPT's README gives to config/train_shakespeare_char.py there
+ON_A_CPU: dict[str, Any] = {  # the settings that nanoGPT's README gives to config/train_shakespeare_char.py on a CPU
     'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'block_size': 64, 'batch_size': 12, 'dropout': 0, 'eval_iters': 50}
 
 
 class Recipe(NamedTuple):
-    """How a model is trained."""
+    """The way in which a model is trained."""
 
     config: str
     steps: int

@@ -2,7 +2,7 @@
 plainGPT beside what a user would take instead, in one run on one machine: a table of seconds, bytes and ratios.
 
     python benchmarks/peers.py
-    python benchmarks/peers.py --nanogpt=FOLDER --to=docs/measured.md     with a clone of nanoGPT; that page is made so
+    python benchmarks/peers.py --nanogpt=FOLDER --to=docs/measured.md     with a clone of nanoGPT; this makes that page
 
 All take turns, so that a busy moment of the machine hits all of them; a first round does not count. A cell is a median,
 and in brackets the median of the rounds' ratios: how much of that peer's time, or memory, plainGPT takes. On one thread
@@ -57,9 +57,10 @@ size: str = 'gpt2'  # of the models that write, load and save: 'gpt2' is 124M, '
 to: str = ''  # the file to write the table to, beside the terminal
 # ------------------------------------------------------------------------------------------------
 
-OURS, OURS_LESS = 'plainGPT', 'plainGPT, fewer bits'
-COLUMNS = (OURS, OURS_LESS, 'nanoGPT', 'transformers', 'llama.cpp F32', 'llama.cpp F16', 'llama.cpp Q8_0', 'tiktoken')
-Runs = dict[str, Callable[[], object]]  # by column: what is measured
+PLAINGPT, FEWER_BITS = 'plainGPT', 'plainGPT, fewer bits'
+COLUMNS = (PLAINGPT, FEWER_BITS, 'nanoGPT', 'transformers', 'llama.cpp F32', 'llama.cpp F16', 'llama.cpp Q8_0',
+           'tiktoken')
+Runs = dict[str, Callable[[], object]]  # by column: the function to measure
 SHAPES = {  # of training steps: windows, and a model; the first is that of nanoGPT's README for a CPU
     'nanoGPT for a CPU, 12 x 64 tokens': (12, GPTConfig(64, 65, 4, 4, 128, bias=False)),
     "make train's, 16 x 64 tokens": (16, GPTConfig(64, 1024, 4, 4, 128, bias=False)),
@@ -78,12 +79,12 @@ def take_turns(runs: Runs, clock: Callable[[], float]) -> dict[str, Cell]:
             result = one()
             if number:
                 seconds[name].append(result if isinstance(result, float) else clock() - began)
-    return {name: (median(each), median(a / b for a, b in zip(seconds[OURS], each, strict=True)))
+    return {name: (median(each), median(a / b for a, b in zip(seconds[PLAINGPT], each, strict=True)))
             for name, each in seconds.items()}
 
 
 def load_nanogpt() -> ModuleType | None:
-    """nanoGPT's model.py, under a name that plainGPT does not have."""
+    """Import nanoGPT's model.py, under a name that plainGPT does not have."""
     if not nanogpt:
         return None
     spec = importlib.util.spec_from_file_location('nanogpt_model', Path(nanogpt, 'model.py'))
@@ -95,14 +96,14 @@ def load_nanogpt() -> ModuleType | None:
     return module
 
 
-def their_gpt(module: ModuleType, config: GPTConfig) -> nn.Module:
+def build_nanogpt(module: ModuleType, config: GPTConfig) -> nn.Module:
     names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
     model: nn.Module = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in names}))
     return model
 
 
-def their_transformer(config: GPTConfig) -> nn.Module | None:
-    """transformers' GPT-2 of that shape, if it is installed."""
+def build_transformer(config: GPTConfig) -> nn.Module | None:
+    """Return transformers' GPT-2 of that shape, if transformers is installed."""
     if importlib.util.find_spec('transformers') is None:
         return None
     import transformers
@@ -119,7 +120,7 @@ def their_transformer(config: GPTConfig) -> nn.Module | None:
 
 
 def steps_of(windows: int, config: GPTConfig) -> Runs:
-    """A step of each: forward, backward, clip, update."""
+    """Return a training step of each peer: forward, backward, clip, update."""
     x = torch.randint(config.vocab_size, (windows, config.block_size))
     y = torch.randint(config.vocab_size, (windows, config.block_size))
     runs: Runs = {}
@@ -133,27 +134,27 @@ def steps_of(windows: int, config: GPTConfig) -> Runs:
 
         runs[name] = step
 
-    for name, dtype in ((OURS, torch.float32), (OURS_LESS, torch.bfloat16)):
-        ours, context = GPT(config), device.autocast(torch.device('cpu'), dtype)
+    for name, dtype in ((PLAINGPT, torch.float32), (FEWER_BITS, torch.bfloat16)):
+        plain_gpt, context = GPT(config), device.autocast(torch.device('cpu'), dtype)
 
-        def our_loss(ours: GPT = ours, context: Any = context) -> Any:
+        def loss_of(model: GPT = plain_gpt, context: Any = context) -> Any:
             with context:
-                return ours(x, y, logits='none')[1]
+                return model(x, y, logits='none')[1]
 
-        add(name, ours, train.make_optimizer(ours), our_loss)
+        add(name, plain_gpt, train.make_optimizer(plain_gpt), loss_of)
     if module := load_nanogpt():
         with redirect_stdout(io.StringIO()):
-            theirs: Any = their_gpt(module, config)
-            optimizer = theirs.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu')
-        add('nanoGPT', theirs, optimizer, lambda: theirs(x, y)[1])
-    if other := their_transformer(config):
-        add('transformers', other, torch.optim.AdamW(other.parameters(), fused=True),
-            lambda: other(input_ids=x, labels=y).loss)
+            nano_gpt: Any = build_nanogpt(module, config)
+            optimizer = nano_gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu')
+        add('nanoGPT', nano_gpt, optimizer, lambda: nano_gpt(x, y)[1])
+    if transformer := build_transformer(config):
+        add('transformers', transformer, torch.optim.AdamW(transformer.parameters(), fused=True),
+            lambda: transformer(input_ids=x, labels=y).loss)
     return runs
 
 
 def peak_bytes(step: Callable[[], object], model_bytes: int) -> float:
-    """The most bytes of tensors in a step, with the weights and moments that it begins with."""
+    """Return the most bytes of tensors in a step, with the weights and moments that it begins with."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -168,12 +169,12 @@ def peak_bytes(step: Callable[[], object], model_bytes: int) -> float:
 
 
 def memory_of_steps() -> Iterator[tuple[str, dict[str, Cell]]]:
-    """Two layers suffice: the logits are what differs."""
+    """Yield the row of memory. Two layers suffice, as it is the logits that make the difference."""
     windows, config = (12, GPTConfig(1024, 50304, 2, bias=False)) if size == 'gpt2' else (4, TINY)
     model_bytes = 12 * sum(p.numel() for p in GPT.on_meta(config).parameters())
     most = {name: peak_bytes(step, model_bytes) for name, step in steps_of(windows, config).items()}
     yield (f'most memory in a step, {config.n_layer} layers, {windows} x {config.block_size} tokens, GB',
-           {name: (number / 1e9, most[OURS] / number) for name, number in most.items()})
+           {name: (number / 1e9, most[PLAINGPT] / number) for name, number in most.items()})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -181,17 +182,17 @@ def memory_of_steps() -> Iterator[tuple[str, dict[str, Cell]]]:
 
 
 def writers(batch: int, n_threads: int, folder: Path) -> Runs:
-    """The same prompt and number of tokens for each, greedy."""
+    """Return a greedy writer for each peer, with the same prompt and number of tokens."""
     model = GPT(GPTConfig(vocab_size=50257) if size == 'gpt2' else TINY).eval()
     few_bits = deepcopy(model)
     quantise(few_bits)
     prompt = torch.randint(256, (batch, PROMPT if size == 'gpt2' else 8))
-    runs: Runs = {OURS: lambda: model.generate(prompt, NEW, temperature=0.0),
-                  OURS_LESS: lambda: few_bits.generate(prompt, NEW, temperature=0.0)}
-    if theirs := their_transformer(model.config):
-        other: Any = theirs.eval()
-        runs['transformers'] = lambda: other.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                                                      pad_token_id=0)
+    runs: Runs = {PLAINGPT: lambda: model.generate(prompt, NEW, temperature=0.0),
+                  FEWER_BITS: lambda: few_bits.generate(prompt, NEW, temperature=0.0)}
+    if found := build_transformer(model.config):
+        transformer: Any = found.eval()
+        runs['transformers'] = lambda: transformer.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW,
+                                                            do_sample=False, pad_token_id=0)
     if batch == 1 and importlib.util.find_spec('xllamacpp'):
         for name, dtype in (('F32', 'float32'), ('F16', 'float16'), ('Q8_0', 'q8_0')):
             if (path := folder / dtype).exists() or write_gguf(path, model, dtype):
@@ -200,7 +201,7 @@ def writers(batch: int, n_threads: int, folder: Path) -> Runs:
 
 
 def write_gguf(folder: Path, model: GPT, dtype: str) -> bool:
-    """Return whether GPT-2's tokenizer is available, without which the format cannot be written."""
+    """Write a GGUF file. Return False if GPT-2's tokenizer, which the format needs, is not available."""
     try:
         vocabulary = tokenizer.load_tiktoken('gpt2')
     except tokenizer.Unavailable:
@@ -235,7 +236,7 @@ def llama_writer(path: Path, prompt: list[int], n_threads: int) -> Callable[[], 
 
 
 def trained() -> tuple[GPT, torch.optim.Optimizer]:
-    """Return a model, and an optimizer that has moments of it."""
+    """Return a model, and an optimizer that has its moments."""
     model = GPT(GPTConfig(bias=False) if size == 'gpt2' else TINY)
     optimizer = train.make_optimizer(model)
     for p in model.parameters():
@@ -245,34 +246,34 @@ def trained() -> tuple[GPT, torch.optim.Optimizer]:
 
 
 def loaders(folder: Path) -> Runs:
-    """From a file to a model that is ready."""
+    """Return a loader for each peer: from a file to a model that is ready."""
     model, optimizer = trained()
     path = folder / 'ckpt.pt'
     torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'iter_num': 1,
                 'model_args': checkpoint.model_args(model.config), 'best_val_loss': 1.0, 'config': {}}, path)
-    runs: Runs = {OURS: lambda: open_model(str(path))}
+    runs: Runs = {PLAINGPT: lambda: open_model(str(path))}
     if module := load_nanogpt():
         def load() -> None:
             with redirect_stdout(io.StringIO()):
-                theirs = their_gpt(module, model.config)
-                theirs.load_state_dict(torch.load(path, map_location='cpu')['model'])
+                nano_gpt = build_nanogpt(module, model.config)
+                nano_gpt.load_state_dict(torch.load(path, map_location='cpu')['model'])
 
         runs['nanoGPT'] = load
     if importlib.util.find_spec('transformers'):
         import transformers
 
-        theirs: Any = their_transformer(model.config)
-        theirs.save_pretrained(folder / 'hf')
+        transformer: Any = build_transformer(model.config)
+        transformer.save_pretrained(folder / 'hf')
         runs['transformers'] = lambda: transformers.GPT2LMHeadModel.from_pretrained(folder / 'hf')
     return runs
 
 
 def savers(folder: Path) -> Runs:
-    """How long, by the clock, training waits for a checkpoint with weights and moments, which plainGPT writes while it
-    continues; nanoGPT calls torch.save, as here."""
+    """Return functions that measure, by the clock, how long training waits for a checkpoint with weights and moments.
+    plainGPT writes it while training continues; nanoGPT calls torch.save, as here."""
     model, optimizer = trained()
     alone = Process(0, 1, torch.device('cpu'), '')
-    saver = checkpoint.Saver(folder / 'ours', 1, Uploader('', print), lambda: None)
+    saver = checkpoint.Saver(folder / 'plaingpt', 1, Uploader('', print), lambda: None)
 
     def save() -> float:
         began = time.perf_counter()
@@ -284,14 +285,14 @@ def savers(folder: Path) -> Runs:
 
     def save_as_nanogpt() -> float:
         began = time.perf_counter()
-        torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, folder / 'theirs.pt')
+        torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, folder / 'nanogpt.pt')
         return time.perf_counter() - began
 
-    return {OURS: save, 'nanoGPT': save_as_nanogpt}
+    return {PLAINGPT: save, 'nanoGPT': save_as_nanogpt}
 
 
 def preparers(folder: Path) -> Runs:
-    """From text to token files, in one process; tiktoken alone only encodes, and writes nothing."""
+    """Return the ways from text to token files, in one process; tiktoken alone only encodes, and writes nothing."""
     try:
         gpt2 = tokenizer.load_tiktoken('gpt2')
     except tokenizer.Unavailable:
@@ -306,7 +307,7 @@ def preparers(folder: Path) -> Runs:
         with redirect_stdout(io.StringIO()):
             tokenise.write_corpus(folder / 'corpus', tokenise.Packer(gpt2, gpt2.eot), pieces, validation, 'texts', 1)
 
-    return {OURS: prepare, 'tiktoken': lambda: [gpt2.library.encode_ordinary(text) for text in sources]}
+    return {PLAINGPT: prepare, 'tiktoken': lambda: [gpt2.library.encode_ordinary(text) for text in sources]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -339,7 +340,7 @@ def cell(cells: dict[str, Cell], column: str) -> str:
     if column not in cells:
         return ''
     number, ratio = cells[column]
-    return f'{number:.3g}' if column == OURS else f'{number:.3g} ({ratio:.2f})'
+    return f'{number:.3g}' if column == PLAINGPT else f'{number:.3g} ({ratio:.2f})'
 
 
 def versions() -> str:
@@ -349,7 +350,7 @@ def versions() -> str:
 
 
 def machine() -> str:
-    """The CPU's name, its cores, and how fast it multiplies."""
+    """Return the CPU's name, its cores, and how fast it multiplies."""
     try:
         text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
         name = next(line.partition(': ')[2] for line in text.splitlines() if line.startswith('model name'))

@@ -42,21 +42,21 @@ threads: int = 1  # of torch, on the CPU
 
 
 def as_transformers(model: GPT) -> Any:
-    """transformers' GPT-2 with the same weights."""
+    """Return transformers' GPT-2 with the same weights."""
     import transformers
 
     c = model.config
     shape = transformers.GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size,
                                     n_positions=c.block_size, bos_token_id=0, eos_token_id=0)
-    theirs: Any = transformers.GPT2LMHeadModel(shape)
+    rival: Any = transformers.GPT2LMHeadModel(shape)
     weights = {name: p.t() if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else p
                for name, p in model.state_dict().items()}
-    theirs.load_state_dict(weights)
-    return theirs.eval()
+    rival.load_state_dict(weights)
+    return rival.eval()
 
 
 def take_turns(rivals: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """The median number of seconds of each, in `repeats` rounds after one that does not count."""
+    """Return the median number of seconds of each rival, in `repeats` rounds after one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(repeats + 1):
         for name, write in rivals.items():
@@ -75,43 +75,43 @@ def main(args: list[str]) -> None:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     # a single thread's own time is the same whatever else the machine does
     clock = time.process_time if device == 'cpu' and threads == 1 else time.perf_counter
-    ours = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd)).eval().to(device)
-    theirs = as_transformers(ours).to(device)
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd)).eval().to(device)
+    rival = as_transformers(model).to(device)
     prompts = torch.randint(vocab_size, (batch, prompt_tokens), device=device)
 
     def write(prompt: Tensor, use_cache: bool = True) -> Tensor:
-        return ours.generate(prompt, new_tokens, temperature=0, use_cache=use_cache).cpu()  # waits for a GPU to end
+        return model.generate(prompt, new_tokens, temperature=0, use_cache=use_cache).cpu()  # waits for a GPU to end
 
-    def write_theirs(prompt: Tensor) -> Tensor:
-        text: Tensor = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
-                                       eos_token_id=None, max_new_tokens=new_tokens)
+    def write_rival(prompt: Tensor) -> Tensor:
+        text: Tensor = rival.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0,
+                                      eos_token_id=None, max_new_tokens=new_tokens)
         return text.cpu()
 
-    equal = (write(prompts) == write_theirs(prompts)).float().mean().item()
+    equal = (write(prompts) == write_rival(prompts)).float().mean().item()
     seconds = take_turns({
         'one text, cached': lambda: write(prompts[:1]),
         'one text, not cached': lambda: write(prompts[:1], use_cache=False),
-        'one text, transformers': lambda: write_theirs(prompts[:1]),
+        'one text, transformers': lambda: write_rival(prompts[:1]),
         f'{batch} texts at once': lambda: write(prompts),
         f'{batch} texts in turn': lambda: [write(prompt[None]) for prompt in prompts],
-        f'{batch} texts at once, transformers': lambda: write_theirs(prompts),
+        f'{batch} texts at once, transformers': lambda: write_rival(prompts),
     }, repeats, clock)
 
     chip = torch.cuda.get_device_name() if device == 'cuda' else f'{platform.machine()} CPU'
     print(f'{chip}, {threads} of {os.cpu_count()} cores; Python {platform.python_version()}, '
           f'torch {torch.__version__}, transformers {transformers.__version__}')
-    print(f'{sum(p.numel() for p in ours.parameters()):,} parameters, float32; {prompt_tokens} tokens of prompt, '
+    print(f'{sum(p.numel() for p in model.parameters()):,} parameters, float32; {prompt_tokens} tokens of prompt, '
           f'{new_tokens} new, greedy; '
           f'median of {repeats}, {clock.__name__}')
     print(f'{100 * equal:.1f} % of all tokens are the same as those of transformers')
     for name, each in seconds.items():
         texts = batch if name.startswith(f'{batch} ') else 1
         print(f'{name:<36} {texts * new_tokens / each:8.1f} tokens/s')
-    one, uncached, one_theirs, at_once, in_turn, at_once_theirs = seconds.values()
+    one, uncached, one_rival, at_once, in_turn, at_once_rival = seconds.values()
     print(f'cached / not cached            {uncached / one:6.2f} x')
     print(f'{batch} at once / {batch} in turn        {in_turn / at_once:6.2f} x')
-    print(f'plainGPT / transformers, 1     {one_theirs / one:6.2f} x')
-    print(f'plainGPT / transformers, {batch:<5} {at_once_theirs / at_once:6.2f} x')
+    print(f'plainGPT / transformers, 1     {one_rival / one:6.2f} x')
+    print(f'plainGPT / transformers, {batch:<5} {at_once_rival / at_once:6.2f} x')
 
 
 if __name__ == '__main__':

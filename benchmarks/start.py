@@ -5,7 +5,7 @@ which neither can do; and the first step of the default run against nanoGPT's, w
     python benchmarks/start.py
     python benchmarks/start.py --nanogpt=FOLDER     a clone of https://github.com/karpathy/nanoGPT
 
-Each run is a process of its own with one thread, on one core where the system allows that. The rivals take turns, so
+Each run is a process of its own with one thread, on one core if the system allows that. The rivals take turns, so
 that a busy moment of the machine hits all of them; a first round, which fills the disk's cache, does not count. Numbers
 are medians: seconds of the CPU, which a busy machine hardly changes, and seconds of the clock.
 """
@@ -35,10 +35,10 @@ nanogpt: str = ''  # the folder of its clone; '' leaves it out
 # ------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / 'config/train_stdlib.py'  # which nanoGPT reads as well: its names are nanoGPT's
+CONFIG = ROOT / 'config/train_stdlib.py'  # nanoGPT reads it as well: its names are nanoGPT's
 CORPUS = ROOT / 'data/stdlib'
 EQUAL = ('--device=cpu', '--dtype=float32', '--compile=False', '--eval_iters=1')  # both evaluate before the first step
-OURS = ('--gelu=exact', '--sample_interval=0')  # as nanoGPT does
+LIKE_NANOGPT = ('--gelu=exact', '--sample_interval=0')
 FIRST_STEP = 'iter 0:'
 
 
@@ -51,7 +51,7 @@ class Start(NamedTuple):
 
 
 def measure(start: Start) -> tuple[float, float]:
-    """Seconds of the CPU, and of the clock."""
+    """Return the seconds that a command takes, by the CPU and by the clock."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     process = subprocess.Popen(start.command, cwd=start.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, encoding='utf-8')
@@ -72,7 +72,7 @@ def measure(start: Start) -> tuple[float, float]:
 
 
 def take_turns(rivals: dict[str, Start]) -> dict[str, tuple[float, float]]:
-    """The medians of each, in `repeats` rounds after one that does not count."""
+    """Return the medians of each rival, in `repeats` rounds after one that does not count."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
     for _ in range(repeats + 1):
         for name, start in rivals.items():
@@ -82,9 +82,9 @@ def take_turns(rivals: dict[str, Start]) -> dict[str, tuple[float, float]]:
 
 
 def copy_nanogpt(clone: Path, folder: Path) -> Path:
-    """Its scripts beside our text, where they look for it; nothing is written to the clone."""
+    """Copy nanoGPT's scripts, and the corpus to where they look for it; nothing is written to the clone."""
     if not (clone / 'train.py').is_file():
-        raise UserError(f'--nanogpt={clone}: no train.py is there')
+        raise UserError(f'--nanogpt={clone}: it has no train.py')
     corpus = folder / 'data' / CORPUS.name
     corpus.mkdir(parents=True)
     for file in clone.glob('*.py'):
@@ -109,7 +109,7 @@ def main(args: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train = [sys.executable, str(ROOT / 'train.py'), str(CONFIG), *EQUAL, *OURS]
+        train = [sys.executable, str(ROOT / 'train.py'), str(CONFIG), *EQUAL, *LIKE_NANOGPT]
         subprocess.run([*train, '--max_iters=1', f'--out_dir={folder}/small'], check=True, stdout=subprocess.DEVNULL)
         rivals = {
             'import torch': Start([sys.executable, '-c', 'import torch'], folder),
@@ -119,8 +119,8 @@ def main(args: list[str]) -> None:
             'train.py, first step': Start([*train, f'--out_dir={folder}/new', '--overwrite=True'], folder, FIRST_STEP),
         }
         if nanogpt:
-            theirs = copy_nanogpt(Path(nanogpt), folder / 'nanogpt')
-            rivals['nanoGPT, first step'] = Start([sys.executable, 'train.py', str(CONFIG), *EQUAL], theirs, FIRST_STEP)
+            clone = copy_nanogpt(Path(nanogpt), folder / 'nanogpt')
+            rivals['nanoGPT, first step'] = Start([sys.executable, 'train.py', str(CONFIG), *EQUAL], clone, FIRST_STEP)
         seconds = take_turns(rivals)
 
     print(f'{platform.machine()} CPU, {core}, one thread; Python {platform.python_version()}; medians of {repeats}')
@@ -130,11 +130,11 @@ def main(args: list[str]) -> None:
     print('ratios')
     pairs = [('train.py --help', 'import torch'), ('sample.py, first token', 'import torch')]
     pairs += [('train.py, first step', 'nanoGPT, first step')] if nanogpt else []
-    for ours, other in pairs:
-        cpu, clock = (a / b for a, b in zip(seconds[ours], seconds[other], strict=True))
-        print(f'{f"{ours} / {other}":44} {cpu:6.2f} {clock:6.2f}')
+    for name, other in pairs:
+        cpu, clock = (a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+        print(f'{f"{name} / {other}":44} {cpu:6.2f} {clock:6.2f}')
     if not nanogpt:
-        print('nanoGPT is left out: --nanogpt=FOLDER, a clone of https://github.com/karpathy/nanoGPT, measures it too')
+        print('nanoGPT is left out: --nanogpt=FOLDER, a clone of https://github.com/karpathy/nanoGPT, measures it, too')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,12 @@
 """
-How near data/openwebtext/prepare.py and data/fineweb_edu/prepare.py come to the speed of tiktoken alone.
+The speed of data/openwebtext/prepare.py and data/fineweb_edu/prepare.py, beside that of tiktoken alone.
 
     python benchmarks/tokenize_openwebtext.py --input=openwebtext-1000.jsonl --copies=600
 
-Ours is all that each does once it has the files: count the documents, draw the split, start the processes, read,
-tokenise, and write train.bin, val.bin and meta.json, or shards. The limit is the same number of processes that hold
+Each is timed from the moment it has the files: it counts the documents, draws the split, starts the processes, reads,
+tokenises, and writes train.bin, val.bin and meta.json, or shards. The limit is the same number of processes that hold
 their share of the documents in memory, start together, and call tiktoken's encode_ordinary, with nothing written. They
-take turns, and the medians count. Starting the processes takes ours half a second, which a long text does not notice:
+take turns, and the medians count. To start the processes takes half a second, which does not matter for a long text:
 600 copies of a thousand documents take a minute. With as many processes as cores, the one that plans and writes shares
 a core with a worker. Tokens per CPU second, of all processes together, depend less on what else the machine is doing.
 """
@@ -32,7 +32,7 @@ from plaingpt.errors import run
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 input: str = ''  # .jsonl or .parquet files of documents; '' takes the source code of Python's library
-copies: int = 100  # of these documents that make the text, so that it takes tens of seconds
+copies: int = 100  # of these documents, which make a text that takes tens of seconds
 kind: str = 'parquet'  # of the file that holds the copies: 'parquet' or 'jsonl'
 num_proc: int = 2  # processes that tokenise
 runs: int = 3
@@ -56,7 +56,7 @@ class Speed(NamedTuple):
 
 
 def write_copies(texts: list[str], copies: int, path: Path) -> None:
-    """A file with `copies` times the documents."""
+    """Write a file with `copies` times the documents."""
     import json
 
     import pyarrow
@@ -73,8 +73,8 @@ def write_copies(texts: list[str], copies: int, path: Path) -> None:
             writer.write_table(table)
 
 
-def measure_ours(path: Path, folder: Path, num_proc: int) -> Speed:
-    """From the file to finished token files."""
+def measure_corpus(path: Path, folder: Path, num_proc: int) -> Speed:
+    """Measure the way from the file to finished token files."""
     started, before = time.perf_counter(), os.times()
     encoder = tokenizer.build('gpt2', list, eot=True)
     pieces = list(documents.find_pieces(str(path)))
@@ -86,7 +86,7 @@ def measure_ours(path: Path, folder: Path, num_proc: int) -> Speed:
 
 
 def measure_shards(path: Path, folder: Path, num_proc: int) -> Speed:
-    """From the file to finished shards."""
+    """Measure the way from the file to finished shards."""
     started, before = time.perf_counter(), os.times()
     encoder = tokenizer.build('gpt2', list, eot=True)
     packer = tokenise.Packer(encoder, encoder.eot, eot_first=True)
@@ -98,8 +98,9 @@ def measure_shards(path: Path, folder: Path, num_proc: int) -> Speed:
 
 
 def encode_only(packed: list[bytes], copies: int, together: Barrier, answer: Connection) -> None:
-    """One process of the limit: its tokens, and its seconds and CPU seconds in the tokenizer. It meets each text once,
-    as a tokenizer does: a str that has been asked for its UTF-8 keeps it, and is faster the next time."""
+    """Do the work of one process of the limit, and send its tokens, and its seconds and CPU seconds in the tokenizer.
+    Each text is a new str, as in a preparation: a str that was asked for its UTF-8 keeps it, and is faster the next
+    time."""
     import tiktoken
 
     encoding = tiktoken.get_encoding('gpt2')
@@ -114,15 +115,15 @@ def encode_only(packed: list[bytes], copies: int, together: Barrier, answer: Con
 
 
 def measure_limit(texts: list[str], copies: int, num_proc: int) -> Speed:
-    """Of `num_proc` processes that do nothing but tokenise."""
+    """Measure `num_proc` processes that do nothing but tokenise."""
     context = multiprocessing.get_context('spawn')
     together, answers, processes = context.Barrier(num_proc), [], []
     packed = [text.encode('utf-8') for text in texts]
     for _ in range(num_proc):
-        ours, theirs = context.Pipe()
-        processes.append(context.Process(target=encode_only, args=(packed, copies // num_proc, together, theirs)))
+        reader, writer = context.Pipe()
+        processes.append(context.Process(target=encode_only, args=(packed, copies // num_proc, together, writer)))
         processes[-1].start()
-        answers.append(ours)
+        answers.append(reader)
     n_tokens, seconds, cpu_seconds = zip(*(answer.recv() for answer in answers), strict=True)
     for process in processes:
         process.join()  # from now on, what it used counts as used by children
@@ -140,7 +141,7 @@ def main(args: list[str]) -> None:
         speeds: dict[str, list[Speed]] = {'tiktoken alone': [], 'openwebtext': [], 'fineweb_edu': []}
         for number in range(runs):
             speeds['tiktoken alone'].append(measure_limit(texts, copies, num_proc))
-            speeds['openwebtext'].append(measure_ours(path, folder / 'whole', num_proc))
+            speeds['openwebtext'].append(measure_corpus(path, folder / 'whole', num_proc))
             speeds['fineweb_edu'].append(measure_shards(path, folder / f'shards-{number}', num_proc))
             print(', '.join(f'{name} {some[-1].per_second():,.0f} tokens/s' for name, some in speeds.items()),
                   flush=True)

@@ -2,7 +2,7 @@
 #           (first python data/openwebtext/prepare.py; without a wandb account add --wandb_log=False)
 # device:   1, 2, 4 or 8 GPUs with 80 GB each, or more (A100, H100, H200): room for larger micro-batches
 # duration: not measured here
-# expected: not measured here; train_gpt2.py, of which all else is, makes the same updates but for rounding
+# expected: not measured here; the same updates, but for rounding, as train_gpt2.py, which all else is taken from
 out_dir = 'out-gpt2-80gb'
 wandb_log = True
 wandb_project = 'owt'
@@ -19,5 +19,5 @@ lr_decay_iters = 600000
 weight_decay = 1e-1
 
 eval_interval = 1000
-eval_iters = 40  # batches of 60: as many windows
+eval_iters = 40  # batches of 60: as many windows as in train_gpt2.py
 log_interval = 10

@@ -22,7 +22,7 @@ block_size = 1024
 max_iters = 2860
 lr_decay_iters = max_iters
 
-# Muon's; the rates of the other parameters are in a ratio to it (train.py, groups_of_modern)
+# Muon's rate; those of the other parameters are in a fixed ratio to it (train.py, groups_of_modern)
 learning_rate = 0.025
 min_lr = 0.0
 weight_decay = 0.05

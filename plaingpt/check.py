@@ -288,7 +288,7 @@ def run_checks(data: Data, learner: Learner, is_new: bool, backward: Backward, s
     process, failed, done = learner.process, [], 0
     trial = Trial(data, learner, is_new, backward, seed, grad_clip)
     console.say(f'{processes.describe(process)}; {learner.compute.line}')
-    with learner.compute.eager():  # what is compiled is the same function
+    with learner.compute.eager():  # compiled, it is the same function
         for check in CHECKS:
             if check is causality:
                 trial.wake()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 T = TypeVar('T')
 
-RANKS = ('RANK', 'OMPI_COMM_WORLD_RANK', 'SLURM_PROCID')  # what torchrun, mpirun and srun call the number of a process
+RANKS = ('RANK', 'OMPI_COMM_WORLD_RANK', 'SLURM_PROCID')  # in which torchrun, mpirun and srun number processes
 PLAIN_SECONDS = 10.0  # between two lines of progress if there is no terminal
 # Characters that may steer a terminal, or show those of a line in another order
 CONTROL = re.compile(r'\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')

@@ -114,8 +114,8 @@ def is_missing_package(error: BaseException) -> bool:
 
 
 def missing_package(error: BaseException) -> UserError:
-    """Return the error of a package that is not installed, which says what to type. fsspec, which raises errors of its
-    own, names the package in their cause."""
+    """Return an error that says how to install a missing package. fsspec, which raises errors of its own, names the
+    package in their cause."""
     cause = error if isinstance(error, ModuleNotFoundError) else error.__cause__
     package = (getattr(cause, 'name', None) or 'fsspec[full]').partition('.')[0]
     is_in_file = package in PACKAGES and REQUIREMENTS.is_file()

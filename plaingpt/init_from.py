@@ -183,9 +183,9 @@ def learned_tokenizer(state: State, vocab_size: int, folder: Path, is_of_corpus:
 
 def learned_reference(state: State, vocab_size: int, folder: Path, is_of_corpus: bool = False) -> dict[str, Any]:
     """Return the tokenizer that a model of vocab_size ids has learned, in the form of `Tokenizer.state()` or of
-    `reference()`: that of its checkpoint. If the checkpoint has none, it is the corpus's if the caller knows that it
-    `is_of_corpus`, or if the run was one of this project, which could not get its tokenizer's files; else it is GPT-2's
-    if the model has as many ids, or if there is no corpus in `folder`, and else the corpus's."""
+    `reference()`: that of its checkpoint. If the checkpoint has none, it is that of the corpus in `folder`, if there is
+    one, and if the caller knows that it `is_of_corpus`, or the run was one of this project, for which the tokenizer's
+    files were not available, or the model has another number of ids than GPT-2. Else it is GPT-2's."""
     if state.get('tokenizer'):
         return dict(state['tokenizer'])
     is_known = is_of_corpus or bool(state.get('data'))

@@ -76,7 +76,7 @@ def faults(value: Any, shape: Any, name: str) -> Iterator[str]:
 
 
 def entries(value: dict[Any, Any], shape: dict[Any, Any], name: str) -> Iterator[tuple[Any, Any, str]]:
-    """Yield the entries of a dict that its shape speaks of: the value, shape and name of each."""
+    """Yield the entries of a dict that its shape names: the value, shape and name of each."""
     for key, of in shape.items():
         if isinstance(key, type):
             for one, part in value.items():

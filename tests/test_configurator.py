@@ -187,7 +187,7 @@ def test_a_helper_is_announced_and_serves_the_lines_of_its_own_file_alone(
     settings, given = configurator.configure(script, ['b.py'])
     assert (settings['batch_size'], given, 'n' in vars(script)) == (2, {'batch_size'}, False)
     assert capsys.readouterr().out.splitlines()[-1] == (
-        'b.py: for its own lines only, as no setting is called so: n, width')
+        'b.py: for its own lines only, as no setting has this name: n, width')
     assert complaint(script, 'b.py', write('batch_size = n')).startswith("a.py, line 1: no setting is called 'n';")
 
 

@@ -215,7 +215,7 @@ def test_what_cannot_be_resumed_or_read_is_requeued_within_bounds(
     for argument in (f'--out_dir={tmp_path}/run-{{time}}', str(config)):
         with pytest.raises(SystemExit, match='1'):
             main(['8', argument])
-        assert 'not to be resumed' in capsys.readouterr().out and list(tmp_path.iterdir()) == [config]
+        assert 'cannot be resumed' in capsys.readouterr().out and list(tmp_path.iterdir()) == [config]
     for content in ('[1]', '{"step": "3"}', '{"job": "12"}', '{'):
         (tmp_path / 'status.json').write_text(content, encoding='utf-8')
         (tmp_path / 'requeued.json').write_text(content, encoding='utf-8')

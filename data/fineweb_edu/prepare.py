@@ -4,9 +4,9 @@ of 100 million. The first shard is for validation. Each document begins with the
 
     python data/fineweb_edu/prepare.py
     python data/fineweb_edu/prepare.py --config=sample-100BT --name=fineweb_edu_100bt
-    python data/fineweb_edu/prepare.py --input='/data/fineweb/*.parquet'      .parquet or .jsonl files that are here
+    python data/fineweb_edu/prepare.py --input='/data/fineweb/*.parquet'      .parquet or .jsonl files on this machine
 
-Whatever interrupts it, the same command goes on after the last complete shard. Files are fetched one after the other
+Whatever interrupts it, the same command continues after the last complete shard. Files are fetched one after the other
 (28 GB in all, into Hugging Face's cache), each while the one before it is tokenised; 20 GB are written. A process takes
 about 130 MB of memory, however long the corpus is.
 
@@ -32,7 +32,7 @@ from plaingpt.errors import COMMAND, UserError, run
 source: str = 'HuggingFaceFW/fineweb-edu'  # a dataset of parquet files on the Hugging Face hub, or a folder with some
 config: str = 'sample-10BT'  # of that dataset: 'sample-100BT', 'sample-350BT', 'default' ...; '' is its only one
 revision: str = ''  # of that dataset; '' is its newest
-input: str = ''  # .jsonl or .parquet files that are here already: a file, a folder or a glob
+input: str = ''  # .jsonl or .parquet files on this machine instead: a file, a folder or a glob
 column: str = 'text'  # where the text stands in them
 tokenizer: str = 'gpt2'  # or another name of tiktoken's, 'byte', or the path of a run or model that has one
 shard_size: int = 10**8  # tokens in a file
@@ -44,7 +44,7 @@ overwrite: bool = False  # delete what other settings or files have made, and st
 
 
 def fetch(name: str) -> str:
-    """A file of the hub, on this machine."""
+    """Return the path of a file of the hub on this machine, to which it is downloaded."""
     return fetch_hub_files([name])[0]
 
 

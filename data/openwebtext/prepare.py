@@ -3,7 +3,7 @@ OpenWebText, the public copy of GPT-2's training text, in GPT-2's tokens: 9,035,
 validation, from 8,013,769 documents, each followed by the end-of-text token.
 
     python data/openwebtext/prepare.py
-    python data/openwebtext/prepare.py --input='/data/owt/*.parquet'      .parquet or .jsonl files that are here already
+    python data/openwebtext/prepare.py --input='/data/owt/*.parquet'      .parquet or .jsonl files on this machine
 
 Downloads 24 GB once (into Hugging Face's cache, which resumes) and writes 18 GB. Memory holds a few megabytes for each
 process, the numbers of the documents while the split is drawn (8 bytes each), and the validation documents' tokens.
@@ -29,7 +29,7 @@ from plaingpt.errors import run
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 source: str = 'Skylion007/openwebtext'  # a dataset of parquet files on the Hugging Face hub, or a folder with some
 revision: str = '79d93d786212f7344586290adb811d4ae6a1762c'  # of that dataset; '' is its newest
-input: str = ''  # .jsonl or .parquet files that are here already: a file, a folder or a glob
+input: str = ''  # .jsonl or .parquet files on this machine instead: a file, a folder or a glob
 column: str = 'text'  # where the text stands in them
 tokenizer: str = 'gpt2'  # or another name of tiktoken's, 'byte', or the path of a run or model that has one
 val_fraction: float = 0.0005  # of the documents, set aside for validation

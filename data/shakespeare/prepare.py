@@ -16,7 +16,7 @@ from plaingpt.corpus.folder import folder_for
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
-input: str = ''  # the text, where it is on this machine already; '' downloads it
+input: str = ''  # the path of the text, if this machine has it; '' downloads it
 tokenizer: str = 'gpt2'  # nanoGPT's; or 'char', 'byte', 'bpe:N', or the path of a run or model that has one
 to_dir: str = ''  # the folder to write; '' is data/shakespeare
 # ------------------------------------------------------------------------------------------------

@@ -29,18 +29,18 @@ to_dir: str = ''  # the folder to write; '' is data/stdlib
 # ------------------------------------------------------------------------------------------------
 
 LEFT_OUT = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', 'encodings'}
-ONE_IN = 20  # files that are for validation
+ONE_IN = 20  # files, one of which is for validation
 
 
 def find_sources(library: Path) -> list[str]:
-    """The names of the library's files, in a fixed order."""
+    """Return the names of the library's files, in a fixed order."""
     names = (path.relative_to(library) for path in library.rglob('*.py'))
     return sorted(name.as_posix() for name in names if not LEFT_OUT & set(name.parts[:-1]))
 
 
 def read_sources(library: Path) -> list[tuple[bool, str]]:
-    """Of every file, whether it is for validation, and its text. The name alone decides that, so that other versions of
-    Python, which have some other files, validate on much the same ones."""
+    """Return of every file whether it is for validation, and its text. The name alone decides that, so that other
+    versions of Python, which have some other files, validate on much the same ones."""
     texts = ((name, (library / name).read_text(encoding='utf-8')) for name in find_sources(library))
     return [(zlib.crc32(name.encode()) % ONE_IN == 0, text) for name, text in texts if text]
 

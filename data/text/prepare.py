@@ -5,7 +5,7 @@ Your own text -> data/<name>/train.bin, val.bin and meta.json.
     python data/text/prepare.py --input='posts/*.jsonl' --column=body --tokenizer=bpe:4096 --name=posts
     python data/text/prepare.py --input=https://example.org/part.parquet --tokenizer=gpt2 --name=part
 
-A .txt file is one document, and so is any other file that is named outright; a row of a .jsonl or .parquet file is one.
+A .txt file is one document, and so is any other file that is named outright, and each row of a .jsonl or .parquet file.
 The split is by document, with an end-of-text token after each. A single document is split by position instead, and has
 no end-of-text token, since nothing follows it. Empty documents are left out.
 """
@@ -49,7 +49,7 @@ def main(args: list[str]) -> None:
     val_files = documents.find_files(val_input, folder, '--val_input') if val_input else []
     train, val = ([piece for file in files for piece in documents.find_pieces(file, column)]
                   for files in (train_files, val_files))
-    texts, n_val = tokenise.numbers_of_texts(train), tokenise.count_documents(val)  # others are empty
+    texts, n_val = tokenise.numbers_of_texts(train), tokenise.count_documents(val)  # the others are empty
     n_train = len(texts)
     console.say(f'found: files {len(train_files) + len(val_files):,}, documents {n_train + n_val:,}')
     if n_train == 0:
@@ -68,7 +68,7 @@ def main(args: list[str]) -> None:
     encoder = encoder_for(tokenizer, lambda: tokenise.build_tokenizer(tokenizer, parts, validation,
                                                                       eot=n_train > 1 or n_val > 1))
     if (n_train > 1 or n_val > 1) and encoder.eot is None:
-        console.say(f"the tokenizer '{encoder.name}' has no token that ends a document: they follow each other without")
+        console.say(f"the tokenizer '{encoder.name}' has no token that ends a document: none stands between them")
     packer = tokenise.Packer(encoder, None if by_position else encoder.eot, keep_empty=False)
     tokenise.write_corpus(folder, packer, parts, validation, input, num_proc)
     console.say(next_steps(folder, 'train_stdlib', 'stdlib', 'out-stdlib', run=f'out-{folder.absolute().name}'))

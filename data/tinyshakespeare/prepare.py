@@ -22,7 +22,7 @@ from plaingpt.encoder import encoder_for
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
-input: str = ''  # the text, where it is on this machine already; '' downloads it
+input: str = ''  # the path of the text, if this machine has it; '' downloads it
 tokenizer: str = 'gpt2'  # llm.c's; or 'char', 'byte', 'bpe:N', learned from all of it, or the path of a run or model
 to_dir: str = ''  # the folder to write; '' is data/tinyshakespeare
 # ------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ N_VALIDATION = 32768  # tokens
 
 
 def split_sections(text: str) -> list[str]:
-    """At blank lines, which stay at the end of their section."""
+    """Split a text at blank lines, which stay at the end of their section."""
     *sections, last = text.split('\n\n')
     return [*(f'{section}\n\n' for section in sections), last]
 

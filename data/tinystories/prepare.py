@@ -2,7 +2,7 @@
 TinyStories, two million short stories in the words of a small child, in 4096 tokens learned from them: a first BPE run.
 
     python data/tinystories/prepare.py
-    python data/tinystories/prepare.py --input=train.parquet --val_input=validation.parquet      files that are here
+    python data/tinystories/prepare.py --input=train.parquet --val_input=validation.parquet      files on this machine
 
 Downloads one gigabyte. The dataset's own 21,990 stories for validation are kept apart. Each story is followed by the
 end-of-text token.
@@ -26,7 +26,7 @@ from plaingpt.errors import COMMAND, DATA, UserError, run
 # Settings: the annotated names from here to the next rule. Nothing below assigns to them.
 source: str = 'roneneldan/TinyStories'  # a dataset of parquet files on the Hugging Face hub, or a folder with some
 revision: str = ''  # of that dataset; '' is its newest
-input: str = ''  # .jsonl or .parquet files that are here already: a file, a folder or a glob
+input: str = ''  # .jsonl or .parquet files on this machine instead: a file, a folder or a glob
 val_input: str = ''  # the same, for validation
 column: str = 'text'  # where the text stands in them
 tokenizer: str = 'bpe:4096'  # learned from the training stories; or 'byte', 'char', 'gpt2', another name of tiktoken's
@@ -36,7 +36,7 @@ to_dir: str = ''  # the folder to write; '' is data/tinystories
 
 
 def find_files(folder: Path) -> tuple[list[str], list[str]]:
-    """For training and for validation. What comes from a URL is kept in `folder`."""
+    """Return the files for training and those for validation. A file that comes from a URL is kept in `folder`."""
     if input:
         return documents.find_files(input, folder), documents.find_files(val_input, folder, '--val_input')
     train, val = (find_hub_files(source, '', revision, split) for split in ('train', 'validation'))

@@ -1,1 +1,1 @@
-"""The way of a corpus: text -> tokens -> batches."""
+"""Corpora: text -> tokens -> batches."""

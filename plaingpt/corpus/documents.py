@@ -88,7 +88,7 @@ def find_files(path: str, folder: Path, option: str = '--input') -> list[str]:
 
 
 def is_local(path: str) -> bool:
-    """Return whether this is no URL, or a file whose name looks like one."""
+    """Return whether this is a path on this machine, and not a URL; a file's name may look like one."""
     return '://' not in path or os.path.exists(path)
 
 

@@ -1,4 +1,4 @@
-"""Downloads: files of other places come to this machine whole or not at all."""
+"""Downloads, which appear on this machine whole or not at all."""
 import hashlib
 import http.client
 import logging

@@ -44,7 +44,7 @@ class Order:
         return max(1, self.n_tokens // self.block_size - 1)
 
     def starts(self, first: int, count: int) -> Integers:
-        """Return where windows number first .. first + count - 1 of the sequence start in the corpus."""
+        """Return the starts, in the corpus, of windows number first .. first + count - 1 of the sequence."""
         numbers = np.arange(first, first + count)
         starts = np.empty(count, dtype=np.int64)
         for epoch in np.unique(numbers // self.epoch).tolist():

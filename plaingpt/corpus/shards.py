@@ -107,7 +107,7 @@ def write_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_si
                  overwrite: bool = False) -> None:
     """Tokenise a corpus into folder/val_000000.bin, train_000001.bin, ... with `num_proc` processes (0: one for each
     core), and continue an interrupted run of the same command. Raise UserError if the folder holds anything else,
-    unless `overwrite` allows to delete it, and if another run is at work there."""
+    unless `overwrite` is given, and if another run is at work there."""
     if not 0 < shard_size < 2**31:
         raise UserError(f'--shard_size={shard_size} must be at least 1 and less than 2**31', COMMAND)
     marks = hashlib.sha256('\n'.join(map(mark_of, source.files)).encode()).hexdigest()[:16]

@@ -214,8 +214,8 @@ class Done(NamedTuple):
 
 
 class Packer:
-    """The way from documents to Packed. `eot` follows each document, or stands before it, unless it is None. Empty
-    documents may be left out."""
+    """A tokenizer, and how it packs documents. `eot` follows each document, or stands before it, unless it is None.
+    Empty documents may be left out."""
 
     def __init__(self, tokenizer: Tokenizer, eot: int | None, keep_empty: bool = True, eot_first: bool = False) -> None:
         self.tokenizer, self.eot, self.keep_empty, self.eot_first = tokenizer, eot, keep_empty, eot_first

@@ -211,7 +211,7 @@ class TrainedBPE(Tokenizer):
         return [i for part in self.parts(text) for i in self.library.encode(part, add_special_tokens=False).ids]
 
     def encode_batch(self, texts: list[str]) -> Iterable[npt.NDArray[np.uint32]]:
-        short = [text for text in texts if len(text) <= PART]
+        short = [text for text in texts if len(text) <= PART]  # `encode` cuts the others
         encoded = iter(self.library.encode_batch_fast(short, add_special_tokens=False))  # without offsets in the text
         return (np.array(next(encoded).ids if len(text) <= PART else self.encode(text), dtype=np.uint32)
                 for text in texts)
@@ -342,7 +342,7 @@ def parts_of(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def count_hard_cuts(text: str, ends: bool) -> int:
-    """Return how often `parts_of` has cut through a word in this text, which may go on after it unless it `ends`."""
+    """Return how often `parts_of` cuts through a word in this text, which may continue after it unless it `ends`."""
     if len(text) < LONGEST:
         return 0
     sizes = [len(part) for part in parts_of([text])]

@@ -8,7 +8,7 @@ from plaingpt.formats import huggingface
 from plaingpt.formats.exported import Exported
 
 BLOCK = 32  # weights that share a scale in q8_0
-NO_MERGES = ['Ā Ā']  # there must be one: of two NULs, which no text has, into what is no token, and so is cut again
+NO_MERGES = ['Ā Ā']  # there must be one: it joins two NULs, which no text has, and then cuts them, being no token
 MODELFILE = '''# ollama create NAME -f Modelfile && ollama run NAME
 FROM ./model.gguf
 # It continues a text, and has no notion of a conversation.

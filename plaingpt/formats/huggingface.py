@@ -107,7 +107,7 @@ def read_config(name_or_folder: str, dropout: float) -> tuple[GPTConfig, bool | 
         raise UserError(f'{name_or_folder!r} is neither GPT-2 nor nanochat: the model_type of its config.json is '
                         f'{schema.shown(settings.get("model_type", schema.MISSING))}', CHECKPOINT)
     known = {ALIASES.get(name, name): value for name, value in settings.items()}
-    found = {name: known.get(name, default) for name, default in DEFAULTS.items()}  # whatever else the file says
+    found = {name: known.get(name, default) for name, default in DEFAULTS.items()}  # and nothing else that it says
     schema.refuse(found, CONFIG, path, CHECKPOINT)
     right: dict[str, Any] = {
         'activation_function': GELU,
@@ -244,7 +244,7 @@ def settings_of(exported: Exported) -> dict[str, dict[str, Any]]:
     config = exported.config
     begin, end, ends = exported.vocabulary.bos, exported.vocabulary.eot, exported.vocabulary.stops
     names = {role: exported.vocabulary.pieces[i].decode() for role, i in (('bos_token', begin), ('eos_token', end))
-             if i is not None and i in exported.vocabulary.special}  # an ordinary token's name may be read as others
+             if i is not None and i in exported.vocabulary.special}  # an ordinary token would become another one
     return {
         'config.json': {
             **model_settings(config),

@@ -11,7 +11,7 @@ from plaingpt.errors import CHECKPOINT, UserError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TABLE, HEAD = 'transformer.wte.weight', 'lm_head.weight'
-TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # elsewhere (in, out)
+TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # (in, out) elsewhere
 KINDS = {'gpt2': 'a GPT-2', 'modern': 'the modern model'}  # by GPTConfig.arch
 SIDE = range(1, 2**28)  # of a matrix whose bytes PyTorch can count
 

@@ -31,8 +31,8 @@ PEAK_FLOPS = {
 }
 FLOAT16_ONLY = {'V100S', 'V100', 'T4'}  # before Ampere: neither bfloat16 nor TF32
 OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a card, or a smaller chip under the same name
-COMPILERS = {'win32': 'cl', 'darwin': 'clang++'}  # that torch.compile calls for a CPU, unless CXX names one
-C_COMPILERS = ('gcc', 'clang', 'cc')  # Triton needs one of them for the code that starts its own, unless CC names it
+COMPILERS = {'win32': 'cl', 'darwin': 'clang++'}  # torch.compile calls them for a CPU, unless CXX names one
+C_COMPILERS = ('gcc', 'clang', 'cc')  # Triton needs one, for the code that starts its kernels, unless CC names another
 TRITON_SINCE = (8, 0)  # the first generation of cards that Triton is made for
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
 
@@ -78,8 +78,8 @@ def has_cuda() -> bool:
 
 
 def runs_on(built: str, capability: tuple[int, int]) -> bool:
-    """Return whether code that was built for 'sm_80' or 'compute_80' runs on a card. Machine code runs on later cards
-    of the same generation; PTX, which is compiled on the spot, on all later cards."""
+    """Return whether code that was built for 'sm_80' or 'compute_80' runs on a card. Machine code runs on cards of
+    the same generation that are not older; PTX, which is compiled on the spot, on all that are not older."""
     kind, _, number = built.partition('_')
     major, minor = divmod(int(re.sub(r'\D', '', number)), 10)
     return (major, minor) <= capability and (kind == 'compute' or major == capability[0])

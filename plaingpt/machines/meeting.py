@@ -27,11 +27,11 @@ class Launcher(NamedTuple):
     """The variables of a program that starts processes."""
 
     names: tuple[str, str, str]  # of the rank, the rank on this machine, and the number of processes
-    run: tuple[str, ...]  # which together differ from those of any other run
+    run: tuple[str, ...]  # those that together tell a run from all others
 
 
 RANKS = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')
-ALL = (*RANKS, 'MASTER_ADDR', 'MASTER_PORT')  # what torchrun gives each process
+ALL = (*RANKS, 'MASTER_ADDR', 'MASTER_PORT')  # the variables that torchrun gives each process
 # mpirun may run in a step of Slurm, and torchrun in either: the first one that fits has started this process.
 # torchrun's count of restarts is not in its `run`, as its machines may have counted differently.
 LAUNCHERS = {
@@ -51,7 +51,7 @@ class Launch(NamedTuple):
     """A process as its launcher sees it."""
 
     variables: dict[str, str]  # under torchrun's names
-    run: str  # what tells this run from all others
+    run: str  # a text that tells this run from all others
 
 
 def launch_of(environment: Mapping[str, str]) -> Launch | None:
@@ -122,8 +122,8 @@ class Deadline:
                          'Slurm by srun, and can they reach that address?', PEER_LOST)
 
     def insist(self, attempt: Callable[[], T]) -> T:
-        """Attempt it until it succeeds, and return the result: another machine may not be ready yet, or not even have a
-        name."""
+        """Call `attempt` until it succeeds, and return the result: another machine may not be ready yet, or not even
+        have a name."""
         has_said = False
         while True:
             try:

@@ -176,7 +176,7 @@ def refuse_difference(process: Process, values: dict[str, Any], remedy: str) -> 
     must call it."""
     found, faults = tell_all(process, values), []
     for name in dict.fromkeys(key for one in found for key in one):
-        ranks: dict[str, list[int]] = {}  # that have each value
+        ranks: dict[str, list[int]] = {}  # the ranks that have each value
         for rank, one in enumerate(found):
             ranks.setdefault(json.dumps(one.get(name), sort_keys=True), []).append(rank)
         if len(ranks) > 1:

@@ -1,4 +1,4 @@
-"""The watch over a run of several processes, of which one may die or hang; and errors of memory explained."""
+"""The watch over a run of several processes, one of which may die or hang; and messages for errors of memory."""
 import json
 import os
 import socket
@@ -167,8 +167,8 @@ def answer(question: Callable[[], T]) -> T | None:
 
 @contextmanager
 def explained(watch: Watch, remedy: str) -> Iterator[None]:
-    """Raise UserError in place of two errors: one that comes from another process, and names that, and one of memory,
-    with the `remedy`: settings that need less of it."""
+    """Raise UserError in place of an error that comes from another process, and name that process; and in place of one
+    of memory, with the `remedy`: settings that need less of it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -27,7 +27,7 @@ from plaingpt.run import upload
 
 State = dict[str, Any]
 MODEL_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')  # nanoGPT's seven
-CHOICES = ('gelu', 'tie_weights', 'arch', 'shortcuts')  # the other settings on which it depends what weights compute
+CHOICES = ('gelu', 'tie_weights', 'arch', 'shortcuts')  # the other settings that change what weights compute
 SHAPE = (*(name for name in MODEL_ARGS if name != 'dropout'), *CHOICES)  # settings that the weights decide
 WRITTEN = (  # files that a run writes under a temporary name first
     rf'\.?({upload.CHECKPOINTS.pattern})(\.[0-9a-f]{{8}}{upload.UPLOADING})?|'
@@ -65,7 +65,7 @@ class Saver:
     def wait(self) -> None:
         """Block until the last checkpoint is on the disk. Raise what went wrong with it."""
         while self.last and not self.last.done():
-            self.while_waiting()
+            self.while_waiting()  # tells the other processes that this one does not hang
             futures.wait([self.last], timeout=1.0)
         self.complain()
 

@@ -111,7 +111,7 @@ class Uploader:
         self.is_closed = not url
         if url:
             self.elsewhere, self.folder = open_url(url, COMMAND)
-            Thread(target=self.work, name='uploader', daemon=True).start()  # a daemon holds up no end
+            Thread(target=self.work, name='uploader', daemon=True).start()  # a daemon does not delay the end
 
     @property
     def missing(self) -> list[str]:

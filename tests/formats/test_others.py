@@ -343,7 +343,7 @@ def test_a_run_without_a_tokenizer_is_made_with_a_line_and_a_corpus_brings_one(
     torch.save(GPT(GPTConfig(16, 128, 1, 2, 8)).state_dict(), tmp_path / 'original.pt')
     arguments = [f'--init_from={tmp_path}/original.pt', '--to=ckpt', '--gelu=exact', '--n_head=4']
     export.main([*arguments, f'--out_dir={tmp_path}/without'])
-    assert 'the tokenizer stays behind: the model knows 128 tokens' in capsys.readouterr().out
+    assert 'the tokenizer is left out: the model knows 128 tokens' in capsys.readouterr().out
     model, state = open_model(f'{tmp_path}/without')
     assert (model.config.n_head, model.config.gelu, state['tokenizer']) == (4, 'exact', None)
     export.main([*arguments, f'--out_dir={tmp_path}/with', f'--dataset={tiny_dataset}'])
