@@ -305,7 +305,7 @@ def introduce(log: Log, learner: Learner, record: dict[str, Any]) -> None:
 
 
 def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
-    """What a run says before its first step."""
+    """Say what will be learned, from what and on what, before the first step."""
     work, T, epoch = run.work, data.order.block_size, data.order.epoch
     run.log.line(f'{processes.describe(run.process)}; {learner.compute.line}\n'
                  f'{console.parameter_lines(learner.optimizer.param_groups)}')
@@ -372,7 +372,7 @@ def draw_sample(data: Data, learner: Learner, run: Run) -> None:
 
 
 def micro_batches(data: Data, learner: Learner, run: Run) -> Iterator[Part]:
-    """What this process reads in the next step."""
+    """Yield the micro-batches that this process reads in the next step."""
     first = 0 if overfit_single_batch else learner.windows - learner.windows_before
     return parts_of(data.splits['train'], data.order.starts(first, run.work.n_windows), batch_size,
                     learner.raw_model.config, learner.process)
@@ -467,7 +467,7 @@ def stop_early(data: Data, learner: Learner, run: Run, is_resumed: bool, reason:
         run.saver.wait()
     run.watch.rest()
     raise UserError(f'stopped before step {learner.step} of {run.work.last_step} by {reason}\n'
-                    'the same command goes on from there, with --init_from=auto', errors.STOPPED)
+                    'the same command continues from there, with --init_from=auto', errors.STOPPED)
 
 
 def finish(run: Run) -> None:
@@ -508,7 +508,7 @@ def refuse_mistakes(given: set[str]) -> None:
         raise UserError(f'--min_lr={min_lr} is above --learning_rate={learning_rate}:\n'
                         'give --min_lr=0, or a tenth of the learning rate')
     if overwrite and init_from in ('resume', 'auto'):
-        raise UserError(f'--overwrite=True starts over; --init_from={init_from} goes on: give one of them')
+        raise UserError(f'--overwrite=True starts over; --init_from={init_from} continues: give one of them')
     if reference:
         references.read(reference)
     if arch == 'modern':

@@ -118,11 +118,11 @@ def plain_training(way: Iterable[str], **settings: Any) -> ModuleType:
 
 
 # ------------------------------------------------------------------------------------------------
-# What they compute, and how long they take
+# Proof and time
 
 
 class Run(NamedTuple):
-    """What is done with the parts of some rungs."""
+    """A training made of the parts of some rungs."""
 
     way: list[str]
     kind: str  # 'model', 'training' or 'text'
