@@ -1,5 +1,5 @@
 """
-What each change from GPT-2 to the modern model gains on the default text: GPT-2 and one change after another, and the
+The gain of each change from GPT-2 to the modern model on the default text: GPT-2 and one change after another, and the
 modern model less one change at a time. docs/modern.md says what they are, and has the table that this prints.
 
     python benchmarks/ablate.py                     69 runs of 600 steps: 90 minutes of one core

@@ -1,4 +1,4 @@
-"""How good a model is on a corpus: loss, perplexity, accuracy and bits per byte over a split, and their table."""
+"""The quality of a model on a corpus: loss, perplexity, accuracy and bits per byte over a split, and their table."""
 import math
 from contextlib import AbstractContextManager, nullcontext
 

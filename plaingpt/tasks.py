@@ -131,7 +131,7 @@ def is_raw(rows: Sequence[Row]) -> bool:
 
 
 class Questions(NamedTuple):
-    """Questions with the same number of endings, all of which stand one after the other."""
+    """Questions with the same number of endings each; all endings stand one after the other."""
 
     pairs: list[Pair]
     lengths: list[int]  # of each ending: acc_norm divides its nats by that

@@ -214,7 +214,7 @@ def is_other_data(state: State, data: dict[str, Any]) -> bool:
 
 
 class Place(NamedTuple):
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int = 0  # updates made
     windows: int = 0  # read in all
