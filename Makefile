@@ -25,12 +25,12 @@ lint: .venv/test  ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m mypy .
 
-ladder: .venv/test  ## climb README's ladder, and record its numbers in docs/ladder.md: half an hour and more
+ladder: .venv/test  ## climb README's ladder, and record its numbers in docs/ladder.md: an hour and more
 	$(PY) data/stdlib/prepare.py
 	$(PY) course/ladder.py
 
-reference:  ## write the settings into docs/reference.md
-	python3 docs/reference.py
+reference: .venv/test  ## write the settings into docs/reference.md
+	$(PY) docs/reference.py
 
 # ablate.py takes more than an hour, kills.py one, damage.py and modern.py half of one: they are called by name
 by_name = %/ablate.py %/kills.py %/damage.py %/modern.py

@@ -2,7 +2,8 @@
 A step on several machines, plainly: the machines are a list, and one after the other does its part. train.py has
 processes that really run at once; tests/test_parallel_twins.py proves that the sums are the same.
 
-x and y are the windows of a step, (N, T) each, which need not divide evenly. What machines hold comes as [machine].
+x and y are the windows of a step, (N, T) each, which need not divide evenly. Lists of what machines hold are indexed
+[machine].
 """
 from collections.abc import Iterator
 
@@ -54,7 +55,7 @@ def all_gather(pieces: list[Tensor]) -> list[Tensor]:
 
 
 def all_reduce(parts: list[Tensor]) -> list[Tensor]:
-    """Machine i holds parts[i], and gets the sum of all. It sends less than twice its size, for any number of them."""
+    """Machine i holds parts[i], and gets the sum. Each sends less than twice the size of its part, for any n."""
     wholes = all_gather(reduce_scatter(parts))
     return [whole.view_as(part) for whole, part in zip(wholes, parts, strict=True)]
 
@@ -75,7 +76,7 @@ def zero1(weights: list[list[Tensor]], gradients: list[list[Tensor]], moments: l
     n = len(weights)
     for i in range(len(weights[0])):
         owner = i % n
-        m, v = moments[owner][i]  # no other machine holds them: n machines, an n-th of the memory
+        m, v = moments[owner][i]  # no other machine holds them: an n-th of the memory for moments
         adamw(weights[owner][i], gradients[owner][i], m, v, step, lr, decay)
         for machine in range(n):
             weights[machine][i].copy_(weights[owner][i])

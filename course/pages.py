@@ -39,7 +39,7 @@ python course/all.py --measure=True     # and write this page anew
 Diffs leave out docstrings and imports. Proofs are in float64, whose rounding is far smaller than any mistake; a
 difference is relative to the largest number of its kind, and weights are those after ten steps of training. Times are
 seconds that a process computes, without its waiting for others, in float32, at the shape of the default run: 4 layers
-of 4 heads, 128 channels, 16 windows of 64 tokens. Rungs 8 and 9 are for a GPU; after them the course goes on from rung
+of 4 heads, 128 channels, 16 windows of 64 tokens. Rungs 8 and 9 are side paths, for a GPU; rung 10 continues from rung
 7, as train.py does on a CPU.
 
 """

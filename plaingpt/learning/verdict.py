@@ -1,5 +1,5 @@
 """The verdict on a learner's lines: they do the same as the plain file's, or the same as the plain file's with a known
-mistake, or it says where they first differ. It is a measurement: no cause is named that has not given the same
+mistake, or else they first differ somewhere. A verdict is a measurement: no cause is named that has not given the same
 numbers."""
 import itertools
 import json
@@ -125,13 +125,14 @@ def of_answers(results: Results) -> Results:
 
 
 def tells(answers: Results, n: int) -> bool:
-    """Return whether answers can tell n mistakes: nan equals nan, whatever made it."""
+    """Return whether answers can tell n mistakes from others: nan equals nan, whatever made it, so two need all finite
+    ones."""
     finite = torch.cat([x.isfinite().flatten() for _, answer in answers for x in numbers(answer)] or [torch.ones(1)])
     return bool(finite.all() if n > 1 else finite.any())
 
 
 def known_mistake(exercise: Exercise, found: Results) -> str | None:
-    """Return what one says of the known mistake, or the two, with which the plain file gives these answers."""
+    """Describe the known mistake, or the two, that make the plain file give these answers; None if there are none."""
     first, end = exercise.body()
     body, answers = '\n'.join(exercise.lines()[first:end]), of_answers(found)
     for n in (1, 2) if tells(answers, 1) else ():

@@ -337,7 +337,7 @@ FAULTS = {  # the test in tests/ that proves each row of the table of faults
         'test_watch.test_a_closed_output_is_a_reason_to_save',
     'the terminal is closed (SIGHUP), without `nohup`':
         'test_watch.test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwise',
-    '`--max_hours` are over': 'test_watch.test_a_run_ends_when_its_time_is_over',
+    '`--max_hours` has passed': 'test_watch.test_a_run_ends_when_its_time_is_over',
     'SIGKILL at any moment, also while saving or uploading': 'test_kills.test_twenty_kills_change_nothing',
     'a process dies, freezes or hangs': 'test_watch.test_a_process_that_is_lost_is_named_and_the_others_end',
     'a process fails': 'test_watch.test_what_ends_one_process_is_said_by_the_others',
@@ -371,6 +371,13 @@ FAULTS = {  # the test in tests/ that proves each row of the table of faults
         'test_damage.test_a_damaged_file_of_any_kind_is_refused_or_read_as_it_was',
     'a checkpoint, config or corpus that would run code': 'test_watch.test_a_corpus_that_is_a_pickle_runs_nothing',
 }
+
+
+def test_the_plan_that_is_shown_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module('train').main([str(ROOT / 'config/train_gpt2.py'), '--plan=True'])
+    said = capsys.readouterr().out
+    [shown] = re.findall(r'```\n(  each process.*?)```', GUIDE, re.DOTALL)
+    assert all(line in said for line in shown.splitlines()) and shown.count('\n') == 4
 
 
 def test_every_row_of_the_table_of_faults_has_its_test() -> None:
