@@ -28,6 +28,7 @@ lint: .venv/test  ## check style and types
 ladder: .venv/test  ## climb README's ladder, and record its numbers in docs/ladder.md: an hour and more
 	$(PY) data/stdlib/prepare.py
 	$(PY) course/ladder.py
+	$(PY) course/pages.py
 
 reference: .venv/test  ## write the settings into docs/reference.md
 	$(PY) docs/reference.py

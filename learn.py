@@ -6,7 +6,7 @@ Exercises: write a part of the plain files yourself, and learn what your lines d
     python learn.py check 7         says what your lines do, and what they should
     python learn.py hint 7          helps a little
     python learn.py show 7          shows the lines of the plain file
-    python learn.py bug 7           writes these with a mistake in them: find it, and type the same again
+    python learn.py bug 7           writes these with a mistake in them: find it, mend it, and type this again
 """
 import hashlib
 import json
@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import configurator
@@ -31,7 +33,7 @@ from plaingpt.paths import STAGES
 
 FOLDER = Path('exercises')
 PASSED = FOLDER / '.passed.json'  # the files that have passed: the fingerprint of each as it was then
-PATIENCE = 120  # seconds for a verdict, with what it loads; its lines have fewer
+PATIENCE = 120  # seconds until a verdict's process has loaded PyTorch
 STEPS = 100  # that a GPT with a bug learns
 
 
@@ -47,7 +49,7 @@ def number_of(words: list[str]) -> int:
     """Return the number of the exercise that the command line names by its number or its part."""
     names = {exercise.part.lower(): number for number, exercise in enumerate(EXERCISES, 1)}
     given = words[0].lower() if words else ''
-    number = names.get(given, int(given) if given.isdecimal() else 0)
+    number = names.get(given, int(given) if given.isdecimal() and len(given) < 9 else 0)
     if len(words) != 1 or not 1 <= number <= len(EXERCISES):
         raise UserError(f'give the number of one exercise, 1 to {len(EXERCISES)}\n'
                         f'this lists them: {errors.command("learn.py")}')
@@ -76,18 +78,35 @@ def judged(number: int, path: Path) -> Verdict:
         raise UserError(f'{path} is missing: {typed("start", number)}')
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, 'verdict.json')
-        environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(STAGES), os.environ.get('PYTHONPATH', '')])}
-        command = [sys.executable, '-m', 'plaingpt.learning.verdict', str(number), str(path), str(answer)]
-        try:
-            code = subprocess.run(command, env=environment, timeout=PATIENCE).returncode
-        except subprocess.TimeoutExpired:
-            return Verdict(False, f'no verdict after {PATIENCE} seconds: does a line take so long, or so much memory?')
+        places = filter(None, (str(STAGES), os.environ.get('PYTHONPATH')))
+        # -P: a model.py of another project in the current folder is not imported
+        process = subprocess.Popen([sys.executable, '-P', '-m', 'plaingpt.learning.verdict', str(number), str(path),
+                                    str(answer)], env=os.environ | {'PYTHONPATH': os.pathsep.join(places)})
+        if not has_ended(process, Path(f'{answer}.begun')):
+            return Verdict(False, verdict.ENDLESS)
         found = read_json(answer)
-    return Verdict(*found) if found else Verdict(False, f'its process ended with code {code}, and no answer')
+    said = f'its process ended with code {process.returncode}, and no answer'
+    return Verdict(*found) if found else Verdict(False, said)
+
+
+def has_ended(process: subprocess.Popen[bytes], begun: Path) -> bool:
+    """Block until a verdict's process ends, and return True. If the learner's lines take too long, kill it: a loop in C
+    lets no other thread of it run."""
+    last = time.monotonic() + PATIENCE
+    while process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        if begun.exists():
+            last, begun = time.monotonic() + verdict.LONGEST + 5, Path(os.devnull, 'seen')
+        if time.monotonic() > last:
+            process.kill()
+            process.wait()
+            return False
+    return True
 
 
 def show_list() -> None:
-    passed = read_json(PASSED) or {}
+    passed = passed_files()
     for number, exercise in enumerate(EXERCISES, 1):
         path = path_of(number)
         state = 'not begun' if not path.exists() else 'begun'
@@ -95,6 +114,12 @@ def show_list() -> None:
             state = 'done'
         console.say(f'{number:3}  {exercise.part:26} {exercise.file.name:26} {state}')
     console.say(f'start one: {typed("start", 1)}')
+
+
+def passed_files() -> dict[str, str]:
+    """Return the fingerprints of the files that have passed, by their names."""
+    found = read_json(PASSED)
+    return found if isinstance(found, dict) else {}
 
 
 def fingerprint(path: Path) -> str:
@@ -114,7 +139,7 @@ def check(number: int) -> None:
         raise UserError(f'NOT YET: {says}', errors.CHECK_FAILED)
     console.say(f'PASS: {says}')
     with written_whole(PASSED) as file:
-        file.write(json.dumps((read_json(PASSED) or {}) | {path.name: fingerprint(path)}).encode())
+        file.write(json.dumps(passed_files() | {path.name: fingerprint(path)}).encode())
     if number < len(EXERCISES):
         console.say(f'try next: {typed("start", number + 1)}')
 
@@ -128,8 +153,10 @@ def bug(number: int, exercise: Exercise) -> None:
     """Plant a mistake; the next time, say whether it is still there."""
     path = path_of(number, 'bug_')
     if path.exists():
-        if not judged(number, path).passed:
-            raise UserError('NOT YET: this is still not what the plain file computes\n'
+        passed, says = judged(number, path)
+        if not passed:
+            why = f': {says}' if says.startswith('line ') else ''  # one that cannot run; no cause is given away
+            raise UserError(f'NOT YET: this is still not what the plain file computes{why}\n'
                             f'its lines: {typed("show", number)}', errors.CHECK_FAILED)
         return console.say('FOUND: the same as the plain file again')
     first, end = exercise.body()

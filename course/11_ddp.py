@@ -30,9 +30,9 @@ def prepare(model: GPT) -> nn.Module:
 def gradient(model: nn.Module, x: Tensor, y: Tensor) -> float:
     rank, n = dist.get_rank(), dist.get_world_size()
     loss = torch.zeros(())
-    mine = [*zip(x.split(batch_size), y.split(batch_size), strict=True)][rank::n]
-    for number, (part_x, part_y) in enumerate(mine, 1):
-        set_gradient_sync(model, on=number == len(mine))
+    own = [*zip(x.split(batch_size), y.split(batch_size), strict=True)][rank::n]
+    for number, (part_x, part_y) in enumerate(own, 1):
+        set_gradient_sync(model, on=number == len(own))
         _, mean = model(part_x, part_y)  # over this part
         share = mean * (len(part_x) / len(x))  # of the mean over all
         (share * n).backward()

@@ -23,10 +23,10 @@ PROCESSES = 2
 class Zero(torch.optim.AdamW):
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.all, n = parameters, dist.get_world_size()
-        mine = parameters[dist.get_rank()::n]
-        super().__init__([{'params': [p for p in mine if p.dim() >= 2], 'weight_decay': settings.weight_decay,
+        own = parameters[dist.get_rank()::n]
+        super().__init__([{'params': [p for p in own if p.dim() >= 2], 'weight_decay': settings.weight_decay,
                            'scale': 1.0},
-                          {'params': [p for p in mine if p.dim() < 2], 'weight_decay': 0.0, 'scale': 1.0}],
+                          {'params': [p for p in own if p.dim() < 2], 'weight_decay': 0.0, 'scale': 1.0}],
                          betas=(settings.beta1, settings.beta2), fused=True)
 
     @torch.no_grad()

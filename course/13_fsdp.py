@@ -2,8 +2,8 @@
 13. FSDP. What is left to divide are weights and gradients. Each process holds an equal part of every tensor, and just
 before a block computes, the others' parts are gathered; afterwards they are given back. On the way back, each process
 gets its own part of the mean gradient. So 16/N bytes for a parameter are held, and the price is that weights travel in
-every micro-batch. The optimizer of rung 7 does: it updates what each process holds. README, "Who holds what", has the
-bytes, measured.
+every micro-batch. The optimizer of rung 7 is enough: it updates what each process holds. docs/training.md, "Memory by
+strategy", has the bytes, measured.
 
 Question: why are blocks the unit that is gathered, and not single matrices, or the whole model?
 """
@@ -33,8 +33,8 @@ def prepare(model: GPT) -> nn.Module:
 def gradient(model: nn.Module, x: Tensor, y: Tensor) -> float:
     rank, n = dist.get_rank(), dist.get_world_size()
     loss = torch.zeros(())
-    mine = [*zip(x.split(batch_size), y.split(batch_size), strict=True)][rank::n]
-    for part_x, part_y in mine:
+    own = [*zip(x.split(batch_size), y.split(batch_size), strict=True)][rank::n]
+    for part_x, part_y in own:
         _, mean = model(part_x, part_y)  # over this part
         share = mean * (len(part_x) / len(x))  # of the mean over all
         (share * n).backward()

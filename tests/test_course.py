@@ -153,12 +153,12 @@ def test_the_rungs_up_to_each_build_a_model_with_the_same_names(name: str) -> No
 def test_the_modern_rungs_are_parts_of_the_modern_model() -> None:
     config = replace(SMALL, arch='modern', tie_weights=False)
     made = rung.plain_model(rung.way_to('16_relu2'))
-    mine, theirs = made.GPT(SMALL).transformer.h[0], model_modern.Block(config, 0)
-    theirs.load_state_dict({name: p for name, p in mine.state_dict().items() if 'ln_' not in name})
+    plain, fast = made.GPT(SMALL).transformer.h[0], model_modern.Block(config, 0)
+    fast.load_state_dict({name: p for name, p in plain.state_dict().items() if 'ln_' not in name})
     x = torch.randn(2, 16, 32)
     turns = model_modern.turns_of(0, 16, 16, x)
-    torch.testing.assert_close(mine.attn(x), theirs.attn(x, turns, None)[0])
-    torch.testing.assert_close(mine.mlp(x), theirs.mlp(x))
+    torch.testing.assert_close(plain.attn(x), fast.attn(x, turns, None)[0])
+    torch.testing.assert_close(plain.mlp(x), fast.mlp(x))
 
     # no table of positions is read, and Muon has the matrices that train.py gives it
     ids, gpt = torch.randint(61, (2, 16)), made.GPT(SMALL)
@@ -214,9 +214,9 @@ def test_the_optimizer_at_the_end_is_that_of_train_py(monkeypatch: pytest.Monkey
     for name in ('beta1', 'beta2', 'weight_decay'):
         monkeypatch.setattr(train, name, getattr(settings, name))
     made = model.GPT(SMALL)
-    mine, theirs = rung.find('07_adamw').make_optimizer(made), train.make_optimizer(made)
-    assert type(mine) is type(theirs)
-    for one, other in zip(mine.param_groups, theirs.param_groups, strict=True):
+    plain, fast = rung.find('07_adamw').make_optimizer(made), train.make_optimizer(made)
+    assert type(plain) is type(fast)
+    for one, other in zip(plain.param_groups, fast.param_groups, strict=True):
         assert [*map(id, one['params'])] == [*map(id, other['params'])]
         for name in ('weight_decay', 'betas', 'eps', 'fused', 'amsgrad'):
             assert one[name] == other[name], name

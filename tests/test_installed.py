@@ -84,6 +84,8 @@ def test_from_text_to_sample_in_any_folder_by_the_commands_that_are_printed(prog
                 f'{train.removeprefix("plaingpt ")} --init_from=resume {more}')
     assert 'resuming at step 3' in again and '=== step 5 ===' in again
     assert 'bits_per_byte' in run(programs, tmp_path, 'python -m plaingpt evaluate --out_dir=out-mytext --eval_iters=1')
+    run(programs, tmp_path, 'python -m plaingpt.run.report out-mytext')
+    run(programs, tmp_path, 'plaingpt train --plan=True --dataset=mytext --reference=docs/curves/stdlib.csv')
     run(programs, tmp_path, 'plaingpt xray --out_dir=out-mytext --text=def')
     run(programs, tmp_path, 'plaingpt learn start gelu')
     assert 'nothing is written there yet' in run(programs, tmp_path, 'plaingpt learn check gelu', code=1)
@@ -99,7 +101,7 @@ def test_a_mistyped_command_is_answered_with_the_commands_that_exist(programs: P
 
 def test_no_process_of_another_package_finds_a_stage_on_its_path(programs: Path, tmp_path: Path) -> None:
     code = ('import plaingpt, importlib.util as util; '
-            'print([name for name in ("train", "model", "sample", "configurator") if util.find_spec(name)])')
+            'print([name for name in ("train", "model", "sample", "configurator", "export") if util.find_spec(name)])')
     assert run(programs, tmp_path, f"python -c '{code}'").strip() == '[]'
     (tmp_path / 'model.py').write_text('raise SystemExit("the model of another project")', encoding='utf-8')
     assert 'Train a GPT' in run(programs, tmp_path, 'plaingpt train --help'), 'but plaingpt finds its stages'

@@ -270,7 +270,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
 
 def test_every_stage_config_and_script_that_prepares_a_text_travels_in_the_wheel() -> None:
     inside = PROJECT['tool']['hatch']['build']['targets']['wheel']['force-include']
-    files = [*(file.name for file in ROOT.glob('*.py')), 'config', *(
+    files = [*(file.name for file in ROOT.glob('*.py')), 'config', 'docs/curves', *(
         file.relative_to(ROOT).as_posix() for file in ROOT.glob('data/*/prepare.py'))]
     assert inside == {file: f'plaingpt/stages/{file}' for file in files}
 

@@ -20,7 +20,7 @@ class Seen(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a model expected where a token then came."""
+    """The prediction of a model for the place of a token, and what that token cost."""
 
     nats: float  # what that token cost
     rank: int  # of that token: 1 for the likeliest

@@ -1,6 +1,7 @@
 """The questions that parts are asked. Numbers are float64 here, drawn from the same seed for the plain file and for the
 learner's lines."""
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ ARGUMENTS = 'what is left of the arguments of '
 
 def ask(what: str, function: Callable[..., Any], *arguments: Any) -> Results:
     """Return what a function answers, and what it has made of copies of its arguments: they belong to the caller. If it
-    draws numbers at random, they are others each time."""
+    draws numbers at random, each call draws new ones."""
     copies = copy.deepcopy(arguments)
     with torch.random.fork_rng(devices=[]):
         torch.seed()
@@ -26,9 +27,9 @@ def ask(what: str, function: Callable[..., Any], *arguments: Any) -> Results:
     return [(what, answer), (ARGUMENTS + what, [value for value in copies if not isinstance(value, torch.nn.Module)])]
 
 
-def small_gpt(m: Any) -> Any:
+def small_gpt(m: Any, block_size: int = 8) -> Any:
     """Return a GPT made of the module's parts, all of whose parameters are random: gains and biases, too."""
-    made = m.GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, bias=True))
+    made = m.GPT(GPTConfig(block_size, vocab_size=11, n_layer=2, n_head=2, n_embd=8, bias=True))
     with torch.no_grad():
         for p in made.parameters():
             p.copy_(0.2 + 0.5 * torch.randn(p.shape))
@@ -90,6 +91,7 @@ def run_attend(m: Any) -> Results:
 def is_causal(m: Any) -> str | None:
     """Say what a row of attention sees that it should not, or does not see that it should."""
     q, k, v = torch.randn(3, 1, 40, 4)
+    q = q / 1000  # so that no share of attention is too small to be seen, however scores are scaled
     before = m.attend(q, k, v)
     for t in range(40):
         other_k, other_v = k.clone(), v.clone()
@@ -135,7 +137,7 @@ def run_init_weights(m: Any) -> Results:
 
 
 def run_lr_at(m: Any) -> Results:
-    return [result for warmup, total in ((4, 12), (0, 5)) for step in range(15) for result in ask(
+    return [result for warmup, total in ((4, 12), (0, 5), (3, 3)) for step in range(15) for result in ask(
         f'lr_at({step}, 1.0, 0.1, {warmup}, {total})', m.lr_at, step, 1.0, 0.1, warmup, total)]
 
 
@@ -160,8 +162,12 @@ def run_adamw(m: Any) -> Results:
 
 
 def run_generate(m: Any) -> Results:
-    made, idx = small_gpt(m), torch.randint(11, (2, 3))
-    return ask('generate(idx, 12), in a block of 8 tokens', lambda idx: made.generate(idx, 12), idx)
+    results: Results = []
+    for size in (8, 5):
+        write, idx = small_gpt(m, size).generate, torch.randint(11, (2, 3))
+        twelve = functools.partial(write, max_new_tokens=12)
+        results += ask(f'generate(idx, 12), in a block of {size} tokens', twelve, idx)
+    return results
 
 
 def run_accumulate(m: Any) -> Results:
@@ -182,14 +188,18 @@ def memory_for(n_windows: int) -> Callable[..., None]:
 
 
 def run_reduce_scatter(m: Any) -> Results:
-    return [result for n in (1, 2, 3, 4) for result in ask(
-        f'reduce_scatter(parts) of {n} machines', m.reduce_scatter, list(torch.randn(n, 2, 6)))]
+    cases = [(n, (2, 6)) for n in (1, 2, 3, 4)] + [(2, (5,)), (3, (7,)), (4, (3,))]
+    return [result for n, shape in cases for result in ask(
+        f'reduce_scatter(parts) of {n} machines, {shape} each', m.reduce_scatter, list(torch.randn(n, *shape)))]
 
 
 def run_data_parallel(m: Any) -> Results:
     made, (x, y) = small_gpt(model_trivialised), batch()
-    return [result for n in (1, 2, 3) for result in ask(
-        f'data_parallel(model, x, y, n_machines={n}) of 7 windows', m.data_parallel, made, x, y, n)]
+    results: Results = []
+    for n in (1, 2, 3):
+        with made.register_forward_pre_hook(memory_for(-(-len(x) // n))):
+            results.append((f'data_parallel(model, x, y, n_machines={n}) of 7 windows', m.data_parallel(made, x, y, n)))
+    return results
 
 
 def run_zero1(m: Any) -> Results:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from plaingpt.errors import first_line
 from plaingpt.files import written_whole
 from plaingpt.learning import whole
 from plaingpt.learning.exercises import EXERCISES
@@ -28,6 +29,7 @@ from plaingpt.learning.questions import ARGUMENTS
 LONGEST = 20.0  # seconds that a learner's lines may take
 SAME = 1e-9  # relative; the numbers are float64
 CHANGED = 'its arguments are changed, and the caller still needs them: work on new tensors or lists'
+ENDLESS = f'this has not ended after {LONGEST:.0f} seconds: does each loop end, or is a line very slow?'
 FEW = 12  # whole numbers that a message shows in full
 
 
@@ -69,7 +71,7 @@ def plain(exercise: Exercise, body: str | None = None) -> ModuleType:
 def results(exercise: Exercise, module: ModuleType) -> Results | BaseException:
     """Return what a module that has the part answers, or what it raised."""
     torch.manual_seed(0)
-    with whole.in_float64():
+    with whole.in_float64(), torch.enable_grad():
         try:
             return exercise.run(module)
         except (Exception, SystemExit) as error:
@@ -94,7 +96,7 @@ def numbers(value: Any) -> Iterator[Tensor]:
 def kind(value: Any) -> str:
     """Return what an answer is made of, in words."""
     if value is None:
-        return 'nothing (has it a `return`?)'
+        return 'nothing (does it have a `return`?)'
     if isinstance(value, Tensor):
         return f'a tensor of shape {tuple(value.shape)}'
     if isinstance(value, int | float):
@@ -160,8 +162,7 @@ def crash(error: BaseException, path: Path, text: str) -> str:
     """Return what went wrong, and in which of the learner's lines."""
     if isinstance(error, SystemExit):
         return lines_of(error.__traceback__, path, text) + 'this ends the program'
-    message = (str(error).splitlines() or [''])[0]
-    return f'{lines_of(error.__traceback__, path, text)}{type(error).__name__}: {message}'
+    return f'{lines_of(error.__traceback__, path, text)}{type(error).__name__}: {first_line(error)}'
 
 
 def first_difference(expected: Results, found: Results) -> str:
@@ -194,7 +195,8 @@ def of_lines(exercise: Exercise, text: str, path: Path) -> Verdict:
     if not text.strip():
         return Verdict(False, f'{path.name} is empty')
     try:
-        written = module_of(text, 'exercise', path)
+        with torch.enable_grad():  # what the file switches off is on again afterwards
+            written = module_of(text, 'exercise', path)
     except SyntaxError as error:
         return Verdict(False, f'line {error.lineno}: {(error.text or "").strip()}\n{error.msg}')
     except (Exception, SystemExit) as error:
@@ -222,23 +224,29 @@ def of_lines(exercise: Exercise, text: str, path: Path) -> Verdict:
 def probed(exercise: Exercise, module: ModuleType, expected: Results, found: Results) -> str | None:
     """Return what a probe of the exercise finds, if the answers have the right shapes."""
     kinds = [[kind(answer) for _, answer in answers] for answers in (expected, found)]
+    if kinds[0] != kinds[1] or not tells(found, 2):
+        return None
     torch.manual_seed(0)
-    return exercise.probe(module) if kinds[0] == kinds[1] and tells(found, 2) else None
+    with whole.in_float64(), torch.no_grad():
+        try:
+            return exercise.probe(module)
+        except (Exception, SystemExit):  # of other shapes than those that were asked for
+            return None
 
 
 def in_the_whole(exercise: Exercise, module: ModuleType) -> Verdict:
     """Return the verdict on a part that answers as the plain one does: put it into the whole, which must agree, too."""
     says = 'the same as the plain file'
-    if exercise.where.__name__ not in whole.LEARNS:
+    if exercise.where.__name__ not in whole.LEARNS or exercise.part == 'GPT.generate':  # training does not write
         return Verdict(True, says)
-    right = whole.learned(plain(exercise), 3)
     try:
-        found = whole.learned(module, 3)
-    except Exception as error:  # numbers may be right, and yet not be what autograd can follow
+        with torch.enable_grad():
+            right, found = whole.learned(plain(exercise), 3), whole.learned(module, 3)
+    except (Exception, SystemExit) as error:  # numbers may be right, and yet not be what autograd can follow
         is_cut = 'grad' in str(error)
         why = ': does a gradient flow through it? .item(), .detach() and numpy cut it off' if is_cut else ''
         return Verdict(False, f'alone it is {says}, but a GPT with it cannot learn: {type(error).__name__}: '
-                              f'{str(error).splitlines()[0]}{why}')
+                              f'{first_line(error)}{why}')
     if not all(math.isclose(a, b, rel_tol=SAME) for a, b in zip(right.losses, found.losses, strict=True)):
         return Verdict(False, f'alone it is {says}, but a GPT with it learns otherwise: three steps have losses '
                               f'{found.losses}, and should have {right.losses}')
@@ -254,13 +262,16 @@ def on_time(exercise: Exercise, text: str, path: Path, give: Any) -> Verdict:
         while frame and frame.f_code.co_filename != str(path):
             frame = frame.f_back
         where = f'line {frame.f_lineno}: {text.splitlines()[frame.f_lineno - 1].strip()}\n' if frame else ''
-        give(Verdict(False, f'{where}it has not ended after {LONGEST:.0f} seconds: does its loop end?'))
+        give(Verdict(False, f'{where}{ENDLESS}'))
         os._exit(0)
 
     timer = threading.Timer(LONGEST, end)
     timer.daemon = True
     timer.start()
-    verdict = of_lines(exercise, text, path)
+    try:
+        verdict = of_lines(exercise, text, path)
+    except Exception as error:  # such as a list that holds itself
+        verdict = Verdict(False, crash(error, path, text))
     timer.cancel()
     return verdict
 
@@ -274,7 +285,13 @@ def main(number: str, file: str, answer: str) -> None:
             out.write(json.dumps(verdict).encode())
 
     torch.set_num_threads(1)
-    give(on_time(EXERCISES[int(number) - 1], path.read_text(encoding='utf-8'), path, give))
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError:
+        return give(Verdict(False, f'{path.name} is not text in UTF-8: save it as that'))
+    with written_whole(f'{answer}.begun'):  # from here on the time is the learner's
+        pass
+    give(on_time(EXERCISES[int(number) - 1], text, path, give))
 
 
 if __name__ == '__main__':

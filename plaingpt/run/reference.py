@@ -43,7 +43,7 @@ def read(path: str) -> Reference:
         places = head.index('tokens'), head.index('val_loss')
         points = np.array([[float(row[place]) for place in places] for row in rows if row[places[1]]])
         tokens, losses = points[np.isfinite(points).all(axis=1)].T
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, csv.Error) as error:
         raise UserError(f'--reference={path} is no curve of a run: {errors.first_line(error)}\n'
                         'docs/curves/ has some; python -m plaingpt.run.reference OUT_DIR FILE.csv makes one of a run',
                         DATA) from None

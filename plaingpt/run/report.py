@@ -196,9 +196,9 @@ def beside_published(story: Story) -> Iterator[Html]:
     measured = story.evaluation.get('measured', [])
     for name in dict.fromkeys(name for row in measured for name, value in row.items() if isinstance(value, dict)):
         corpus = f'{name} of {measured[0].get("dataset", "")}'
-        ours = {f'{row["checkpoint"]}, step {row.get("step")}': row[name] for row in measured
+        found = {f'{row["checkpoint"]}, step {row.get("step")}': row[name] for row in measured
                 if isinstance(row.get(name), dict)}
-        figures = ours | PUBLISHED.get(corpus, PUBLISHED.get(name, {}))
+        figures = found | PUBLISHED.get(corpus, PUBLISHED.get(name, {}))
         metrics = list(dict.fromkeys(metric for row in figures.values() for metric in row))
         caption = ', '.join(filter(None, (TITLES.get(name, corpus), story.evaluation['notes'].get(name))))
         head = ['', *(metric.replace('_', ' ') for metric in metrics)]

@@ -81,7 +81,7 @@ def most_frequent_pair(words):
         for pair in pairwise(word):
             counts[pair] += n
     min(counts, key=lambda pair: (-counts[pair], pair), default=None)
-""", 'this returns nothing (has it a `return`?)'),
+""", 'this returns nothing (does it have a `return`?)'),
     ('encode', """
 def encode(text, merges):
     numbers = {pair: 256 + i for i, pair in enumerate(merges)}
@@ -131,7 +131,7 @@ def softmax(x):
 def softmax(x):
     e = (x - x.amax(-1, keepdim=True)).exp()
     e / e.sum(-1, keepdim=True)
-""", 'nothing (has it a `return`?)'),
+""", 'nothing (does it have a `return`?)'),
     ('cross_entropy', """
 def cross_entropy(logits, targets):
     p = torch.softmax(logits, -1)
@@ -241,6 +241,17 @@ def attend(q, k, v):
     s = s.masked_fill(torch.ones(T, T).triu(1) + torch.ones(T, T).tril(-16) == 1, -math.inf)
     return softmax(s) @ v
 """, 'row 16 does not look at token 0'),
+    ('attend', """
+def attend(q, k, v):
+    s = q @ k.transpose(1, 2) * q.size(2)
+    return softmax(s.masked_fill(torch.ones(s.shape[1:]).triu(1) == 1, -math.inf)) @ v
+""", 'attend(q, k, v) of 5 tokens: '),
+    ('attend', """
+def attend(q, k, v):
+    import numpy as np
+    s = q @ k.transpose(1, 2) + torch.from_numpy(np.triu(np.full((q.size(1), q.size(1)), 1.0), 1)) * -5
+    return softmax(s) @ v
+""", 'row 0 looks at token 1, which comes later'),
     ('Attention.forward', """
 class Attention(nn.Module):
     def __init__(self, config):
@@ -264,6 +275,16 @@ def gelu(x):
 def gelu(x):
     return torch.nn.functional.gelu(x)
 """, 'this is the exact GELU'),
+    ('gelu', """
+def gelu(x):
+    assert x.dim() == 1
+    return torch.nn.functional.gelu(x, approximate='tanh')
+""", 'a GPT with it cannot learn: AssertionError'),
+    ('gelu', """
+torch.set_grad_enabled(False)
+def gelu(x):
+    return torch.nn.functional.gelu(x, approximate='tanh')
+""", ''),
     ('LayerNorm.forward', """
 class LayerNorm(nn.Module):
     def __init__(self, n_embd, bias):
@@ -291,9 +312,16 @@ def lr_at(step, peak, floor, warmup, total):
         return peak * step / warmup
     if step > total:
         return floor
-    ratio = (step - warmup) / (total - warmup)
+    ratio = (step - warmup) / max(1, total - warmup)
     return floor + 0.5 * (1 + math.cos(math.pi * ratio)) * (peak - floor)
 """, 'count from 1'),
+    ('lr_at', """
+def lr_at(step, peak, floor, warmup, total):
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    ratio = min(1, (step - warmup) / (total - warmup))
+    return floor + 0.5 * (1 + math.cos(math.pi * ratio)) * (peak - floor)
+""", 'ZeroDivisionError: division by zero'),
     ('clip', """
 def clip(gradients, limit):
     out = []
@@ -385,7 +413,16 @@ def reduce_scatter(parts):
     ('reduce_scatter', """
 def reduce_scatter(parts):
     return [sum(parts) for part in parts]
-""", 'reduce_scatter(parts) of 1 machines: this returns'),
+""", 'reduce_scatter(parts) of 1 machines, (2, 6) each: this returns'),
+    ('reduce_scatter', """
+def reduce_scatter(parts):
+    return list(sum(parts).view(len(parts), -1))
+""", "RuntimeError: shape '[2, -1]' is invalid for input of size 5"),
+    ('data_parallel', """
+def data_parallel(model, x, y, n_machines):
+    whole = torch.autograd.grad(model(x, y)[1], list(model.parameters()))
+    return [list(whole) for _ in range(n_machines)]
+""", 'MemoryError: the model was given 7 windows, and only 4 fit into memory'),
     ('data_parallel', """
 def data_parallel(model, x, y, n_machines):
     found = []

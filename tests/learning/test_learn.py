@@ -9,6 +9,7 @@ import pytest
 import learn
 from plaingpt.errors import CHECK_FAILED, COMMAND
 from plaingpt.files import read_json
+from plaingpt.learning import verdict
 from plaingpt.learning.exercises import EXERCISES
 from plaingpt.learning.part import HOLE
 from plaingpt.learning.verdict import of_lines
@@ -128,4 +129,23 @@ def test_an_endless_loop_is_ended_and_shown() -> None:
     assert (code, passed) == (0, False)
     line, _, rest = says.partition('\n')
     assert re.fullmatch(r'line \d+: (while i < 1:|pass)', line)
-    assert rest == 'it has not ended after 1 seconds: does its loop end?'
+    assert rest == verdict.ENDLESS
+
+
+def test_a_loop_that_lets_no_other_thread_run_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, 'LONGEST', 0.0)  # of this process, which is more patient than the other by seconds
+    learn.main(['start', 'merge'])
+    fill(Path('exercises/01_merge.py'), 'return sum(range(10 ** 13))')
+    assert refused(learn.main, ['check', 'merge'], code=CHECK_FAILED) == f'NOT YET: {verdict.ENDLESS}'
+
+
+def test_files_of_other_projects_and_other_encodings_do_no_harm(capfd: pytest.CaptureFixture[str]) -> None:
+    Path('model.py').write_text('raise SystemExit("the model of another project")', encoding='utf-8')
+    path = Path('exercises/09_gelu.py')
+    learn.main(['start', 'gelu'])
+    Path('exercises/.passed.json').write_text('[1]', encoding='utf-8')
+    path.write_bytes(b'\xef\xbb\xbf' + BY_PART['gelu'].text().encode())  # as Notepad saves it
+    learn.main(['check', 'gelu'])
+    assert 'PASS' in capfd.readouterr().out
+    path.write_bytes('# à'.encode('latin-1'))
+    assert 'is not text in UTF-8' in refused(learn.main, ['check', 'gelu'], code=CHECK_FAILED)
