@@ -16,10 +16,10 @@ train: .venv/core  ## prepare the default text, train a small GPT on it and let 
 	$(PY) train.py config/train_stdlib.py --overwrite=True
 
 test: .venv/test  ## run every test
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/test  ## run the tests that take seconds
-	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 lint: .venv/test  ## check style and types
 	$(PY) -m ruff check .

@@ -30,6 +30,10 @@ OURS = sorted('.'.join(path.relative_to(ROOT).with_suffix('').parts)
 # each other starve when other programs want the cores; and no network.
 os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', HF_HUB_OFFLINE='1')
 
+# test files, the longest first
+TAKE_MINUTES = ('test_kills.py', 'test_watch.py', 'test_strategies.py', 'test_next.py', 'test_commands.py',
+                'test_launch.py', 'test_pipeline.py', 'test_readme.py', 'test_rounding.py', 'test_errors.py')
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Turn deprecation warnings in this project's own files into errors, whatever the libraries do among themselves.
@@ -41,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if name == 'SIGINT' else signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take minutes: else one of two processes would wait at the end for the other."""
+    places = {name: place for place, name in enumerate(TAKE_MINUTES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

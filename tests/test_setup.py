@@ -281,6 +281,7 @@ def test_an_editable_installation_can_be_imported_from_any_folder(tmp_path: Path
     source.mkdir()
     elsewhere.mkdir()
     for file in (*ROOT.glob('*.py'), *ROOT.glob('plaingpt/**/*.py'), *ROOT.glob('plaingpt/**/*.html'),
+                 *ROOT.glob('config/*.py'), *ROOT.glob('data/*/prepare.py'), *ROOT.glob('docs/curves/*.csv'),
                  ROOT / 'pyproject.toml', ROOT / 'README.md', ROOT / 'LICENSE'):
         (source / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, source / file.relative_to(ROOT))

@@ -45,7 +45,7 @@ def read(path: str) -> Reference:
         tokens, losses = points[np.isfinite(points).all(axis=1)].T
     except (OSError, ValueError, IndexError, csv.Error) as error:
         raise UserError(f'--reference={path} is no curve of a run: {errors.first_line(error)}\n'
-                        'docs/curves/ has some; python -m plaingpt.run.reference OUT_DIR FILE.csv makes one of a run',
+                        'docs/curves/ has some, and plaingpt/run/reference.py says how to make one of a run',
                         DATA) from None
     order = tokens.argsort(kind='stable')
     return Reference(Path(path).stem, tokens[order], losses[order])

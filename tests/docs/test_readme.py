@@ -276,7 +276,7 @@ def test_the_commands_do_what_readme_says(clone: Path, tiny_text: str) -> None:
         found = re.search(expected, output)
         assert found, f'{command}\n{output}'
         for measured in found.groups():
-            row = next(row for table in tables(GUIDE).values() for row in table if f'`{command}`' in row)
+            row = next(row for table in tables(README).values() for row in table if f'`{command}`' in row)
             assert float(measured) == pytest.approx(float(re.findall(r'\d+\.\d+', row[-1])[0]), abs=0.1), command
 
 
