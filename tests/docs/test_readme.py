@@ -112,7 +112,7 @@ EXCEPTIONS = {
     'make reference': 'test_the_settings_are_those_of_the_scripts_line_for_line compares what it writes',
     'python -m pytest tests/test_twins.py -k causal': 'is a part of what runs this file',
     'pip install .': 'tests/test_installed.py installs the wheel',
-    'uv venv && uv pip install .': 'a download',
+    'uv venv && uv pip install . && . .venv/bin/activate': 'a download',
     'plaingpt prepare stdlib && plaingpt train config/train_stdlib.py': 'tests/test_installed.py runs both, shorter',
     'pip install -e .': 'tests/test_setup.py does',
     'plaingpt prepare stdlib': 'tests/test_installed.py runs it for a smaller text',
@@ -419,7 +419,7 @@ def test_every_file_that_is_named_is_there() -> None:
 
 
 def test_readme_is_read_in_one_sitting() -> None:
-    assert len(README.encode()) <= 10_240
+    assert len(README.encode()) <= 10_000
 
 
 def test_pictures_are_small_and_say_what_they_show() -> None:
