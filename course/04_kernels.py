@@ -1,7 +1,7 @@
 """
 4. Kernels. Written out, LayerNorm, GELU and the loss are about ten operations each, and each of these reads all its
 numbers from memory and writes all its results back. A kernel is one program for the whole chain: it reads a number
-once, does all the arithmetic while it is at hand, and writes the result. The arithmetic is the same, and the sums are
+once, does all the arithmetic on it, and writes the result. The arithmetic is the same, and the sums are
 formed in another order, so the results are equal to rounding.
 
 Question: LayerNorm gains most. What does it read again and again that GELU does not?

@@ -1,5 +1,5 @@
 """
-13. FSDP. What is left to divide are weights and gradients. Each process holds an equal part of every tensor, and just
+13. FSDP. Weights and gradients are left to divide. Each process holds an equal part of every tensor, and just
 before a block computes, the others' parts are gathered; afterwards they are given back. On the way back, each process
 gets its own part of the mean gradient. So 16/N bytes for a parameter are held, and the price is that weights travel in
 every micro-batch. The optimizer of rung 7 is enough: it updates what each process holds. docs/training.md, "Memory by

@@ -1,6 +1,6 @@
 """
-What the rungs of the course share. Each puts parts of its own in the place of those of the plain files, proves what
-that does to the numbers, and measures what it gains.
+The work that the rungs of the course share. Each puts parts of its own in the place of those of the plain files, proves
+that the numbers are the same, and measures its gain.
 
 A file of the course says in PARTS which functions and classes it has in the place of model_trivialised.py's, and of
 train_trivialised.py's `train`. What it says nothing of is as in the rung before it, BEFORE, which is the one with the
@@ -49,7 +49,7 @@ SHAPE = GPTConfig(block_size=64, vocab_size=1024, n_layer=4, n_head=4, n_embd=12
 N_WINDOWS = 16  # in a step
 STEPS = 10  # of a training that is compared, and of one that is timed
 SEEDS = (1337, 1, 2)  # of a rung that learns more, which is trained on the default text
-TURNS = 7  # of which the median counts, after two that warm up
+TURNS = 7  # after two that warm up; their median counts
 ROUNDING = 1e-9  # in float64, relative to the largest number: more than a thousand roundings, and less than any mistake
 Outcome = dict[str, list[Tensor]]
 
@@ -118,11 +118,11 @@ def plain_training(way: Iterable[str], **settings: Any) -> ModuleType:
 
 
 # ------------------------------------------------------------------------------------------------
-# Proof and time
+# Runs of a model that is made of parts
 
 
 class Run(NamedTuple):
-    """A training made of the parts of some rungs."""
+    """One thing to do with the parts of some rungs: differentiate a loss, train, or write a text."""
 
     way: list[str]
     kind: str  # 'model', 'training' or 'text'
@@ -243,9 +243,9 @@ def prove(name: str, config: GPTConfig = SHAPE, batch_size: int = 4) -> dict[str
     rung = find(name)
     dtype, limit = getattr(rung, 'DTYPE', torch.float64), getattr(rung, 'ROUNDING', ROUNDING)
     make = partial(Run, kind=kind_of(rung), config=config, dtype=dtype, batch_size=batch_size)
-    mine, old, plain = (outcome for outcome, _ in perform([make(way_to(name)), make(way_to(before(name))), make([])]))
-    compared = getattr(rung, 'COMPARED', tuple(mine))
-    found = {against: {kind: apart for kind, apart in difference(other, mine).items() if kind in compared}
+    new, old, plain = (outcome for outcome, _ in perform([make(way_to(name)), make(way_to(before(name))), make([])]))
+    compared = getattr(rung, 'COMPARED', tuple(new))
+    found = {against: {kind: apart for kind, apart in difference(other, new).items() if kind in compared}
              for against, other in (('before', old), ('plain', plain))}
     for against, kinds in found.items():
         assert max(kinds.values()) <= limit, f'{name} is another function than {against}: {kinds}'

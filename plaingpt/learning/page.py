@@ -24,7 +24,7 @@ the token before, “<code>{{before}}</code>”<span class="with"> (underlined)<
 
 
 class Xray(NamedTuple):
-    """What the page shows, of T tokens."""
+    """The contents of the page, for a text of T tokens."""
 
     model: str
     about: str  # the model, in a sentence

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.abc import InspectLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -154,8 +154,8 @@ def known_mistake(exercise: Exercise, found: Results) -> str | None:
 
 def lines_of(trace: TracebackType | None, path: Path, text: str) -> str:
     """Return the last line of the learner's file that a traceback goes through, with its number."""
-    numbers = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == str(path) and frame.lineno]
-    return f'line {numbers[-1]}: {text.splitlines()[numbers[-1] - 1].strip()}\n' if numbers else ''
+    found = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == str(path) and frame.lineno]
+    return f'line {found[-1]}: {text.splitlines()[found[-1] - 1].strip()}\n' if found else ''
 
 
 def crash(error: BaseException, path: Path, text: str) -> str:
@@ -253,7 +253,7 @@ def in_the_whole(exercise: Exercise, module: ModuleType) -> Verdict:
     return Verdict(True, f'{says}, and three steps of a GPT with it end at loss {found.losses[-1]:.4f}, as before')
 
 
-def on_time(exercise: Exercise, text: str, path: Path, give: Any) -> Verdict:
+def on_time(exercise: Exercise, text: str, path: Path, give: Callable[[Verdict], None]) -> Verdict:
     """Return the verdict; if it takes too long, give another one, and end the process."""
     main = threading.main_thread().ident
 

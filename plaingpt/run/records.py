@@ -1,4 +1,4 @@
-"""What a run's files hold, read back: the rows of metrics.jsonl, the texts of samples.txt."""
+"""The files of a run, read back: the rows of metrics.jsonl, the texts of samples.txt."""
 import mmap
 import re
 import sys

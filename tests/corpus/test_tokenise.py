@@ -606,7 +606,7 @@ def test_a_disk_that_is_full_ends_the_processes_too(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize('stop_at', ['train.bin', 'val.bin', 'meta.json'])
 def test_files_of_two_runs_are_never_taken_for_one(
         tmp_path: Path, stop_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine stops between the renames: what is left must not open, whether or not a corpus was there before."""
+    """The machine stops between the renames: what is left must not open, whether or not a corpus existed before."""
     real, calls = Path.replace, list[str]()
 
     def replace(path: Path, target: Path) -> Path:

@@ -338,7 +338,7 @@ FAULTS = {  # the test in tests/ that proves each row of the table of faults
     'the terminal is closed (SIGHUP), without `nohup`':
         'test_watch.test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwise',
     '`--max_hours` has passed': 'test_watch.test_a_run_ends_when_its_time_is_over',
-    'SIGKILL at any moment, also while saving or uploading': 'test_kills.test_twenty_kills_change_nothing',
+    'SIGKILL at any moment, also while saving or uploading': 'test_kills.test_kills_at_any_moment_change_nothing',
     'a process dies, freezes or hangs': 'test_watch.test_a_process_that_is_lost_is_named_and_the_others_end',
     'a process fails': 'test_watch.test_what_ends_one_process_is_said_by_the_others',
     'torchrun dies on one of two machines':

@@ -13,7 +13,7 @@ __all__ = ['server']  # a fixture
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('processes', 'strategy', 'kills'), [(1, 'ddp', 20), (2, 'ddp', 10), (2, 'fsdp', 4)])
-def test_twenty_kills_change_nothing(tiny_dataset: Path, processes: int, strategy: str, kills: int,
+def test_kills_at_any_moment_change_nothing(tiny_dataset: Path, processes: int, strategy: str, kills: int,
                                      run_script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     result = run_script('benchmarks/kills.py', f'--kills={kills}', f'--processes={processes}', f'--strategy={strategy}',
                         f'--dataset={tiny_dataset}')
