@@ -182,11 +182,14 @@ def test_a_thread_reads_ahead_a_little_in_order_and_an_error_is_raised_in_its_pl
             read.append(number)
             yield Part(number, False, 0.1, torch.empty(0), torch.empty(0))
 
+    def has_read(count: int) -> bool:
+        return len(read) == count
+
     ready = read_ahead(parts(), process(0, 1))
     assert read == [], 'nothing is read before a run begins'
     for number in range(7):
         assert next(ready).number == number
-        wait_until(lambda: len(read) == min(7, number + 1 + AHEAD), 'the reader is ahead')
+        wait_until(partial(has_read, min(7, number + 1 + AHEAD)), 'the reader, which is ahead')
     with pytest.raises(UserError, match='damaged'):
         next(ready)
 
