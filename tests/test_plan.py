@@ -286,7 +286,7 @@ def test_several_processes_share_the_micro_batches_of_a_step() -> None:
 # Hours
 
 
-def test_hours_are_tokens_times_operations_over_the_speed_of_a_card() -> None:
+def test_hours_are_tokens_times_operations_over_the_speed_of_a_gpu() -> None:
     """GPT-2 on 8 A100 is known to take about four days: 600,000 steps of 491,520 tokens."""
     def hours(*arguments: str) -> list[float]:
         row = next(line for line in lines_of(*arguments) if line.startswith('  A100 '))
