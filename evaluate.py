@@ -30,7 +30,7 @@ from plaingpt.corpus.unprepared import is_unprepared, open_text
 from plaingpt.errors import UserError
 from plaingpt.init_from import corpus_of, learned_reference, learned_tokenizer, open_model, shared_tokenizer
 from plaingpt.machines import processes
-from plaingpt.machines.device import Compute, card, choose, name_of
+from plaingpt.machines.device import Compute, choose, gpu_name, name_of
 from plaingpt.machines.int8 import quantise
 from plaingpt.machines.processes import Process
 from plaingpt.machines.watch import Watch, explained
@@ -212,7 +212,7 @@ def main(args: list[str]) -> None:
         write_json(path, as_json(all_measured, {
             'settings': settings,
             'dtype': name_of(compute.dtype),
-            'device': card(process.device) or process.device.type,
+            'device': gpu_name(process.device) or process.device.type,
             'notes': notes,
             'python': platform.python_version(),
             'torch': str(torch.__version__),

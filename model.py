@@ -301,7 +301,7 @@ class GPT(nn.Module):
         if logits == 'none' and torch.is_grad_enabled():
             is_large = targets.numel() * self.config.vocab_size > MOST_LOGITS
             # fast: compiled, it reads logits and writes their gradient in the precision of the products, and what is
-            # float32 between them never leaves the chip; that costs a card less time than parts do, and more memory
+            # float32 between them never leaves the chip; that costs a GPU less time than parts do, and more memory
             if self.compiled_nats and (x.is_cuda or not is_large):
                 return None, self.compiled_nats(self.lm_head(x), targets, self.cap) / count
             if is_large:

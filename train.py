@@ -1,9 +1,9 @@
 """
-Train a GPT: on a laptop, on one card, or on many.
+Train a GPT: on a laptop, on one GPU, or on many.
 
     python train.py config/train_stdlib.py                                    the default run, a few minutes on a CPU
-    python train.py config/train_gpt2.py --batch_size=4 --device=cuda         GPT-2, on one card
-    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    GPT-2, on the 8 cards of one machine
+    python train.py config/train_gpt2.py --batch_size=4 --device=cuda         GPT-2, on one GPU
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py    GPT-2, on the 8 GPUs of one machine
 """
 import math
 import os
@@ -544,7 +544,7 @@ def refuse_rates_of_gpt2(given: set[str]) -> None:
 def less_memory() -> str:
     """The settings that need less memory, for the same tokens in a step."""
     if batch_size == 1:
-        return '--activation_checkpointing=True, or --strategy=fsdp on several cards, or a smaller --block_size'
+        return '--activation_checkpointing=True, or --strategy=fsdp on several GPUs, or a smaller --block_size'
     windows = batch_size * gradient_accumulation_steps
     smaller = next(size for size in range(batch_size // 2, 0, -1) if windows % size == 0)
     if total_batch_size:

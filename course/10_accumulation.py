@@ -1,5 +1,5 @@
 """
-10. Accumulation. The batch of a step may be larger than memory: GPT-2's half a million tokens are, on any card. So it
+10. Accumulation. The batch of a step may be larger than memory: GPT-2's half a million tokens are, on any GPU. So it
 is read in parts, micro-batches, and their gradients are added up, which is what backward does with `p.grad` anyway.
 Each part's loss is a mean over that part; the step's is the mean over all windows, so a part counts with its share of
 them. Without the share, four parts would give a gradient four times as long.

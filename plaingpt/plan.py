@@ -30,8 +30,8 @@ from plaingpt.machines.device import peak_flops
 from plaingpt.run import checkpoint
 from plaingpt.run.run import Work
 
-CARDS = {'RTX 4090': 24e9, 'A100': 80e9, 'H100 HBM3': 80e9, 'B200': 180e9}  # bytes of memory
-UTILISATION = 0.4  # of the FLOP/s that a card promises: an assumption, and a good one for GPT-2's sizes
+GPUS = {'RTX 4090': 24e9, 'A100': 80e9, 'H100 HBM3': 80e9, 'B200': 180e9}  # bytes of memory
+UTILISATION = 0.4  # of the FLOP/s that a GPU promises: an assumption, and a good one for GPT-2's sizes
 PROCESSES = (2, 4, 8)
 REPEATS = 4.0  # epochs up to which a repeated text teaches nearly as much as a new one (Muennighoff et al. 2023)
 GPT2_STEP = 500_000  # tokens: what GPT-2's and GPT-3's smallest models learn from in one step (Brown et al. 2020)
@@ -240,21 +240,21 @@ def about_memory(plan: Plan) -> Iterator[str]:
         peaks = [plan.peak(strategy, n, width, recomputes) for width in (4, 2) for recomputes in (False, True)]
         yield row(label, *map(size, plan.held(strategy, n)), *map(size, peaks))
     yield ("gathered: the others' parts, for a moment; f32, bf16: --dtype; recomp.: --activation_checkpointing=True\n"
-           'the peak is that of tensors, uncompiled; a card needs some more for itself')
+           'the peak is that of tensors, uncompiled; a GPU needs some more for itself')
 
 
 def about_time(plan: Plan) -> Iterator[str]:
-    """Yield the hours on each card that has the memory for it."""
+    """Yield the hours on each GPU that has the memory for it."""
     settings = plan.settings
     dtype, width = ('float32', 4) if settings.dtype == 'float32' else ('bfloat16', 2)
     flops = plan.total * plan.model.flops_per_token()
     needs = {n: plan.peak(settings.strategy, n, width, settings.activation_checkpointing) for n in (1, 8)}
-    yield row(f'time, {settings.strategy}, {dtype}', 'memory', '1 card', '8 cards')
-    for card, memory in CARDS.items():
-        seconds = flops / (UTILISATION * (peak_flops(card, dtype) or math.nan))  # on one card
-        yield row(card, size(memory), *(duration(seconds / n) if need <= memory else 'too small'
-                                        for n, need in needs.items()))
-    yield (f'an estimate, for cards that do {UTILISATION:.0%} of the FLOP/s that they promise: small models and small '
+    yield row(f'time, {settings.strategy}, {dtype}', 'memory', '1 GPU', '8 GPUs')
+    for gpu, memory in GPUS.items():
+        seconds = flops / (UTILISATION * (peak_flops(gpu, dtype) or math.nan))  # on one GPU
+        yield row(gpu, size(memory), *(duration(seconds / n) if need <= memory else 'too small'
+                                       for n, need in needs.items()))
+    yield (f'an estimate, for GPUs that do {UTILISATION:.0%} of the FLOP/s that they promise: small models and small '
            'batches do less\nthe mfu that a run prints is measured, and better than it')
 
 
@@ -288,8 +288,8 @@ def warnings(plan: Plan) -> list[str]:
             settings.decay_lr and is_warm and settings.schedule != 'constant' and work.decay_steps != work.last_step,
         f'the disk has no room for the checkpoints: they need {size(plan.disk_bytes)}, and {size(free)} are free':
             plan.disk_bytes > free,
-        f'weights, gradients and moments, {size(fixed)}, are more than any card holds: --strategy=fsdp':
-            fixed > max(CARDS.values()),
+        f'weights, gradients and moments, {size(fixed)}, are more than any GPU holds: --strategy=fsdp':
+            fixed > max(GPUS.values()),
     }
     return [text for text, is_so in complaints.items() if is_so]
 

@@ -170,7 +170,7 @@ def test_each_config_file_opens_with_its_command_and_is_understood(train: Module
     assert settings['dataset'] == (prepare[2] or prepare[1])
 
 
-def test_the_file_for_larger_cards_trains_and_measures_on_as_many_windows(train: ModuleType) -> None:
+def test_the_file_for_larger_gpus_trains_and_measures_on_as_many_windows(train: ModuleType) -> None:
     small, large = (configurator.configure(train, [str(ROOT / f'config/train_gpt2{name}.py')])[0]
                     for name in ('', '_80gb'))
     assert {name for name in small if small[name] != large[name]} == {

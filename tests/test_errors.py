@@ -258,7 +258,8 @@ def test_a_full_disk_is_one_exit_code_whatever_was_to_be_written(files: dict[str
 
 
 @pytest.mark.slow
-def test_what_else_the_system_refuses_is_no_damage_and_no_full_disk(files: dict[str, Path], tmp_path: Path) -> None:
+def test_what_else_the_system_refuses_is_not_taken_for_damage_or_a_full_disk(
+        files: dict[str, Path], tmp_path: Path) -> None:
     """The system refuses too many open files, a name that is too long, and writing to a read-only file system."""
     command = f'train.py {TINY} --dataset={files["corpus"]} --out_dir='
     said = {limit: under_limit(resource.RLIMIT_NOFILE, limit, f'{command}{tmp_path}/{limit}') for limit in (5, 6, 100)}

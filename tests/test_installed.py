@@ -6,6 +6,8 @@ import shutil
 import site
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -15,25 +17,49 @@ from plaingpt.errors import COMMAND, DATA
 from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
 pytestmark = pytest.mark.slow
+OF_USE = (  # what commands leave in a clone
+    'out-stdlib/ckpt.pt', 'data/stdlib/train.bin', 'data/mytext/train.bin', 'exercises/07_attend.py', 'mytext.txt',
+    'report.html', '.venv/bin/python', '.mypy_cache/3.11', 'config/__pycache__/train_gpt2.cpython-311.pyc',
+    'plaingpt/__pycache__/lock.cpython-311.pyc')
 SHORT = ('--max_iters=3 --eval_interval=3 --eval_iters=1 --sample_interval=3 --sample_tokens=5 --n_layer=1 --n_head=2 '
          '--n_embd=16 --device=cpu --batch_size=2 --total_batch_size=0 --gradient_accumulation_steps=2')
 
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel of the files that git would put into a clone."""
-    source, built = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('built')
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy the files that git would put into a clone, and add what lies in one that is used."""
+    folder = tmp_path_factory.mktemp('clone')
     listed = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT,
                             capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split('\0')):
         if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
-    made = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-w', str(built),
-                           str(source)], capture_output=True, text=True, timeout=PATIENT)
-    assert made.returncode == 0, made.stderr
-    return next(built.glob('*.whl'))
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    for name in OF_USE:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b'x')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def built(clone: Path) -> tuple[Path, Path]:
+    """Build what `python -m build` does: the sdist of a clone, and a wheel of that sdist alone; return both."""
+    done = subprocess.run([sys.executable, '-m', 'hatchling', 'build', '-t', 'sdist', '-d', 'dist'], cwd=clone,
+                          capture_output=True, text=True, timeout=PATIENT)
+    assert done.returncode == 0, done.stderr
+    [sdist] = (clone / 'dist').iterdir()
+    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-w',
+                           str(clone / 'dist'), str(sdist)], capture_output=True, text=True, timeout=PATIENT)
+    assert done.returncode == 0, done.stderr
+    [wheel] = (clone / 'dist').glob('*.whl')
+    return sdist, wheel
+
+
+@pytest.fixture(scope='module')
+def wheel(built: tuple[Path, Path]) -> Path:
+    return built[1]
 
 
 @pytest.fixture(scope='module')
@@ -58,12 +84,34 @@ def run(programs: Path, folder: Path, command: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_wheel_has_one_name_at_the_top(wheel: Path) -> None:
+def test_the_sdist_has_the_source_and_nothing_that_use_leaves_in_a_clone(built: tuple[Path, Path], clone: Path) -> None:
+    with tarfile.open(built[0]) as archive:
+        names = {member.name.partition('/')[2] for member in archive.getmembers()}
+        version = archive.getmembers()[0].name.partition('/')[0]
+    assert version == f'plaingpt-{PROJECT["version"]}'
+    assert {'LICENSE', 'README.md', 'train.py', 'plaingpt/lock.py', 'data/text/prepare.py', 'course/all.py'} <= names
+    assert not names & set(OF_USE) and not [name for name in names if name.startswith('tests/')]
+    made = {'PKG-INFO', '.gitignore'}  # hatchling adds them: the second tells it again what to leave out
+    assert {name for name in names - made if not (ROOT / name).is_file()} == set()
+    assert all((clone / name).stat().st_size < 100_000 for name in names - made)
+
+
+def test_the_wheel_has_one_name_at_the_top_and_the_licence(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition('/')[0] for name in names if '.dist-info/' not in name} == {'plaingpt'}
     assert {'plaingpt/stages/train.py', 'plaingpt/stages/config/train_gpt2.py', 'plaingpt/learning/page.html',
-            'plaingpt/stages/data/text/prepare.py'} <= set(names)
+            'plaingpt/stages/data/text/prepare.py', 'plaingpt/stages/docs/curves/stdlib.csv'} <= set(names)
+    assert [name for name in names if name.endswith('.dist-info/licenses/LICENSE')]
     assert not [name for name in names if name.endswith(('.bin', '.pt', '.pyc')) or 'tests' in name]
+
+
+def test_a_wheel_of_the_sdist_holds_what_a_wheel_of_the_clone_holds(wheel: Path, clone: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', str(tmp_path)], cwd=clone,
+                   check=True, capture_output=True, timeout=PATIENT)
+    [direct] = tmp_path.iterdir()
+    first, second = ({entry.filename: entry.CRC for entry in zipfile.ZipFile(path).infolist()}
+                     for path in (wheel, direct))
+    assert first == second
 
 
 def test_from_text_to_sample_in_any_folder_by_the_commands_that_are_printed(programs: Path, tmp_path: Path,

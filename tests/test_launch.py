@@ -521,7 +521,7 @@ def test_the_image_holds_files_that_exist_and_no_secret() -> None:
     'KEY.pem', '.netrc', 'out/ckpt.pt', 'out-gpt2/ckpt.pt', 'data/openwebtext/train.bin', 'data/stdlib/val.bin',
     'wandb/run.log', '.venv/bin/python', 'launch/kubernetes.yaml',
 ])
-def test_the_builder_never_sees(path: str) -> None:
+def test_a_file_that_the_image_must_not_hold_is_not_sent_to_the_builder(path: str) -> None:
     assert not is_sent(path)
 
 

@@ -556,7 +556,7 @@ def test_a_compiled_loss_is_the_same_and_so_is_each_gradient(
 @pytest.mark.parametrize(('device', 'most', 'is_compiled', 'way'), [
     ('cuda', 2**26, True, 'compiled'), ('cuda', 0, True, 'compiled'), ('cuda', 0, False, 'in chunks'),
     ('cpu', 2**26, True, 'compiled'), ('cpu', 0, True, 'in chunks')])
-def test_a_loss_is_compiled_on_a_card_at_every_size_and_on_a_cpu_if_it_is_small(
+def test_a_loss_is_compiled_on_a_gpu_at_every_size_and_on_a_cpu_if_it_is_small(
         device: str, most: int, is_compiled: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without numbers take the place of a GPU's, and the layers before the loss are left out."""
     ways: list[str] = []

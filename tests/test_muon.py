@@ -57,7 +57,7 @@ def test_singular_values_go_to_1_and_directions_stay(m: int, n: int) -> None:
 
 
 @pytest.mark.parametrize(('m', 'n'), SHAPES)
-def test_neither_shape_nor_size_matters(m: int, n: int) -> None:
+def test_neither_the_orientation_nor_the_size_of_a_matrix_matters(m: int, n: int) -> None:
     x = matrix(m, n)
     right = orthogonal(x)
     torch.testing.assert_close(orthogonal(x.T), right.T, rtol=0, atol=ROUNDING)

@@ -286,7 +286,7 @@ def test_several_processes_share_the_micro_batches_of_a_step() -> None:
 # Hours
 
 
-def test_hours_are_tokens_times_operations_over_the_speed_of_a_card() -> None:
+def test_hours_are_tokens_times_operations_over_the_speed_of_a_gpu() -> None:
     """GPT-2 on 8 A100 is known to take about four days: 600,000 steps of 491,520 tokens."""
     def hours(*arguments: str) -> list[float]:
         row = next(line for line in lines_of(*arguments) if line.startswith('  A100 '))
@@ -305,12 +305,12 @@ def test_a_time_is_shown_as_exactly_as_it_is_known(seconds: float, text: str) ->
     assert duration(seconds) == text
 
 
-def test_a_card_that_is_too_small_is_reported(tmp_path: Path) -> None:
+def test_a_gpu_that_is_too_small_is_reported(tmp_path: Path) -> None:
     row = next(line for line in lines_of('--init_from=gpt2-xl') if line.startswith('  RTX 4090'))
     assert row.split('  ')[-1] == 'too small'
     row = next(line for line in lines_of('--init_from=gpt2-xl', '--batch_size=1', '--strategy=fsdp',
                                          '--activation_checkpointing=True') if line.startswith('  RTX 4090'))
-    assert 'too small' in row and row.endswith(' h'), 'one card is too small, eight are not'
+    assert 'too small' in row and row.endswith(' h'), 'one GPU is too small, eight are not'
 
 
 # ------------------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def test_shards_are_one_corpus(tmp_path: Path) -> None:
     ('--warmup_iters=3', 'the warm-up, 3 steps, is not over'),
     ('--lr_decay_iters=2', 'the learning rate comes down until step 2, and the run ends at 3: --lr_decay_iters=3'),
     ('--total_batch_size=288', '9 windows do not fill 3 x 1 micro-batches of 4: 25% of the time'),
-    ('--n_embd=8192 --n_head=64 --n_layer=24', 'are more than any card holds: --strategy=fsdp'),
+    ('--n_embd=8192 --n_head=64 --n_layer=24', 'are more than any GPU holds: --strategy=fsdp'),
     ('--n_embd=768 --n_head=12 --n_layer=16', '256 tokens are a small step for 1'),
     ('--max_iters=100000 --lr_decay_iters=100000', 'epochs of this corpus'),
 ])

@@ -27,7 +27,7 @@ ODD: list[tuple[Any, Any, str]] = [
 
 
 @pytest.mark.parametrize('number', range(len(FITTING)))
-def test_a_value_fits(number: int) -> None:
+def test_a_value_of_the_right_shape_fits(number: int) -> None:
     assert fits(*FITTING[number])
 
 

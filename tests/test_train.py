@@ -508,7 +508,7 @@ def test_another_corpus_is_read_from_its_first_window_on_and_a_line_says_so(
     assert not differences(run(out, init_from='resume', dataset=other, max_iters=11, block_size=None), rows_of(out))
 
 
-def test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damaged_ends_the_run(
+def test_a_corpus_that_differs_only_in_the_middle_is_another_one_and_damage_ends_the_run(
         run: Run, tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Most of train.bin is reversed: checksums notice the damage; without them, as in other projects' corpora, a sample
     of the file notices that it is another one, and the run says that it checks no more than that."""
@@ -710,7 +710,7 @@ def flip(path: Path, byte: int = -1) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_with_one_line(
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_a_line_says_so(
         run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = run(tmp_path, dropout=0.1)
     end = last(tmp_path)

@@ -17,7 +17,7 @@ from plaingpt.errors import UserError
 from plaingpt.machines.int8 import why_not
 
 # Dense 16-bit matrix FLOP/s with 32-bit accumulation, from the makers' data sheets and architecture white papers (which
-# often print twice as much, for sparse matrices). An entry is for cards whose name, as the driver gives it, has all of
+# often print twice as much, for sparse matrices). An entry is for GPUs whose name, as the driver gives it, has all of
 # its words; the first such entry counts.
 PEAK_FLOPS = {
     'GB200': 2500e12, 'B200': 2250e12,
@@ -30,16 +30,16 @@ PEAK_FLOPS = {
     'RTX 5090': 209.5e12, 'RTX 4090': 165.2e12, 'RTX 3090 Ti': 80e12, 'RTX 3090': 71e12,
 }
 FLOAT16_ONLY = {'V100S', 'V100', 'T4'}  # before Ampere: neither bfloat16 nor TF32
-OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a card, or a smaller chip under the same name
+OTHER_CHIP = {'mig', 'laptop', 'mobile', 'max-q', 'd'}  # a part of a GPU, or a smaller chip under the same name
 COMPILERS = {'win32': 'cl', 'darwin': 'clang++'}  # torch.compile calls them for a CPU, unless CXX names one
 C_COMPILERS = ('gcc', 'clang', 'cc')  # Triton needs one, for the code that starts its kernels, unless CC names another
-TRITON_SINCE = (8, 0)  # the first generation of cards that Triton is made for
+TRITON_SINCE = (8, 0)  # the first generation of GPUs that Triton is made for
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16, 'int8': torch.int8}
 
 
 def pick_device(name: str) -> tuple[str, str]:
     """Return the device to use, and why: 'auto' takes the first of cuda, mps and cpu that this machine has. Raise
-    UserError if it is missing, or if there is a card that this build of torch cannot use: a run must not train on the
+    UserError if it is missing, or if there is a GPU that this build of torch cannot use: a run must not train on the
     CPU instead."""
     kind, colon, number = name.partition(':')
     asks_for_cuda = kind in ('auto', 'cuda')
@@ -52,13 +52,13 @@ def pick_device(name: str) -> tuple[str, str]:
         raise UserError(f'--device={name}: this machine, or this build of torch {torch.__version__}, has no {kind}\n'
                         'try --device=cpu, or --device=auto for the best there is')
     if kind == 'cuda' and colon and int(number) >= torch.cuda.device_count():
-        raise UserError(f'--device={name}: the last card here is cuda:{torch.cuda.device_count() - 1}')
+        raise UserError(f'--device={name}: the last GPU here is cuda:{torch.cuda.device_count() - 1}')
     return name, 'as asked'
 
 
 def has_cuda() -> bool:
-    """Return whether there is a card that this build of torch can use. Raise UserError if there is a card that it
-    cannot use: the driver is too old for the build, or the build has no code for the card."""
+    """Return whether there is a GPU that this build of torch can use. Raise UserError if there is a GPU that it
+    cannot use: the driver is too old for the build, or the build has no code for the GPU."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         is_there = torch.cuda.is_available()
@@ -71,14 +71,14 @@ def has_cuda() -> bool:
     builds = torch.cuda.get_arch_list() if is_there else []
     if is_there and not any(runs_on(built, torch.cuda.get_device_capability()) for built in builds):
         major, minor = torch.cuda.get_device_capability()
-        raise UserError(f'torch {torch.__version__} has no code for this card, {torch.cuda.get_device_name()}, which '
+        raise UserError(f'torch {torch.__version__} has no code for this GPU, {torch.cuda.get_device_name()}, which '
                         f'is sm_{major}{minor}: it has {", ".join(builds)}\ninstall a build of torch for an older CUDA '
                         '(12.6 has sm_70), or give --device=cpu')
     return is_there
 
 
 def runs_on(built: str, capability: tuple[int, int]) -> bool:
-    """Return whether code that was built for 'sm_80' or 'compute_80' runs on a card. Machine code runs on cards of
+    """Return whether code that was built for 'sm_80' or 'compute_80' runs on a GPU. Machine code runs on GPUs of
     the same generation that are not older; PTX, which is compiled on the spot, on all that are not older."""
     kind, _, number = built.partition('_')
     major, minor = divmod(int(re.sub(r'\D', '', number)), 10)
@@ -92,7 +92,7 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     has_bfloat16 = not is_cuda or torch.cuda.is_bf16_supported(including_emulation=False)
     why_float32 = {
         'auto': '' if is_cuda else f'which is sound on every {device}',
-        'bfloat16': '' if has_bfloat16 else 'bfloat16 was asked for, and this card does not multiply it',
+        'bfloat16': '' if has_bfloat16 else 'bfloat16 was asked for, and this GPU does not multiply it',
         'float16': '' if is_cuda else 'float16 was asked for, and is for cuda alone',
         'int8': why_not(device) if name == 'int8' else '',
         'float32': 'as asked',
@@ -101,8 +101,8 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
         return torch.float32, why_float32
     if name != 'auto':
         return DTYPES[name], 'as asked'
-    return ((torch.bfloat16, 'the card computes with it') if has_bfloat16 else
-            (torch.float16, 'the card has no bfloat16'))
+    return ((torch.bfloat16, 'the GPU computes with it') if has_bfloat16 else
+            (torch.float16, 'the GPU has no bfloat16'))
 
 
 def pick_compile(choice: bool | str, device: str) -> tuple[bool, str]:
@@ -116,7 +116,7 @@ def pick_compile(choice: bool | str, device: str) -> tuple[bool, str]:
         return False, 'as that rarely pays without cuda'
     wanting = {
         'Triton': find_spec('triton') is None,
-        'a newer card': torch.cuda.get_device_capability() < TRITON_SINCE,
+        'a newer GPU': torch.cuda.get_device_capability() < TRITON_SINCE,
         f'a C compiler, {" or ".join(C_COMPILERS)}': not ('CC' in os.environ or any(map(shutil.which, C_COMPILERS)))}
     if missing := [what for what, is_wanting in wanting.items() if is_wanting]:
         return False, f'as that needs {missing[0]}'
@@ -151,7 +151,7 @@ def choose(device: torch.device, dtype: str, compile: bool | str, before: dict[s
         dtype=precision,
         autocast=autocast(device, precision),
         compiles=compiles,
-        peak=peak_flops(card(device), name_of(precision)),
+        peak=peak_flops(gpu_name(device), name_of(precision)),
         line=f'{name_of(precision)}, {why_precision}; {"compiled" if compiles else "not compiled"}, {why_compile}',
     )
 
@@ -202,8 +202,8 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def card(device: torch.device) -> str:
-    """Return the maker's name for the card; '' if the device is none."""
+def gpu_name(device: torch.device) -> str:
+    """Return the maker's name for the GPU; '' if the device is none."""
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
 
 
@@ -220,7 +220,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Return the FLOP/s that the card promises in matrix products of `dtype` ('float32': with TF32 allowed, half the
+    """Return the FLOP/s that the GPU promises in matrix products of `dtype` ('float32': with TF32 allowed, half the
     16-bit rate); None if that is not known, so that no wrong utilisation is shown."""
     words = set(re.split(r'[\s-]+', device_name.lower()))
     name = next((name for name in PEAK_FLOPS if words.issuperset(name.lower().split())), '')
@@ -230,7 +230,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def peak_memory(device_type: str) -> int:
-    """Return the most bytes that this process has held, on the card ('mps': that it holds now) or in main memory; 0 if
+    """Return the most bytes that this process has held, on the GPU ('mps': that it holds now) or in main memory; 0 if
     the system does not say."""
     if device_type == 'cuda':
         return torch.cuda.max_memory_allocated()

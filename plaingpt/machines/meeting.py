@@ -147,8 +147,8 @@ def deadline(seconds: float, complaint: str) -> Iterator[Deadline]:
         end.timer.cancel()
 
 
-def join(launch: Launch, backend: str, timeout: float, card: torch.device | None = None) -> dist.Store:
-    """Form the group of all processes within `timeout` seconds, bound to the `card` of this process if it has one.
+def join(launch: Launch, backend: str, timeout: float, gpu: torch.device | None = None) -> dist.Store:
+    """Form the group of all processes within `timeout` seconds, bound to the `gpu` of this process if it has one.
     Return one more connection to their store: with it watch.Watch notices sooner than the group's own time-out that a
     process is lost, and names it."""
     rank, _, world_size, host, number = (launch.variables[name] for name in ALL)
@@ -169,7 +169,7 @@ def join(launch: Launch, backend: str, timeout: float, card: torch.device | None
             refuse_another_run(met, launch)
             name_interface(met, launch, address)
             dist.init_process_group(backend, store=dist.PrefixStore(f'group/{attempt}', store), rank=int(rank),
-                                    world_size=int(world_size), timeout=limit, device_id=card)
+                                    world_size=int(world_size), timeout=limit, device_id=gpu)
             dist.barrier()
         except UserError:
             raise

@@ -17,7 +17,7 @@ from torch import Tensor
 import configurator
 from plaingpt.errors import STOPPED, UserError
 from plaingpt.machines import meeting
-from plaingpt.machines.device import card, pick_device
+from plaingpt.machines.device import gpu_name, pick_device
 from plaingpt.paths import PACKAGE, STAGES
 
 SOURCES = ('configurator', 'evaluate', 'export', 'model', 'model_modern', 'sample', 'train')  # beside the package
@@ -64,7 +64,7 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
             torch.cuda.set_device(number)
         if shards:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1,
-                                    device_id=card_for(backend, number))
+                                    device_id=gpu_for(backend, number))
         return Process(0, 1, torch.device(device), why + meeting.why_alone(os.environ))
     os.environ.update(launch.variables)
     rank, local_rank, world_size = (int(launch.variables[name]) for name in meeting.RANKS)
@@ -72,14 +72,14 @@ def start(device: str, backend: str = 'auto', deterministic: bool = False, timeo
         raise UserError('several processes cannot share mps: run one, without torchrun, or give --device=cpu')
     number = 0
     if kind == 'cuda':
-        # srun --gpus-per-task=1 shows each process its own card and no other.
+        # srun --gpus-per-task=1 shows each process its own GPU and no other.
         number = 0 if 'SLURM_LOCALID' in os.environ and torch.cuda.device_count() == 1 else local_rank
         if number >= torch.cuda.device_count():
-            raise UserError(f'{torch.cuda.device_count()} cards here are too few for process {local_rank + 1}\n'
-                            'give torchrun --nproc_per_node=gpu, for one process on each card')
+            raise UserError(f'{torch.cuda.device_count()} GPUs here are too few for process {local_rank + 1}\n'
+                            'give torchrun --nproc_per_node=gpu, for one process on each GPU')
         torch.cuda.set_device(number)
         device = f'cuda:{number}'
-    store = meeting.join(launch, backend, timeout, card_for(backend, number))
+    store = meeting.join(launch, backend, timeout, gpu_for(backend, number))
     return Process(rank, world_size, torch.device(device), why, local_rank, store)
 
 
@@ -93,8 +93,8 @@ def backend_for(kind: str, asked: str, offloads: bool) -> str:
     return asked
 
 
-def card_for(backend: str, number: int) -> torch.device | None:
-    """Return the card that a group is bound to: NCCL then connects at once, and has its barriers on the cards."""
+def gpu_for(backend: str, number: int) -> torch.device | None:
+    """Return the GPU that a group is bound to: NCCL then connects at once, and has its barriers on the GPUs."""
     return torch.device('cuda', number) if 'nccl' in backend else None
 
 
@@ -215,6 +215,6 @@ def agree_on_settings(process: Process, script: ModuleType, args: list[str], pla
 
 
 def describe(process: Process) -> str:
-    name = card(process.device)
+    name = gpu_name(process.device)
     where = f'device {process.device}{name and f" ({name})"}, {process.why}'
     return where if process.world_size == 1 else f'{process.world_size} processes; {where}'

@@ -115,6 +115,7 @@ EXCEPTIONS = {
     'uv venv && uv pip install . && . .venv/bin/activate': 'a download',
     'plaingpt prepare stdlib && plaingpt train config/train_stdlib.py': 'tests/test_installed.py runs both, shorter',
     'pip install -e .': 'tests/test_setup.py does',
+    'python -m build': 'tests/test_installed.py makes the same two files without that package',
     'plaingpt prepare stdlib': 'tests/test_installed.py runs it for a smaller text',
     'plaingpt train config/train_stdlib.py': 'tests/test_installed.py runs it, shorter',
     'plaingpt sample --out_dir=out-stdlib': 'tests/test_installed.py runs it',
@@ -331,33 +332,33 @@ def names_read(sources: list[str]) -> set[str]:
 
 FAULTS = {  # the test in tests/ that proves each row of the table of faults
     'SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGQUIT, Ctrl-C':
-        'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on',
+        'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_continues',
     'a second Ctrl-C': 'test_watch.test_a_second_interrupt_leaves_at_once',
     'the output has no reader any more, as when Ctrl-C ends `tee` too':
-        'test_watch.test_a_closed_output_is_a_reason_to_save',
+        'test_watch.test_a_run_whose_output_is_closed_saves_and_ends',
     'the terminal is closed (SIGHUP), without `nohup`':
-        'test_watch.test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwise',
-    '`--max_hours` has passed': 'test_watch.test_a_run_ends_when_its_time_is_over',
+        'test_watch.test_a_run_whose_terminal_is_closed_saves_and_ends_unless_nohup_protects_it',
+    '`--max_hours` has passed': 'test_watch.test_a_run_ends_when_its_time_is_up',
     'SIGKILL at any moment, also while saving or uploading': 'test_kills.test_kills_at_any_moment_change_nothing',
     'a process dies, freezes or hangs': 'test_watch.test_a_process_that_is_lost_is_named_and_the_others_end',
-    'a process fails': 'test_watch.test_what_ends_one_process_is_said_by_the_others',
+    'a process fails': 'test_watch.test_the_others_repeat_what_ended_a_process',
     'torchrun dies on one of two machines':
-        'test_watch.test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goes_on',
+        'test_watch.test_two_agents_train_as_one_and_a_job_that_lost_an_agent_ends_and_continues',
     '`ckpt.pt` is damaged, cut off or empty':
-        'test_train.test_a_damaged_checkpoint_gives_way_to_the_one_before_it_with_one_line',
+        'test_train.test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_a_line_says_so',
     'every checkpoint is damaged': 'test_watch.test_a_run_whose_checkpoints_are_all_damaged_is_not_started_over',
     'the disk is full': 'test_watch.test_a_full_disk_ends_the_run_and_leaves_what_was_saved',
     'the disk would become full': 'test_watch.test_a_run_that_would_fill_the_disk_does_not_begin',
-    '`out_dir` is deleted': 'test_watch.test_a_folder_that_is_deleted_under_a_run_is_made_again',
+    '`out_dir` is deleted': 'test_watch.test_a_run_whose_folder_is_deleted_makes_it_again',
     '`out_dir` may not be written to, a name is too long, too many files are open':
-        'test_errors.test_what_else_the_system_refuses_is_no_damage_and_no_full_disk',
+        'test_errors.test_what_else_the_system_refuses_is_not_taken_for_damage_or_a_full_disk',
     'a loss or gradient that is not finite':
         'test_watch.test_an_infinite_loss_on_one_of_two_processes_skips_the_step_on_both',
     'ten of them in a row': 'test_watch.test_ten_steps_in_a_row_that_are_not_finite_end_the_run',
     'memory runs out': 'test_watch.test_a_batch_that_is_too_large_is_answered_with_the_settings_that_fit',
     'the corpus has changed since': 'test_train.test_a_resume_on_another_corpus_is_refused_unless_asked_for',
     'the corpus is damaged':
-        'test_train.test_a_corpus_of_the_same_size_and_ends_is_another_one_and_one_that_is_damaged_ends_the_run',
+        'test_train.test_a_corpus_that_differs_only_in_the_middle_is_another_one_and_damage_ends_the_run',
     'the corpus shrinks while it is read': 'test_folder.test_a_file_that_shrinks_while_it_is_read_ends_in_a_message',
     'a second run in the same `out_dir`, such as a requeued job whose predecessor lives':
         'test_watch.test_of_two_runs_in_one_folder_the_second_waits_for_the_first',
@@ -366,10 +367,10 @@ FAULTS = {  # the test in tests/ that proves each row of the table of faults
         'test_meeting.test_processes_with_different_settings_or_sources_are_all_refused',
     'processes that do not meet within `--start_timeout`; another run at their address':
         'test_meeting.test_a_process_that_does_not_meet_the_others_ends_with_code_8_in_every_phase',
-    'an upload fails': 'test_watch.test_an_upload_that_fails_is_seen_and_does_not_end_the_run',
+    'an upload fails': 'test_watch.test_an_upload_that_fails_is_reported_and_does_not_end_the_run',
     'any file that is read is damaged, or holds what it should not':
         'test_damage.test_a_damaged_file_of_any_kind_is_refused_or_read_as_it_was',
-    'a checkpoint, config or corpus that would run code': 'test_watch.test_a_corpus_that_is_a_pickle_runs_nothing',
+    'a checkpoint, config or corpus that would run code': 'test_watch.test_nothing_in_a_pickled_corpus_is_run',
 }
 
 
@@ -409,7 +410,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
             assert not heading or heading in headings, link
 
 
-def test_every_file_that_is_named_is_there() -> None:
+def test_every_file_that_is_named_exists() -> None:
     written = {'out-stdlib/', 'out_dir/', 'loss.png', 'data/<name>/', 'data/'}  # by a run, or by prepare.py
     words = [word for span in (*spans(PROSE), *block('sh')) for word in shlex.split(span, comments=True)]
     named = [word for word in words if re.fullmatch(r'[\w/<>.-]+(\.(py|md|toml|png)|/)', word)]

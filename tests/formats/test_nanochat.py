@@ -227,7 +227,7 @@ def test_parts_of_attention_that_do_not_fit_together_are_refused(part: str, hf_f
     assert 'lm_head.weight is missing' in refused(open_model, str(hf_folder), code=errors.CHECKPOINT)
 
 
-def test_its_folder_is_sampled_from_and_evaluated(tmp_path: Path, run_script: Callable[..., Any]) -> None:
+def test_an_exported_folder_is_sampled_from_and_evaluated(tmp_path: Path, run_script: Callable[..., Any]) -> None:
     run_folder, _ = write_modern(tmp_path / 'run', vocab_size=257)
     folder, text = run(run_folder), tmp_path / 'text.txt'
     text.write_text('An old text, read anew. ' * 20, encoding='utf-8')

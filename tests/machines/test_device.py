@@ -18,8 +18,8 @@ BUILD = ['sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'compute_120']
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
-    """Have torch see a card of that generation."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
+    """Have torch see a GPU of that generation."""
     def see(capability: tuple[int, int]) -> None:
         for name, answer in {'is_available': True, 'device_count': 1, 'get_device_capability': capability,
                              'get_arch_list': BUILD, 'get_device_name': 'Tesla V100-SXM2-16GB'}.items():
@@ -42,14 +42,14 @@ def test_a_driver_that_is_too_old_is_no_reason_to_train_on_the_cpu(
 
 
 @pytest.mark.parametrize('asked', ['auto', 'cuda', 'cuda:0'])
-def test_a_card_that_this_build_has_no_code_for_is_refused_before_anything_is_computed(
-        asked: str, card: Callable[[tuple[int, int]], None]) -> None:
-    card((7, 0))
+def test_a_gpu_that_this_build_has_no_code_for_is_refused_before_anything_is_computed(
+        asked: str, gpu: Callable[[tuple[int, int]], None]) -> None:
+    gpu((7, 0))
     message = refused(pick_device, asked, code=errors.COMMAND)
-    assert 'has no code for this card, Tesla V100-SXM2-16GB, which is sm_70' in message
+    assert 'has no code for this GPU, Tesla V100-SXM2-16GB, which is sm_70' in message
     assert pick_device('cpu')[0] == 'cpu'
     for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0), (12, 1)):
-        card(capability)
+        gpu(capability)
         assert pick_device(asked)[0] == ('cuda' if asked == 'auto' else asked)
 
 
@@ -60,16 +60,16 @@ def test_code_runs_on_the_generation_that_it_was_built_for(built: str, capabilit
     assert device.runs_on(built, capability) == runs
 
 
-def test_blocks_are_compiled_for_a_card_if_all_that_takes_is_available(
-        card: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    card((8, 0))
+def test_blocks_are_compiled_for_a_gpu_if_all_that_takes_is_available(
+        gpu: Callable[[tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu((8, 0))
     monkeypatch.setattr(device, 'find_spec', lambda name: object())
     monkeypatch.setattr(shutil, 'which', lambda name: '/usr/bin/cc' if name == 'cc' else None)
     monkeypatch.delenv('CC', raising=False)
     assert pick_compile('auto', 'cuda') == (True, 'which pays on cuda')
-    card((7, 5))
-    assert pick_compile('auto', 'cuda') == (False, 'as that needs a newer card')
-    card((9, 0))
+    gpu((7, 5))
+    assert pick_compile('auto', 'cuda') == (False, 'as that needs a newer GPU')
+    gpu((9, 0))
     monkeypatch.setattr(shutil, 'which', lambda name: None)
     assert pick_compile('auto', 'cuda') == (False, 'as that needs a C compiler, gcc or clang or cc')
     monkeypatch.setenv('CC', '/opt/bin/icx')

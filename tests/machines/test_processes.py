@@ -18,7 +18,7 @@ class HasBegun(Exception):
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Emulate two cards of the generation 9.0; return the backend and the bound device of each group that is formed."""
+    """Emulate two GPUs of the generation 9.0; return the backend and the bound device of each group that is formed."""
     formed: list[tuple[str, Any]] = []
 
     def form(backend: str, *, device_id: torch.device | None = None, **_: Any) -> None:
@@ -36,7 +36,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     ('cuda', 'auto', False, 'nccl'), ('cuda', 'nccl', False, 'nccl'), ('cuda', 'gloo', False, 'gloo'),
     ('cuda', 'auto', True, 'cpu:gloo,cuda:nccl'), ('cuda', 'nccl', True, 'cpu:gloo,cuda:nccl'),
     ('cuda', 'gloo', True, 'gloo'), ('cpu', 'nccl', True, 'gloo'), ('mps', 'auto', False, 'gloo')])
-def test_cards_meet_without_gloo_unless_something_is_exchanged_in_main_memory(
+def test_gpus_meet_without_gloo_unless_something_is_exchanged_in_main_memory(
         kind: str, asked: str, offloads: bool, backend: str) -> None:
     assert backend_for(kind, asked, offloads) == backend
 
@@ -45,7 +45,7 @@ def test_cards_meet_without_gloo_unless_something_is_exchanged_in_main_memory(
     (['--strategy=fsdp'], 'nccl'), (['--strategy=fsdp', '--backend=nccl'], 'nccl'),
     (['--strategy=fsdp', '--cpu_offload=True'], 'cpu:gloo,cuda:nccl'),
     (['--strategy=fsdp', '--cpu_offload=True', '--backend=nccl'], 'cpu:gloo,cuda:nccl')])
-def test_a_run_on_one_card_forms_the_group_that_its_strategy_needs(
+def test_a_run_on_one_gpu_forms_the_group_that_its_strategy_needs(
         options: list[str], backend: str, groups: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(*_: Any) -> None:
         raise HasBegun
@@ -60,10 +60,10 @@ def test_a_run_on_one_card_forms_the_group_that_its_strategy_needs(
     ('auto', False, ('nccl', torch.device('cuda', 1))),
     ('nccl', True, ('cpu:gloo,cuda:nccl', torch.device('cuda', 1))),
     ('gloo', False, ('gloo', None))])
-def test_the_group_of_several_processes_is_bound_to_the_card_of_each(
+def test_the_group_of_several_processes_is_bound_to_the_gpu_of_each(
         asked: str, offloads: bool, expected: tuple[str, Any], groups: list[tuple[str, Any]],
         monkeypatch: pytest.MonkeyPatch) -> None:
-    """A barrier of a bound group is between cards; the barrier of an unbound group with gloo would be gloo's."""
+    """A barrier of a bound group is between GPUs; the barrier of an unbound group with gloo would be gloo's."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])

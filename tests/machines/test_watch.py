@@ -158,8 +158,8 @@ def is_halted(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(start: Start, tmp_path: Path,
-                                                                         tiny_dataset: Path) -> None:
+def test_a_signal_ends_a_run_after_its_step_and_the_same_command_continues(
+        start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
     """All signals arrive one after the other; the run then equals one that got none."""
     stopped, long = tmp_path / 'stopped', {'max_iters': 200, 'lr_decay_iters': 200, 'eval_interval': 100}
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGINT, signal.SIGQUIT):
@@ -230,7 +230,7 @@ def test_signals_reach_a_process_that_waits_for_others(start: Start, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+def test_a_run_whose_output_is_closed_saves_and_ends(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
     """With `python train.py | tee log`, Ctrl-C ends tee as well, and the output has no reader any more."""
     process = start('-c', SLOWLY + RUN, *arguments(tmp_path, tiny_dataset, max_iters=1000))
     wait_for(process, 'iter ')
@@ -242,8 +242,8 @@ def test_a_closed_output_is_a_reason_to_save(start: Start, tmp_path: Path, tiny_
 
 
 @pytest.mark.slow
-def test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwise(tmp_path: Path,
-                                                                                  tiny_dataset: Path) -> None:
+def test_a_run_whose_terminal_is_closed_saves_and_ends_unless_nohup_protects_it(
+        tmp_path: Path, tiny_dataset: Path) -> None:
     """In a real terminal, the session gets SIGHUP, and the output has no reader any more."""
     codes = {}
     for name, command in (('hung up', []), ('nohup', ['nohup'])):
@@ -261,7 +261,7 @@ def test_a_terminal_that_is_closed_is_a_reason_to_save_unless_nohup_says_otherwi
 
 
 @pytest.mark.usefixtures('no_pictures')
-def test_a_run_ends_when_its_time_is_over(tmp_path: Path, tiny_dataset: Path) -> None:
+def test_a_run_ends_when_its_time_is_up(tmp_path: Path, tiny_dataset: Path) -> None:
     with pytest.raises(errors.UserError, match='max_hours') as caught:
         train.main(arguments(tmp_path, tiny_dataset, max_hours=1e-9))
     assert caught.value.code == errors.STOPPED
@@ -395,8 +395,8 @@ model.MLP.forward = hanging
     ('raise ValueError("planted")', [errors.PEER_LOST, 1], 'planted'),
     ('raise RuntimeError("cannot allocate: not enough memory")', [errors.OUT_OF_MEMORY] * 2, '--batch_size=2'),
 ])
-def test_what_ends_one_process_is_said_by_the_others(start: Start, tmp_path: Path, tiny_dataset: Path, error: str,
-                                                     codes: list[int], words: str) -> None:
+def test_the_others_repeat_what_ended_a_process(
+        start: Start, tmp_path: Path, tiny_dataset: Path, error: str, codes: list[int], words: str) -> None:
     both, (printed,) = hang(start, tmp_path, tiny_dataset, error)
     end_of(both[1])
     assert [process.returncode for process in both] == codes, printed
@@ -416,8 +416,8 @@ def test_a_frozen_process_that_keeps_the_store_is_noticed(start: Start, tmp_path
 
 
 @pytest.mark.slow
-def test_two_agents_train_as_one_and_the_loss_of_one_ends_the_job_which_then_goes_on(start: Start, tmp_path: Path,
-                                                                                     tiny_dataset: Path) -> None:
+def test_two_agents_train_as_one_and_a_job_that_lost_an_agent_ends_and_continues(
+        start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
     """Two torchruns find each other by c10d rendezvous. The one that does not keep the store is killed."""
     script = tmp_path / 'slowly.py'
     script.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n{SLOWLY}{RUN}', encoding='utf-8')
@@ -699,9 +699,9 @@ def test_a_run_resumes_elsewhere_from_what_it_has_uploaded(
 
 
 @pytest.mark.usefixtures('no_pictures')
-def test_an_upload_that_fails_is_seen_and_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                                              tiny_dataset: Path,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_upload_that_fails_is_reported_and_does_not_end_the_run(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_dataset: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr('plaingpt.run.upload.PAUSES', (0.01, 0.01))
     (tmp_path / 'file').write_text('in the way', encoding='utf-8')
     url = (tmp_path / 'file/run').as_uri()
@@ -776,7 +776,7 @@ def test_status_has_the_exit_code_though_the_disk_is_full(start: Start, tmp_path
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_deleted_under_a_run_is_made_again(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
+def test_a_run_whose_folder_is_deleted_makes_it_again(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
     process = start('-c', SLOWLY + RUN, *arguments(tmp_path / 'run', tiny_dataset, max_iters=40, sample_interval=8,
                                                    upload_to=(tmp_path / 'elsewhere').as_uri()))
     wait_for(process, 'iter 9')
@@ -883,7 +883,7 @@ def test_no_secret_of_the_environment_is_left_anywhere(start: Start, tmp_path: P
         assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
-def test_a_corpus_that_is_a_pickle_runs_nothing(tmp_path: Path, tiny_dataset: Path) -> None:
+def test_nothing_in_a_pickled_corpus_is_run(tmp_path: Path, tiny_dataset: Path) -> None:
     """Each file of a corpus is replaced by the protocol-0 pickle of a call of os.system."""
     witness = tmp_path / 'it ran'
     evil = f"cos\nsystem\n(S'touch \"{witness}\"'\ntR.".encode()

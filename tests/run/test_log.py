@@ -312,7 +312,7 @@ def test_numbers_are_short() -> None:
     ('NVIDIA GeForce GTX 1080 Ti', 'float16', None),
     ('AMD EPYC 7763', 'float32', None),
 ])
-def test_a_card_is_known_by_its_name(name: str, dtype: str, teraflops: float | None) -> None:
+def test_a_gpu_is_known_by_its_name(name: str, dtype: str, teraflops: float | None) -> None:
     flops = peak_flops(name, dtype)
     assert flops == (None if teraflops is None else pytest.approx(teraflops * 1e12))
 
@@ -327,7 +327,7 @@ def test_peak_memory_counts_what_was_held_once() -> None:
 
 
 @pytest.mark.gpu
-def test_peak_memory_of_a_card_counts_what_was_held_once() -> None:
+def test_peak_memory_of_a_gpu_counts_what_was_held_once() -> None:
     torch = pytest.importorskip('torch')
     torch.cuda.reset_peak_memory_stats()
     held = torch.ones(1 << 26, device='cuda')
