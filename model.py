@@ -66,9 +66,11 @@ class Cache:
     """The keys and values of the tokens that one layer has read, so that they need not be computed again for the next
     token. If there is no room, a new token takes the place of the oldest."""
 
+    mask: Tensor | None = None  # (1, room), True where the next token may look; None: at all that is kept
+
     def __init__(self, room: int) -> None:
         self.room = room  # tokens
-        self.length = 0  # tokens read
+        self.length: int | Tensor = 0  # tokens read
         self.k = self.v = torch.empty(0)  # (B, H, room, D) from the first call on
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,8 +125,9 @@ class Attention(nn.Module):
             k, v = cache.extend(k, v)  # each (B, H, length, D)
         # fast: one kernel for softmax(q @ k^T / sqrt(D)) @ v that never stores the (T, T) table of the plain file;
         # a single query is the newest token, and may look at everything
+        mask = None if cache is None else cache.mask
         dropout = self.dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1, dropout_p=dropout)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.dropout(self.c_proj(y))
 
@@ -175,11 +178,11 @@ class Transformer(nn.Module):
 
     def forward(self, idx: Tensor, caches: list[Cache] | None = None) -> Tensor:  # more: a cache for each layer
         """idx (B, T) -> (B, T, C)"""
-        T = idx.size(1)
-        first = caches[0].length if caches else 0  # more: the position of the first token, if a text is continued
-        block_size = self.wpe.num_embeddings
-        assert first + T <= block_size, f'{first + T} tokens do not fit in a block of {block_size}'
-        x = self.drop(self.wte(idx) + self.wpe.weight[first:first + T])  # (B, T, C)
+        T, block_size = idx.size(1), self.wpe.num_embeddings
+        assert T <= block_size, f'{T} tokens do not fit in a block of {block_size}'
+        # more: the positions of tokens that continue a text
+        positions = caches[0].length + torch.arange(T, device=idx.device) if caches else slice(T)
+        x = self.drop(self.wte(idx) + self.wpe.weight[positions])  # (B, T, C)
         for layer, block in enumerate(self.h):
             if self.recomputes and self.training:  # more: what a block computes is forgotten, and computed twice
                 x = checkpoint(block, x, use_reentrant=False)
@@ -264,6 +267,7 @@ class GPT(nn.Module):
     body: type[Transformer] = Transformer
     cap: float | None = None  # no logit exceeds it
     compiled_nats: Callable[[Tensor, Tensor, float | None], Tensor] | None = None  # if blocks are compiled
+    replay: Callable[[Tensor, list[Cache]], Tensor] | None = None  # the logits of one more token, at one launch
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -357,6 +361,8 @@ class GPT(nn.Module):
         """Return the logits (B, V) of what follows idx (B, T), without dropout. The mode is restored at once: a stream
         may be left at any token, and run beside another one or beside training."""
         if not self.training:
+            if self.replay and caches and caches[0].length:
+                return self.replay(idx, caches)
             return self(idx, logits='last', caches=caches)[0][:, 0]
         self.eval()
         try:

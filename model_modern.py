@@ -23,11 +23,11 @@ def norm(x: Tensor) -> Tensor:
 
 # gain: rotary positions (Su et al. 2021) for a table of them: only the distance of two tokens counts. Half the tokens,
 # with a linear decay and three times the learning rate (record 2)
-def turns_of(first: int, T: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def turns_of(first: int | Tensor, T: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin (T, D/2) of the angles of T positions from `first` on, as precise as `like`, or as float32."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     speeds = 10_000 ** (torch.arange(0, D, 2, device=like.device, dtype=dtype) / -D)  # (D/2,), radians a token
-    angles = torch.arange(first, first + T, device=like.device, dtype=dtype)[:, None] * speeds  # (T, D/2)
+    angles = (first + torch.arange(T, device=like.device, dtype=dtype))[:, None] * speeds  # (T, D/2)
     return angles.cos(), angles.sin()
 
 
@@ -66,9 +66,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, mixed = cache.extend(k, mixed)  # each (B, H, <= length, D)
         # gain: in a text that is longer than the block, a token sees the last block_size tokens (Su et al. 2021)
-        far = 1 - self.block_size
-        band = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(far) if self.block_size < T else None
-        y = F.scaled_dot_product_attention(q, k, mixed, band, is_causal=T > 1 and band is None)  # (B, H, T, D)
+        band = None if T <= self.block_size else x.new_ones(T, T).bool().tril().triu(1 - self.block_size)
+        mask = band if cache is None else cache.mask
+        y = F.scaled_dot_product_attention(q, k, mixed, mask, is_causal=T > 1 and band is None)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.c_proj(y), v  # gain: value residual, -0.021 nats (record 9)
 

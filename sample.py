@@ -30,6 +30,7 @@ from plaingpt.init_from import corpus_of, learned_tokenizer, open_model
 from plaingpt.machines import processes
 from plaingpt.machines.device import name_of, pick_compile, pick_dtype
 from plaingpt.machines.int8 import quantise
+from plaingpt.machines.replay import Replay
 from plaingpt.paths import is_url
 from plaingpt.run import checkpoint
 
@@ -254,6 +255,8 @@ def sample(source: str, prompt: str) -> None:
         console.note(f'not compiled, {why}')
     for block in model.transformer.h if compiles else ():
         block.compile()
+    if process.device.type == 'cuda':
+        model.replay = Replay(model)  # fast: the launches of a token's kernels take longer than the kernels
     if interactive:
         converse(model, ids, vocabulary, process.device)
     else:

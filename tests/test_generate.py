@@ -1,23 +1,30 @@
 """Text from the model: with the cache and without, greedy and drawn, alone and in a batch."""
-from collections.abc import Generator
-from typing import Any
+import math
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig, choose
+import model_modern
+from model import GPT, Cache, GPTConfig, choose
 from plaingpt.chance import draw
+from plaingpt.machines.replay import Replay
+from tests.comparing import ROUNDING
 
+Arch = Literal['gpt2', 'modern']
 BLOCK, V = 16, 61
 
 
 @torch.no_grad()
-def random_gpt(dropout: float = 0.0) -> GPT:
+def random_gpt(dropout: float = 0.0, arch: Arch = 'gpt2') -> GPT:
     """Return a model with parameters large enough that each position and each earlier token matters to what follows.
     The head is not tied, since a random tied one tends to predict the last token again."""
     torch.manual_seed(1)
-    model = GPT(GPTConfig(BLOCK, V, n_layer=3, n_head=4, n_embd=32, dropout=dropout, tie_weights=False))
+    shape = GPTConfig(BLOCK, V, n_layer=3, n_head=4, n_embd=32, dropout=dropout, tie_weights=False)
+    model = GPT(shape) if arch == 'gpt2' else model_modern.GPT(replace(shape, arch=arch, bias=False, shortcuts=True))
     for name, p in model.named_parameters():
         p.normal_(1.0 if 'ln_' in name and name.endswith('weight') else 0.0, 0.3)
     return model.eval()
@@ -37,6 +44,53 @@ def test_cached_and_uncached_write_the_same_tokens_past_the_block(how: dict[str,
     assert torch.equal(cached[:, :T], prompt(B, T))
     assert torch.equal(cached, model.generate(prompt(B, T), 2 * BLOCK, **how, use_cache=False))
     assert len(set(cached[:, T:].flatten().tolist())) > 3, 'one token repeated would prove little'
+
+
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('T', [1, 5, BLOCK - 1, BLOCK, BLOCK + 4])
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_a_cache_of_fixed_shape_gives_the_logits_of_one_that_grows(arch: Arch, T: int,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the work for a token is done anew each time; on a GPU it is recorded once. What a cache has not written yet
+    is NaN."""
+    model = random_gpt(arch=arch)
+    monkeypatch.setattr(Tensor, 'new_empty', lambda x, *shape: x.new_full(shape, math.nan))
+
+    scores, score_next = list[Tensor](), model.score_next
+
+    def noting(idx: Tensor, caches: list[Cache] | None) -> Tensor:
+        scores.append(score_next(idx, caches))
+        return scores[-1]
+
+    monkeypatch.setattr(model, 'score_next', noting)
+
+    def written() -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the logits of each next token and the token, of two texts, each with caches of its own."""
+        for text in range(2):
+            for token in model.stream((prompt(3, T) + text) % V, 2 * BLOCK, temperature=0.8, seed=5):
+                yield scores[-1].clone(), token
+
+    grown = list(written())
+    model.replay = Replay(model)
+    fixed = list(written())
+    assert len(grown) == len(fixed) == 4 * BLOCK
+    for (expected, token), (found, same) in zip(grown, fixed, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+        assert torch.equal(same, token)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_a_gpu_that_replays_its_work_writes_what_it_would_write_without(arch: Arch) -> None:
+    model = random_gpt(arch=arch).cuda().double()
+    replay = Replay(model)
+    ways: list[dict[str, Any]] = [{'temperature': 0.0}, {'temperature': 0.8, 'top_k': 20, 'seed': 5}]
+    for text in range(3):
+        for how in ways:
+            model.replay = None
+            expected = model.generate(((prompt(3, 5) + text) % V).cuda(), 2 * BLOCK, **how)
+            model.replay = replay
+            assert torch.equal(model.generate(((prompt(3, 5) + text) % V).cuda(), 2 * BLOCK, **how), expected)
 
 
 def test_greedy_text_is_the_likeliest_next_token_each_time() -> None:

@@ -11,6 +11,7 @@ says otherwise. Nothing is mapped into memory, and nothing that a file holds is 
 import hashlib
 import os
 import sys
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -119,10 +120,7 @@ class Descriptor:
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, 'number'):
-            os.close(self.number)
+        weakref.finalize(self, os.close, self.number)
 
 
 @lru_cache(OPEN)
