@@ -178,7 +178,8 @@ def group(passages: Iterable[Passage], n_characters: int) -> Iterator[list[Passa
 
 
 class Marks:
-    """Numbers of 64 bits, one for each document, the same for the same text."""
+    """Numbers of 64 bits, one for each document, the same for the same text: by them documents are found that are in
+    both splits."""
 
     def __init__(self) -> None:
         self.numbers = array('Q')
@@ -339,6 +340,7 @@ def set_up_worker(state: dict[str, Any], eot: int | None, keep_empty: bool, eot_
 
 
 def end_with_parent() -> None:
+    """End this process as soon as its parent ends: one that is killed can tell its workers nothing."""
     parent = multiprocessing.parent_process()
     assert parent is not None, 'a worker has a parent'
     parent.join()

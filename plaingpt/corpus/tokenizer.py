@@ -290,7 +290,7 @@ class Tiktoken(Tokenizer):
     def encode_part(self, text: str) -> npt.NDArray[np.uint32]:
         try:
             return self.library.encode_to_numpy(text, disallowed_special=())
-        except BaseException as error:  # a panic of Rust is no Exception, and its class cannot be imported
+        except BaseException as error:  # a panic of Rust is not an Exception, and its class cannot be imported
             if type(error).__name__ != 'PanicException' and not isinstance(error, ValueError):
                 raise
             raise UserError(f"the tokenizer '{self.name}' cannot encode a text of {len(text):,} characters, perhaps a "

@@ -113,7 +113,7 @@ def has_room(library: 'tokenizers.Tokenizer', says: dict[str, Any]) -> bool:
 
 
 def open_json(file: Path, says: dict[str, Any]) -> 'tokenizers.Tokenizer':
-    """Read tokenizer.json. The class that transformers has for GPT-2 takes its vocabulary and its added tokens, but
+    """Read tokenizer.json. The class that transformers has for GPT-2 takes the file's vocabulary and added tokens, but
     cuts words in its own way."""
     library = tokenizer.open_library(file.read_text(encoding='utf-8'))
     if says['is_gpt2']:

@@ -48,7 +48,7 @@ class Learner:
         return checkpoint.Place(self.step, self.windows, self.windows_before, self.tokens)
 
     def count_step(self, n_windows: int) -> None:
-        """Note that one more step is done, in which all processes together have read so many windows."""
+        """Note that one more step is done, in which all processes together have read n_windows."""
         self.step += 1
         self.windows += n_windows
         self.tokens += n_windows * self.raw_model.config.block_size
@@ -93,6 +93,7 @@ class Run:
         """Raise StopAsked, on all processes at once, if any of them was asked to end. Raise what went wrong with the
         last checkpoint, if that is known by now."""
         self.watch.beat(learner.step)
+        # a signal may have reached one process alone, and all must end before the same step
         is_asked = torch.tensor(float(self.stop.is_asked()), device=self.process.device)
         if processes.total(is_asked).item():
             raise StopAsked(self.stop.reason or 'another process')
@@ -129,7 +130,7 @@ class Run:
 
     def save(self, data: Data, learner: Learner, is_best: bool = False) -> None:
         """Begin to write a checkpoint: every process gives its part, and the main one writes while all continue."""
-        self.saver.wait()
+        self.saver.wait()  # so that memory holds one copy of the weights at a time
         weights, moments = strategies.gather(learner.raw_model, learner.optimizer, self.process)
         if not self.process.is_main:
             return

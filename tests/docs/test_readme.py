@@ -334,7 +334,7 @@ FAULTS = {  # the test in tests/ that proves each row of the table of faults
     'SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGQUIT, Ctrl-C':
         'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_continues',
     'a second Ctrl-C': 'test_watch.test_a_second_interrupt_leaves_at_once',
-    'the output has no reader any more, as when Ctrl-C ends `tee` too':
+    'the output no longer has a reader, as when Ctrl-C ends `tee` too':
         'test_watch.test_a_run_whose_output_is_closed_saves_and_ends',
     'the terminal is closed (SIGHUP), without `nohup`':
         'test_watch.test_a_run_whose_terminal_is_closed_saves_and_ends_unless_nohup_protects_it',

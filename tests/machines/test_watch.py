@@ -231,7 +231,7 @@ def test_signals_reach_a_process_that_waits_for_others(start: Start, tmp_path: P
 
 @pytest.mark.slow
 def test_a_run_whose_output_is_closed_saves_and_ends(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
-    """With `python train.py | tee log`, Ctrl-C ends tee as well, and the output has no reader any more."""
+    """With `python train.py | tee log`, Ctrl-C ends tee as well, and the output no longer has a reader."""
     process = start('-c', SLOWLY + RUN, *arguments(tmp_path, tiny_dataset, max_iters=1000))
     wait_for(process, 'iter ')
     assert process.stdout is not None, 'stdout is a pipe'
@@ -244,7 +244,7 @@ def test_a_run_whose_output_is_closed_saves_and_ends(start: Start, tmp_path: Pat
 @pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves_and_ends_unless_nohup_protects_it(
         tmp_path: Path, tiny_dataset: Path) -> None:
-    """In a real terminal, the session gets SIGHUP, and the output has no reader any more."""
+    """In a real terminal, the session gets SIGHUP, and the output no longer has a reader."""
     codes = {}
     for name, command in (('hung up', []), ('nohup', ['nohup'])):
         controller, terminal = pty.openpty()
