@@ -70,7 +70,7 @@ def typed(path: Path, folder: Path | None = None) -> str:
 
 
 def python(folder: Path | None = None) -> str:
-    """Return what to type there for the Python that runs this: its name, if a shell finds it by that, or its path."""
+    """Return what to type there for the Python that runs this: its name, if a shell finds it so, or its path."""
     here = Path(sys.executable)
     for name in ('python', here.name):
         found = shutil.which(name)

@@ -84,7 +84,7 @@ def fetched_ahead(fetch: Callable[[str], str], names: Iterable[str]) -> Iterator
         coming = next(fetched, None)
         while coming:
             path = coming.get()
-            coming = next(fetched, None)
+            coming = next(fetched, None)  # begun before the caller reads this one
             yield path
 
 

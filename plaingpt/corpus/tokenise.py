@@ -57,7 +57,8 @@ def choose_validation(n_documents: int, fraction: float, seed: int) -> Numbers:
     check_fraction(fraction)
     if seed < 0:
         raise UserError(f'--seed={seed}: must be 0 or more', COMMAND)
-    return np.random.default_rng(seed).permutation(n_documents)[:math.ceil(fraction * n_documents)].copy()
+    drawn = np.random.default_rng(seed).permutation(n_documents)
+    return drawn[:math.ceil(fraction * n_documents)].copy()  # a view would keep all of them in memory
 
 
 def split_text(text: str, fraction: float) -> tuple[list[Part], Numbers]:

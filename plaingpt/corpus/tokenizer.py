@@ -201,7 +201,7 @@ class TrainedBPE(Tokenizer):
         library.decoder = tokenizers.decoders.ByteLevel()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
+            vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)  # one id is for the end of a text
         parts = (part for text in texts for whole in parts_of([text]) for part in without_long_words(whole))
         library.train_from_iterator(parts, trainer)
         library.add_special_tokens([END_OF_TEXT])

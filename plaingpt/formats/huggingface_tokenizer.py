@@ -79,7 +79,7 @@ def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
             says |= {name: found[name] for name in names if found.get(name) is not None}
     says['is_gpt2'] = is_in_folder and says.get('tokenizer_class', GPT2_CLASSES[0]) in GPT2_CLASSES
     library = open_json(file, says) if file.is_file() else open_pair(folder, says)
-    library.no_truncation()
+    library.no_truncation()  # a tokenizer.json may ask for both
     library.no_padding()
     add_special(library, says)
     (eot, *more), (bos, *_) = (ids_of(role, says, library) for role in ('eos_token', 'bos_token'))

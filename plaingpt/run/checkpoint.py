@@ -186,7 +186,7 @@ def load_newest(out_dir: Path) -> State:
         except UserError as error:
             complaints.append(str(error))
     advice = f'nothing to continue in {out_dir}: give another --out_dir, or start a run with --init_from=scratch'
-    raise UserError('\n'.join([*complaints[:2], advice]), CHECKPOINT)
+    raise UserError('\n'.join([*complaints[:2], advice]), CHECKPOINT)  # a message has three lines at most
 
 
 def holds_run(folder: Path) -> bool:

@@ -55,7 +55,7 @@ def curve_of(folder: Path) -> str:
     """Return the curve of a run as CSV: some steps, and all evaluations."""
     columns = read_columns(folder / 'metrics.jsonl', COLUMNS)
     steps, tokens = columns['step'], columns['tokens']
-    read_before = np.isfinite(tokens)
+    read_before = np.isfinite(tokens)  # a row of an evaluation alone has none: its neighbours tell how many it would be
     tokens = np.where(read_before, tokens, np.interp(
         steps, np.append(0, steps[read_before] + 1), np.append(0, tokens[read_before])))
     every = math.ceil(read_before.sum() / MOST_ROWS) or 1

@@ -334,7 +334,7 @@ Stop.is_asked = is_asked_later
 
 
 def hang(start: Start, tmp_path: Path, dataset: Path, what: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
-    """Run two processes, of which the second does `what` after two steps; return both, and what the first prints."""
+    """Run two processes; the second does `what` after two steps. Return both, and what the first prints."""
     code = SLOWLY.replace('    time.sleep(0.1)\n', f"""
     global calls
     calls += 1
