@@ -423,6 +423,29 @@ def test_readme_is_read_in_one_sitting() -> None:
     assert len(README.encode()) <= 10_000
 
 
+def test_readme_has_in_order_the_headings_that_a_reader_searches_for() -> None:
+    assert re.findall(r'^##+ (.*)$', README, re.MULTILINE) == [
+        'Understand it', 'Use it', 'Resume', 'Evaluate', 'Export', 'Memory by strategy', 'Exit codes', 'Recipes',
+        'Where things are', 'Coming from nanoGPT', 'Licence and sources']
+
+
+def test_readmes_four_ratios_follow_from_what_was_measured() -> None:
+    lines = re.findall(r'^\|(.*)\|$', PAGES['docs/measured.md'], re.MULTILINE)
+    head, _, *rows = ([cell.strip() for cell in line.split('|')] for line in lines)
+    measured = {row[0].rpartition(', ')[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+    def ratio(what: str, column: str, peer: str) -> float:
+        number, other = (float(measured[what][name].split()[0]) for name in (column, peer))
+        return number / other
+
+    [percent, *_] = re.findall(r'^\| modern / GPT-2 \| +\| (\d+)% ', PAGES['docs/modern.md'], re.MULTILINE)
+    assert [float(row[-1]) for row in tables(README)['on one core of a CPU']] == pytest.approx([
+        ratio('a training step, 124M, 1 x 256 tokens', 'plainGPT, fewer bits', 'nanoGPT'),
+        ratio('most memory in a step, 2 layers, 12 x 1024 tokens', 'plainGPT', 'nanoGPT'),
+        ratio('writing 1 x 64 tokens, gpt2', 'plainGPT, fewer bits', 'transformers'),
+        int(percent) / 100], abs=0.006)
+
+
 def test_pictures_are_small_and_say_what_they_show() -> None:
     pictures = re.findall(r'!\[(.*?)\]\((.*?\.png)\)', README)
     assert {path for _, path in pictures} == {'docs/loss.png', 'docs/xray.png'}
