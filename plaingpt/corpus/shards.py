@@ -195,8 +195,8 @@ def n_tokens_in(splits: dict[str, dict[str, Any]]) -> int:
 
 def cut(results: Iterable[tokenise.Done], source: Source, dtype: np.dtype[Any], shard_size: int,
         meta: dict[str, Any]) -> Generator[Ids, None, None]:
-    """Yield the tokens from the place that `meta` notes on, a few at a time and never beyond the end of a shard. Each
-    time `meta` gets the place after them; the documents of a batch are counted when all its tokens are taken."""
+    """Yield the tokens, beginning at the place that `meta` notes, a few at a time and never beyond the end of a shard.
+    Each time `meta` gets the place after them; the documents of a batch are counted when all its tokens are taken."""
     place = Place(**meta['next'])
     skip, room = place.tokens, shard_size  # tokens that are in a shard already, and that the next one still takes
     before = n_tokens = n_tokens_in(meta['splits'])

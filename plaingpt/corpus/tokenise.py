@@ -179,8 +179,8 @@ def group(passages: Iterable[Passage], n_characters: int) -> Iterator[list[Passa
 
 
 class Marks:
-    """Numbers of 64 bits, one for each document, the same for the same text: by them documents are found that are in
-    both splits."""
+    """Numbers of 64 bits, one for each document, the same for the same text: they tell which documents are in both
+    splits."""
 
     def __init__(self) -> None:
         self.numbers = array('Q')

@@ -242,7 +242,8 @@ def refuse_other_data(state: State, data: dict[str, Any], folder: Path) -> None:
 
 
 def describe(state: State, settings: dict[str, Any]) -> str:
-    """Return in words where a run continues, and which settings have changed; a dtype of 'auto' keeps the last."""
+    """Return in words where a run continues, and which settings have changed. A dtype of 'auto' keeps the previous
+    one."""
     changed = [f'{name}={value} (was {state["config"][name]})' for name, value in settings.items()
                if state['config'].get(name, value) != value and name not in ('init_from', 'overwrite', *SHAPE)
                and (name, value) != ('dtype', 'auto')]

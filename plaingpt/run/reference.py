@@ -29,8 +29,8 @@ class Reference(NamedTuple):
     val_loss: NDArray[np.float64]
 
     def beside(self, steps: NDArray[np.float64], tokens: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-        """Return the points of this curve for the picture of another run, which had read `tokens` after `steps`: after
-        how many of its steps it had read as many tokens as this one, as far as it has come, and this one's losses."""
+        """Return where this curve goes in the picture of another run, which had read `tokens` after `steps`: the steps
+        at which that run had read as many tokens, as far as it has come, and the losses of this curve there."""
         reached = self.tokens <= (tokens[-1] if len(tokens) else 0)
         return np.interp(self.tokens[reached], tokens, steps), self.val_loss[reached]
 
@@ -55,7 +55,7 @@ def curve_of(folder: Path) -> str:
     """Return the curve of a run as CSV: some steps, and all evaluations."""
     columns = read_columns(folder / 'metrics.jsonl', COLUMNS)
     steps, tokens = columns['step'], columns['tokens']
-    read_before = np.isfinite(tokens)  # a row of an evaluation alone has none: its neighbours tell how many it would be
+    read_before = np.isfinite(tokens)  # a row of an evaluation has none, and takes them from its neighbours
     tokens = np.where(read_before, tokens, np.interp(
         steps, np.append(0, steps[read_before] + 1), np.append(0, tokens[read_before])))
     every = math.ceil(read_before.sum() / MOST_ROWS) or 1

@@ -280,6 +280,12 @@ def test_the_commands_do_what_readme_says(clone: Path, tiny_text: str) -> None:
             row = next(row for table in tables(README).values() for row in table if f'`{command}`' in row)
             assert float(measured) == pytest.approx(float(re.findall(r'\d+\.\d+', row[-1])[0]), abs=0.1), command
 
+    listed = set(spans(PAGES['docs/reference.md'].partition('## Files')[2].partition('\n## ')[0]))
+    left = {path.name for folder in ('data/stdlib', 'out-stdlib') for path in (clone / folder).iterdir()
+            if path.is_file()} - {'prepare.py'}
+    assert left - listed == set(), 'docs/reference.md lists the files of a corpus and of a run'
+    assert listed - left == {'data/<name>/', 'out_dir/', 'val_000000.bin', 'train_000001.bin', '.lock', 'requeued.json'}
+
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('gpt2_stand_in')
