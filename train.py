@@ -11,8 +11,9 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -29,7 +30,7 @@ from model import GPT, sum_of_nats
 from plaingpt import console, errors, lock, metrics, muon, sizes, tasks
 from plaingpt.chance import draw
 from plaingpt.check import run_checks
-from plaingpt.corpus.batches import Part, parts_of
+from plaingpt.corpus.batches import Part, parts_of, read_ahead
 from plaingpt.corpus.folder import Data, data_folder, fingerprint, open_split, read_meta
 from plaingpt.corpus.order import Order
 from plaingpt.errors import UserError
@@ -372,10 +373,11 @@ def draw_sample(data: Data, learner: Learner, run: Run) -> None:
 
 
 def micro_batches(data: Data, learner: Learner, run: Run) -> Iterator[Part]:
-    """Yield the micro-batches that this process reads in the next step."""
-    first = 0 if overfit_single_batch else learner.windows - learner.windows_before
-    return parts_of(data.splits['train'], data.order.starts(first, run.work.n_windows), batch_size,
-                    learner.raw_model.config, learner.process)
+    """Yield the micro-batches that this process reads from the next step on, run.work.n_parts for each step."""
+    first, n_windows = learner.windows - learner.windows_before, run.work.n_windows
+    for step in range(run.work.last_step - learner.step):
+        starts = data.order.starts(0 if overfit_single_batch else first + step * n_windows, n_windows)
+        yield from parts_of(data.splits['train'], starts, batch_size, learner.raw_model.config, learner.process)
 
 
 def accumulate_gradient(learner: Learner, parts: Iterable[Part]) -> Tensor:
@@ -394,8 +396,9 @@ def accumulate_gradient(learner: Learner, parts: Iterable[Part]) -> Tensor:
     return loss
 
 
-def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | None) -> None:
-    """Look, learn, look, learn ... until the last step, or until run.heed raises StopAsked."""
+def train(data: Data, learner: Learner, run: Run, parts: Iterator[Part], questions: tasks.InTraining | None) -> None:
+    """Look, learn, look, learn ... until the last step, or until run.heed raises StopAsked. `parts` are the
+    micro-batches of all steps."""
     # more: `train` looks, heeds signals, and skips steps that are not finite
     optimizer, scaler = learner.optimizer, learner.scaler
     while True:
@@ -413,15 +416,15 @@ def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | 
 
         # forward and backward: the gradient of the mean loss over the step's windows, one micro-batch at a time
         run.pace.begin()
-        parts = micro_batches(data, learner, run)
-        shown = console.progress(parts, run.work.n_parts, f'step {learner.step}', 'micro-batches', SLOW, run.log.line)
+        of_step = islice(parts, run.work.n_parts)  # fast: `forward and backward`, while a thread reads what comes next
+        shown = console.progress(of_step, run.work.n_parts, f'step {learner.step}', 'micro-batches', SLOW, run.log.line)
         part_of_loss = accumulate_gradient(learner, shown)
 
         # update
         rate = set_rates(optimizer, learner.step, run.work.decay_steps)
         scaler.unscale_(optimizer)
-        grad_norm = strategies.clip(learner.raw_model.parameters(), grad_clip)  # more: `clip`, if processes share it
-        loss = processes.total(part_of_loss).item()
+        norm = strategies.clip(learner.raw_model.parameters(), grad_clip)  # more: `clip`, if processes share the model
+        loss, grad_norm = run.add_up(part_of_loss, norm)
         if learner.is_sound(loss, grad_norm):
             scaler.step(optimizer)
             learner.skipped_in_a_row = 0
@@ -434,7 +437,7 @@ def train(data: Data, learner: Learner, run: Run, questions: tasks.InTraining | 
         optimizer.zero_grad()
         if learner.skipped_in_a_row == PATIENCE:
             give_up(f'{PATIENCE} steps in a row were skipped, up to step {learner.step}', data, learner,
-                    micro_batches(data, learner, run))
+                    islice(micro_batches(data, learner, run), run.work.n_parts))
         learner.count_step(run.work.n_windows)
         run.watch.tighten()  # from here on, a process that is silent for long is lost
         run.pace.end()
@@ -568,8 +571,10 @@ def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any]
         work = work._replace(last_step=learner.step)
     with open_run(origin, learner, work, watch, stop, record) as run:
         announce(data, origin, learner, run)
+        parts = read_ahead(micro_batches(data, learner, run), process)
         try:
-            train(data, learner, run, questions)
+            with closing(parts):
+                train(data, learner, run, parts, questions)
         except StopAsked as reason:
             stop_early(data, learner, run, origin.is_resumed, reason)
         finish(run)

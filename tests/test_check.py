@@ -276,7 +276,7 @@ def plant_crash(patch: Patch) -> None:
     """Use a name that only the main process has, as in a log line."""
     clip = strategies.clip
 
-    def clip_and_log(*arguments: Any) -> float:
+    def clip_and_log(*arguments: Any) -> Tensor:
         if os.environ.get('RANK', '0') != '0':
             raise NameError("name 'losses' is not defined")
         return clip(*arguments)

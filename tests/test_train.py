@@ -13,6 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +30,7 @@ from plaingpt.corpus import token_files
 from plaingpt.corpus.batches import Part, parts_of
 from plaingpt.corpus.folder import open_split
 from plaingpt.corpus.order import Integers, Order
-from plaingpt.machines import device
+from plaingpt.machines import device, processes
 from plaingpt.machines.device import pick_dtype
 from plaingpt.plan import RunSettings, windows_in_step
 from plaingpt.run import checkpoint, wandb
@@ -551,6 +553,29 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(run: Run, tmp_path: 
         if (tmp_path / name).exists():
             state = checkpoint.load(tmp_path / name)
             assert all(weight.isfinite().all() for weight in state['model'].values()), 'no broken weight was saved'
+
+
+def test_in_a_step_processes_add_up_once_and_a_gpu_is_waited_for_once(
+        run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these ways to a number of Python waits for a GPU that computes it; here they are counted on a CPU."""
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any, **options: Any) -> Any:
+            counts[name] += threading.current_thread() is threading.main_thread()
+            return do(*arguments, **options)
+
+        return counting
+
+    monkeypatch.setattr(processes, 'total', counted('exchanges', processes.total))
+    for way in ('item', 'tolist', 'cpu', 'numpy', '__bool__', '__float__', '__int__', '__index__'):
+        monkeypatch.setattr(torch.Tensor, way, counted('waits', getattr(torch.Tensor, way)))
+    of_runs = []
+    for steps in (3, 8):
+        counts.clear()
+        run(tmp_path / str(steps), max_iters=steps, eval_interval=100)
+        of_runs.append(counts.copy())
+    assert of_runs[1] - of_runs[0] == {'exchanges': 5, 'waits': 5}
 
 
 # ------------------------------------------------------------------------------------------------

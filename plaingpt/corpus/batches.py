@@ -1,6 +1,8 @@
 """Batches: windows of a corpus -> x and y, the tokens that a model reads and those that it should predict."""
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +17,11 @@ from plaingpt.corpus.order import Integers
 from plaingpt.corpus.token_files import Ids, TokenFile
 from plaingpt.corpus.tokenizer import Tokenizer
 from plaingpt.errors import DATA, UserError
-from plaingpt.machines.device import to_device
+from plaingpt.machines.device import make_current, to_device
 from plaingpt.machines.processes import Process
 from plaingpt.paths import matching
+
+AHEAD = 4  # micro-batches that are read before they are needed
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
@@ -86,3 +90,16 @@ def parts_of(corpus: TokenFile, starts: Integers, batch_size: int, config: GPTCo
         x, y = to_device(x, process.device), to_device(y, process.device)
         is_last = number + process.world_size >= rounds * process.world_size
         yield Part(number, is_last, len(in_part) / len(starts), x, y)
+
+
+def read_ahead(parts: Iterator[Part], process: Process) -> Generator[Part]:
+    """Yield the micro-batches in their order, each of which a thread has read while the ones before it were computed.
+    An error in reading one is raised in its place."""
+    with ThreadPoolExecutor(1, 'reader', make_current, (process.device,)) as reader:
+        read = deque(reader.submit(next, parts, None) for _ in range(AHEAD))
+        try:
+            while part := read.popleft().result():
+                read.append(reader.submit(next, parts, None))
+                yield part
+        finally:
+            reader.shutdown(cancel_futures=True)

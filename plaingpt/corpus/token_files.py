@@ -10,7 +10,9 @@ says otherwise. Nothing is mapped into memory, and nothing that a file holds is 
 """
 import hashlib
 import os
+import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +24,7 @@ from plaingpt.errors import DATA, UserError, refusal
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
+OPEN = 128  # files that are kept open: a process may usually open 1024
 END = 4096  # bytes at the head and the tail of a token file that are compared with what its maker wrote
 PIECES = 64  # of as many bytes, whose hash stands for a whole corpus
 HEADER = 1024  # bytes: 256 numbers of 32 bits
@@ -111,9 +114,34 @@ def sample_of(path: Path, n_pieces: int = PIECES) -> str:
     return sha256.hexdigest()
 
 
+class Descriptor:
+    """A file that is open until nothing refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, 'number'):
+            os.close(self.number)
+
+
+@lru_cache(OPEN)
+def descriptor_of(file: 'TokenFile') -> Descriptor:
+    """Return the open file. To open it for each window would take longer than to read it, on a network above all."""
+    return Descriptor(file.path)
+
+
+def read_bytes(file: 'TokenFile', begin: int, count: int) -> npt.NDArray[np.uint8]:
+    """Return as many bytes of a file from `begin` on, or fewer if it ends before. Threads and processes that share the
+    open file do not disturb each other: it has no place where the next one would go on reading."""
+    if sys.platform == 'win32':  # which lacks pread
+        return np.fromfile(file.path, np.uint8, count, offset=begin)
+    return np.frombuffer(os.pread(descriptor_of(file).number, count, begin), np.uint8)
+
+
 class TokenFile:
-    """The tokens of one file. Each read opens it anew: there is no memory map, which would grow with use and end the
-    process if the file shrinks, and nothing that a copy in another process would share."""
+    """The tokens of one file. There is no memory map, which would grow with use and end the process if the file
+    shrinks, and nothing in it that a copy in another process could not use."""
 
     def __init__(self, path: str | Path, dtype: str = '') -> None:
         """Raise UserError if the file is of no family, or its size is not what its header says."""
@@ -145,12 +173,12 @@ class TokenFile:
         first, last = (self.offset + number * self.dtype.itemsize for number in (start, start + count))  # bytes
         begin, end = self.comparison.widen(first, last) if self.comparison else (first, last)
         try:
-            data = np.fromfile(self.path, np.uint8, end - begin, offset=begin)
+            data = read_bytes(self, begin, end - begin)
+            if len(data) < last - begin:
+                left = max(0, self.path.stat().st_size - self.offset) // self.dtype.itemsize
+                raise UserError(f'{self.path} has shrunk: it had {self.n_tokens} tokens, and {left} are left', DATA)
         except OSError as error:
             raise refusal(error, f'{self.path} can no longer be read', DATA) from None
-        if len(data) < last - begin:
-            left = max(0, self.path.stat().st_size - self.offset) // self.dtype.itemsize
-            raise UserError(f'{self.path} has shrunk: it had {self.n_tokens} tokens, and {left} are left', DATA)
         if self.comparison:
             self.comparison.compare(data, begin)
         return data[first - begin:last - begin].view(self.dtype)

@@ -207,6 +207,12 @@ def gpu_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
 
 
+def make_current(device: torch.device) -> None:
+    """Let this thread use a GPU where it names none: each thread begins with the first one."""
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Return a copy on the device. On cuda this process does not wait for it: it queues the copy, as it queues the work
     on it, and continues."""

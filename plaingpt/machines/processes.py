@@ -1,12 +1,15 @@
 """The processes that train together: how they meet and part, sum up and agree."""
+import atexit
 import gc
 import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import configurator
-from plaingpt.errors import STOPPED, UserError
+from plaingpt.errors import DONE, STOPPED, UserError, code_of
 from plaingpt.machines import meeting
 from plaingpt.machines.device import gpu_name, pick_device
 from plaingpt.paths import PACKAGE, STAGES
@@ -103,19 +106,35 @@ def joined(device: str, backend: str = 'auto', deterministic: bool = False, time
            shards: bool = False, offloads: bool = False) -> Iterator[Process]:
     """Yield what `start` returns until the block ends. If it ends well, or to stop, all processes leave together:
     torchrun takes the first one that leaves for a failure, and ends the others."""
-    process, has_failed = start(device, backend, deterministic, timeout, shards, offloads), True
+    process, code = start(device, backend, deterministic, timeout, shards, offloads), DONE
     try:
         yield process
-        has_failed = False
-    except UserError as error:
-        has_failed = error.code != STOPPED
+    except BaseException as error:
+        code = code_of(error)
         raise
     finally:
-        if not has_failed:
+        if code in (DONE, STOPPED):
             with suppress(RuntimeError):
                 wait_for_all(process)
-        if not (has_failed and process.device.type == 'cuda'):  # NCCL might wait for what a lost process owes
+        if code in (DONE, STOPPED) or process.device.type != 'cuda':
             stop()
+        elif dist.is_initialized():
+            atexit.register(end_at_once, code)
+
+
+def end_at_once(code: int) -> None:
+    """End this process without destroying what it holds: NCCL might wait for what a lost process owes."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # it has no reader any more, or is closed
+            stream.flush()
+    os._exit(code)
+
+
+def limit_exchanges(seconds: float) -> None:
+    """Let PyTorch end this process, by SIGABRT, if it waits longer than that for the others. This is the last resort:
+    compiled code may hold the interpreter's lock while it waits for a lost process, and then no thread can end it."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def stop() -> None:

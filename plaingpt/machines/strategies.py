@@ -66,9 +66,9 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
         model.require_backward_grad_sync = on
 
 
-def clip(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """Shorten the gradient, as one vector over all processes, to `limit`. Return the length that it had."""
-    return complete(nn.utils.clip_grad_norm_(parameters, limit or math.inf)).item()
+def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Shorten the gradient, as one vector over all processes, to `limit`. Return the length that it had, a scalar."""
+    return complete(nn.utils.clip_grad_norm_(parameters, limit or math.inf))
 
 
 def is_divided(tensor: Tensor) -> 'TypeGuard[DTensor]':

@@ -13,6 +13,7 @@ import torch.nn as nn
 
 from plaingpt import console
 from plaingpt.errors import CHECK_FAILED, OUT_OF_MEMORY, PEER_LOST, STOPPED, UserError, code_of, is_out_of_memory
+from plaingpt.machines import processes
 from plaingpt.machines.processes import Process
 
 T = TypeVar('T')
@@ -37,6 +38,7 @@ class Watch:
         self.on_end: Callable[[int, str], None] | None = None  # called with an exit code and last words
         self.work, self.step, self.since = 0, 0, time.monotonic()  # how far the main thread is, and since when
         self.beats, self.ended, self.is_done = 0, threading.Event(), False
+        self.is_tight = False  # the first step is done
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.me = f'process {process.rank} (pid {os.getpid()} on {socket.gethostname()})'
         self.parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
@@ -72,8 +74,11 @@ class Watch:
             next(model.parameters()).register_post_accumulate_grad_hook(lambda _: self.beat())
 
     def tighten(self) -> None:
-        """Let `timeout` count from now on: the first step is done, and nearly everything is compiled and connected."""
-        self.limit = self.timeout
+        """Let `timeout` count from now on: the first step is done, and nearly everything is compiled and connected. On
+        GPUs the watch itself may be stopped by what it watches: then PyTorch ends the process, after twice the time."""
+        if not self.is_tight and self.process.device.type == 'cuda':
+            processes.limit_exchanges(2 * self.timeout)
+        self.limit, self.is_tight = self.timeout, True
 
     def rest(self) -> None:
         """End the watch, as the work is done: each process may now take its time, and those that still work do not miss

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from model import GPT
@@ -88,16 +89,28 @@ class Run:
     pace: Pace
     first_loss: float = math.nan  # of the reported steps
     last_loss: float = math.nan
+    is_asked: bool | None = None  # to end, by any process: the last step has told; None: it is to be asked for
 
     def heed(self, learner: Learner) -> None:
         """Raise StopAsked, on all processes at once, if any of them was asked to end. Raise what went wrong with the
         last checkpoint, if that is known by now."""
         self.watch.beat(learner.step)
-        # a signal may have reached one process alone, and all must end before the same step
-        is_asked = torch.tensor(float(self.stop.is_asked()), device=self.process.device)
-        if processes.total(is_asked).item():
+        if self.is_asked is None:
+            self.add_up(torch.zeros((), device=self.process.device))
+        if self.is_asked:
             raise StopAsked(self.stop.reason or 'another process')
+        self.is_asked = None
         self.saver.complain()
+
+    def add_up(self, part_of_loss: Tensor, *others: Tensor) -> list[float]:
+        """Return the loss over all processes, and other scalars that each of them has. Learn with it whether any of
+        them was asked to end: what is exchanged at once, and read at once, makes a GPU wait once in a step."""
+        # a signal may have reached one process alone, and all must end before the same step
+        is_asked = part_of_loss.new_full((), float(self.stop.is_asked()))
+        shared = processes.total(torch.stack([part_of_loss, is_asked]))
+        loss, asked, *numbers = torch.stack([*shared, *(other.to(shared) for other in others)]).tolist()
+        self.is_asked = asked > 0
+        return [loss, *numbers]
 
     def progress(self, learner: Learner) -> Progress:
         """Return a bar for loops, in which they heed requests to stop."""

@@ -6,6 +6,7 @@ import math
 import pickle
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -21,14 +22,15 @@ from model import GPTConfig
 from plaingpt import errors
 from plaingpt.chance import draw
 from plaingpt.corpus import tokenizer
-from plaingpt.corpus.batches import Windows, parts_of, read_batch
+from plaingpt.corpus.batches import AHEAD, Part, Windows, parts_of, read_ahead, read_batch
 from plaingpt.corpus.folder import data_folder, dataset_of, fingerprint, open_split, read_meta
 from plaingpt.corpus.order import Order, fixed_starts, shuffle
 from plaingpt.corpus.token_files import TokenFile
-from plaingpt.errors import DATA
+from plaingpt.errors import DATA, UserError
 from plaingpt.machines import processes
 from plaingpt.paths import CORPORA
 from tests import comparing
+from tests.waiting import wait_until
 
 SMALL = GPTConfig(block_size=16, vocab_size=1 << 16, n_layer=1, n_head=1, n_embd=8)
 
@@ -167,6 +169,34 @@ def test_micro_batches_do_not_depend_on_the_number_of_processes(tmp_path: Path) 
         for rank in range(world_size):
             for part in parts_of(corpus, starts, 2, SMALL, process(rank, world_size)):
                 assert part.number >= 5 or torch.equal(part.x, one[part.number].x)
+
+
+def test_a_thread_reads_ahead_a_little_in_order_and_an_error_is_raised_in_its_place() -> None:
+    read: list[int] = []
+
+    def parts() -> Iterator[Part]:
+        for number in range(9):
+            if number == 7:
+                raise UserError('this one is damaged')
+            assert threading.current_thread().name.startswith('reader')
+            read.append(number)
+            yield Part(number, False, 0.1, torch.empty(0), torch.empty(0))
+
+    def has_read(count: int) -> bool:
+        return len(read) == count
+
+    ready = read_ahead(parts(), process(0, 1))
+    assert read == [], 'nothing is read before a run begins'
+    for number in range(7):
+        assert next(ready).number == number
+        wait_until(partial(has_read, min(7, number + 1 + AHEAD)), 'the reader, which is ahead')
+    with pytest.raises(UserError, match='damaged'):
+        next(ready)
+
+    stopped = read_ahead(parts(), process(0, 1))
+    assert next(stopped).number == 0
+    stopped.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith('reader')], 'the thread has ended'
 
 
 # ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import tiktoken
 
 from plaingpt.corpus.batches import Windows, read_batch
 from plaingpt.corpus.folder import data_folder, fingerprint, open_split, read_meta
-from plaingpt.corpus.token_files import Shards, TokenFile, make_header
+from plaingpt.corpus.token_files import OPEN, Shards, TokenFile, make_header, open_files
 from plaingpt.errors import DATA
 from plaingpt.paths import CORPORA
 from tests import comparing
@@ -220,6 +221,30 @@ def test_a_shard_that_shrinks_while_it_is_read_ends_in_a_message(shards: Path) -
     assert f'{path} has shrunk: it had 40 tokens, and 0 are left' in refused(corpus.read, 55, 20)
     path.unlink()
     assert f'{path} can no longer be read' in refused(corpus.read, 55, 20)
+
+
+def test_a_corpus_that_is_prepared_anew_while_it_is_read_stays_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / 'train.bin'
+    np.arange(4000, dtype='<u2').tofile(path)
+    before = TokenFile(path)
+    assert before.read(0, 2).tolist() == [0, 1]
+    np.arange(9000, 0, -1, dtype='<u2').tofile(tmp_path / 'new.bin')
+    (tmp_path / 'new.bin').replace(path)
+    assert before.read(3000, 3).tolist() == [3000, 3001, 3002], 'its own tokens, at the places that its order knows'
+    assert TokenFile(path).read(0, 2).tolist() == [9000, 8999]
+
+
+def test_of_many_files_few_stay_open_and_each_is_read(tmp_path: Path) -> None:
+    for number in range(3 * OPEN):
+        np.full(4, number, dtype='<u2').tofile(tmp_path / f'x_train_{number:03}.bin')
+    corpus = open_files(sorted(tmp_path.glob('*.bin')), tmp_path)
+    before = len(list(Path('/dev/fd').iterdir()))
+    for _ in range(2):
+        assert corpus.read(0, len(corpus)).tolist() == [number for number in range(3 * OPEN) for _ in range(4)]
+    assert len(list(Path('/dev/fd').iterdir())) <= before + OPEN
+    with ThreadPoolExecutor(8) as readers:  # each at a place of its own
+        found = readers.map(lambda number: corpus.read(4 * number, 4).tolist(), range(3 * OPEN))
+        assert list(found) == [4 * [number] for number in range(3 * OPEN)]
 
 
 def test_missing_splits_say_how_names_decide(shards: Path) -> None:

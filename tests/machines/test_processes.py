@@ -1,6 +1,10 @@
 """The groups that connect the processes of a run on GPUs: the GPUs are emulated, the store at which processes meet is
 real."""
 import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,10 @@ import torch.distributed as dist
 import train
 from plaingpt.machines import processes
 from plaingpt.machines.processes import backend_for
+from plaingpt.machines.watch import Watch
+from tests.waiting import PATIENT
+
+ROOT = Path(__file__).parents[2]
 
 
 class HasBegun(Exception):
@@ -73,3 +81,50 @@ def test_the_group_of_several_processes_is_bound_to_the_gpu_of_each(
     process = processes.start('cuda', asked, timeout=60, offloads=offloads)
     assert process.device == torch.device('cuda', 1)
     assert groups == [expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('error', 'code'), [('errors.UserError("it is gone", 5)', 5), ('NameError("losses")', 1)])
+def test_a_process_that_fails_on_a_gpu_ends_without_what_would_wait_for_its_peers(error: str, code: int) -> None:
+    """The GPU is a name here, and the group one of gloo; what waits for ever stands for NCCL at the interpreter's
+    end."""
+    script = f"""
+import atexit, time, torch, torch.distributed as dist
+from plaingpt import errors
+from plaingpt.machines import processes
+atexit.register(time.sleep, {PATIENT})
+def start(*_):
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    return processes.Process(0, 1, torch.device('cuda', 0), '')
+def main(_):
+    with processes.joined('cuda'):
+        print('a word that is still in its buffer')
+        raise {error}
+processes.start = start
+errors.run(main)
+"""
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, encoding='utf-8',
+                          timeout=PATIENT / 2)
+    assert done.returncode == code
+    assert done.stdout == 'a word that is still in its buffer\n'
+    assert 'it is gone' in done.stderr or 'NameError: losses' in done.stderr
+
+
+def test_after_the_first_step_a_gpu_waits_for_others_twice_the_timeout_and_no_longer() -> None:
+    """The group is one of gloo, which takes a limit as NCCL does."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(hours=1))
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+
+        def limit() -> timedelta:
+            return group._get_backend(torch.device('cpu')).options._timeout
+
+        for kind, expected in (('cpu', timedelta(hours=1)), ('cuda', timedelta(minutes=10))):
+            watch = Watch(processes.Process(0, 2, torch.device(kind), ''), start_timeout=1800, timeout=300)
+            assert limit() == timedelta(hours=1), 'until the first step is done'
+            watch.tighten()
+            watch.tighten()
+            assert (limit(), watch.limit) == (expected, 300)
+    finally:
+        dist.destroy_process_group()
