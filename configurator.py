@@ -319,7 +319,7 @@ def calculate(function: Callable[..., Any], values: list[Any], where: str) -> An
     except (ArithmeticError, TypeError, ValueError) as error:
         raise UserError(f'{where}: {error}') from None
     if isinstance(result, complex) or (len(result) > LONGEST if isinstance(result, str) else abs(result) >= LARGEST):
-        raise UserError(f'{where}: the result is too large, or no number')
+        raise UserError(f'{where}: the result is too large, or not a number')
     return result
 
 

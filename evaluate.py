@@ -1,5 +1,5 @@
 """
-How good a model is: loss, perplexity, accuracy and bits per byte on a corpus, HellaSwag, LAMBADA.
+Measure how good a model is: loss, perplexity, accuracy and bits per byte on a corpus, HellaSwag, LAMBADA.
 
     python evaluate.py --out_dir=out-stdlib                          the newest checkpoint of a run, on its own corpus
     python evaluate.py --init_from='out/ckpt*.pt' --tasks=hellaswag  several, one below the other

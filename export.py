@@ -104,7 +104,7 @@ FORMATS = {
 
 
 def open_source() -> Exported:
-    """Return the model that the settings name; what they say about it counts before what its file says."""
+    """Return the model that the settings name; what they say about it takes precedence over what its file says."""
     source = init_from or out_dir
     model, state = open_model(source, answers={name: value for name, value in
                                                (('n_head', n_head), ('gelu', gelu)) if value})

@@ -117,7 +117,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Zero, where a layer adds to the residual stream and in the head: at first all tokens are equally likely."""
+        """Zero what is added to the residual stream, and the head: at first all tokens are equally likely."""
         for name, p in self.named_parameters():
             if name.endswith(('c_proj.weight', 'lm_head.weight')):
                 p.zero_()
@@ -138,7 +138,7 @@ class GPT(nn.Module):
 
 
 def muon(p: Tensor, gradient: Tensor, mean: Tensor, lr: float, decay: float, momentum: float) -> tuple[Tensor, Tensor]:
-    """The matrix p (m, n) after one step of Muon, and the new mean of its gradients, which was 0 at first."""
+    """Return the matrix p (m, n) after one step of Muon, and the new mean of its gradients, which was 0 at first."""
     mean = momentum * mean + (1 - momentum) * gradient
     x = (1 - momentum) * gradient + momentum * mean  # a look ahead (Nesterov)
     x = x / (torch.sqrt((x**2).sum()) + 1e-7)  # no singular value is above 1

@@ -69,7 +69,7 @@ def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, lr: float, deca
 
 
 def train(model: GPT, corpus: token_files.TokenFile) -> list[float]:
-    """Update the model's weights max_iters times. Returns the loss of each step, in nats per token."""
+    """Update the model's weights max_iters times. Return the loss of each step, in nats per token."""
     n_windows = total_batch_size // block_size
     order = Order(len(corpus), block_size, seed)
     parameters: list[Tensor] = list(model.parameters())

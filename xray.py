@@ -30,7 +30,7 @@ from plaingpt.run.checkpoint import State
 init_from: str = ''  # a checkpoint file, a run's folder, a Hugging Face folder, 'gpt2*'; '' is out_dir
 out_dir: str = 'out'  # of the run
 text: str = 'import os\n\n\ndef read_lines(path):\n    with open(path) as file:\n        return file.readlines()\n'
-top: int = 5  # of the likeliest tokens, so many are shown
+top: int = 5  # how many of the likeliest tokens are shown
 html: str = 'xray.html'  # the page, a file; '' writes none
 # ------------------------------------------------------------------------------------------------
 
@@ -40,14 +40,14 @@ NATS_OF_SHADE = 1.5
 
 
 def most_tokens(n_heads: int) -> int:
-    """Return of how many tokens the pictures of all heads fit into a page: each has the square of that number of cells,
-    and is as large as some 450 of them beside these."""
+    """Return for how many tokens the pictures of all heads fit into a page. A picture has the square of that number of
+    cells, and all else about it takes the room of some 450 more."""
     return min(MOST_TOKENS, int(math.sqrt(max(16, (MOST_TOKENS**2 + 450) * 144 / max(1, n_heads) - 450))))
 
 
 def read(vocabulary: Tokenizer, block_size: int, n_heads: int, is_given: bool) -> list[int]:
-    """Return the ids of the text, after the one that begins a document, if there is one. A text that was not given is
-    shortened as need be."""
+    """Return the ids of the text, after the one that begins a document, if there is one. The default text is
+    shortened if need be."""
     ids = vocabulary.encode_prompt(text)
     start = [] if vocabulary.bos is None or ids[:1] == [vocabulary.bos] else [vocabulary.bos]
     fit = most_tokens(n_heads)
@@ -64,7 +64,7 @@ def read(vocabulary: Tokenizer, block_size: int, n_heads: int, is_given: bool) -
 
 
 def see(model: GPT, state: State, vocabulary: Tokenizer, ids: list[int]) -> Xray:
-    """Let the model read the ids."""
+    """Return what the model makes of the ids."""
     lens, tables = look(model.eval(), torch.tensor([ids]))
     c = model.config
     steps = f', after {state["iter_num"]:,} steps' if 'iter_num' in state else ''

@@ -1,7 +1,7 @@
 """
-The decision whether a Slurm job that has lost a process starts again: one that ended with code 8, or with 128 + n if
-signal n has killed a process. It does if the run has come further than at its last such end, and three times even if it
-has not. Exit code 0 means yes.
+Decide whether a Slurm job that has lost a process starts again: one that ended with code 8, or with 128 + n if signal n
+has killed a process. It does if the run has come further than at its last such end, and three times even if it has not.
+Exit code 0 means yes.
 
     python launch/requeue.py CODE [the arguments of train.py]
 """

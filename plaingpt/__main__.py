@@ -30,7 +30,7 @@ def start(args: list[str]) -> None:
     n_words = 2 if args[0] == 'prepare' else 1
     words = ' '.join(args[:n_words])
     if words not in (known := scripts()):
-        raise errors.UserError(f'plaingpt {words}: there is no such stage; there are {", ".join(known)}')
+        raise errors.UserError(f'plaingpt {words}: there is no such stage; the stages are {", ".join(known)}')
     sys.argv = [known[words], *args[n_words:]]
     sys.path.insert(0, str(STAGES))
     runpy.run_path(known[words], run_name='__main__')

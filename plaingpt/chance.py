@@ -18,6 +18,6 @@ def mix(x: Bits) -> Bits:
 def draw(*key: int) -> int:
     """Return a 63-bit number that depends on nothing but the key."""
     state = 0
-    for number in key:
+    for number in key:  # plus splitmix64's own constant, without which mix would leave 0 as it is
         state = mix(state + number + 0x9E3779B97F4A7C15 & MASK)
-    return state >> 1
+    return state >> 1  # a signed integer holds it

@@ -38,7 +38,7 @@ NEAR = 0.5  # nats between the loss of new weights and the expected one
 SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # nats by which rounding may change a loss
 LEARNED = 0.5  # of the first loss: overfitting one window gets below this
 STEPS = 200  # at most, to get there
-WAKING = 2  # steps after which no matrix is 0 any more
+WAKING = 2  # steps after which no matrix is 0
 STILL = 10  # steps after which a loss that has not come down at all never will
 
 
@@ -92,8 +92,8 @@ class Trial:
         optimizer.zero_grad()
 
     def wake(self) -> None:
-        """Learn until no matrix is 0 any more. The modern model begins with some that are, and what they multiply has
-        no effect and no gradient: its head learns in the first step, and what the head sees in the second."""
+        """Learn until no matrix is 0. The modern model begins with some that are, and what they multiply has no effect
+        and no gradient: its head learns in the first step, and what the head sees in the second."""
         for step in range(WAKING + 10 * self.learner.scaler.is_enabled()):  # float16 moves nothing at first
             if all(strategies.complete(p.detach()).any() for p in self.model.parameters() if p.dim() > 1):
                 return
@@ -119,7 +119,7 @@ def names(found: list[str]) -> str:
 
 
 def prints(model: GPT) -> Tensor:
-    """Return two sums for each parameter, (P, 2) in float64: they change with nearly any change of it."""
+    """Return two sums for each parameter, (P, 2) in float64: they change with nearly every change to it."""
     rows = []
     for p in model.parameters():
         numbers = strategies.complete(p.detach()).cpu()
@@ -132,8 +132,8 @@ def prints(model: GPT) -> Tensor:
 
 
 def ids(trial: Trial) -> Result:
-    """Check that the model's table has a row for each id, which fails if the corpus is damaged or of another tokenizer.
-    Show some text, too: if the tokenizer is the wrong one, it cannot be read. Look at it!"""
+    """Check that the model's table has a row for each id, which fails if the corpus is damaged, or made with
+    another tokenizer. Show some text, too: if the tokenizer is the wrong one, it cannot be read. Look at it!"""
     largest = max(int(corpus.read(0, min(SCANNED, len(corpus))).max()) for corpus in trial.data.splits.values())
     shift = bool((trial.part.x[:, 1:] == trial.part.y[:, :-1]).all())  # y is what comes next
     text = trial.data.tokenizer.decode(trial.part.x[0].tolist())[:40] if trial.data.tokenizer else ''
@@ -221,7 +221,7 @@ def gradient(trial: Trial) -> Result:
 
 def update(trial: Trial) -> Result:
     """Check that a step moves every parameter: an optimizer that was built before the model was divided updates tensors
-    that the model does not use any more."""
+    that the model no longer uses."""
     if trial.is_stuck:
         return Result('update', None, 'there is no gradient')
     before = prints(trial.model)
@@ -275,7 +275,7 @@ def saved(trial: Trial) -> Result:
         after = trial.loss(Predictor(loaded, trial.config, trial.process, trial.learner.compute, batch_size=1))
     is_same = abs(before - after) <= SAME[trial.learner.compute.dtype] * max(1.0, before)
     return Result('checkpoint', is_same, f'loss {before:.6f} before it was saved, and {after:.6f} after it was loaded',
-                  'something that the model computes with is no parameter: make it one, or derive it from GPTConfig')
+                  'something that the model computes with is not a parameter: make it one, or derive it from GPTConfig')
 
 
 CHECKS = (ids, initial_loss, causality, nonlinearity, evaluation, gradient, update, same_weights, overfit, saved)
@@ -291,7 +291,7 @@ def run_checks(data: Data, learner: Learner, is_new: bool, backward: Backward, s
     with learner.compute.eager():  # compiled, it is the same function
         for check in CHECKS:
             if check is causality:
-                trial.wake()
+                trial.wake()  # zeros would hide what the checks from here on look at
             result = check(trial)
             has_failed = torch.tensor(float(result.has_passed is False), device=process.device)
             n_failed = processes.total(has_failed).item()

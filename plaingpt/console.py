@@ -23,8 +23,8 @@ LONGEST = 1000  # characters in a line of a message: it may be a command with lo
 def iter_line(
     step: int, loss: float, ms: float, mfu: float | None, lr: float, norm: float | None, tokens_per_second: float
 ) -> str:
-    """Return nanoGPT's line, which people parse, and after it what that lacks. mfu is a fraction; None leaves it out.
-    """
+    """Return nanoGPT's line, which people's scripts parse, and after it what nanoGPT's lacks. mfu is a fraction; None
+    leaves it out."""
     parts = [f'iter {step}: loss {loss:.4f}', f'time {ms:.2f}ms']
     if mfu is not None:
         parts.append(f'mfu {100 * mfu:.2f}%')
@@ -107,7 +107,7 @@ def last_words(text: str) -> None:
 
 
 def write(text: str, to: TextIO | None) -> None:
-    """Write what this console can show; nothing if it is closed. Raise BrokenPipeError if it has no reader any more."""
+    """Write what this console can show; nothing if it is closed. Raise BrokenPipeError if it no longer has a reader."""
     if to is not None:
         put(printable(text, to.encoding or 'utf-8'), to)
 
@@ -122,14 +122,14 @@ def put(text: str, to: TextIO) -> None:
 
 
 def say_shaded(parts: Iterable[tuple[str, int | None]]) -> None:
-    """Print texts one after the other in black, each on the background that is its number among a terminal's 256
-    colours; in plain letters if stdout is no terminal, or its user wants no colours (no-color.org)."""
+    """Print texts one after the other in black, each on the background that has its number among a terminal's 256
+    colours; in plain letters if stdout is not a terminal, or the user wants no colours (no-color.org)."""
     has_colours = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
     for text, colour in (*parts, ('\n', None)):
         text = printable(text, sys.stdout.encoding)
         if has_colours and colour is not None:
             before, after = f'\x1b[38;5;16;48;5;{colour}m', '\x1b[0m'
-            # each line ends its own colour, which would else reach to the edge of the terminal
+            # each line ends its own colour, which would otherwise reach to the edge of the terminal
             text = before + text.replace('\n', f'{after}\n{before}') + after
         put(text, sys.stdout)
 
@@ -169,7 +169,7 @@ def message(text: str) -> str:
 
 class Progress(AbstractContextManager['Progress']):
     """The progress of long work, shown by the main process: a bar on a terminal, elsewhere a line every PLAIN_SECONDS,
-    and the first of either after `delay` seconds. The time left is judged by the work done since the first update."""
+    and the first of either after `delay` seconds. The time left is estimated from the work since the first update."""
 
     def __init__(self, total: int, label: str, unit: str, delay: float = 0.0, say: Callable[[str], None] = say) -> None:
         self.total, self.label, self.unit, self.say = total, label, unit, say

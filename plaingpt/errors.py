@@ -23,7 +23,7 @@ DISK_FULL = 7
 PEER_LOST = 8  # another process is lost, cannot be reached, or owns the folder: run the same command again
 STOPPED = 75  # stopped after saving: run the same command again
 INTERRUPTED = 130  # Ctrl-C, as shells count it
-BROKEN_PIPE = 141  # the output has no reader any more, as shells count it
+BROKEN_PIPE = 141  # the output no longer has a reader, as shells count it
 
 REQUIREMENTS = STAGES / 'requirements.txt'
 ALL_GPUS = '-m torch.distributed.run --standalone --nproc_per_node=gpu'  # torchrun, which need not be on the PATH
@@ -50,8 +50,8 @@ SYSTEM = {  # refusals of the system: what each means, and what to do
 
 
 class UserError(ValueError):
-    """A mistake that its message helps the user to repair: what is wrong, where, and what to type next, in at most
-    three lines."""
+    """A mistake of the user's, with a message that helps to repair it: what is wrong, where, and what to type next, in
+    at most three lines."""
 
     def __init__(self, message: str, code: int = COMMAND) -> None:
         super().__init__(console.message(message))
@@ -70,7 +70,7 @@ def typed(path: Path, folder: Path | None = None) -> str:
 
 
 def python(folder: Path | None = None) -> str:
-    """Return what to type there for the Python that runs this: its name, if a shell finds it by that, or its path."""
+    """Return what to type there for the Python that runs this: its name, if a shell finds it so, or its path."""
     here = Path(sys.executable)
     for name in ('python', here.name):
         found = shutil.which(name)
@@ -206,5 +206,5 @@ def leave(message: str, code: int) -> NoReturn:
 
 
 def drop(stream: TextIO) -> None:
-    """Discard output that has no reader any more, and what is left in its buffer."""
+    """Discard output that no longer has a reader, and what is left in its buffer."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -47,7 +47,7 @@ def written_whole(path: str | Path, is_shared: bool = False) -> Iterator[Buffere
                 yield file
                 put_on_disk(file)
             temporary.replace(path)
-        put_names_on_disk(path.parent)
+        put_names_on_disk(path.parent)  # or else a power cut could undo the renaming
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
@@ -68,7 +68,7 @@ def overwrite(path: Path, content: bytes, room: int) -> None:
 
 @contextmanager
 def appended(path: Path) -> Iterator[BufferedWriter]:
-    """Yield the file to append to; make its folder if that is gone."""
+    """Yield the file to append to; make its folder if that is missing."""
     with about(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'ab') as file:
@@ -99,7 +99,7 @@ def put_names_on_disk(folder: Path) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Give the file at `path` a second name, in place of any file that had it; copy it if the file system knows no
+    """Give the file at `path` a second name, in place of any file that had it; copy it if the file system has no
     links. If neither works, raise OSError and change nothing."""
     temporary = name.with_name(name.name + UNFINISHED)
     temporary.unlink(missing_ok=True)
@@ -118,5 +118,5 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding='utf-8'))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # the last one: of endless brackets
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # the last one: for endless brackets
         return None

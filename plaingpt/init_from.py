@@ -45,7 +45,8 @@ def open_model(where: str, dropout: float = 0.0, answers: dict[str, Any] | None 
         model = gpt_class(config).from_weights(config, weights)
         return model, huggingface.read_origin(path) or huggingface_tokenizer.read(where)
     else:
-        raise UserError(f'{where!r} is no checkpoint, run, Hugging Face folder or name of a GPT-2', CHECKPOINT)
+        raise UserError(f'{where!r} is not a checkpoint, a run, a Hugging Face folder or the name of a GPT-2',
+                        CHECKPOINT)
     return checkpoint.model_of(state, dropout), state
 
 
@@ -80,7 +81,7 @@ class ModelSettings:
 
     @property
     def answers(self) -> dict[str, Any]:
-        """Return what the user says about a foreign checkpoint that may not say it itself."""
+        """Return what the user says about a foreign checkpoint, which may not say it itself."""
         return {name: getattr(self, name) for name in self.given & {'n_head', 'gelu'}}
 
     @property
@@ -144,7 +145,7 @@ def find_run(run: Path, settings: ModelSettings, process: Process) -> State:
     """Return the newest checkpoint in the folder of a run, which is fetched first if it was uploaded from another
     machine. If there is none, return {} for 'auto', and raise UserError for 'resume'. Raise it in all processes, too,
     if they find different ones."""
-    if process.local_rank == 0:
+    if process.local_rank == 0:  # the others of this machine find what it has fetched
         checkpoint.fetch_run(run, settings.upload_to)
     processes.wait_for_all(process)
     state, error = State(), None
@@ -154,7 +155,7 @@ def find_run(run: Path, settings: ModelSettings, process: Process) -> State:
         except UserError as caught:
             error = caught
     processes.refuse_difference(process, {'checkpoint of step': state.get('iter_num')}, NOT_SHARED)
-    if error:
+    if error:  # raised only now: every process must have reached the comparison
         raise error
     return state
 
@@ -183,9 +184,10 @@ def learned_tokenizer(state: State, vocab_size: int, folder: Path, is_of_corpus:
 
 def learned_reference(state: State, vocab_size: int, folder: Path, is_of_corpus: bool = False) -> dict[str, Any]:
     """Return the tokenizer that a model of vocab_size ids has learned, in the form of `Tokenizer.state()` or of
-    `reference()`: that of its checkpoint. If the checkpoint has none, it is that of the corpus in `folder`, if there is
-    one, and if the caller knows that it `is_of_corpus`, or the run was one of this project, for which the tokenizer's
-    files were not available, or the model has another number of ids than GPT-2. Else it is GPT-2's."""
+    `reference()`: that of its checkpoint. If the checkpoint has none, it is that of the corpus in `folder`, provided
+    that there is one and that one of these holds: the caller knows that it `is_of_corpus`; the run was this project's,
+    and the tokenizer's files were not available to it; the model's number of ids is not GPT-2's. Otherwise it is
+    GPT-2's."""
     if state.get('tokenizer'):
         return dict(state['tokenizer'])
     is_known = is_of_corpus or bool(state.get('data'))

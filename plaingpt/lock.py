@@ -1,5 +1,5 @@
 """A lock with which one process at a time owns a folder and writes to it: it locks a file there, and the lock ends with
-the process, however that ends. If the file system knows no locks, the owner touches the file every few seconds."""
+the process, however that ends. If the file system has no locks, the owner touches the file every few seconds."""
 import errno
 import json
 import os

@@ -60,7 +60,7 @@ def evaluate(predict: Predictor, corpus: TokenFile, n_windows: int, token_sizes:
     def measure_batch(number: int) -> Tensor:
         in_batch = starts[number * batch_size:(number + 1) * batch_size]
         x, y = read_batch(corpus, in_batch, T, batch_size, predict.config.vocab_size)
-        y[n_whole - number * batch_size:, :T - n_left] = -1
+        y[n_whole - number * batch_size:, :T - n_left] = -1  # what the last window repeats
         sums = sums_of(predict(x), to_device(y, predict.process.device), sizes)
         names[:] = sums
         return torch.stack(list(sums.values()))
@@ -82,10 +82,11 @@ def sums_of(logits: Tensor, y: Tensor, sizes: Tensor) -> dict[str, Tensor]:
         'nats': nats,
         'bits': nats / math.log(2),
         'right': logits.argmax(dim=-1) == targets,
-        'bytes': sizes[targets.clamp(0, len(sizes) - 1)],
+        'bytes': sizes[targets.clamp(0, len(sizes) - 1)],  # a target of -1 must look up something, too
         'tokens': torch.ones_like(nats),
     }
     table = torch.stack([numbers.to(nats.dtype) for numbers in of_tokens.values()])  # (sums, N)
+    # in float64, so that a long sum loses no small terms; on the CPU, as mps has no float64
     totals = torch.where(targets >= 0, table, 0.0).cpu().double().sum(dim=1)
     is_whole = (y >= 0).all(dim=1)  # (B,)
     windows = (nats.view(y.shape).mean(dim=1) * is_whole).cpu().double()  # (B,)

@@ -51,7 +51,9 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: object = None) -> Any:
+        """Update all weights: those of AdamW's groups by AdamW, the others by Muon."""
         self.adamw.step()
+        # by shape: all matrices of one shape are orthogonalised at once
         alike = defaultdict[torch.Size, list[tuple[nn.Parameter, dict[str, Any]]]](list)
         for group in self.param_groups:
             for p in group['params'] if 'parts' in group else ():
@@ -62,6 +64,7 @@ class Muon(Optimizer):
             new = orthogonalise(torch.cat(directions), self.dtype or directions[0].dtype)
             for (p, group), update in zip(weights, new.split([len(part) for part in directions]), strict=True):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
+                # a tall matrix spreads a vector of the same length over more channels: longer steps make up for it
                 rate = group['lr'] * math.sqrt(max(1, rows / columns))
                 p.sub_(strategies.shard_like(update.reshape(p.shape), p), alpha=rate)
 

@@ -59,7 +59,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -
 
 
 def percent(share: float) -> str:
-    """0.9312 as 93 %, 0.0123 as 1.2 %, and 0.00123 as 0.12 %."""
+    """Return 0.9312 as 93 %, 0.0123 as 1.2 %, and 0.00123 as 0.12 %."""
     digits = 0 if share >= 0.0995 else 1 if share >= 0.00995 else 2
     return f'{100 * share:.{digits}f} %' if share >= 5e-5 else '<0.01 %' if share else '0 %'
 

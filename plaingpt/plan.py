@@ -39,6 +39,7 @@ GPT2_SIZED = 100e6  # parameters
 MOST_WINDOWS = 2**24  # in a step: each process keeps their numbers in memory
 Grouping = Callable[[GPT], list[dict[str, Any]]]  # the parameter groups of an optimizer
 ANY_STEP = sys.maxsize  # if no epoch ends the run
+RANK_BYTES = 36  # that a checkpoint takes for each token of a published vocabulary
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, 
 
 
 def amount(settings: RunSettings, block_size: int, epoch: int, world_size: int, place: checkpoint.Place) -> Work:
-    """Return the work of a run that continues from a place. `epoch` is its number of windows, 0 if that is not
-    known."""
+    """Return the work of a run that continues from a place. `epoch` is the number of windows in an epoch, 0 if that
+    is not known."""
     n_windows = windows_in_step(settings.total_batch_size, settings.gradient_accumulation_steps, settings.batch_size,
                                 block_size)
     n_parts = math.ceil(n_windows / (settings.batch_size * world_size))
@@ -112,13 +113,13 @@ def look_at(dataset: str) -> Corpus:
     except UserError as error:
         if error.code != DATA:
             raise
-        return Corpus({}, 50257, 36 * 50257, f'{str(error).splitlines()[0]}: its epochs are not known, and its '
-                                             "vocabulary is taken to be GPT-2's")
+        line = f"{str(error).splitlines()[0]}: its epochs are not known, and its vocabulary is taken to be GPT-2's"
+        return Corpus({}, 50257, RANK_BYTES * 50257, line)
     reference = json.dumps(meta['tokenizer'], ensure_ascii=False).encode(errors='replace')
     is_named = meta['tokenizer'].keys() == {'name'} and meta['tokenizer']['name'] != 'byte'  # the file has all of it
     train, val = (f'{prints[split]["tokens"]:,}' for split in ('train', 'val'))
     line = f'{folder}: {train} tokens to train on, {val} to validate, {meta["vocab_size"]} ids'
-    return Corpus(prints, meta['vocab_size'], 36 * meta['vocab_size'] if is_named else len(reference), line)
+    return Corpus(prints, meta['vocab_size'], RANK_BYTES * meta['vocab_size'] if is_named else len(reference), line)
 
 
 def shape_of(settings: RunSettings, n_vocab: int) -> tuple[GPTConfig, checkpoint.State]:
@@ -255,7 +256,7 @@ def about_time(plan: Plan) -> Iterator[str]:
         yield row(gpu, size(memory), *(duration(seconds / n) if need <= memory else 'too small'
                                        for n, need in needs.items()))
     yield (f'an estimate, for GPUs that do {UTILISATION:.0%} of the FLOP/s that they promise: small models and small '
-           'batches do less\nthe mfu that a run prints is measured, and better than it')
+           'batches do less\nthe mfu that a run prints is measured, and more reliable')
 
 
 def warnings(plan: Plan) -> list[str]:
@@ -279,7 +280,7 @@ def warnings(plan: Plan) -> list[str]:
         f' at a time; try --total_batch_size={GPT2_STEP // config.block_size * config.block_size}':
             is_new and n >= GPT2_SIZED and step < GPT2_STEP / 4,
         f'{work.n_windows} windows do not fill {work.n_parts} x {plan.world_size} micro-batches of '
-        f'{settings.batch_size}: {1 - work.n_windows / filled:.0%} of the time is spent on nothing':
+        f'{settings.batch_size}: {1 - work.n_windows / filled:.0%} of the time is wasted':
             filled > work.n_windows,
         f'the warm-up, {settings.warmup_iters:,} steps, is not over when the run ends, at {work.last_step:,}: lower it':
             settings.decay_lr and not is_warm,
@@ -295,7 +296,7 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def describe(settings: RunSettings, grouped: Grouping, world_size: int) -> Iterator[str]:
-    """Yield the lines of a plan for so many processes."""
+    """Yield the lines of a plan for `world_size` processes."""
     corpus = look_at(settings.dataset)
     config, state = shape_of(settings, corpus.n_vocab)
     n_tokens = corpus.prints['train']['tokens'] if corpus.prints else 0

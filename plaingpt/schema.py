@@ -69,6 +69,7 @@ def faults(value: Any, shape: Any, name: str) -> Iterator[str]:
             yield from faults(part, of, f'{name}[{number}]')
     elif isinstance(shape, tuple):
         if not any(fits(value, one) for one in shape):
+            # the shape of the same kind tells best which part is wrong
             alike = (one for one in shape if isinstance(one, dict) and isinstance(value, dict))
             yield from faults(value, next(alike, set()), name)
     elif not is_one(value, shape):

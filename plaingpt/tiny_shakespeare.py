@@ -25,7 +25,7 @@ def prepare(path: str, folder: Path, spec: str, usual: str, config: str) -> None
     parts, validation = tokenise.split_text(text, 0.1)
     encoder = encoder_for(spec, lambda: tokenise.build_tokenizer(spec, parts, validation, eot=False))
     tokenise.write_corpus(folder, tokenise.Packer(encoder, eot=None), parts, validation, NAME)
-    dataset = config.partition('_')[2]
+    dataset = config.partition('_')[2]  # train_shakespeare_char trains on shakespeare_char
     run = f'out-{dataset.replace("_", "-")}'
     steps = next_steps(folder, config, dataset, run) if spec == usual else next_steps(
         folder, 'train_stdlib', 'stdlib', 'out-stdlib', run)

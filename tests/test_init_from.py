@@ -65,7 +65,7 @@ def test_a_model_is_opened_with_the_numbers_that_were_saved(tmp_path: Path) -> N
         assert (opened.config.dropout, state['iter_num']) == (0.25, 0)
         assert all(torch.equal(p, model.state_dict()[key]) for key, p in opened.state_dict().items())
     message = refused(open_model, str(tmp_path / 'nothing'), code=errors.CHECKPOINT)
-    assert 'is no checkpoint, run, Hugging Face folder or name of a GPT-2' in message
+    assert 'is not a checkpoint, a run, a Hugging Face folder or the name of a GPT-2' in message
 
 
 def test_damaged_weights_end_every_stage_in_a_line(tiny_dataset: Path, tmp_path: Path) -> None:

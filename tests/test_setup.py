@@ -268,6 +268,19 @@ def test_every_package_that_is_imported_is_declared() -> None:
     assert undeclared == set()
 
 
+def test_a_release_has_one_version_and_one_licence_in_all_its_files() -> None:
+    files = ('CITATION.cff', 'LICENSE', 'docs/CHANGELOG.md')
+    texts = {name: (ROOT / name).read_text(encoding='utf-8') for name in files}
+    project = PROJECT['project']
+    newest = re.search(r'^## (\S+) \((\S+)\)$', texts['docs/CHANGELOG.md'], re.MULTILINE)
+    cited = dict(re.findall(r'^([\w-]+): (\S.*)$', texts['CITATION.cff'], re.MULTILINE))
+    assert newest and newest.groups() == (cited['version'], cited['date-released'])
+    assert project['version'] == cited['version']
+    assert project['license'] == cited['license'] == texts['LICENSE'].split()[0] == 'MIT'
+    [author] = project['authors']
+    assert all(author['name'] in texts[name] for name in ('CITATION.cff', 'LICENSE'))
+
+
 def test_every_stage_config_and_script_that_prepares_a_text_travels_in_the_wheel() -> None:
     inside = PROJECT['tool']['hatch']['build']['targets']['wheel']['force-include']
     files = [*(file.name for file in ROOT.glob('*.py')), 'config', 'docs/curves', *(

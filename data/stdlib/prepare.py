@@ -39,7 +39,7 @@ def find_sources(library: Path) -> list[str]:
 
 
 def read_sources(library: Path) -> list[tuple[bool, str]]:
-    """Return of every file whether it is for validation, and its text. The name alone decides that, so that other
+    """Return for every file whether it is for validation, and its text. The name alone decides that, so that other
     versions of Python, which have some other files, validate on much the same ones."""
     texts = ((name, (library / name).read_text(encoding='utf-8')) for name in find_sources(library))
     return [(zlib.crc32(name.encode()) % ONE_IN == 0, text) for name, text in texts if text]

@@ -109,7 +109,7 @@ def is_hidden(name: str, root: str) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """Return the suffix that says how to read a file, without that of the compression, which fsspec sees to."""
+    """Return the suffix that says how to read a file, without that of the compression, which fsspec handles."""
     path = PurePosixPath(name)
     return PurePosixPath(path.stem if name.endswith(PACKED) else path).suffix.lower()
 
@@ -156,6 +156,7 @@ def find_pieces(name: str, column: str = 'text') -> Iterator[Piece]:
                 yield from find_row_groups(name, column, file)
             case _:
                 size = sys.maxsize if name.endswith(PACKED) else file.seek(0, os.SEEK_END)
+                # small files make a batch together, and no packed one can be read from its middle
                 yield Piece(name, column, 0, size, 1, is_apart=PIECE < size < sys.maxsize)
 
 

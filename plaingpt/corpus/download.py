@@ -13,7 +13,7 @@ from plaingpt import console, files
 from plaingpt.errors import DATA, UserError, refusal
 
 BLOCK = 1 << 20  # bytes of a file that are read at a time
-TIMEOUT = 30  # seconds that a download may stand still
+TIMEOUT = 30  # seconds that a download may stall
 
 
 def download(url: str, path: Path, sha256: str = '', option: str = '--input') -> Path:

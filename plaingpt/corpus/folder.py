@@ -232,8 +232,8 @@ def place_for(name: str, *others: Path) -> Path:
 def next_steps(folder: Path, config: str, dataset: str, out_dir: str, run: str = '', takes_long: bool = False,
                samples: bool = True) -> str:
     """Return what to say when the corpus in `folder` is made: the commands that train on it, and sample the run.
-    config/<config>.py has this dataset and out_dir; `run`, if given, takes the place of the latter. A training that
-    takes long is for all GPUs of a machine."""
+    config/<config>.py has this dataset and out_dir; `run`, if given, takes the place of the latter. For a training that
+    takes long, name the command for all GPUs of a machine, too."""
     usual = {'dataset': dataset, 'out_dir': out_dir}
     given = {'dataset': dataset_of(folder), 'out_dir': str(place_for(run or out_dir, folder.absolute().parent, folder))}
     settings = {name: value for name, value in given.items() if value != usual[name]}

@@ -84,12 +84,12 @@ def fetched_ahead(fetch: Callable[[str], str], names: Iterable[str]) -> Iterator
         coming = next(fetched, None)
         while coming:
             path = coming.get()
-            coming = next(fetched, None)
+            coming = next(fetched, None)  # begun before the caller reads this one
             yield path
 
 
 def without_first(pieces: Iterable[documents.Piece], n_documents: int) -> Iterator[tokenise.Part]:
-    """Yield the documents without the first n_documents. Pieces of which none is left are not even read."""
+    """Yield the documents without the first n_documents. A piece of which none is left is not even read."""
     for piece in pieces:
         if n_documents <= 0:
             yield piece
@@ -175,7 +175,7 @@ def fill_shards(folder: Path, packer: tokenise.Packer, source: Source, shard_siz
     batches = tokenise.make_batches(source.parts_from(Place(**meta['next'])), NONE)
     with (closing(tokenise.tokenise(batches, packer, num_proc)) as results,
           closing(cut(results, source, packer.dtype, shard_size, meta)) as cuts):
-        for first in cuts:  # the others that this shard has room for are taken on the way
+        for first in cuts:  # write_shard takes the others that the shard has room for
             path = folder / f'{"train" if splits else "val"}_{len(splits):06d}.bin'
             splits[path.stem] = write_shard(path, itertools.chain([first], cuts), packer.dtype, shard_size, sums)
             checksums.write(folder, sums)
@@ -195,8 +195,8 @@ def n_tokens_in(splits: dict[str, dict[str, Any]]) -> int:
 
 def cut(results: Iterable[tokenise.Done], source: Source, dtype: np.dtype[Any], shard_size: int,
         meta: dict[str, Any]) -> Generator[Ids, None, None]:
-    """Yield the tokens from the place on that `meta` notes, a few at a time and never beyond the end of a shard. Each
-    time `meta` gets the place after them; the documents of a batch are counted when all its tokens are taken."""
+    """Yield the tokens, beginning at the place that `meta` notes, a few at a time and never beyond the end of a shard.
+    Each time `meta` gets the place after them; the documents of a batch are counted when all its tokens are taken."""
     place = Place(**meta['next'])
     skip, room = place.tokens, shard_size  # tokens that are in a shard already, and that the next one still takes
     before = n_tokens = n_tokens_in(meta['splits'])
@@ -211,7 +211,7 @@ def cut(results: Iterable[tokenise.Done], source: Source, dtype: np.dtype[Any], 
             n_tokens += len(ids) - start
             while start < len(ids):
                 stop = min(start + room, len(ids))
-                room = room - (stop - start) or shard_size
+                room = room - (stop - start) or shard_size  # if none is left, the next shard begins
                 meta['next'] = source.place_of(document, stop)._asdict()
                 yield ids[start:stop]
                 start = stop

@@ -57,7 +57,8 @@ def choose_validation(n_documents: int, fraction: float, seed: int) -> Numbers:
     check_fraction(fraction)
     if seed < 0:
         raise UserError(f'--seed={seed}: must be 0 or more', COMMAND)
-    return np.random.default_rng(seed).permutation(n_documents)[:math.ceil(fraction * n_documents)].copy()
+    drawn = np.random.default_rng(seed).permutation(n_documents)
+    return drawn[:math.ceil(fraction * n_documents)].copy()  # a view would keep all of them in memory
 
 
 def split_text(text: str, fraction: float) -> tuple[list[Part], Numbers]:
@@ -178,7 +179,8 @@ def group(passages: Iterable[Passage], n_characters: int) -> Iterator[list[Passa
 
 
 class Marks:
-    """Numbers of 64 bits, one for each document, the same for the same text."""
+    """Numbers of 64 bits, one for each document, the same for the same text: they tell which documents are in both
+    splits."""
 
     def __init__(self) -> None:
         self.numbers = array('Q')
@@ -339,6 +341,7 @@ def set_up_worker(state: dict[str, Any], eot: int | None, keep_empty: bool, eot_
 
 
 def end_with_parent() -> None:
+    """End this process as soon as its parent ends: one that is killed can tell its workers nothing."""
     parent = multiprocessing.parent_process()
     assert parent is not None, 'a worker has a parent'
     parent.join()

@@ -201,7 +201,7 @@ class TrainedBPE(Tokenizer):
         library.decoder = tokenizers.decoders.ByteLevel()
         alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
+            vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)  # one id is for the end of a text
         parts = (part for text in texts for whole in parts_of([text]) for part in without_long_words(whole))
         library.train_from_iterator(parts, trainer)
         library.add_special_tokens([END_OF_TEXT])
@@ -290,7 +290,7 @@ class Tiktoken(Tokenizer):
     def encode_part(self, text: str) -> npt.NDArray[np.uint32]:
         try:
             return self.library.encode_to_numpy(text, disallowed_special=())
-        except BaseException as error:  # a panic of Rust is no Exception, and its class cannot be imported
+        except BaseException as error:  # a panic of Rust is not an Exception, and its class cannot be imported
             if type(error).__name__ != 'PanicException' and not isinstance(error, ValueError):
                 raise
             raise UserError(f"the tokenizer '{self.name}' cannot encode a text of {len(text):,} characters, perhaps a "

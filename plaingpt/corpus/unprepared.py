@@ -32,7 +32,7 @@ def open_text(dataset: str, column: str, vocabulary: Tokenizer, block_size: int,
               for piece in documents.find_pieces(file, column)]
     n_texts = len(tokenise.numbers_of_texts(pieces))
     packer = tokenise.Packer(vocabulary, vocabulary.eot if n_texts > 1 else None, keep_empty=False)
-    batches = tokenise.make_batches(pieces, np.array([], dtype=np.int64), vocabulary.may_cut)
+    batches = tokenise.make_batches(pieces, np.array([], dtype=np.int64), vocabulary.may_cut)  # none for validation
     path = folder / 'text'
     n_tokens = n_bytes = 0
     with open(path, 'wb') as file, closing(tokenise.tokenise(batches, packer, num_proc=1)) as results:

@@ -72,7 +72,7 @@ print(tokenizer.decode(model.generate(**prompt)[0]))
 
 It continues a text; it was not trained to follow instructions. It reads and writes at most {config.block_size} tokens.
 """
-KINDS = {  # of models, by their arch, in the words of the card
+KINDS = {  # of models, by their arch, in the words of the model card
     'gpt2': ('A GPT-2', ''),
     'modern': ('A modern GPT', """
 
@@ -224,8 +224,8 @@ def write_origin(folder: Path, exported: Exported, to: str) -> None:
 
 
 def write(folder: Path, exported: Exported) -> None:
-    """Write weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them, and a card. The
-    model must be complete."""
+    """Write weights, configuration and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them, and a model
+    card. The model must be complete."""
     import safetensors.torch
 
     weights = nanochat.to_nanochat(exported.weights) if exported.config.arch == 'modern' else {

@@ -79,7 +79,7 @@ def open_files(folder: Path, file: Path, is_in_folder: bool) -> ForeignBPE:
             says |= {name: found[name] for name in names if found.get(name) is not None}
     says['is_gpt2'] = is_in_folder and says.get('tokenizer_class', GPT2_CLASSES[0]) in GPT2_CLASSES
     library = open_json(file, says) if file.is_file() else open_pair(folder, says)
-    library.no_truncation()
+    library.no_truncation()  # a tokenizer.json may ask for both
     library.no_padding()
     add_special(library, says)
     (eot, *more), (bos, *_) = (ids_of(role, says, library) for role in ('eos_token', 'bos_token'))
@@ -113,7 +113,7 @@ def has_room(library: 'tokenizers.Tokenizer', says: dict[str, Any]) -> bool:
 
 
 def open_json(file: Path, says: dict[str, Any]) -> 'tokenizers.Tokenizer':
-    """Read tokenizer.json. The class that transformers has for GPT-2 takes its vocabulary and its added tokens, but
+    """Read tokenizer.json. The class that transformers has for GPT-2 takes the file's vocabulary and added tokens, but
     cuts words in its own way."""
     library = tokenizer.open_library(file.read_text(encoding='utf-8'))
     if says['is_gpt2']:

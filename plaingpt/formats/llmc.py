@@ -49,7 +49,8 @@ def load(path: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]
     T, V, n_layer, n_head, C, rows = first[2:8]
     if not all(number in SIDE for number in first[2:8]) or C % n_head or rows < V:
         raise UserError(f'{path} is damaged: the sizes in its header are {first[2:8]}', CHECKPOINT)
-    one, two = (sum(shape.numel() for _, shape in tensors(T, rows, n, C)) for n in (1, 2))  # in n layers
+    # from the sizes of one layer and of two: a damaged header may claim millions
+    one, two = (sum(shape.numel() for _, shape in tensors(T, rows, n, C)) for n in (1, 2))
     need = (one + (n_layer - 1) * (two - one)) * DTYPES[version].itemsize
     data = np.fromfile(path, np.uint8, offset=4 * HEADER)
     if need != len(data):

@@ -147,7 +147,7 @@ def refuse_other_formats(path: Path) -> None:
 
 def refuse_damage(path: Path) -> None:
     """Raise UserError if the checksums of a zip do not match."""
-    with open(path, 'rb') as file:  # outside of the try: what the system refuses is no damage
+    with open(path, 'rb') as file:  # outside of the try: what the system refuses is not damage
         try:
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
@@ -184,7 +184,7 @@ def adopt(tree: Any, path: Path, answers: dict[str, Any]) -> State:
 
 
 def name_all(tree: State, weights: dict[str, Tensor], path: Path, answers: dict[str, Any]) -> State:
-    """Return what a file without nanoGPT's names says, under these names; see `adopt`."""
+    """Return what a file without nanoGPT's names says, under those names; see `adopt`."""
     config = vars(tree['config']) if isinstance(tree.get('config'), Inert) else {}
     if 'gpt.t_embedding.weight' in weights:
         weights = from_gpt_from_scratch(weights)
@@ -201,7 +201,7 @@ def name_all(tree: State, weights: dict[str, Tensor], path: Path, answers: dict[
 
 def clean(weights: Any) -> dict[str, Tensor]:
     """Return weights under their own names: compiled and distributed models prefix them, and old ones carry the causal
-    mask as a buffer. If these are no weights, return {}."""
+    mask as a buffer. If these are not weights, return {}."""
     if not isinstance(weights, dict):
         return {}
     named = {WRAPPERS.sub('', name): tensor for name, tensor in weights.items()}

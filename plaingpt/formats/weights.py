@@ -51,6 +51,7 @@ def fitting(config: GPTConfig, weights: dict[str, Tensor], path: str | Path) -> 
         fault = ('is missing' if p is None else
                  f'is {tuple(p.shape)}, and should be {tuple(shape)} by the settings' if p.shape != shape else
                  f'has numbers of the type {p.dtype}' if p.dtype not in DTYPES else
+                 # a sum keeps NaN and infinity, and takes no memory
                  '' if p.sum(dtype=torch.promote_types(p.dtype, torch.float32)).isfinite() else
                  'has numbers that are infinite or NaN')
         if fault:

@@ -53,7 +53,7 @@ class Saver:
         self.wait()
 
     def save(self, is_best: bool, state: State) -> None:
-        """Begin to write `state`, which the caller must not change any more."""
+        """Begin to write `state`, which the caller must no longer change."""
         self.wait()
         self.last = self.executor.submit(self.write, state, is_best)
 
@@ -186,11 +186,11 @@ def load_newest(out_dir: Path) -> State:
         except UserError as error:
             complaints.append(str(error))
     advice = f'nothing to continue in {out_dir}: give another --out_dir, or start a run with --init_from=scratch'
-    raise UserError('\n'.join([*complaints[:2], advice]), CHECKPOINT)
+    raise UserError('\n'.join([*complaints[:2], advice]), CHECKPOINT)  # a message has three lines at most
 
 
 def holds_run(folder: Path) -> bool:
-    """Return whether there is a checkpoint, even a damaged one. A half-written file that a kill left is none."""
+    """Return whether there is a checkpoint, even a damaged one. A half-written file that a kill left does not count."""
     return any(path.exists() for path in checkpoints_of(folder))
 
 
@@ -242,7 +242,8 @@ def refuse_other_data(state: State, data: dict[str, Any], folder: Path) -> None:
 
 
 def describe(state: State, settings: dict[str, Any]) -> str:
-    """Say where a run continues, and which settings have changed. A dtype of 'auto' keeps the previous one."""
+    """Return in words where a run continues, and which settings have changed. A dtype of 'auto' keeps the previous
+    one."""
     changed = [f'{name}={value} (was {state["config"][name]})' for name, value in settings.items()
                if state['config'].get(name, value) != value and name not in ('init_from', 'overwrite', *SHAPE)
                and (name, value) != ('dtype', 'auto')]

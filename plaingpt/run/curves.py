@@ -1,4 +1,4 @@
-"""Curves as SVG, to be read without a script; the values in them are for one that shows them."""
+"""Curves as SVG, which can be read without a script; they carry their values, for a script that shows these."""
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -60,7 +60,7 @@ def thinned(curve: Curve) -> Curve:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about so many round numbers from low to high."""
+    """Return about `count` round numbers from low to high."""
     if not high > low:
         return [low]
     power = 10 ** math.floor(math.log10((high - low) / count))
@@ -79,7 +79,7 @@ def limits(curves: Sequence[Curve], from_zero: bool) -> tuple[float, float]:
 
 def chart(title: str, unit: str, curves: Sequence[Curve], from_zero: bool = False,
           size: tuple[int, int] = SIZE) -> Html:
-    """Return a figure of these curves, some of which have a point; `unit` is that of x."""
+    """Return a figure of these curves, of which at least one has a point; `unit` is that of x."""
     curves = [thinned(curve) for curve in curves if len(curve.x)]
     width, height = size
     right, bottom = width - RIGHT, height - BOTTOM
@@ -109,7 +109,7 @@ def chart(title: str, unit: str, curves: Sequence[Curve], from_zero: bool = Fals
 
 
 def drawn(curve: Curve, x: Values, y: Values, scale: float) -> list[Html]:
-    """Return a curve whose points lie there, within its standard error, of which one nat is so high."""
+    """Return a curve whose points lie at x and y of the drawing, within its standard error; 1 is `scale` units high."""
     parts = []
     if curve.error is not None:
         error = np.nan_to_num(curve.error) * scale

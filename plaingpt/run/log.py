@@ -107,7 +107,7 @@ def expendable(say: Callable[[str], None], loss: str) -> Iterator[None]:
 
 class Log:
     """The log of a run, which every process calls alike; only the main one writes. Rows and samples that an interrupted
-    run left in `out_dir`, of steps from `first_step` on, are dropped, so that each step is there once. Without an
+    run left in `out_dir`, of steps from `first_step` on, are dropped, so that each step occurs once. Without an
     out_dir it writes to the console only."""
 
     def __init__(self, out_dir: Path | None, is_main: bool, first_step: int, total_steps: int,
@@ -120,7 +120,7 @@ class Log:
         self.reached = first_step  # the step of the last update, which need not have a row
         self.reference: Reference | None = None  # the curve of another run, to be drawn beside this one's
         self.uploader = uploader or Uploader('', self.line)
-        self.on_closed: Callable[[str], None] | None = None  # called once the console has no reader any more
+        self.on_closed: Callable[[str], None] | None = None  # called once the console no longer has a reader
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.last_kept = drop_rows(self.folder / 'metrics.jsonl', first_step)
@@ -169,7 +169,7 @@ class Log:
             self.on_closed('a closed output')
 
     def update(self, step: int, **shown: str) -> None:
-        """Show in the bar of the training that `step` steps are done."""
+        """Show in the progress bar of the training that `step` steps are done."""
         if self.is_main:
             if self.bar is None:
                 self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit=' steps', dynamic_ncols=True,
@@ -200,7 +200,7 @@ class Log:
         """Write the row of the current step as far as it is known (it can still grow). This happens before a checkpoint
         is saved, so that no row is missing when a run continues from there."""
         if self.folder and self.values and self.step > self.last_kept:
-            # JSON has no NaN and no infinity: null.
+            # JSON has neither NaN nor infinity: null takes their place.
             finite = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
             with files.appended(self.folder / 'metrics.jsonl') as file:
                 self.row_start = min(self.row_start, file.tell())  # where an earlier flush of this row began

@@ -17,7 +17,7 @@ EVALUATED = (b'"val_loss"', b'"hellaswag_')  # in the rows of evaluations
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:
-    """The row that a line of metrics.jsonl holds; None for one that was torn by a kill or a full disk."""
+    """Return the row that a line of metrics.jsonl holds; None for one that was torn by a kill or a full disk."""
     try:
         row = schema.parse(line)
     except ValueError:
@@ -31,7 +31,7 @@ def number(value: object) -> float | None:
 
 
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """The columns of metrics.jsonl as arrays of the same length, NaN where a row has no such value."""
+    """Return the columns of metrics.jsonl as arrays of the same length, NaN where a row has no such value."""
     with open(path, 'rb') as file:
         return columns_of(filter(None, map(row_of, file)), names)
 
@@ -43,8 +43,8 @@ def columns_of(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> dict[str
 
 
 def read_some(path: Path, most: int) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl. Of a file with many more than `most` rows it takes about as many, evenly, the last one
-    and all in which the model was evaluated: so a long file takes no longer."""
+    """Return the rows of metrics.jsonl. Of many more than `most` rows, take about that many, evenly, with the last one
+    and all in which the model was evaluated, so that a long file takes no longer."""
     with open(path, 'rb') as file:
         size = path.stat().st_size
         if size <= most * ROW_BYTES:
@@ -64,7 +64,7 @@ def places_of(mark: bytes, text: mmap.mmap) -> Iterator[int]:
 
 
 def read_samples(path: Path) -> list[tuple[int, str]]:
-    """The texts that the model wrote, each with its step; none if there is no such file."""
+    """Return the texts that the model wrote, each with its step; none if there is no such file."""
     if not path.exists():
         return []
     _, *parts = SAMPLE_HEADER.split(path.read_bytes().decode('utf-8', errors='replace'))

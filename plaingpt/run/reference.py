@@ -29,14 +29,14 @@ class Reference(NamedTuple):
     val_loss: NDArray[np.float64]
 
     def beside(self, steps: NDArray[np.float64], tokens: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-        """Return after how many steps a run that had read so many tokens after so many steps had read those of this
-        curve, as far as that run has come, and the losses of this one."""
+        """Return where this curve goes in the picture of another run, which had read `tokens` after `steps`: the steps
+        at which that run had read as many tokens, as far as it has come, and the losses of this curve there."""
         reached = self.tokens <= (tokens[-1] if len(tokens) else 0)
         return np.interp(self.tokens[reached], tokens, steps), self.val_loss[reached]
 
 
 def read(path: str) -> Reference:
-    """Read a curve. Raises UserError if the file is missing, or is no such curve."""
+    """Read a curve. Raise UserError if the file is missing, or is not such a curve."""
     try:
         text = here_or_installed(path).read_text(encoding='utf-8')
         head, *rows = csv.reader(io.StringIO(text))
@@ -44,7 +44,7 @@ def read(path: str) -> Reference:
         points = np.array([[float(row[place]) for place in places] for row in rows if row[places[1]]])
         tokens, losses = points[np.isfinite(points).all(axis=1)].T
     except (OSError, ValueError, IndexError, csv.Error) as error:
-        raise UserError(f'--reference={path} is no curve of a run: {errors.first_line(error)}\n'
+        raise UserError(f'--reference={path} is not the curve of a run: {errors.first_line(error)}\n'
                         'docs/curves/ has some, and plaingpt/run/reference.py says how to make one of a run',
                         DATA) from None
     order = tokens.argsort(kind='stable')
@@ -55,7 +55,7 @@ def curve_of(folder: Path) -> str:
     """Return the curve of a run as CSV: some steps, and all evaluations."""
     columns = read_columns(folder / 'metrics.jsonl', COLUMNS)
     steps, tokens = columns['step'], columns['tokens']
-    read_before = np.isfinite(tokens)
+    read_before = np.isfinite(tokens)  # a row of an evaluation has none, and takes them from its neighbours
     tokens = np.where(read_before, tokens, np.interp(
         steps, np.append(0, steps[read_before] + 1), np.append(0, tokens[read_before])))
     every = math.ceil(read_before.sum() / MOST_ROWS) or 1

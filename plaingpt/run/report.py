@@ -53,13 +53,13 @@ class Story(NamedTuple):
     reference: Reference | None = None  # the curve of another run that its settings name
 
     def measured(self, *names: str) -> list[Values]:
-        """The columns where the first of them was measured."""
+        """Return the columns, in the rows in which the first of them was measured."""
         there = np.isfinite(self.columns[names[0]])
         return [self.columns[name][there] for name in names]
 
     def after(self, steps: Values, what: str) -> Values:
-        """How many tokens were read, or seconds spent on learning, when so many steps were done: a row counts what was
-        done with its step. Seconds are those of the steps alone, without evaluations."""
+        """Return how many tokens had been read, or seconds spent on learning, after each of these numbers of steps. A
+        row includes its own step. Seconds are those of the steps alone, without evaluations."""
         tokens, step, speed = self.measured('tokens', 'step', 'tokens_per_second')
         done = np.append(0.0, step + 1)
         total = np.append(0.0, tokens)
@@ -70,7 +70,7 @@ class Story(NamedTuple):
 
 
 def read(folder: Path, name: str = '') -> Story:
-    """Read what a run has left. Raises UserError if it has left no numbers."""
+    """Read what a run has left. Raise UserError if it has left no numbers."""
     if not (folder / 'metrics.jsonl').is_file():
         raise UserError(f'{folder} holds no metrics.jsonl: give the out_dir of a run', DATA)
     found = [files.read_json(folder / f'{file}.json') for file in ('run', 'status', 'evaluation')]
@@ -90,7 +90,7 @@ def read(folder: Path, name: str = '') -> Story:
 
 
 def reference_of(path: object) -> Reference | None:
-    """Return the curve that a run's settings name, unless it is gone."""
+    """Return the curve that a run's settings name; None if it is missing."""
     try:
         return reference.read(str(path)) if path else None
     except UserError:

@@ -49,7 +49,7 @@ class Learner:
         return checkpoint.Place(self.step, self.windows, self.windows_before, self.tokens)
 
     def count_step(self, n_windows: int) -> None:
-        """Note that one more step is done, in which all processes together have read so many windows."""
+        """Note that one more step is done, in which all processes together have read n_windows."""
         self.step += 1
         self.windows += n_windows
         self.tokens += n_windows * self.raw_model.config.block_size
@@ -105,6 +105,7 @@ class Run:
     def add_up(self, part_of_loss: Tensor, *others: Tensor) -> list[float]:
         """Return the loss over all processes, and other scalars that each of them has. Learn with it whether any of
         them was asked to end: what is exchanged at once, and read at once, makes a GPU wait once in a step."""
+        # a signal may have reached one process alone, and all must end before the same step
         is_asked = part_of_loss.new_full((), float(self.stop.is_asked()))
         shared = processes.total(torch.stack([part_of_loss, is_asked]))
         loss, asked, *numbers = torch.stack([*shared, *(other.to(shared) for other in others)]).tolist()
@@ -142,7 +143,7 @@ class Run:
 
     def save(self, data: Data, learner: Learner, is_best: bool = False) -> None:
         """Begin to write a checkpoint: every process gives its part, and the main one writes while all continue."""
-        self.saver.wait()
+        self.saver.wait()  # so that memory holds one copy of the weights at a time
         weights, moments = strategies.gather(learner.raw_model, learner.optimizer, self.process)
         if not self.process.is_main:
             return

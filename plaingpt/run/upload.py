@@ -2,8 +2,8 @@
 Copies in another place: checkpoints are uploaded to, and fetched from, any folder that fsspec can write to, such as
 s3://bucket/folder.
 
-Uploading happens behind training and never stops it. Credentials come from the environment and the files where each
-service's own tools look for them; none is taken from a URL, since URLs end up in checkpoints and logs.
+Uploading happens in the background of training, and never stops it. Credentials come from the environment and the files
+where each service's own tools look for them; none is taken from a URL, since URLs end up in checkpoints and logs.
 """
 import os
 import re
@@ -50,7 +50,7 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
         raise UserError(f'{url} was given with a password, which checkpoints and logs would show: leave it out, '
                         'and put it into the environment', code)
     try:
-        # other machines write there, so a listing of before may be out of date
+        # other machines write there, so an earlier listing may be out of date
         elsewhere, path = fsspec.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         raise missing_package(error) from None
@@ -140,7 +140,7 @@ class Uploader:
             self.complain(path.name, why_not)
 
     def close(self, seconds: float) -> None:
-        """Wait for uploads that are under way, at most so long. Then give up, with a line for each file that is
+        """Wait at most `seconds` for uploads that are under way. Then give up, with a line for each file that is
         missing."""
         with self.changed:
             self.failed.clear()

@@ -280,6 +280,12 @@ def test_the_commands_do_what_readme_says(clone: Path, tiny_text: str) -> None:
             row = next(row for table in tables(README).values() for row in table if f'`{command}`' in row)
             assert float(measured) == pytest.approx(float(re.findall(r'\d+\.\d+', row[-1])[0]), abs=0.1), command
 
+    listed = set(spans(PAGES['docs/reference.md'].partition('## Files')[2].partition('\n## ')[0]))
+    left = {path.name for folder in ('data/stdlib', 'out-stdlib') for path in (clone / folder).iterdir()
+            if path.is_file()} - {'prepare.py'}
+    assert left - listed == set(), 'docs/reference.md lists the files of a corpus and of a run'
+    assert listed - left == {'data/<name>/', 'out_dir/', 'val_000000.bin', 'train_000001.bin', '.lock', 'requeued.json'}
+
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('gpt2_stand_in')
@@ -334,7 +340,7 @@ FAULTS = {  # the test in tests/ that proves each row of the table of faults
     'SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGQUIT, Ctrl-C':
         'test_watch.test_a_signal_ends_a_run_after_its_step_and_the_same_command_continues',
     'a second Ctrl-C': 'test_watch.test_a_second_interrupt_leaves_at_once',
-    'the output has no reader any more, as when Ctrl-C ends `tee` too':
+    'the output no longer has a reader, as when Ctrl-C ends `tee` too':
         'test_watch.test_a_run_whose_output_is_closed_saves_and_ends',
     'the terminal is closed (SIGHUP), without `nohup`':
         'test_watch.test_a_run_whose_terminal_is_closed_saves_and_ends_unless_nohup_protects_it',
@@ -421,6 +427,29 @@ def test_every_file_that_is_named_exists() -> None:
 
 def test_readme_is_read_in_one_sitting() -> None:
     assert len(README.encode()) <= 10_000
+
+
+def test_readme_has_in_order_the_headings_that_a_reader_searches_for() -> None:
+    assert re.findall(r'^##+ (.*)$', README, re.MULTILINE) == [
+        'Understand it', 'Use it', 'Resume', 'Evaluate', 'Export', 'Memory by strategy', 'Exit codes', 'Recipes',
+        'Where things are', 'Coming from nanoGPT', 'Licence and sources']
+
+
+def test_readmes_four_ratios_follow_from_what_was_measured() -> None:
+    lines = re.findall(r'^\|(.*)\|$', PAGES['docs/measured.md'], re.MULTILINE)
+    head, _, *rows = ([cell.strip() for cell in line.split('|')] for line in lines)
+    measured = {row[0].rpartition(', ')[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+    def ratio(what: str, column: str, peer: str) -> float:
+        number, other = (float(measured[what][name].split()[0]) for name in (column, peer))
+        return number / other
+
+    [percent, *_] = re.findall(r'^\| modern / GPT-2 \| +\| (\d+)% ', PAGES['docs/modern.md'], re.MULTILINE)
+    assert [float(row[-1]) for row in tables(README)['on one core of a CPU']] == pytest.approx([
+        ratio('a training step, 124M, 1 x 256 tokens', 'plainGPT, fewer bits', 'nanoGPT'),
+        ratio('most memory in a step, 2 layers, 12 x 1024 tokens', 'plainGPT', 'nanoGPT'),
+        ratio('writing 1 x 64 tokens, gpt2', 'plainGPT, fewer bits', 'transformers'),
+        int(percent) / 100], abs=0.006)
 
 
 def test_pictures_are_small_and_say_what_they_show() -> None:

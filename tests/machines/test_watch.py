@@ -231,7 +231,7 @@ def test_signals_reach_a_process_that_waits_for_others(start: Start, tmp_path: P
 
 @pytest.mark.slow
 def test_a_run_whose_output_is_closed_saves_and_ends(start: Start, tmp_path: Path, tiny_dataset: Path) -> None:
-    """With `python train.py | tee log`, Ctrl-C ends tee as well, and the output has no reader any more."""
+    """With `python train.py | tee log`, Ctrl-C ends tee as well, and the output no longer has a reader."""
     process = start('-c', SLOWLY + RUN, *arguments(tmp_path, tiny_dataset, max_iters=1000))
     wait_for(process, 'iter ')
     assert process.stdout is not None, 'stdout is a pipe'
@@ -244,7 +244,7 @@ def test_a_run_whose_output_is_closed_saves_and_ends(start: Start, tmp_path: Pat
 @pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves_and_ends_unless_nohup_protects_it(
         tmp_path: Path, tiny_dataset: Path) -> None:
-    """In a real terminal, the session gets SIGHUP, and the output has no reader any more."""
+    """In a real terminal, the session gets SIGHUP, and the output no longer has a reader."""
     codes = {}
     for name, command in (('hung up', []), ('nohup', ['nohup'])):
         controller, terminal = pty.openpty()
@@ -334,7 +334,7 @@ Stop.is_asked = is_asked_later
 
 
 def hang(start: Start, tmp_path: Path, dataset: Path, what: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
-    """Run two processes, of which the second does `what` after two steps; return both, and what the first prints."""
+    """Run two processes; the second does `what` after two steps. Return both, and what the first prints."""
     code = SLOWLY.replace('    time.sleep(0.1)\n', f"""
     global calls
     calls += 1

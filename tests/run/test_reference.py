@@ -44,9 +44,9 @@ def test_what_is_no_curve_is_refused_before_a_run_begins(content: str, tmp_path:
     path = tmp_path / 'curve.csv'
     path.write_text(content, encoding='utf-8')
     said = refused(train.main, [f'--reference={path}', f'--out_dir={tmp_path / "out"}'], code=DATA)
-    assert said.startswith(f'--reference={path} is no curve of a run: ') and 'plaingpt/run/reference.py' in said
+    assert said.startswith(f'--reference={path} is not the curve of a run: ') and 'plaingpt/run/reference.py' in said
     assert not (tmp_path / 'out').exists()
-    assert 'is no curve' in refused(train.main, ['--reference=nowhere.csv'], code=DATA)
+    assert 'is not the curve' in refused(train.main, ['--reference=nowhere.csv'], code=DATA)
 
 
 def test_a_run_shows_the_curve_of_another_one_in_its_picture_and_in_its_report(
