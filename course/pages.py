@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ladder
 import measured
 import rung
 
@@ -159,16 +160,18 @@ def without_docstring(node: ast.stmt, lines: list[str]) -> list[str]:
 def record() -> str:
     """Return the table of docs/ladder.md."""
     found = measured.read('ladder')
-    rows = [f'| {name} | {entry["value"]:.3f} | {entry["seconds"]:.0f} |' for name, entry in found.items()]
+    names = [name for patterns in ladder.NUMBERS.values() for name in patterns if name in found]
+    rows = [f'| {name} | {found[name]["value"]:.3f} | {found[name]["seconds"]:.0f} |' for name in names]
     where = '\n'.join(f'- {place}' for place in measured.places(found))
-    opening = 'Depth is in bits per byte, all else in nats. Seconds include waiting for other programs.\n'
+    opening = ('Depth is in bits per byte, all else in nats. Seconds are those of the whole run, which may give\n'
+               'several numbers, and include waiting for other programs.\n')
     table = '\n'.join([RECORD, opening, '| run | number | seconds |', '|---|---|---|', *rows])
     return f'{table}\n\nMeasured on\n\n{where}\n'
 
 
 def main(args: list[str]) -> None:
-    ladder = LADDER.read_text(encoding='utf-8').partition(RECORD)[0] + record()
-    for path, text in ((COURSE, course()), (LADDER, ladder)):
+    climbed = LADDER.read_text(encoding='utf-8').partition(RECORD)[0] + record()
+    for path, text in ((COURSE, course()), (LADDER, climbed)):
         with written_whole(path) as file:
             file.write(text.encode())
 
