@@ -2,11 +2,11 @@
 Exercises: write a part of the plain files yourself, and learn what your lines do.
 
     python learn.py                 lists the exercises, and which you have done
-    python learn.py start 7         writes exercises/07_attend.py, with a hole where the lines were
-    python learn.py check 7         says what your lines do, and what they should
-    python learn.py hint 7          helps a little
-    python learn.py show 7          shows the lines of the plain file
-    python learn.py bug 7           writes these with a mistake in them: find it, mend it, and type this again
+    python learn.py start 11        writes exercises/11_attend.py, with a hole where the lines were
+    python learn.py check 11        says what your lines do, and what they should
+    python learn.py hint 11         helps a little
+    python learn.py show 11         shows the lines of the plain file
+    python learn.py bug 11          writes these with a mistake in them: find it, mend it, and type this again
 """
 import hashlib
 import json

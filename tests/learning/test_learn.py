@@ -43,23 +43,23 @@ def fill(path: Path, body: str) -> None:
 
 
 def test_an_exercise_is_started_tried_and_done(capfd: pytest.CaptureFixture[str]) -> None:
-    path = Path('exercises/09_gelu.py')
-    learn.main(['start', '9'])
+    path = Path('exercises/08_gelu.py')
+    learn.main(['start', '8'])
     said = refused(learn.main, ['start', 'gelu'], code=COMMAND)
     assert said == f'{path} exists, and is yours: delete it to start over'
-    assert refused(learn.main, ['check', '9'], code=CHECK_FAILED) == 'NOT YET: nothing is written there yet'
+    assert refused(learn.main, ['check', '8'], code=CHECK_FAILED) == 'NOT YET: nothing is written there yet'
     fill(path, "print('seen by the learner')\n    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))")
-    assert 'this is the exact GELU' in refused(learn.main, ['check', '9'], code=CHECK_FAILED)
+    assert 'this is the exact GELU' in refused(learn.main, ['check', '8'], code=CHECK_FAILED)
     assert 'seen by the learner' in capfd.readouterr().out
     learn.main(['list'])
     assert 'gelu                       model_trivialised.py       begun' in capfd.readouterr().out
 
     path.write_text(path.read_text(encoding='utf-8').replace(
         'torch.erf(x / math.sqrt(2))', 'torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))'), encoding='utf-8')
-    learn.main(['check', '9'])
+    learn.main(['check', '8'])
     said = capfd.readouterr().out
     assert 'PASS: the same as the plain file, and three steps of a GPT with it end at loss 5.1' in said
-    assert 'learn.py start 10' in said
+    assert 'learn.py start 9' in said
     learn.main([])
     assert 'gelu                       model_trivialised.py       done' in capfd.readouterr().out
     path.write_text(path.read_text(encoding='utf-8') + '\n# another thought', encoding='utf-8')
@@ -77,13 +77,13 @@ def test_hints_and_the_lines_of_the_plain_file_are_shown(capfd: pytest.CaptureFi
 
 
 def test_a_planted_bug_is_found_only_when_it_is_fixed(capfd: pytest.CaptureFixture[str]) -> None:
-    learn.main(['bug', '14'])
-    path = Path('exercises/bug_14_clip.py')
+    learn.main(['bug', '15'])
+    path = Path('exercises/bug_15_clip.py')
     said = capfd.readouterr().out
     assert 'ends at val loss' in said and 'without it at' in said
-    assert 'this is still not what the plain file computes' in refused(learn.main, ['bug', '14'], code=CHECK_FAILED)
+    assert 'this is still not what the plain file computes' in refused(learn.main, ['bug', '15'], code=CHECK_FAILED)
     path.write_text(BY_PART['clip'].text(), encoding='utf-8')
-    learn.main(['bug', '14'])
+    learn.main(['bug', '15'])
     assert 'FOUND' in capfd.readouterr().out
 
 
@@ -107,7 +107,7 @@ def test_a_file_that_is_missing_is_asked_for() -> None:
 ])
 def test_the_learner_gets_an_answer_whatever_happens_to_the_process(body: str, told: str) -> None:
     learn.main(['start', 'gelu'])
-    fill(Path('exercises/09_gelu.py'), body)
+    fill(Path('exercises/08_gelu.py'), body)
     said = refused(learn.main, ['check', 'gelu'], code=CHECK_FAILED)
     assert re.sub(r'line \d+', 'line N', said) == f'NOT YET: {told}'
 
@@ -141,7 +141,7 @@ def test_a_loop_that_lets_no_other_thread_run_is_ended_too(monkeypatch: pytest.M
 
 def test_files_of_other_projects_and_other_encodings_do_no_harm(capfd: pytest.CaptureFixture[str]) -> None:
     Path('model.py').write_text('raise SystemExit("the model of another project")', encoding='utf-8')
-    path = Path('exercises/09_gelu.py')
+    path = Path('exercises/08_gelu.py')
     learn.main(['start', 'gelu'])
     Path('exercises/.passed.json').write_text('[1]', encoding='utf-8')
     path.write_bytes(b'\xef\xbb\xbf' + BY_PART['gelu'].text().encode())  # as Notepad saves it
