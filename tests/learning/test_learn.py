@@ -1,23 +1,18 @@
 """learn.py as a learner uses it: real files, each judged in a process of its own."""
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import learn
 from plaingpt.errors import CHECK_FAILED, COMMAND
-from plaingpt.files import read_json
 from plaingpt.learning import verdict
 from plaingpt.learning.exercises import EXERCISES
 from plaingpt.learning.part import HOLE
 from plaingpt.learning.verdict import of_lines
 from tests.comparing import refused
 from tests.learning.attempts import ATTEMPTS
-from tests.waiting import PATIENT
 
-ROOT = Path(__file__).parents[2]
 BY_PART = {exercise.part: exercise for exercise in EXERCISES}
 
 
@@ -112,31 +107,16 @@ def test_the_learner_gets_an_answer_whatever_happens_to_the_process(body: str, t
     assert re.sub(r'line \d+', 'line N', said) == f'NOT YET: {told}'
 
 
-def judged_within_a_second(body: str) -> tuple[int, bool, str]:
-    """Judge an exercise with this body in a process of its own, which has one second instead of 20."""
-    path, answer = Path('exercises/01_merge.py'), Path('answer.json')
+@pytest.mark.parametrize(('body', 'lines'), [
+    ('i = 0\n    while i < 1:\n        pass', r'while i < 1:|pass'),
+    ('return sum(range(10 ** 13))', r'return sum\(range\(10 \*\* 13\)\)'),  # lets no other thread run
+])
+def test_a_loop_that_never_ends_is_ended_and_shown(body: str, lines: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, 'LONGEST', 1.0)
     learn.main(['start', 'merge'])
-    fill(path, body)
-    code = (f'from plaingpt.learning import verdict\nverdict.LONGEST = 1.0\n'
-            f'verdict.main("1", {str(path)!r}, {str(answer)!r})')
-    done = subprocess.run([sys.executable, '-c', code], env={'PYTHONPATH': str(ROOT)}, timeout=PATIENT)
-    passed, says = read_json(answer)
-    return done.returncode, passed, says
-
-
-def test_an_endless_loop_is_ended_and_shown() -> None:
-    code, passed, says = judged_within_a_second('i = 0\n    while i < 1:\n        pass')
-    assert (code, passed) == (0, False)
-    line, _, rest = says.partition('\n')
-    assert re.fullmatch(r'line \d+: (while i < 1:|pass)', line)
-    assert rest == verdict.ENDLESS
-
-
-def test_a_loop_that_lets_no_other_thread_run_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, 'LONGEST', 0.0)  # of this process, which is more patient than the other by seconds
-    learn.main(['start', 'merge'])
-    fill(Path('exercises/01_merge.py'), 'return sum(range(10 ** 13))')
-    assert refused(learn.main, ['check', 'merge'], code=CHECK_FAILED) == f'NOT YET: {verdict.ENDLESS}'
+    fill(Path('exercises/01_merge.py'), body)
+    said = refused(learn.main, ['check', 'merge'], code=CHECK_FAILED)
+    assert re.fullmatch(rf'NOT YET: line \d+: ({lines})\n{re.escape(verdict.ENDLESS)}', said), said
 
 
 def test_files_of_other_projects_and_other_encodings_do_no_harm(capfd: pytest.CaptureFixture[str]) -> None:
