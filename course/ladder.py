@@ -1,7 +1,7 @@
 """
 Climb README's ladder: run what each rung says to run, and keep the numbers for docs/ladder.md, with machine and date.
 
-    python course/ladder.py                 half an hour of one core (make ladder)
+    python course/ladder.py                 an hour of one core (make ladder)
     python course/ladder.py --only=depth    some of the runs, those whose names hold this word; the others are kept
 """
 import io
