@@ -2,11 +2,11 @@
 Exercises: write a part of the plain files yourself, and learn what your lines do.
 
     python learn.py                 lists the exercises, and which you have done
-    python learn.py start 7         writes exercises/07_attend.py, with a hole where the lines were
-    python learn.py check 7         says what your lines do, and what they should
-    python learn.py hint 7          helps a little
-    python learn.py show 7          shows the lines of the plain file
-    python learn.py bug 7           writes these with a mistake in them: find it, mend it, and type this again
+    python learn.py start 11        writes exercises/11_attend.py, with a hole where the lines were
+    python learn.py check 11        says what your lines do, and what they should
+    python learn.py hint 11         helps a little
+    python learn.py show 11         shows the lines of the plain file
+    python learn.py bug 11          writes these with a mistake in them: find it, mend it, and type this again
 """
 import hashlib
 import json
@@ -16,8 +16,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import configurator
@@ -27,13 +25,11 @@ from plaingpt.files import read_json, written_whole
 from plaingpt.learning import verdict, whole
 from plaingpt.learning.exercises import EXERCISES
 from plaingpt.learning.mistakes import MISTAKES
-from plaingpt.learning.part import Exercise
 from plaingpt.learning.verdict import Verdict
 from plaingpt.paths import STAGES
 
 FOLDER = Path('exercises')
 PASSED = FOLDER / '.passed.json'  # the files that have passed: the fingerprint of each as it was then
-PATIENCE = 120  # seconds until a verdict's process has loaded PyTorch
 STEPS = 100  # that a GPT with a bug learns
 
 
@@ -56,10 +52,11 @@ def number_of(words: list[str]) -> int:
     return number
 
 
-def header(number: int, exercise: Exercise, text: str, task: str, command: str) -> str:
+def header(number: int, text: str, task: str, commands: str) -> str:
     """Return a file to work on."""
+    exercise = EXERCISES[number - 1]
     lines = [f'{number}. {exercise.part}, of {exercise.file.name}', '', *textwrap.wrap(task, 112), '',
-             *(f'    {typed(name, number)}' for name in command.split())]
+             *(f'    {typed(command, number)}' for command in commands.split())]
     return '\n'.join(['"""', *lines, '"""', text])
 
 
@@ -77,32 +74,14 @@ def judged(number: int, path: Path) -> Verdict:
     if not path.is_file():
         raise UserError(f'{path} is missing: {typed("start", number)}')
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder, 'verdict.json')
+        answer, late = Path(folder, 'verdict.json'), Path(folder, 'late.txt')
         places = filter(None, (str(STAGES), os.environ.get('PYTHONPATH')))
         # -P: a model.py of another project in the current folder is not imported
-        process = subprocess.Popen([sys.executable, '-P', '-m', 'plaingpt.learning.verdict', str(number), str(path),
-                                    str(answer)], env=os.environ | {'PYTHONPATH': os.pathsep.join(places)})
-        if not has_ended(process, Path(f'{answer}.begun')):
-            return Verdict(False, verdict.ENDLESS)
+        command = [sys.executable, '-P', '-m', 'plaingpt.learning.verdict', str(number), str(path), str(answer),
+                   str(late), str(verdict.LONGEST)]
+        code = subprocess.run(command, env=os.environ | {'PYTHONPATH': os.pathsep.join(places)}).returncode
         found = read_json(answer)
-    said = f'its process ended with code {process.returncode}, and no answer'
-    return Verdict(*found) if found else Verdict(False, said)
-
-
-def has_ended(process: subprocess.Popen[bytes], begun: Path) -> bool:
-    """Block until a verdict's process ends, and return True. If the learner's lines take too long, kill it: a loop in C
-    lets no other thread of it run."""
-    last = time.monotonic() + PATIENCE
-    while process.poll() is None:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(0.1)
-        if begun.exists():
-            last, begun = time.monotonic() + verdict.LONGEST + 5, Path(os.devnull, 'seen')
-        if time.monotonic() > last:
-            process.kill()
-            process.wait()
-            return False
-    return True
+        return Verdict(*found) if found else verdict.unanswered(path, late, code)
 
 
 def show_list() -> None:
@@ -126,8 +105,9 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def start(number: int, exercise: Exercise) -> None:
-    write(path_of(number), header(number, exercise, exercise.text(exercise.hole()), exercise.task, 'check hint show'))
+def start(number: int) -> None:
+    exercise = EXERCISES[number - 1]
+    write(path_of(number), header(number, exercise.text(exercise.hole()), exercise.task, 'check hint show'))
     console.say(f'then: {typed("check", number)}')
 
 
@@ -144,14 +124,19 @@ def check(number: int) -> None:
         console.say(f'try next: {typed("start", number + 1)}')
 
 
-def show(exercise: Exercise) -> None:
+def hint(number: int) -> None:
+    console.say(textwrap.fill(EXERCISES[number - 1].hint, 112))
+
+
+def show(number: int) -> None:
+    exercise = EXERCISES[number - 1]
     _, function = exercise.nodes()
     console.say(textwrap.dedent('\n'.join(exercise.lines()[function.lineno - 1:function.end_lineno])))
 
 
-def bug(number: int, exercise: Exercise) -> None:
+def bug(number: int) -> None:
     """Plant a mistake; the next time, say whether it is still there."""
-    path = path_of(number, 'bug_')
+    exercise, path = EXERCISES[number - 1], path_of(number, 'bug_')
     if path.exists():
         passed, says = judged(number, path)
         if not passed:
@@ -164,12 +149,15 @@ def bug(number: int, exercise: Exercise) -> None:
     planted = random.choice(MISTAKES[exercise.part]).planted(right)
     assert planted is not None, 'the tests hold that each has a place'
     task = 'There is one mistake in these lines. Find it, mend it, and type this again:'
-    write(path, header(number, exercise, exercise.text(planted), task, 'bug'))
+    write(path, header(number, exercise.text(planted), task, 'bug'))
     if exercise.where.__name__ in whole.LEARNS:
         losses = [whole.learned(verdict.plain(exercise, body), STEPS).val_loss for body in (planted, right)]
         console.say(f'a small GPT with it ends at val loss {losses[0]:.3f} after {STEPS} steps; without it at '
                     f'{losses[1]:.3f}. Would you have noticed?')
     console.say(f'when you have found it: {typed("bug", number)}')
+
+
+COMMANDS = {'start': start, 'check': check, 'hint': hint, 'show': show, 'bug': bug}
 
 
 def main(args: list[str]) -> None:
@@ -178,20 +166,9 @@ def main(args: list[str]) -> None:
     command, *words = args or ['list']
     if command == 'list' and not words:
         return show_list()
-    if command not in ('start', 'check', 'hint', 'show', 'bug'):
+    if command not in COMMANDS:
         raise UserError(f'{" ".join(args)}: the commands are list, start N, check N, hint N, show N and bug N')
-    number = number_of(words)
-    exercise = EXERCISES[number - 1]
-    if command == 'start':
-        start(number, exercise)
-    elif command == 'check':
-        check(number)
-    elif command == 'hint':
-        console.say(textwrap.fill(exercise.hint, 112))
-    elif command == 'show':
-        show(exercise)
-    else:
-        bug(number, exercise)
+    COMMANDS[command](number_of(words))
 
 
 if __name__ == '__main__':

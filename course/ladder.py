@@ -1,7 +1,7 @@
 """
 Climb README's ladder: run what each rung says to run, and keep the numbers for docs/ladder.md, with machine and date.
 
-    python course/ladder.py                 half an hour of one core (make ladder)
+    python course/ladder.py                 an hour of one core (make ladder)
     python course/ladder.py --only=depth    some of the runs, those whose names hold this word; the others are kept
 """
 import io
@@ -28,24 +28,30 @@ only: str = ''  # part of the names of the runs to make; '' makes all
 # ------------------------------------------------------------------------------------------------
 
 PLAIN = 'train_trivialised.py'
-DEPTH = 'train.py config/train_stdlib.py --eval_interval=1000 --eval_iters=100 --sample_interval=0'
-VAL, BITS = r'^val loss (\S+)', r'^val .* (\S+)$'  # the last such line counts
-RUNS = {  # name: the command, without `python`, and what stands before and after the number in its output
-    'guess': (f'{PLAIN} --max_iters=1', r'^step 0, loss (\S+),'),
-    'tokens': ('course/01_counting.py', r'^counting tokens +(\S+)'),
-    'pairs': ('course/01_counting.py', r'^counting pairs  +(\S+)'),
-    'few pairs': ('course/01_counting.py', r'^counting pairs in .* (\S+)$'),
-    'no layer': (f'{PLAIN} --n_layer=0', VAL),
-    'itself': ('course/02_itself.py', VAL),
-    'average': ('course/03_average.py', VAL),
-    'attention': (f'{PLAIN} --n_layer=1', VAL),
-    'attention, another seed': (f'{PLAIN} --n_layer=1 --seed=1', VAL),
-    'two layers': (PLAIN, VAL),
-    'a low rate': (f'{PLAIN} --learning_rate=4e-4', VAL),
-    # bits per byte, after so many steps of a run of so many
-    **{f'depth {n}, {steps} of {total}': (f'{DEPTH} --n_layer={n} --max_iters={steps} --lr_decay_iters={total}', BITS)
-       for steps, total, depths in ((1000, 2000, (1, 2, 4)), (2000, 2000, (1, 2, 4)), (4000, 8000, (1, 4)))
-       for n in depths}}
+VAL = r'^val loss (\S+)'
+
+
+def depth(n_layer: int, total: int, *steps: int) -> tuple[str, dict[str, str]]:
+    """Return a command that makes the first steps of `total`, and where its bits per byte after each of these are."""
+    command = (f'train.py config/train_stdlib.py --n_layer={n_layer} --max_iters={steps[-1]} --lr_decay_iters={total} '
+               f'--eval_interval={steps[0]} --eval_iters=100 --sample_interval=0')
+    return command, {f'depth {n_layer}, {step} of {total}': rf'^step {step}: (?s:.*?)^val .* (\S+)$' for step in steps}
+
+
+RUNS = {  # the command, without `python`, and what stands before and after each number in its output
+    f'{PLAIN} --max_iters=1': {'guess': r'^step 0, loss (\S+),'},
+    'course/01_counting.py': {'tokens': r'^counting tokens +(\S+)', 'pairs': r'^counting pairs  +(\S+)',
+                              'few pairs': r'^counting pairs in .* (\S+)$'},
+    f'{PLAIN} --n_layer=0': {'no layer': VAL},
+    'course/02_itself.py': {'itself': VAL},
+    'course/03_average.py': {'average': VAL},
+    f'{PLAIN} --n_layer=1': {'attention': VAL},
+    f'{PLAIN} --n_layer=1 --seed=1': {'attention, another seed': VAL},
+    PLAIN: {'two layers': VAL},
+    f'{PLAIN} --learning_rate=4e-4': {'a low rate': VAL},
+    **dict(depth(n_layer, 2000, 1000, 2000) for n_layer in (1, 2, 4)),
+    **dict(depth(n_layer, 8000, 4000) for n_layer in (1, 2, 4)),
+}
 
 # The plain model with a mistake in it: what stands there, and what is written in its place
 MISTAKES = {
@@ -55,6 +61,7 @@ MISTAKES = {
     'epsilon': ('torch.sqrt(variance + 1e-5)', '(torch.sqrt(variance) + 1e-5)'),
     'stream': ('x = x + self.attn', 'x = self.attn'),
 }
+NUMBERS = RUNS | {name: {name: VAL} for name in MISTAKES}
 
 
 def train_with_a_mistake(old: str, new: str) -> str:
@@ -78,26 +85,27 @@ def output(command: list[str]) -> str:
     return result.stdout
 
 
-def measure(name: str) -> dict[str, float]:
-    """Return the number of a run, and its seconds."""
+def measure(command: str) -> tuple[str, float]:
+    """Return what a run, or a training with one of the mistakes, prints, and its seconds."""
     started = time.perf_counter()
-    if name in MISTAKES:
-        text, pattern = train_with_a_mistake(*MISTAKES[name]), VAL
+    if command in MISTAKES:
+        text = train_with_a_mistake(*MISTAKES[command])
     else:
-        command, pattern = RUNS[name]
         with TemporaryDirectory() as folder:
-            text = output([*command.split(), *([f'--out_dir={folder}'] if name.startswith('depth') else [])])
-    number = float(re.findall(pattern, text, re.MULTILINE)[-1])
-    return {'value': number, 'seconds': round(time.perf_counter() - started, 1)}
+            text = output([*command.split(), *([f'--out_dir={folder}'] if command.startswith('train.py') else [])])
+    return text, round(time.perf_counter() - started, 1)
 
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     torch.set_num_threads(1)
-    for name in (name for name in (*RUNS, *MISTAKES) if only in name):
-        found = measure(name)
-        console.say(f'{name:26} {found["value"]:8.4f} {found["seconds"]:8.1f} s')
-        measured.keep('ladder', name, found)
+    for command, patterns in NUMBERS.items():
+        wanted = [name for name in patterns if only in name]
+        text, seconds = measure(command) if wanted else ('', 0.0)
+        for name in wanted:
+            value = float(re.findall(patterns[name], text, re.MULTILINE)[-1])
+            console.say(f'{name:26} {value:8.4f} {seconds:8.1f} s')
+            measured.keep('ladder', name, {'value': value, 'seconds': seconds})
 
 
 if __name__ == '__main__':

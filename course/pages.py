@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ladder
 import measured
 import rung
 
@@ -47,15 +48,17 @@ of 4 heads, 128 channels, 16 windows of 64 tokens. Rungs 8 and 9 are side paths,
 GAINS = """How many times as fast as the rung that it changes, and as the plain files; 1.0 is a result, too. The last
 column is empty until a GPU has been measured.
 """
-ABLATED = """*What it learns,* by the val loss at equal tokens: 600 steps, four layers, means of three seeds, by
-benchmarks/ablate.py, which makes the changes in [another order](modern.md). What is below 0.016 is noise."""
+LEARNED = """*What it learns,* by the val loss at equal tokens, 600 steps of 1,024, in a model of one layer with three
+seeds: {here} nats, mean and standard deviation; {old}: {before}. From the same seed, the loss changes by {change}."""
+ABLATED = """benchmarks/ablate.py, with four layers, makes such changes in [another order](modern.md); there, what is
+below 0.016 is noise."""
 
 
 def course() -> str:
     """Return the whole page."""
     found = measured.read('course')
-    names = [name for name in rung.NAMES if name in found or int(name[:2]) > rung.LAST]
-    sections = [section(name, found.get(name, {})) for name in names]
+    names = [name for name in rung.NAMES if name in found]
+    sections = [section(name, found[name]) for name in names]
     return OPENING + '\n'.join(sections) + '\n' + summary(names, found)
 
 
@@ -81,17 +84,18 @@ def proven(name: str, found: dict[str, Any]) -> str:
 
 def learned(name: str, found: dict[str, Any]) -> str:
     """Return what a rung that is another function learns, here and in docs/modern.md."""
-    lines = [ABLATED]
-    if found:
-        here = f'{rung.spread(found["losses"])} nats; {rung.label(name, "before")}: {rung.spread(found["before"])}'
-        lines.append(f'Here, val loss of one layer after 600 steps, with {len(rung.SEEDS)} seeds: {here}.')
+    differences = [new - old for new, old in zip(found['losses'], found['before'], strict=True)]
+    here = LEARNED.format(here=rung.spread(found['losses']), old=rung.label(name, 'before'),
+                          before=rung.spread(found['before']), change=rung.spread(differences, '+'))
+    gains = []
     table = (rung.ROOT / 'docs/modern.md').read_text(encoding='utf-8')
     for row in rung.find(name).IN_MODERN:
         added, taken = (re.search(rf'^\| {words} {re.escape(row)} \| [^|]* \| (\S+) ', table, re.MULTILINE)
                         for words in (r'\+', 'modern, less'))
         assert added and taken, row
-        lines.append(f'{row[:1].upper() + row[1:]}: {added[1]} nats if added, {taken[1]} if taken away.')
-    return '\n'.join(lines)
+        gains.append(f'{row}: {added[1]} nats if added, {taken[1]} if taken away')
+    gained = '; '.join(gains)
+    return textwrap.fill(f'{here} {ABLATED} {gained[:1].upper()}{gained[1:]}.', 120)
 
 
 def summary(names: list[str], found: dict[str, Any]) -> str:
@@ -159,16 +163,18 @@ def without_docstring(node: ast.stmt, lines: list[str]) -> list[str]:
 def record() -> str:
     """Return the table of docs/ladder.md."""
     found = measured.read('ladder')
-    rows = [f'| {name} | {entry["value"]:.3f} | {entry["seconds"]:.0f} |' for name, entry in found.items()]
+    names = [name for patterns in ladder.NUMBERS.values() for name in patterns if name in found]
+    rows = [f'| {name} | {found[name]["value"]:.3f} | {found[name]["seconds"]:.0f} |' for name in names]
     where = '\n'.join(f'- {place}' for place in measured.places(found))
-    opening = 'Depth is in bits per byte, all else in nats. Seconds include waiting for other programs.\n'
+    opening = ('Depth is in bits per byte, all else in nats. Seconds are those of the whole run, which may give\n'
+               'several numbers, and include waiting for other programs.\n')
     table = '\n'.join([RECORD, opening, '| run | number | seconds |', '|---|---|---|', *rows])
     return f'{table}\n\nMeasured on\n\n{where}\n'
 
 
 def main(args: list[str]) -> None:
-    ladder = LADDER.read_text(encoding='utf-8').partition(RECORD)[0] + record()
-    for path, text in ((COURSE, course()), (LADDER, ladder)):
+    climbed = LADDER.read_text(encoding='utf-8').partition(RECORD)[0] + record()
+    for path, text in ((COURSE, course()), (LADDER, climbed)):
         with written_whole(path) as file:
             file.write(text.encode())
 

@@ -289,9 +289,9 @@ def described(name: str, found: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def spread(losses: list[float]) -> str:
-    """Return a mean and a standard deviation."""
-    return f'{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}'
+def spread(losses: list[float], sign: str = '') -> str:
+    """Return a mean, whose sign is shown if that is '+', and a standard deviation."""
+    return f'{statistics.mean(losses):{sign}.3f} ± {statistics.stdev(losses):.3f}'
 
 
 def label(name: str, against: str) -> str:

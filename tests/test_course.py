@@ -8,14 +8,19 @@ from functools import cache
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import ModuleType
+from typing import Any, get_args
 
 import measured
+import numpy as np
 import pages
 import pytest
 import rung
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn as nn
 from torch import Tensor
+from torch.optim import Optimizer
 
 import model
 import model_modern
@@ -23,10 +28,16 @@ import model_trivialised
 import parallel_trivialised
 import train
 from model import GPTConfig
-from plaingpt.corpus.batches import read_batch
+from plaingpt.corpus.batches import parts_of, read_batch
 from plaingpt.corpus.order import Order
 from plaingpt.corpus.token_files import TokenFile
 from plaingpt.errors import UserError
+from plaingpt.machines import strategies
+from plaingpt.machines.device import choose
+from plaingpt.machines.processes import Process
+from plaingpt.machines.strategies import Strategy
+from plaingpt.run.run import Learner
+from tests.comparing import give, in_float64
 from tests.docs.test_readme import tables
 
 ROOT = Path(__file__).parents[1]
@@ -222,6 +233,69 @@ def test_the_optimizer_at_the_end_is_that_of_train_py(monkeypatch: pytest.Monkey
             assert one[name] == other[name], name
 
 
+def two_steps(model: nn.Module, optimizer: Optimizer, add_gradient: Callable[[Any], object]) -> rung.Outcome:
+    """Make two steps, and return the gradient of each, as this process has it, and the weights afterwards."""
+    gradients = []
+    for step in range(2):
+        add_gradient(np.arange(rung.N_WINDOWS) * 20 + step)  # where the step's windows start
+        gradients += [strategies.complete(p.grad).clone() for p in model.parameters() if p.grad is not None]
+        for group in optimizer.param_groups:
+            group['lr'] = 0.01 * group['scale']
+        optimizer.step()
+        model.zero_grad()  # the optimizer of rung 12 knows only the weights that its process owns
+    return {'gradients': gradients, 'weights': [strategies.complete(p.detach()) for p in model.parameters()]}
+
+
+def steps_of_course(name: str, model: Any, corpus: TokenFile) -> rung.Outcome:
+    module = rung.plain_training(rung.way_to(name), batch_size=UNEVEN)
+    prepared = module.prepare(model)
+
+    def add_gradient(starts: Any) -> None:
+        module.gradient(prepared, *read_batch(corpus, starts, SMALL.block_size, len(starts), SMALL.vocab_size))
+
+    return two_steps(model, module.make_optimizer(prepared), add_gradient)
+
+
+def steps_of_train_py(strategy: Strategy, model: model.GPT, corpus: TokenFile, process: Process) -> rung.Outcome:
+    settings = rung.plain_training([])
+    give(train, strategy=strategy, beta1=settings.beta1, beta2=settings.beta2, weight_decay=settings.weight_decay)
+    compute = choose(process.device, 'float32', compile=False)
+    shared = strategies.distribute(model, model.transformer.h, process, strategy, compute.dtype, True, False)
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    learner = Learner(model, shared, train.make_optimizer(model, process), scaler, process, compute)
+
+    def add_gradient(starts: Any) -> None:
+        train.accumulate_gradient(learner, parts_of(corpus, starts, UNEVEN, SMALL, process))
+
+    return two_steps(model, learner.optimizer, add_gradient)
+
+
+def step_together(rank: int, folder: str) -> None:
+    """Be one of two processes that make the same steps as the rungs for several do, and as train.py does."""
+    dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank, world_size=2)
+    process, corpus = Process(rank, 2, torch.device('cpu'), ''), TokenFile(Path(folder, 'train.bin'), 'uint16')
+    found = {}
+    with in_float64():
+        for name, strategy in zip(TOGETHER, get_args(Strategy), strict=True):
+            torch.manual_seed(1)
+            fast, built = model.GPT(SMALL), rung.plain_model(rung.way_to(name)).GPT(SMALL)
+            built.load_state_dict(fast.state_dict())
+            found[name] = steps_of_course(name, built, corpus), steps_of_train_py(strategy, fast, corpus, process)
+    torch.save(found, Path(folder, f'{rank}.pt'))
+    dist.destroy_process_group()
+
+
+def test_the_steps_of_two_processes_at_the_end_are_those_of_train_py(tmp_path: Path) -> None:
+    rung.write_corpus(tmp_path / 'train.bin', SMALL)
+    mp.spawn(step_together, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f'{rank}.pt', weights_only=True)
+        assert [*found] == TOGETHER
+        for name, (course, main) in found.items():
+            assert len(main['gradients']) == 2 * len(main['weights']) and all(g.any() for g in main['gradients'])
+            assert max(rung.difference(main, course).values()) < 1e-9, f'{name}, process {rank}'
+
+
 # ------------------------------------------------------------------------------------------------
 # What the pages say
 
@@ -229,7 +303,7 @@ def test_the_optimizer_at_the_end_is_that_of_train_py(monkeypatch: pytest.Monkey
 def test_the_pages_are_as_generated() -> None:
     assert pages.COURSE.read_text(encoding='utf-8') == pages.course()
     assert pages.LADDER.read_text(encoding='utf-8').endswith('\n' + pages.record())
-    assert {*RUNGS} <= {*measured.read('course')}
+    assert {*RUNGS, *MODERN} == {*measured.read('course')}
 
 
 def test_each_diff_leads_to_the_part() -> None:

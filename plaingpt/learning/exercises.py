@@ -1,4 +1,4 @@
-"""The exercises, in the order in which a GPT is read: what each asks for, and a hint."""
+"""The exercises, in the order of docs/ladder.md: what each asks for, and a hint."""
 import model
 import model_trivialised
 import parallel_trivialised
@@ -20,31 +20,27 @@ EXERCISES = [
     Exercise(B, 'encode', questions.run_encode,
         'Cut the text into words, and in each do the merges in the order in which they were learned.',
         'Two loops: over words, and in them over merges. Merge number i makes token 256 + i.'),
+    Exercise(T, 'GPT.generate', questions.run_generate,
+        'Continue a text: predict, draw one token by its probability, append it, and again; the model reads the '
+        'last block_size tokens. draw(seed, row, number) / 2**63 is a number from 0 to 1 for row and number of '
+        'the new token: take the first token at which the sum of the probabilities reaches it.',
+        'Cut idx to its last block_size tokens before each call. Probabilities are softmax of the logits at the '
+        'last position; cumsum adds them up, and a comparison, summed, counts how many lie before the drawn '
+        'number.'),
+    Exercise(T, 'cross_entropy', questions.run_cross_entropy,
+        'How surprised is the model, in nats, on average? Return the mean of minus the logarithm of the '
+        'probability that softmax gives to what really came next, without the exponential of a large number.',
+        '-log(exp(z_y) / sum(exp(z))) = log(sum(exp(z))) - z_y; the largest logit can be taken out of the sum, so'
+        ' that no exponential is above 1. Tensor.gather picks z_y.'),
+    Exercise(by_hand, 'gradient_of_cross_entropy', questions.run_gradient,
+        'What autograd finds, by hand: how does the mean loss change with each logit?',
+        'Write the loss of one token as log(sum(exp(z))) - z_y. The derivative of the first term is softmax(z); '
+        'that of the second is 1 at y, and 0 elsewhere. The mean divides both.'),
     Exercise(T, 'softmax', questions.run_softmax,
         'Make probabilities of numbers: above 0, in the same order, with sum 1 along the last dimension; of '
         'numbers such as 1000, too, whose exponential is infinite.',
         'softmax(x) = softmax(x - c) for any c: which c keeps all exponentials at most 1? keepdim=True keeps '
         'shapes that broadcast.'),
-    Exercise(T, 'cross_entropy', questions.run_cross_entropy,
-        'How surprised is the model, in nats, on average? Return the mean of minus the logarithm of the '
-        'probability that softmax gives to what really came next, without the exponential of a large number.',
-        '-log(exp(z_y) / sum(exp(z))) = log(sum(exp(z))) - z_y; the largest logit can be taken out of the sum, as'
-        ' in softmax. Tensor.gather picks z_y.'),
-    Exercise(by_hand, 'gradient_of_cross_entropy', questions.run_gradient,
-        'What autograd finds, by hand: how does the mean loss change with each logit?',
-        'Write the loss of one token as log(sum(exp(z))) - z_y. The derivative of the first term is softmax(z); '
-        'that of the second is 1 at y, and 0 elsewhere. The mean divides both.'),
-    Exercise(T, 'attend', questions.run_attend,
-        'One head of attention: compare each query with all keys, hide the future, make probabilities of the '
-        'rest, and mix the values with them.',
-        'Five steps: a table of products (B, T, T), rows are queries; divide; hide with masked_fill; softmax; '
-        'multiply by v. torch.ones(T, T).tril() is 1 at and below the diagonal.',
-        questions.is_causal),
-    Exercise(T, 'Attention.forward', questions.run_attention,
-        'All heads: make q, k and v in one product, cut them into heads, attend in each, put the heads side by '
-        'side again, and let c_proj mix them.',
-        'Tensor.chunk cuts twice, both times along the last dimension: into q, k and v, then each into n_head '
-        'heads.'),
     Exercise(T, 'gelu', questions.run_gelu,
         "GPT-2's nonlinearity, by its tanh formula (Hendrycks and Gimpel 2016): 0.5 x (1 + tanh(sqrt(2 / pi) (x +"
         ' 0.044715 x^3))).',
@@ -54,6 +50,17 @@ EXERCISES = [
         ' there is one, the bias.',
         'Mean and variance are of the last dimension only, with keepdim=True. The variance is a mean of squares; '
         '1e-5 is added to it before the root is taken.'),
+    Exercise(T, 'Attention.forward', questions.run_attention,
+        'All heads: make q, k and v in one product, cut them into heads, attend in each, put the heads side by '
+        'side again, and let c_proj mix them.',
+        'Tensor.chunk cuts twice, both times along the last dimension: into q, k and v, then each into n_head '
+        'heads.'),
+    Exercise(T, 'attend', questions.run_attend,
+        'One head of attention: compare each query with all keys, hide the future, make probabilities of the '
+        'rest, and mix the values with them.',
+        'Five steps: a table of products (B, T, T), rows are queries; divide; hide with masked_fill; softmax; '
+        'multiply by v. torch.ones(T, T).tril() is 1 at and below the diagonal.',
+        questions.is_causal),
     Exercise(T, 'Block.forward', questions.run_block,
         'One layer: attention, then the MLP; each reads the normalised stream, and adds to the stream.',
         'Two lines of the form x = x + part(norm(x)), each with a LayerNorm of its own.'),
@@ -77,13 +84,6 @@ EXERCISES = [
         'correction for their start at 0, the pull towards zero, the step.',
         'Change p, m and v with +=, -= or methods that end in _. The corrections divide by 1 - beta ** (step + '
         '1). The pull is lr * decay * p; it does not pass through m and v.'),
-    Exercise(T, 'GPT.generate', questions.run_generate,
-        'Continue a text: predict, draw one token by its probability, append it, and again; the model reads the '
-        'last block_size tokens. draw(seed, row, number) / 2**63 is a number from 0 to 1 for row and number of '
-        'the new token: take the first token at which the sum of the probabilities reaches it.',
-        'Cut idx to its last block_size tokens before each call. Probabilities are softmax of the logits at the '
-        'last position; cumsum adds them up, and a comparison, summed, counts how many lie before the drawn '
-        'number.'),
     Exercise(P, 'accumulate', questions.run_accumulate,
         'The same gradient as from the whole batch, although only batch_size windows fit into memory at a time; the '
         'last part may be smaller than the others.',

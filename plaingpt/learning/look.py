@@ -1,7 +1,6 @@
 """What happens inside a model while it reads a text. Hooks see what its own parts are given; none of it is computed by
 other code than the model's, but for the table of attention, which its kernel never stores."""
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -35,11 +34,6 @@ def attention(q: Tensor, k: Tensor) -> Tensor:
     return scores.masked_fill(is_future, -math.inf).softmax(dim=-1)
 
 
-def final_norm(model: GPT) -> Callable[[Tensor], Tensor]:
-    """Return what stands between the last layer and the head."""
-    return model.transformer.ln_f if model.config.arch == 'gpt2' else model_modern.norm
-
-
 @torch.no_grad()
 def look(model: GPT, idx: Tensor) -> Seen:
     """Let a model read idx (1, T), at most a block of tokens. The lens applies its final norm and its head to the
@@ -60,7 +54,7 @@ def look(model: GPT, idx: Tensor) -> Seen:
             hooks.enter_context(block.register_forward_pre_hook(keep_stream))
             hooks.enter_context(block.get_submodule('attn').register_forward_pre_hook(keep_table))
         last = model.transformer(idx)
-    norm = final_norm(model)
+    norm = model.transformer.ln_f if model.config.arch == 'gpt2' else model_modern.norm  # before the head
     logits = [model.score(x)[0] for x in (*map(norm, streams), last)]  # each (T, V)
     return Seen(torch.stack([z.log_softmax(dim=-1) for z in logits]), torch.stack(tables))
 

@@ -63,10 +63,13 @@ def run_encode(m: Any) -> Results:
         f'encode({text!r}, merges)', m.encode, text, merges)]
 
 
-def run_softmax(m: Any) -> Results:
-    x = torch.randn(2, 3, 5)
-    return [*ask('softmax(x) of x (2, 3, 5)', m.softmax, x), *ask('softmax(1000 * x)', m.softmax, x * 1000),
-            *ask('softmax(x + 1000)', m.softmax, x + 1000)]
+def run_generate(m: Any) -> Results:
+    results: Results = []
+    for size in (8, 5):
+        write, idx = small_gpt(m, size).generate, torch.randint(11, (2, 3))
+        twelve = functools.partial(write, max_new_tokens=12)
+        results += ask(f'generate(idx, 12), in a block of {size} tokens', twelve, idx)
+    return results
 
 
 def run_cross_entropy(m: Any) -> Results:
@@ -79,6 +82,34 @@ def run_cross_entropy(m: Any) -> Results:
 def run_gradient(m: Any) -> Results:
     logits, targets = torch.randn(2, 4, 7), torch.randint(7, (2, 4))
     return ask('gradient_of_cross_entropy(logits, targets)', m.gradient_of_cross_entropy, logits, targets)
+
+
+def run_softmax(m: Any) -> Results:
+    x = torch.randn(2, 3, 5)
+    return [*ask('softmax(x) of x (2, 3, 5)', m.softmax, x), *ask('softmax(1000 * x)', m.softmax, x * 1000),
+            *ask('softmax(x + 1000)', m.softmax, x + 1000)]
+
+
+def run_gelu(m: Any) -> Results:
+    return ask('gelu(x) of x from -4 to 4', m.gelu, torch.linspace(-4, 4, 33))
+
+
+def run_layer_norm(m: Any) -> Results:
+    """Ask with and without bias; and tokens whose channels are nearly equal, to see where the 1e-5 stands."""
+    results = []
+    for bias in (True, False):
+        layer = m.LayerNorm(6, bias)
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.copy_(torch.randn(6))
+        results += ask(f'LayerNorm(6, bias={bias})(x) of x (2, 3, 6)', layer, torch.randn(2, 3, 6) * 3 + 5)
+        results += ask(f'LayerNorm(6, bias={bias})(x) of nearly equal channels', layer, 1 + torch.randn(2, 3, 6) / 1000)
+    return results
+
+
+def run_attention(m: Any) -> Results:
+    layer = small_gpt(m).transformer.h[0].attn
+    return ask('Attention(config)(x) of x (2, 5, 8), with 2 heads', layer, torch.randn(2, 5, 8))
 
 
 def run_attend(m: Any) -> Results:
@@ -102,28 +133,6 @@ def is_causal(m: Any) -> str | None:
         if not changed[t:].all():
             return f'row {t + int((~changed[t:]).nonzero()[0])} does not look at token {t}'
     return None
-
-
-def run_attention(m: Any) -> Results:
-    layer = small_gpt(m).transformer.h[0].attn
-    return ask('Attention(config)(x) of x (2, 5, 8), with 2 heads', layer, torch.randn(2, 5, 8))
-
-
-def run_gelu(m: Any) -> Results:
-    return ask('gelu(x) of x from -4 to 4', m.gelu, torch.linspace(-4, 4, 33))
-
-
-def run_layer_norm(m: Any) -> Results:
-    """Ask with and without bias; and tokens whose channels are nearly equal, to see where the 1e-5 stands."""
-    results = []
-    for bias in (True, False):
-        layer = m.LayerNorm(6, bias)
-        with torch.no_grad():
-            for p in layer.parameters():
-                p.copy_(torch.randn(6))
-        results += ask(f'LayerNorm(6, bias={bias})(x) of x (2, 3, 6)', layer, torch.randn(2, 3, 6) * 3 + 5)
-        results += ask(f'LayerNorm(6, bias={bias})(x) of nearly equal channels', layer, 1 + torch.randn(2, 3, 6) / 1000)
-    return results
 
 
 def run_block(m: Any) -> Results:
@@ -159,15 +168,6 @@ def run_adamw(m: Any) -> Results:
     small = torch.randn(4)
     m.adamw(small, torch.randn(4) * 1e-8, torch.zeros(4), torch.zeros(4), 0, 0.1, 0.0)
     return [*results, ('p after a step with a gradient of about 1e-8', small)]
-
-
-def run_generate(m: Any) -> Results:
-    results: Results = []
-    for size in (8, 5):
-        write, idx = small_gpt(m, size).generate, torch.randint(11, (2, 3))
-        twelve = functools.partial(write, max_new_tokens=12)
-        results += ask(f'generate(idx, 12), in a block of {size} tokens', twelve, idx)
-    return results
 
 
 def run_accumulate(m: Any) -> Results:

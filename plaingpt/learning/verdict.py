@@ -1,18 +1,18 @@
 """The verdict on a learner's lines: they do the same as the plain file's, or the same as the plain file's with a known
 mistake, or else they first differ somewhere. A verdict is a measurement: no cause is named that has not given the same
 numbers."""
+import faulthandler
 import itertools
 import json
 import math
-import os
+import re
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.abc import InspectLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import FrameType, ModuleType, TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -155,7 +155,11 @@ def known_mistake(exercise: Exercise, found: Results) -> str | None:
 def lines_of(trace: TracebackType | None, path: Path, text: str) -> str:
     """Return the last line of the learner's file that a traceback goes through, with its number."""
     found = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == str(path) and frame.lineno]
-    return f'line {found[-1]}: {text.splitlines()[found[-1] - 1].strip()}\n' if found else ''
+    return line_of(text, found[-1]) if found else ''
+
+
+def line_of(text: str, number: int) -> str:
+    return f'line {number}: {text.splitlines()[number - 1].strip()}\n'
 
 
 def crash(error: BaseException, path: Path, text: str) -> str:
@@ -253,45 +257,39 @@ def in_the_whole(exercise: Exercise, module: ModuleType) -> Verdict:
     return Verdict(True, f'{says}, and three steps of a GPT with it end at loss {found.losses[-1]:.4f}, as before')
 
 
-def on_time(exercise: Exercise, text: str, path: Path, give: Callable[[Verdict], None]) -> Verdict:
-    """Return the verdict; if it takes too long, give another one, and end the process."""
-    main = threading.main_thread().ident
-
-    def end() -> None:
-        frame: FrameType | None = sys._current_frames().get(main or 0)
-        while frame and frame.f_code.co_filename != str(path):
-            frame = frame.f_back
-        where = f'line {frame.f_lineno}: {text.splitlines()[frame.f_lineno - 1].strip()}\n' if frame else ''
-        give(Verdict(False, f'{where}{ENDLESS}'))
-        os._exit(0)
-
-    timer = threading.Timer(LONGEST, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        verdict = of_lines(exercise, text, path)
-    except Exception as error:  # such as a list that holds itself
-        verdict = Verdict(False, crash(error, path, text))
-    timer.cancel()
-    return verdict
-
-
-def main(number: str, file: str, answer: str) -> None:
-    """Write the verdict on a file to another one. The process is this learner's alone."""
-    path = Path(file)
-
-    def give(verdict: Verdict) -> None:
-        with written_whole(answer) as out:
-            out.write(json.dumps(verdict).encode())
-
-    torch.set_num_threads(1)
+def of_file(exercise: Exercise, path: Path) -> Verdict:
     try:
         text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError:
-        return give(Verdict(False, f'{path.name} is not text in UTF-8: save it as that'))
-    with written_whole(f'{answer}.begun'):  # from here on the time is the learner's
-        pass
-    give(on_time(EXERCISES[int(number) - 1], text, path, give))
+        return Verdict(False, f'{path.name} is not text in UTF-8: save it as that')
+    try:
+        return of_lines(exercise, text, path)
+    except Exception as error:  # such as a list that holds itself
+        return Verdict(False, crash(error, path, text))
+
+
+def unanswered(path: Path, late: Path, code: int) -> Verdict:
+    """Return the verdict on a file whose process has given none: from what that wrote when it was late, and the code
+    that it ended with."""
+    trace = late.read_text(encoding='utf-8') if late.exists() else ''
+    if not trace:
+        return Verdict(False, f'its process ended with code {code}, and no answer')
+    running = re.search(rf'File "{re.escape(str(path))}", line (\d+)', trace)
+    line = line_of(path.read_text(encoding='utf-8-sig'), int(running[1])) if running else ''
+    return Verdict(False, f'{line}{ENDLESS}')
+
+
+def main(number: str, file: str, answer: str, late: str, longest: str) -> None:
+    """Write the verdict on a file into `answer`. If the learner's lines take longer than so many seconds, write into
+    `late` which of them are running, and end the process, which is theirs alone: a loop in C lets no other thread of
+    Python run, but it does not hold up this one."""
+    torch.set_num_threads(1)
+    with open(late, 'w', encoding='utf-8') as trace:
+        faulthandler.dump_traceback_later(float(longest), exit=True, file=trace)
+        verdict = of_file(EXERCISES[int(number) - 1], Path(file))
+        faulthandler.cancel_dump_traceback_later()
+    with written_whole(answer) as out:
+        out.write(json.dumps(verdict).encode())
 
 
 if __name__ == '__main__':

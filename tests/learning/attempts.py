@@ -100,38 +100,6 @@ def encode(text, merges):
 def encode(text, merges):
     return [merge(word, pair, 256 + i) for word in cut(text) for i, pair in enumerate(merges)]
 """, 'here it is [['),
-    ('softmax', """
-def softmax(x):
-    e = torch.exp(x)
-    return e / e.sum(-1, keepdim=True)
-""", 'exp(1000) is infinite'),
-    ('softmax', """
-def softmax(x):
-    top, _ = torch.max(x, -1, True)
-    e = torch.exp(x - top)
-    return e / torch.sum(e, -1, True)
-""", ''),
-    ('softmax', """
-def softmax(x):
-    x -= x.amax(-1, keepdim=True)
-    e = x.exp()
-    return e / e.sum(-1, keepdim=True)
-""", 'its arguments are changed'),
-    ('softmax', """
-def softmax(x):
-    e = (x - x.amax(-1, keepdim=True)).exp()
-    return e / e.sum(0)
-""", 'sums run over the first dimension'),
-    ('softmax', """
-def softmax(x):
-    e = (x - x.amax(-1)).exp()
-    return e / e.sum(-1)
-""", 'RuntimeError: The size of tensor a'),
-    ('softmax', """
-def softmax(x):
-    e = (x - x.amax(-1, keepdim=True)).exp()
-    e / e.sum(-1, keepdim=True)
-""", 'nothing (does it have a `return`?)'),
     ('cross_entropy', """
 def cross_entropy(logits, targets):
     p = torch.softmax(logits, -1)
@@ -178,6 +146,92 @@ def gradient_of_cross_entropy(logits, targets):
             p[b, t, targets[b, t]] -= 1
     return p
 """, 'divide by the number of tokens'),
+    ('softmax', """
+def softmax(x):
+    e = torch.exp(x)
+    return e / e.sum(-1, keepdim=True)
+""", 'exp(1000) is infinite'),
+    ('softmax', """
+def softmax(x):
+    top, _ = torch.max(x, -1, True)
+    e = torch.exp(x - top)
+    return e / torch.sum(e, -1, True)
+""", ''),
+    ('softmax', """
+def softmax(x):
+    x -= x.amax(-1, keepdim=True)
+    e = x.exp()
+    return e / e.sum(-1, keepdim=True)
+""", 'its arguments are changed'),
+    ('softmax', """
+def softmax(x):
+    e = (x - x.amax(-1, keepdim=True)).exp()
+    return e / e.sum(0)
+""", 'sums run over the first dimension'),
+    ('softmax', """
+def softmax(x):
+    e = (x - x.amax(-1)).exp()
+    return e / e.sum(-1)
+""", 'RuntimeError: The size of tensor a'),
+    ('softmax', """
+def softmax(x):
+    e = (x - x.amax(-1, keepdim=True)).exp()
+    e / e.sum(-1, keepdim=True)
+""", 'nothing (does it have a `return`?)'),
+    ('gelu', """
+def gelu(x):
+    return torch.nn.functional.gelu(x, approximate='tanh')
+""", ''),
+    ('gelu', """
+def gelu(x):
+    return torch.nn.functional.gelu(x)
+""", 'this is the exact GELU'),
+    ('gelu', """
+def gelu(x):
+    assert x.dim() == 1
+    return torch.nn.functional.gelu(x, approximate='tanh')
+""", 'a GPT with it cannot learn: AssertionError'),
+    ('gelu', """
+torch.set_grad_enabled(False)
+def gelu(x):
+    return torch.nn.functional.gelu(x, approximate='tanh')
+""", ''),
+    ('LayerNorm.forward', """
+class LayerNorm(nn.Module):
+    def __init__(self, n_embd, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x):
+        return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias)
+""", ''),
+    ('LayerNorm.forward', """
+class LayerNorm(nn.Module):
+    def __init__(self, n_embd, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
+
+    def forward(self, x):
+        out = self.weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+        return out + self.bias if self.bias is not None else out
+""", 'divides by C - 1'),
+    ('Attention.forward', """
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (z.reshape(B, self.n_head, T, C // self.n_head) for z in (q, k, v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+""", 'view(B, H, T, D) mixes tokens with channels'),
     ('attend', """
 def attend(q, k, v):
     w = torch.einsum('btd,bsd->bts', q, k) * q.shape[-1] ** -0.5
@@ -252,60 +306,6 @@ def attend(q, k, v):
     s = q @ k.transpose(1, 2) + torch.from_numpy(np.triu(np.full((q.size(1), q.size(1)), 1.0), 1)) * -5
     return softmax(s) @ v
 """, 'row 0 looks at token 1, which comes later'),
-    ('Attention.forward', """
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, x):
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q, k, v = (z.reshape(B, self.n_head, T, C // self.n_head) for z in (q, k, v))
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-""", 'view(B, H, T, D) mixes tokens with channels'),
-    ('gelu', """
-def gelu(x):
-    return torch.nn.functional.gelu(x, approximate='tanh')
-""", ''),
-    ('gelu', """
-def gelu(x):
-    return torch.nn.functional.gelu(x)
-""", 'this is the exact GELU'),
-    ('gelu', """
-def gelu(x):
-    assert x.dim() == 1
-    return torch.nn.functional.gelu(x, approximate='tanh')
-""", 'a GPT with it cannot learn: AssertionError'),
-    ('gelu', """
-torch.set_grad_enabled(False)
-def gelu(x):
-    return torch.nn.functional.gelu(x, approximate='tanh')
-""", ''),
-    ('LayerNorm.forward', """
-class LayerNorm(nn.Module):
-    def __init__(self, n_embd, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
-
-    def forward(self, x):
-        return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias)
-""", ''),
-    ('LayerNorm.forward', """
-class LayerNorm(nn.Module):
-    def __init__(self, n_embd, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.bias = nn.Parameter(torch.zeros(n_embd)) if bias else None
-
-    def forward(self, x):
-        out = self.weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
-        return out + self.bias if self.bias is not None else out
-""", 'divides by C - 1'),
     ('lr_at', """
 def lr_at(step, peak, floor, warmup, total):
     if step < warmup:
@@ -396,15 +396,6 @@ def accumulate(model, x, y, batch_size):
         (model(a, b)[1] * len(a) / len(x)).backward()
     return [p.grad.clone() for p in model.parameters()]
 """, 'of 7 windows: '),
-    ('zero1', """
-def zero1(weights, gradients, moments, step, lr, decay):
-    n = len(weights)
-    for i in range(len(weights[0])):
-        m, v = moments[i % n][i]
-        adamw(weights[i % n][i], gradients[i % n][i], m, v, step, lr, decay)
-        for machine in range(n):
-            weights[machine][i] = weights[i % n][i]
-""", 'how many tensors 2 machines hold should be 8, and here it is 4'),
     ('reduce_scatter', """
 def reduce_scatter(parts):
     n = len(parts)
@@ -431,6 +422,15 @@ def data_parallel(model, x, y, n_machines):
     mean = [sum(of_weight) / n_machines for of_weight in zip(*found)]
     return [mean for _ in range(n_machines)]
 """, 'machines with fewer windows count as much'),
+    ('zero1', """
+def zero1(weights, gradients, moments, step, lr, decay):
+    n = len(weights)
+    for i in range(len(weights[0])):
+        m, v = moments[i % n][i]
+        adamw(weights[i % n][i], gradients[i % n][i], m, v, step, lr, decay)
+        for machine in range(n):
+            weights[machine][i] = weights[i % n][i]
+""", 'how many tensors 2 machines hold should be 8, and here it is 4'),
     ('Cache.extend', """
 class Cache:
     def __init__(self, room):

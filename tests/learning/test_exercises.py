@@ -1,5 +1,7 @@
 """Every exercise can be done, and every known mistake is recognised by the numbers that it gives."""
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from plaingpt.learning.mistakes import MISTAKES
 from plaingpt.learning.part import HOLE, Exercise, Results
 from plaingpt.learning.verdict import agree, of_lines, plain, results
 
+ROOT = Path(__file__).parents[2]
 each = pytest.mark.parametrize('exercise', EXERCISES, ids=lambda exercise: exercise.part)
 
 
@@ -30,6 +33,12 @@ def test_there_are_22_exercises_each_with_known_mistakes_and_a_hint() -> None:
     for exercise in EXERCISES:
         lines = [line.strip() for line in body_of(exercise).splitlines() if len(line.strip()) > 20]
         assert exercise.hint and not any(line in exercise.hint for line in lines), 'a hint is not the solution'
+
+
+def test_they_are_in_the_order_of_the_ladder() -> None:
+    ladder = (ROOT / 'docs/ladder.md').read_text(encoding='utf-8')
+    named = [pair for text in ladder.split('*Do*')[1:] for pair in re.findall(r'(\d+)\s`([\w.]+)`', text)]
+    assert named == [(str(number), exercise.part) for number, exercise in enumerate(EXERCISES, 1)]
 
 
 @each
