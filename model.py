@@ -179,7 +179,7 @@ class Transformer(nn.Module):
     def forward(self, idx: Tensor, caches: list[Cache] | None = None) -> Tensor:  # more: a cache for each layer
         """idx (B, T) -> (B, T, C)"""
         T, block_size = idx.size(1), self.wpe.num_embeddings
-        assert T <= block_size, f'{T} tokens do not fit in a block of {block_size}'
+        assert block_size >= T, f'{T} tokens do not fit in a block of {block_size}'
         # more: the positions of tokens that continue a text
         positions = caches[0].length + torch.arange(T, device=idx.device) if caches else slice(T)
         x = self.drop(self.wte(idx) + self.wpe.weight[positions])  # (B, T, C)

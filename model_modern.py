@@ -66,7 +66,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, mixed = cache.extend(k, mixed)  # each (B, H, <= length, D)
         # gain: in a text that is longer than the block, a token sees the last block_size tokens (Su et al. 2021)
-        band = None if T <= self.block_size else x.new_ones(T, T).bool().tril().triu(1 - self.block_size)
+        band = None if self.block_size >= T else x.new_ones(T, T).bool().tril().triu(1 - self.block_size)
         mask = band if cache is None else cache.mask
         y = F.scaled_dot_product_attention(q, k, mixed, mask, is_causal=T > 1 and band is None)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
