@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from model import GPT, GPTConfig
 from plaingpt import sizes
@@ -64,6 +64,7 @@ class RunSettings(ModelSettings):
     cpu_offload: bool
     activation_checkpointing: bool
     dtype: str
+    compile: bool | Literal['auto']
 
 
 def windows_in_step(total_batch_size: int, micro_batches: int, batch_size: int, block_size: int) -> int:
@@ -173,14 +174,14 @@ class Plan:
     def held(self, strategy: strategies.Strategy, n: int, width: int = 4) -> sizes.Held:
         return sizes.held(self.model, self.groups, strategy, n, width, not self.settings.reshard_after_forward)
 
-    def peak(self, strategy: strategies.Strategy, n: int, width: int, recomputes: bool) -> int:
+    def peak(self, strategy: strategies.Strategy, n: int, width: int, recomputes: bool, compiles: bool = False) -> int:
         """Return the most bytes that each of n processes holds. Those that fsdp offloads are in main memory, and left
         out."""
         held = self.held(strategy, n, width)
         if self.settings.cpu_offload and strategy == 'fsdp':
             held = sizes.Held(0, 0, 0, held.gathered)
         accumulates = self.work.n_windows > self.settings.batch_size  # as any number of processes does
-        needs = sizes.activations(self.model.config, self.settings.batch_size, width)
+        needs = sizes.activations(self.model.config, self.settings.batch_size, width, compiles)
         return sizes.peak(self.model.config, held, needs, n > 1 or accumulates, recomputes)
 
 
@@ -231,6 +232,8 @@ def about_memory(plan: Plan) -> Iterator[str]:
     yield row('... activation_checkpointing', *(size(part.inputs + part.block) for part in kept))
     yield row('kept around them', *(size(part.around) for part in kept))
     yield row('logits and their gradient', *(size(part.loss) for part in kept))
+    compiled = [sizes.activations(plan.model.config, batch, width, compiles=True) for width in (4, 2)]
+    yield row('... compiled, as on cuda', *(size(part.loss) for part in compiled))
     yield ''
     yield row('each process', 'weights', 'gradients', 'moments', 'gathered', 'peak: f32', 'recomp.', 'bf16', 'recomp.')
     counts = sorted({*PROCESSES, plan.world_size} - {1})
@@ -249,7 +252,8 @@ def about_time(plan: Plan) -> Iterator[str]:
     settings = plan.settings
     dtype, width = ('float32', 4) if settings.dtype == 'float32' else ('bfloat16', 2)
     flops = plan.total * plan.model.flops_per_token()
-    needs = {n: plan.peak(settings.strategy, n, width, settings.activation_checkpointing) for n in (1, 8)}
+    compiles = settings.compile is not False  # 'auto' does on each of these
+    needs = {n: plan.peak(settings.strategy, n, width, settings.activation_checkpointing, compiles) for n in (1, 8)}
     yield row(f'time, {settings.strategy}, {dtype}', 'memory', '1 GPU', '8 GPUs')
     for gpu, memory in GPUS.items():
         seconds = flops / (UTILISATION * (peak_flops(gpu, dtype) or math.nan))  # on one GPU

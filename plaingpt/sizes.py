@@ -118,11 +118,11 @@ def kept_of_token(config: GPTConfig, width: int) -> int:
     return token + config.shortcuts * C * (FLOAT + 2 * width - 3 * width * (width < FLOAT))
 
 
-def activations(config: GPTConfig, batch_size: int, width: int) -> Activations:
+def activations(config: GPTConfig, batch_size: int, width: int, compiles: bool = False) -> Activations:
     """Return the bytes of the tensors that a model's forward pass keeps. Numbers in matrix products have `width` bytes:
-    4, or 2 under autocast, which leaves the residual stream, statistics and the loss in float32. With dropout a GPU
-    keeps a byte for each number that may be dropped; a CPU keeps 4, and attention's (T, T) tables, which are not
-    counted here."""
+    4, or 2 under autocast, which leaves the residual stream, statistics and the loss in float32. `compiles` is for the
+    loss alone, as on cuda: what a compiler saves in a block is not known. With dropout a GPU keeps a byte for each
+    number that may be dropped; a CPU keeps 4, and attention's (T, T) tables, which are not counted here."""
     n, C, V, is_modern = batch_size * config.block_size, config.n_embd, config.vocab_size, config.arch == 'modern'
     casts = 12 * C * C * width * (width < FLOAT)  # the weights of the products, as bfloat16
     block = n * kept_of_token(config, width) + casts
@@ -131,10 +131,11 @@ def activations(config: GPTConfig, batch_size: int, width: int) -> Activations:
     # int64
     around = n * ((1 + is_modern) * C * FLOAT + 2 * FLOAT + 3 * 8)
     half = width * (width < FLOAT)  # bytes of each number that autocast copies
-    # If the blocks are compiled, so is the loss, which is not counted here: it has all logits at once, and their
-    # gradient, 2 n V numbers of `width` bytes, however many these are.
-    if n * V <= MOST_LOGITS:
+    if compiles or n * V <= MOST_LOGITS:
         around += n * C * width + V * C * half  # lm_head keeps what it multiplies
+    if compiles:  # the logits and their gradient, as the head writes and reads them; what is float32 is never stored
+        kept, loss = width * n * V, 2 * width * n * V
+    elif n * V <= MOST_LOGITS:
         kept, loss = ((1 + is_modern) * FLOAT * n * V, (3 + is_modern) * FLOAT * n * V)  # the cap keeps them once more
     else:  # ChunkedNats keeps gradients; it holds its input, a part of the logits, and with autocast head and gradient
         kept = FLOAT * (n + V) * C

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import configurator
 import train
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, sum_of_nats
 from plaingpt import sizes
 from plaingpt.console import duration
 from plaingpt.corpus import token_files
@@ -151,9 +152,22 @@ def test_the_predicted_peak_is_what_a_profiler_counts(config: GPTConfig, batch_s
     assert predicted == pytest.approx(counted_peak(config, batch_size, n_parts, recomputes), rel=0.05)
 
 
-def saved_bytes(config: GPTConfig, width: int) -> int:
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('c++'), reason='torch.compile needs a C++ compiler')
+@pytest.mark.parametrize('width', [4, 2])
+@pytest.mark.parametrize('config', [GPTConfig(128, 5000, 1, 4, 64), modern(128, 5000, 1, 2, 64)])
+def test_what_a_compiled_loss_keeps_is_what_autograd_saves(config: GPTConfig, width: int) -> None:
+    needs = sizes.activations(config, 4, width, compiles=True)
+    kept = saved_bytes(config, width, torch.compile(sum_of_nats))
+    assert needs.blocks + needs.around + needs.kept == pytest.approx(kept, rel=0.05)
+    assert needs.kept == pytest.approx(4 * 128 * 5000 * width), 'nothing in float32 beside bfloat16'
+    assert needs.kept > 0.5 * kept
+
+
+def saved_bytes(config: GPTConfig, width: int, compiled_nats: Callable[..., Tensor] | None = None) -> int:
     """Return what autograd keeps of a forward pass, parameters excluded, each storage once."""
     model = gpt_class(config)(config)
+    model.compiled_nats = compiled_nats
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
