@@ -33,8 +33,9 @@ ladder: .venv/test  ## climb README's ladder, and record its numbers in docs/lad
 reference: .venv/test  ## write the settings into docs/reference.md
 	$(PY) docs/reference.py
 
-# ablate.py takes more than an hour, kills.py one, damage.py and modern.py half of one: they are called by name
-by_name = %/ablate.py %/kills.py %/damage.py %/modern.py
+# ablate.py takes more than an hour, kills.py one, damage.py and modern.py half of one: they are called by name, and
+# gpu_probe.py by gpu_check.sh
+by_name = %/ablate.py %/kills.py %/damage.py %/modern.py %/gpu_probe.py
 measured = benchmarks/peers.py $(filter-out %/peers.py $(by_name),$(wildcard benchmarks/*.py))
 bench: .venv/test  ## measure speed and memory against peers (NANOGPT=FOLDER, a clone) and limits: many minutes
 	@for script in $(measured); do echo "$(PY) $$script"; case $$script in */peers.py|*/start.py) \

@@ -1,8 +1,10 @@
 """Command lines drawn at random, over all scripts: each is answered in words, and none with a traceback."""
 import ast
 import importlib
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 import configurator
 from plaingpt.errors import COMMAND, DATA, NOT_FINITE, UserError
+from tests.waiting import PATIENT
 
 RunScript = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -39,6 +42,33 @@ def test_every_other_script_answers_help(path: Path, run_script: RunScript) -> N
     first = (ast.get_docstring(ast.parse(path.read_text(encoding='utf-8'))) or '?').splitlines()[0]
     assert result.returncode in (0, COMMAND) and 'Traceback' not in result.stderr
     assert result.stdout.startswith((first, 'usage: '))
+
+
+def gpu_check(tmp_path: Path, *steps: str) -> subprocess.CompletedProcess[str]:
+    given = {'QUICK': '1', 'PY': sys.executable, 'OUT': str(tmp_path)}
+    return subprocess.run(['bash', 'benchmarks/gpu_check.sh', *steps], cwd=ROOT, env={**os.environ, **given},
+                          capture_output=True, text=True, encoding='utf-8', timeout=PATIENT)
+
+
+@pytest.mark.slow
+def test_the_check_of_a_gpu_can_be_tried_on_a_cpu_where_each_step_succeeds(tmp_path: Path) -> None:
+    result = gpu_check(tmp_path)
+    assert (result.returncode, result.stderr) == (0, ''), result.stdout
+    steps = re.findall(r'^(\w+) +\d+ s  ok  ', result.stdout, re.MULTILINE)
+    assert ' '.join(steps) == ('machine parts b12 b64 waits check float16 fsdp offload same1 same2 same stop resume '
+                               'writing')
+    source = (ROOT / 'benchmarks/gpu_check.sh').read_text(encoding='utf-8')
+    limits = re.findall(r'^ *(?:right=75 )?(?:probe|train|step|stop) (\d+)', source.partition('\nseveral=')[0],
+                        re.MULTILINE)
+    of_same = limits.pop(0)
+    assert sum(map(int, [*limits, of_same, of_same])) < 600, 'seconds, on one GPU'
+
+
+@pytest.mark.slow
+def test_a_step_of_the_check_of_a_gpu_that_fails_is_named(tmp_path: Path) -> None:
+    result = gpu_check(tmp_path, 'resume')  # and nothing has stopped before
+    assert result.returncode == 1
+    assert re.fullmatch(r'resume +\d+ s  FAIL, exit code 4  .*\n', result.stdout)
 
 
 @pytest.mark.slow
