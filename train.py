@@ -141,7 +141,7 @@ SLOW = 5  # seconds: a longer step shows its micro-batches on a terminal
 
 
 def open_data(origin: Origin, process: Process) -> Data:
-    """The corpus, which must be that of the run that is resumed, and in the tokens that the model has learned."""
+    """Open the corpus, which must be that of the run that is resumed, and in the tokens that the model has learned."""
     folder, config = data_folder(dataset), origin.model.config
     meta = read_meta(folder)
     splits = {split: open_split(folder, split, config.block_size, config.vocab_size) for split in ('train', 'val')}
@@ -154,8 +154,8 @@ def open_data(origin: Origin, process: Process) -> Data:
 
 
 def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) -> Learner:
-    """The model on its device, divided among the processes, and its optimizer; as a checkpoint left them, if the run is
-    resumed, and at its place in the data, unless these are others."""
+    """Return the model on its device, divided among the processes, and its optimizer: new, or as a checkpoint left
+    them if the run is resumed, and then at its place in the data, unless that has changed."""
     raw_model, before = origin.model, origin.state.get('compute') if origin.is_resumed else None
     compute = choose(process.device, dtype, compile, before)
     blocks = raw_model.transformer.h
@@ -182,8 +182,8 @@ def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) ->
 
 
 def parameter_groups(model: GPT) -> list[dict[str, Any]]:
-    """The parameters that are treated alike, and how. Matrices are pulled towards zero; vectors, which are biases and
-    LayerNorm gains, are not. `scale` times the schedule's is the learning rate of a group."""
+    """Return the groups of parameters that are treated alike, and how. Matrices are pulled towards zero; vectors, which
+    are biases and LayerNorm gains, are not. `scale` times the schedule's is the learning rate of a group."""
     if model.config.arch == 'modern':
         return groups_of_modern(model)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -193,9 +193,9 @@ def parameter_groups(model: GPT) -> list[dict[str, Any]]:
 
 
 def groups_of_modern(model: GPT) -> list[dict[str, Any]]:
-    """The parameters of the modern model: Muon is for the matrices that lie between vectors of the residual stream, in
-    `parts` that are one matrix each, as those of q, k and v are; what only looks up or predicts tokens is AdamW's, in
-    smaller steps if the model is wider (as in nanochat)."""
+    """Return the groups of the modern model. Muon is for the matrices that lie between vectors of the residual stream,
+    in `parts` that are one matrix each, as those of q, k and v are; what only looks up or predicts tokens is AdamW's,
+    in smaller steps if the model is wider (as in nanochat)."""
     width = math.sqrt(768 / model.config.n_embd)  # the rates of table and head are those of 124M
     inner = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() >= 2}
     scalars = [p for p in model.parameters() if p.dim() < 2]
@@ -212,8 +212,9 @@ def groups_of_modern(model: GPT) -> list[dict[str, Any]]:
 
 def make_optimizer(model: GPT, process: Process | None = None,
                    precision: torch.dtype = torch.float32) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2017), or for the modern model Muon. With several processes and 'zero1' each updates
-    a part of the weights, and sends it to the others; so it does with what Muon updates, unless fsdp has divided it."""
+    """Return AdamW (Loshchilov and Hutter 2017), or Muon for the modern model. With several processes and 'zero1' each
+    updates a part of the weights, and sends it to the others; so it does with what Muon updates, unless fsdp has
+    divided it."""
     groups, betas = parameter_groups(model), (beta1, beta2)
     # fast: `adamw`, one kernel for all weights
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = partial(
@@ -261,7 +262,7 @@ def run_folder() -> Path:
 
 @contextmanager
 def alone(process: Process, watch: Watch) -> Iterator[None]:
-    """Until the block ends, no other run writes to the folder of this one. Every process must call it."""
+    """Keep every other run out of this one's folder until the block ends. Every process must call it."""
     writes = process.is_main and not (eval_only or check)
     with lock.owned(run_folder(), start_timeout, watch.beat) if writes else nullcontext():
         processes.wait_for_all(process)
@@ -271,7 +272,7 @@ def alone(process: Process, watch: Watch) -> Iterator[None]:
 @contextmanager
 def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: Stop,
              record: dict[str, Any]) -> Iterator[Run]:
-    """out_dir, its log and its checkpoints, until the block ends. With eval_only nothing is written."""
+    """Yield the run, with its folder, log and checkpoints, until the block ends. With eval_only nothing is written."""
     process, folder = learner.process, run_folder()
     if process.is_main and not eval_only:
         is_best = bool(learner.best) and learner.best['loss'][1] == learner.step > 0
@@ -474,7 +475,7 @@ def stop_early(data: Data, learner: Learner, run: Run, is_resumed: bool, reason:
 
 
 def finish(run: Run) -> None:
-    """The last words of a run that has made all its steps."""
+    """Say the last words of a run that has made all its steps."""
     run.log.plot()
     run.saver.wait()
     run.watch.rest()
@@ -542,7 +543,7 @@ def refuse_rates_of_gpt2(given: set[str]) -> None:
 
 
 def less_memory() -> str:
-    """The settings that need less memory, for the same tokens in a step."""
+    """Return the settings that need less memory, for the same tokens in a step."""
     if batch_size == 1:
         return '--activation_checkpointing=True, or --strategy=fsdp on several GPUs, or a smaller --block_size'
     windows = batch_size * gradient_accumulation_steps

@@ -26,7 +26,7 @@ class Exercise:
 
     @property
     def name(self) -> str:
-        """The function or class to write."""
+        """Return the name of the function or class to write."""
         return self.part.partition('.')[0]
 
     @property

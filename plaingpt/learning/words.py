@@ -16,12 +16,12 @@ class Word(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How it is shown in a list."""
+        """Return what a list shows."""
         return self.text if self.is_start else name_of(self.text)
 
     @property
     def running(self) -> str:
-        """How it is shown in the text, where the end of a line is seen, and is one."""
+        """Return what the text shows, in which the end of a line is seen, and is one."""
         return self.text.replace('\r', '␍').replace('\n', '⏎\n')
 
 
