@@ -280,7 +280,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw from Normal(0, 0.02), and smaller where a layer adds to the residual stream, whose sum keeps its size."""
+        """Draw from Normal(0, 0.02); smaller where a layer adds to the residual stream, whose sum keeps its size."""
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 p.zero_()

@@ -104,7 +104,7 @@ def test_a_mistake_in_a_rung_is_seen(name: str, part: str, mistake: Callable[...
 
 @cache
 def outcomes() -> dict[str, rung.Outcome]:
-    """Return the outcome of the plain files and of rungs 10 to 13; two processes, launched once, make the last three."""
+    """Return the outcome of the plain files and of rungs 10 to 13, of which two processes make the last three."""
     names = ['', '10_accumulation', *TOGETHER]
     runs = [rung.Run(rung.way_to(name), 'training', SMALL, batch_size=UNEVEN) for name in names]
     return {name: outcome for name, (outcome, _) in zip(names, rung.perform(runs), strict=True)}
