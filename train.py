@@ -293,7 +293,7 @@ def open_run(origin: Origin, learner: Learner, work: Work, watch: Watch, stop: S
     log.on_closed = stop.ask if stop.has_begun else None
     peak = learner.compute.peak and learner.compute.peak * process.world_size
     pace = Pace(work.n_windows * learner.raw_model.config.block_size, learner.raw_model.flops_per_token(), peak)
-    with log, explained(watch, less_memory()), checkpoint.Saver(folder, keep, uploader, watch.beat) as saver:
+    with log, explained(watch, less_memory(learner)), checkpoint.Saver(folder, keep, uploader, watch.beat) as saver:
         yield Run(folder, log, saver, watch, stop, process, record, run_id, learner.step, work, log_interval, pace)
 
 
@@ -542,15 +542,25 @@ def refuse_rates_of_gpt2(given: set[str]) -> None:
                         'config/train_modern*.py')
 
 
-def less_memory() -> str:
-    """Return the settings that need less memory, for the same tokens in a step."""
+def less_memory(learner: Learner | None = None) -> str:
+    """Return the settings that need less memory, for the same tokens in a step. A micro-batch that is only a little
+    smaller may need more, if its logits are just few enough to be stored whole."""
     if batch_size == 1:
         return '--activation_checkpointing=True, or --strategy=fsdp on several GPUs, or a smaller --block_size'
     windows = batch_size * gradient_accumulation_steps
-    smaller = next(size for size in range(batch_size // 2, 0, -1) if windows % size == 0)
+    smaller = next(size for size in range(batch_size // 2, 0, -1) if windows % size == 0
+                   and (size == 1 or not learner or bytes_of(size, learner) < bytes_of(batch_size, learner)))
     if total_batch_size:
         return f'--batch_size={smaller}, for the same total_batch_size'
     return (f'--batch_size={smaller} --gradient_accumulation_steps={windows // smaller}, for the same tokens in a step')
+
+
+def bytes_of(n_windows: int, learner: Learner) -> int:
+    """Return the bytes that a micro-batch of so many windows needs."""
+    compute = learner.compute
+    width = 4 if compute.dtype == torch.float32 else 2
+    is_compiled = compute.compiles and learner.process.device.type == 'cuda'
+    return sizes.activations(learner.raw_model.config, n_windows, width, is_compiled).total
 
 
 def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any], given: set[str]) -> None:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import configurator
 import train
+from benchmarks import start
 from model import GPT, GPTConfig
 from plaingpt import console
 from plaingpt.corpus import documents, tokenise, tokenizer
@@ -52,7 +54,7 @@ from plaingpt.run.upload import Uploader
 nanogpt: str = ''  # the folder of a clone of https://github.com/karpathy/nanoGPT; '' leaves it out
 rounds: int = 3
 threads: str = '1,all'  # of torch and llama.cpp
-rows: str = 'step,memory,write,load,save,prepare'  # which to measure
+rows: str = 'step,memory,write,load,save,prepare,start'  # which to measure
 size: str = 'gpt2'  # of the models that write, load and save: 'gpt2' is 124M, 'tiny' shows that this script works
 to: str = ''  # the file to write the table to, beside the terminal
 # ------------------------------------------------------------------------------------------------
@@ -310,9 +312,29 @@ def preparers(folder: Path) -> Runs:
     return {PLAINGPT: prepare, 'tiktoken': lambda: [gpt2.library.encode_ordinary(text) for text in sources]}
 
 
+def starters(folder: Path) -> Runs:
+    """Return functions that measure how long it takes from the command to the end of the first step."""
+    if size != 'gpt2':  # which shows that this script works
+        return {}
+    os.environ['OMP_NUM_THREADS'] = '1'  # of the processes that start
+    starts = zip((PLAINGPT, 'nanoGPT'), start.first_steps(folder, nanogpt).values(), strict=False)
+    return {name: partial(cpu_seconds, one) for name, one in starts}
+
+
+def cpu_seconds(one: start.Start) -> float:
+    return start.measure(one)[0]
+
+
 # ------------------------------------------------------------------------------------------------
 # The table
 
+BARS = (  # a row, how much of the time or memory of the second column the first one takes, and what it should be
+    ('a training step, 124M', FEWER_BITS, 'nanoGPT', 'in bfloat16', 0.5),
+    ('most memory in a step', PLAINGPT, 'nanoGPT', '', 0.25),
+    ('writing 1 x', FEWER_BITS, 'transformers', 'in 8 bits', 1 / 2.8),
+    ('writing 1 x', FEWER_BITS, 'llama.cpp Q8_0', 'in 8 bits', 1 / 1.3),
+    ('writing 10 x', FEWER_BITS, PLAINGPT, 'in 8 bits', 1 / 2),
+    ('from the command', PLAINGPT, 'nanoGPT', '', 1.1))
 
 def measure(n_threads: int, folder: Path) -> Iterator[tuple[str, dict[str, Cell]]]:
     """Yield each row: what was measured, in which unit, and the cells by column."""
@@ -331,9 +353,22 @@ def measure(n_threads: int, folder: Path) -> Iterator[tuple[str, dict[str, Cell]
         yield from memory_of_steps()
     for word, what, runs_of in (('load', f'loading a checkpoint, {size}, s', loaders),
                                 ('save', f'how long a checkpoint keeps training, {size}, s', savers),
-                                ('prepare', 'preparing text in one process, s', preparers)):
+                                ('prepare', 'preparing text in one process, s', preparers),
+                                ('start', "from the command to make train's first step, s", starters)):
         if word in asked and (runs := runs_of(folder)):
             yield what, take_turns(runs, clock)
+
+
+def about_bars(found: list[tuple[str, int, dict[str, Cell]]]) -> Iterator[str]:
+    """Yield a line for each bar of which both columns were measured."""
+    yield '| bar | threads | at most | found |\n|---|---|---|---|'
+    for begin, one, other, how, most in BARS:
+        for what, n_threads, cells in found:
+            if what.startswith(begin) and one in cells and other in cells:
+                ratio = cells[one][0] / cells[other][0]
+                is_slow = how == 'in bfloat16' and device.time_in_bfloat16(256, 768) > 0.5
+                limit = 'no bar: this CPU multiplies it slowly' if is_slow else f'{most:.2f}'
+                yield f'| {what[:-3]}{how and f", {how}"}, beside {other} | {n_threads} | {limit} | {ratio:.2f} |'
 
 
 def cell(cells: dict[str, Cell], column: str) -> str:
@@ -362,15 +397,17 @@ def machine() -> str:
 
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
-    table = []
+    table, found = [], []
     for n_threads in [os.cpu_count() or 1 if name == 'all' else int(name) for name in threads.split(',')]:
         with tempfile.TemporaryDirectory() as folder:
             for what, cells in measure(n_threads, Path(folder)):
+                found.append((what, n_threads, cells))
                 line = ' | '.join(cell(cells, column) for column in COLUMNS)
                 table.append(f'| {what} | {n_threads} | {line} |')
                 console.say(table[-1])
     head = f'| | threads | {" | ".join(COLUMNS)} |\n|---|---|{"---|" * len(COLUMNS)}'
     text = f'{machine()}; {versions()}; medians of {rounds}\n\n{head}\n' + '\n'.join(table)
+    text += '\n\n' + '\n'.join(about_bars(found))
     console.say(f'\n{text}')
     if to:
         Path(to).write_text(f'# Measured\n\n{(__doc__ or "").strip()}\n\n{text}\n', encoding='utf-8')

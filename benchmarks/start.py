@@ -39,6 +39,7 @@ CONFIG = ROOT / 'config/train_stdlib.py'  # nanoGPT reads it as well: its names 
 CORPUS = ROOT / 'data/stdlib'
 EQUAL = ('--device=cpu', '--dtype=float32', '--compile=False', '--eval_iters=1')  # both evaluate before the first step
 LIKE_NANOGPT = ('--gelu=exact', '--sample_interval=0')
+TRAIN = [sys.executable, str(ROOT / 'train.py'), str(CONFIG), *EQUAL, *LIKE_NANOGPT]
 FIRST_STEP = 'iter 0:'
 
 
@@ -97,6 +98,19 @@ def copy_nanogpt(clone: Path, folder: Path) -> Path:
     return folder
 
 
+def first_steps(folder: Path, nanogpt: str) -> dict[str, Start]:
+    """Return the starts of the default run, up to its first step, and of nanoGPT's with the same settings if there is a
+    clone of it."""
+    if not (CORPUS / 'meta.json').is_file():
+        subprocess.run([sys.executable, str(CORPUS / 'prepare.py')], check=True)
+    ours = [*TRAIN, f'--out_dir={folder}/new', '--overwrite=True']
+    starts = {'train.py, first step': Start(ours, folder, FIRST_STEP)}
+    if nanogpt:
+        clone = copy_nanogpt(Path(nanogpt), folder / 'nanogpt')
+        starts['nanoGPT, first step'] = Start([sys.executable, 'train.py', str(CONFIG), *EQUAL], clone, FIRST_STEP)
+    return starts
+
+
 def main(args: list[str]) -> None:
     configurator.configure(sys.modules[__name__], args)
     os.environ.update(OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
@@ -104,23 +118,18 @@ def main(args: list[str]) -> None:
     if sys.platform == 'linux':
         core = f'core {max(os.sched_getaffinity(0))}'
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    if not (CORPUS / 'meta.json').is_file():
-        subprocess.run([sys.executable, str(CORPUS / 'prepare.py')], check=True)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train = [sys.executable, str(ROOT / 'train.py'), str(CONFIG), *EQUAL, *LIKE_NANOGPT]
-        subprocess.run([*train, '--max_iters=1', f'--out_dir={folder}/small'], check=True, stdout=subprocess.DEVNULL)
+        trained = first_steps(folder, nanogpt)
+        subprocess.run([*TRAIN, '--max_iters=1', f'--out_dir={folder}/small'], check=True, stdout=subprocess.DEVNULL)
         rivals = {
             'import torch': Start([sys.executable, '-c', 'import torch'], folder),
             'train.py --help': Start([sys.executable, str(ROOT / 'train.py'), '--help'], folder),
             'sample.py, first token': Start([sys.executable, str(ROOT / 'sample.py'), f'--out_dir={folder}/small',
                                              '--device=cpu', '--num_samples=1', '--max_new_tokens=1'], folder),
-            'train.py, first step': Start([*train, f'--out_dir={folder}/new', '--overwrite=True'], folder, FIRST_STEP),
+            **trained,
         }
-        if nanogpt:
-            clone = copy_nanogpt(Path(nanogpt), folder / 'nanogpt')
-            rivals['nanoGPT, first step'] = Start([sys.executable, 'train.py', str(CONFIG), *EQUAL], clone, FIRST_STEP)
         seconds = take_turns(rivals)
 
     print(f'{platform.machine()} CPU, {core}, one thread; Python {platform.python_version()}; medians of {repeats}')

@@ -102,6 +102,11 @@ class Activations(NamedTuple):
     loss: int  # all there is at the loss: also the gradient of logits and log-probabilities; or a part of the logits
     within: int  # made and dropped in the backward pass of a block
 
+    @property
+    def total(self) -> int:
+        """Return the bytes at the loss, where there are most of them if no block is computed again."""
+        return self.blocks + self.around + self.loss
+
 
 def kept_of_token(config: GPTConfig, width: int) -> int:
     """Return the bytes that a block keeps for each token."""

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import train
-from model import GPT
+from model import GPT, GPTConfig
 from plaingpt import errors, files
 from plaingpt.corpus import batches
 from plaingpt.corpus.batches import Part
@@ -31,7 +31,7 @@ from plaingpt.init_from import open_model
 from plaingpt.machines.stop import AGAIN
 from plaingpt.run import checkpoint
 from plaingpt.run.log import Log
-from tests.comparing import give
+from tests.comparing import give, learner_of
 from tests.waiting import PATIENT, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -622,6 +622,19 @@ def test_the_advice_keeps_the_tokens_of_a_step(batch_size: int, accumulation: in
     if batch_size > 1 and not total:
         new = dict(re.findall(r'--(\w+)=(\d+)', said))
         assert int(new['batch_size']) * int(new['gradient_accumulation_steps']) == batch_size * accumulation
+
+
+@pytest.mark.parametrize(('vocab_size', 'n_layer', 'advice'), [
+    (20_000, 1, 4),  # 16 windows have their logits whole, which takes more than those of 32 in parts
+    (20_000, 60, 16),  # the blocks' numbers count for more
+    (100, 1, 16)])
+def test_the_advice_never_needs_more_memory(vocab_size: int, n_layer: int, advice: int) -> None:
+    give(train, batch_size=32, gradient_accumulation_steps=2, total_batch_size=0)
+    model = GPT(GPTConfig(128, vocab_size, n_layer, 4, 64))
+    learner = learner_of(model, train.make_optimizer(model))
+    said = train.less_memory(learner)
+    assert said.startswith(f'--batch_size={advice} --gradient_accumulation_steps={64 // advice},')
+    assert train.bytes_of(advice, learner) < train.bytes_of(32, learner)
 
 
 @pytest.mark.usefixtures('no_pictures')
