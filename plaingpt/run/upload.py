@@ -46,7 +46,8 @@ def open_url(url: str, code: int) -> tuple[Any, str]:
     import fsspec
     if not is_url(url):
         raise UserError(f'{url!r} is not a URL: write s3://bucket/folder, or file://{Path(url).absolute()}', code)
-    if re.search(r'://[^/]*:[^/]*@', url):
+    # with http what stands before the @ is a secret even if it is alone; with sftp it is a name
+    if re.search(r'https?://[^/?#]*@|://[^/]*:[^/]*@', url):
         raise UserError(f'{url} was given with a password, which checkpoints and logs would show: leave it out, '
                         'and put it into the environment', code)
     try:

@@ -330,6 +330,7 @@ def test_fetching_from_a_missing_bucket_is_answered_in_one_line(
     ('nosuch://bucket/run', r'nosuch://bucket/run cannot be used: Protocol not known'),
     ('backup', r"'backup' is not a URL: write s3://bucket/folder, or file:///.*/backup"),
     ('ftp://me:secret@host/run', r'ftp://\*\*\*@host/run was given with a password'),
+    ('https://secret@host/run', r'https://\*\*\*@host/run was given with a password'),
     ('oci://bucket@namespace/run', r'the package ocifs is missing: .*python -m pip install ocifs'),
 ])
 def test_a_url_that_cannot_work_is_refused_before_a_run_begins(url: str, answer: str) -> None:
