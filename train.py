@@ -166,6 +166,7 @@ def build_learner(origin: Origin, data: Data, watch: Watch, process: Process) ->
     model = strategies.distribute(raw_model, blocks, process, strategy, compute.dtype, reshard_after_forward,
                                   cpu_offload)
     watch.follow(raw_model, () if compute.compiles else blocks)  # a compiled block is one operation
+    watch.may_starve = compute.compiles and strategy == 'fsdp' and process.device.type == 'cuda'
     optimizer = make_optimizer(raw_model, process, compute.dtype)
     # float16 takes small gradients for 0: so the loss is scaled up before backward, and gradients down again after it.
     # bfloat16 has the range of float32, and needs no scaler
@@ -560,7 +561,7 @@ def bytes_of(n_windows: int, learner: Learner) -> int:
     compute = learner.compute
     width = 4 if compute.dtype == torch.float32 else 2
     is_compiled = compute.compiles and learner.process.device.type == 'cuda'
-    return sizes.activations(learner.raw_model.config, n_windows, width, is_compiled).total
+    return sizes.activations(learner.raw_model.config, n_windows, width, is_compiled).most(activation_checkpointing)
 
 
 def carry_out(process: Process, watch: Watch, stop: Stop, record: dict[str, Any], given: set[str]) -> None:

@@ -41,7 +41,8 @@ device: str = 'auto'
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32, bias=False)  # on a CPU
-WAYS = ('blocks', 'blocks and loss', 'blocks, head and loss', 'whole')  # what is compiled; the last one takes longest
+# What is compiled: blocks with a loss in chunks; as train.py does it; two ways more, of which the last takes longest.
+WAYS = ('blocks', 'blocks and loss', 'blocks, head and loss', 'whole')
 
 
 def sync(process: processes.Process) -> None:
@@ -49,16 +50,16 @@ def sync(process: processes.Process) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(work: Callable[[], object], process: processes.Process, times: int = 10) -> float:
+def seconds(work: Callable[[], object], process: processes.Process, times: int = 10, warm: int = 3) -> float:
     """Return the median of the seconds that the work takes, from an idle device to an idle device."""
     taken = []
-    for _ in range(times + 3):  # the first ones also warm up
+    for _ in range(times + warm):  # the first ones only warm up
         sync(process)
         began = time.perf_counter()
         work()
         sync(process)
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken[3:])
+    return statistics.median(taken[warm:])
 
 
 def machine(process: processes.Process, precision: torch.dtype) -> Iterator[str]:
@@ -121,6 +122,7 @@ def measured(way: str, B: int, process: processes.Process, precision: torch.dtyp
 
     tail = torch.compile(with_head, backend=backend) if way == 'blocks, head and loss' else None
     if way == 'whole':
+        model.compiled_nats = sum_of_nats  # all logits at once, in the graph of the model
         model.compile(backend=backend)
     else:
         for block in model.transformer.h:
@@ -159,7 +161,8 @@ def waits(process: processes.Process, precision: torch.dtype) -> Iterator[str]:
              line: str | None = None) -> None:
         if 'synchroniz' in str(message):
             frames = [frame for frame in traceback.extract_stack()
-                      if Path(frame.filename).is_relative_to(ROOT) and Path(frame.filename) != Path(__file__)]
+                      if Path(frame.filename).is_relative_to(ROOT) and 'site-packages' not in frame.filename
+                      and Path(frame.filename) != Path(__file__)]
             place = frames[-1] if frames else traceback.FrameSummary(filename, lineno, '')
             found[f'{Path(place.filename).name}:{place.lineno}'] += 1
 
@@ -172,12 +175,12 @@ def waits(process: processes.Process, precision: torch.dtype) -> Iterator[str]:
         torch.cuda.set_sync_debug_mode('warn')
     train.main([f'--dataset={dataset}', f'--out_dir={out_dir}', '--overwrite=True', '--max_iters=8', '--eval_iters=2',
                 '--batch_size=12', '--gradient_accumulation_steps=4', '--sample_interval=0', *small])
-    yield f'waits in 8 steps of 4 micro-batches, two evaluations and what surrounds them: {found.most_common(12)}'
+    yield f'waits in 8 steps of 4 micro-batches, two evaluations, compiling and the rest: {found.most_common(12)}'
 
 
 def writing(process: processes.Process, precision: torch.dtype) -> Iterator[str]:
     model = GPT(shape(process)).to(process.device, precision).eval()
-    n_tokens = min(100, model.config.block_size - 2)
+    n_tokens = min(900, model.config.block_size - 2)  # many, since each text is recorded anew
     for rows in (1, 16):
         idx = torch.zeros(rows, 1, dtype=torch.int64, device=process.device)
         for how, replay in (('one by one', None), ('replayed', Replay(model))):
@@ -187,7 +190,7 @@ def writing(process: processes.Process, precision: torch.dtype) -> Iterator[str]
                 for token in model.stream(idx, n_tokens, 0.8, 200, seed=1):
                     token.tolist()
 
-            taken = seconds(write, process, 3)
+            taken = seconds(write, process, times=2, warm=1)
             yield (f'{rows:2} texts, launches {how:10}: {1e3 * taken / n_tokens:6.2f} ms a token, '
                    f'{rows * n_tokens / taken:8.0f} tokens/s')
 

@@ -102,10 +102,11 @@ class Activations(NamedTuple):
     loss: int  # all there is at the loss: also the gradient of logits and log-probabilities; or a part of the logits
     within: int  # made and dropped in the backward pass of a block
 
-    @property
-    def total(self) -> int:
-        """Return the bytes at the loss, where there are most of them if no block is computed again."""
-        return self.blocks + self.around + self.loss
+    def most(self, recomputes: bool) -> int:
+        """Return the most bytes that there are at once: at the loss, or in the last block as the backward pass begins.
+        With activation checkpointing one block at a time `recomputes` what it keeps."""
+        kept = self.inputs if recomputes else self.blocks
+        return kept + max(self.around + self.loss, self.block * recomputes + self.within)
 
 
 def kept_of_token(config: GPTConfig, width: int) -> int:
@@ -151,12 +152,8 @@ def activations(config: GPTConfig, batch_size: int, width: int, compiles: bool =
 def peak(config: GPTConfig, held: Held, needs: Activations, accumulates: bool, recomputes: bool) -> int:
     """Return the most bytes of tensors that a process holds in a step: at the loss, in the last block as the backward
     pass begins, or at the end, before and in the update. A step that `accumulates` holds its gradients all the time,
-    and so does one of several processes; else they come as activations go. With activation checkpointing one block at a
-    time `recomputes` what it keeps."""
+    and so does one of several processes; else they come as activations go."""
     base = held.weights + held.moments + held.gathered + held.gradients * accumulates
-    base += needs.inputs if recomputes else needs.blocks
-    at_loss = base + needs.around + needs.loss
-    in_block = base + needs.block * recomputes + needs.within
     at_end = held.weights + held.moments + held.gathered + held.gradients
     # The last gradient is that of the token table. A new one is added to the old one; that of a tied table is the sum
     # of two, since it is the head as well, and for a moment all three exist.
@@ -164,4 +161,4 @@ def peak(config: GPTConfig, held: Held, needs: Activations, accumulates: bool, r
     # Muon holds all matrices of one shape, a third of those of the blocks, in six forms at once; several processes
     # share them, and each holds less.
     at_update = at_end + 6 * FLOAT * 4 * config.n_layer * config.n_embd**2 * (config.arch == 'modern')
-    return max(at_loss, in_block, at_table, at_update)
+    return max(base + needs.most(recomputes), at_table, at_update)

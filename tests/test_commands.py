@@ -58,7 +58,7 @@ def test_the_check_of_a_gpu_can_be_tried_on_a_cpu_where_each_step_succeeds(tmp_p
     assert ' '.join(steps) == ('machine parts b12 b64 waits check float16 fsdp offload same1 same2 same stop resume '
                                'writing')
     source = (ROOT / 'benchmarks/gpu_check.sh').read_text(encoding='utf-8')
-    limits = re.findall(r'^ *(?:right=75 )?(?:probe|train|step|stop) (\d+)', source.partition('\nseveral=')[0],
+    limits = re.findall(r'^ *(?:probe|train|step|stop|resume) (\d+)', source.partition('\nseveral=')[0],
                         re.MULTILINE)
     of_same = limits.pop(0)
     assert sum(map(int, [*limits, of_same, of_same])) < 600, 'seconds, on one GPU'

@@ -95,6 +95,9 @@ def parts_of(corpus: TokenFile, starts: Integers, batch_size: int, config: GPTCo
 def read_ahead(parts: Iterator[Part], process: Process) -> Generator[Part]:
     """Yield the micro-batches in their order, each of which a thread has read while the ones before it were computed.
     An error in reading one is raised in its place."""
+    if process.device.type == 'mps':  # PyTorch's operations there are not safe in two threads at once
+        yield from parts
+        return
     with ThreadPoolExecutor(1, 'reader', make_current, (process.device,)) as reader:
         read = deque(reader.submit(next, parts, None) for _ in range(AHEAD))
         try:

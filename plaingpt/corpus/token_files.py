@@ -130,11 +130,12 @@ def descriptor_of(file: 'TokenFile') -> Descriptor:
 
 
 def read_bytes(file: 'TokenFile', begin: int, count: int) -> npt.NDArray[np.uint8]:
-    """Return as many bytes of a file from `begin` on, or fewer if it ends before. Threads and processes that share the
-    open file do not disturb each other: it has no place where the next one would go on reading."""
+    """Return as many bytes of a file from `begin` on, or fewer if it ends before. pread leaves the file's position
+    alone, so threads and processes that share an open file do not disturb each other."""
     if sys.platform == 'win32':  # which lacks pread
         return np.fromfile(file.path, np.uint8, count, offset=begin)
-    return np.frombuffer(os.pread(descriptor_of(file).number, count, begin), np.uint8)
+    opened = descriptor_of(file)  # a name for it, so that it is not closed before it is read
+    return np.frombuffer(os.pread(opened.number, count, begin), np.uint8)
 
 
 class TokenFile:

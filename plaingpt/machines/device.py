@@ -210,7 +210,7 @@ def gpu_name(device: torch.device) -> str:
 def make_current(device: torch.device) -> None:
     """Let this thread use a GPU where it names none: each thread begins with the first one."""
     if device.type == 'cuda':
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -125,14 +125,14 @@ def joined(device: str, backend: str = 'auto', deterministic: bool = False, time
 def end_at_once(code: int) -> None:
     """End this process without destroying what it holds: NCCL might wait for what a lost process owes."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # it has no reader any more, or is closed
+        with suppress(OSError, ValueError):  # it no longer has a reader, or is closed
             stream.flush()
     os._exit(code)
 
 
 def limit_exchanges(seconds: float) -> None:
-    """Let PyTorch end this process, by SIGABRT, if it waits longer than that for the others. This is the last resort:
-    compiled code may hold the interpreter's lock while it waits for a lost process, and then no thread can end it."""
+    """Let PyTorch end this process, by SIGABRT, if it waits longer than that for the others: the last resort, if no
+    thread of its own can end it."""
     if dist.is_initialized():
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 

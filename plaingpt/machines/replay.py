@@ -2,8 +2,6 @@
 One more token for less: on a GPU, to launch some hundred kernels takes longer than what they do for a single token. So
 the launches are recorded once, as a CUDA graph, and from then on made together.
 """
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -34,8 +32,9 @@ class Replay:
     the model would do with their caches. On a CPU nothing is recorded, so that it can be tested there."""
 
     def __init__(self, model: GPT) -> None:
-        self.model = model
+        self.model, self.run = model, self.work
         self.caches: list[Cache] = []  # of the text whose work is recorded
+        self.side: torch.cuda.Stream | None = None
 
     def __call__(self, token: Tensor, caches: list[Cache]) -> Tensor:
         """token (B, 1) and the caches of what was before -> logits (B, V), which the next call overwrites"""
@@ -43,34 +42,37 @@ class Replay:
             self.begin(token, caches)
         self.token.copy_(token)
         self.run()
+        for cache in caches:
+            cache.length += 1
         return self.logits
 
     def begin(self, token: Tensor, caches: list[Cache]) -> None:
         """Make the caches of a text fixed, and record what one token takes."""
+        self.run = self.work  # the graph before this one goes first, and with it what it has reserved
         self.caches, self.token = caches, token.clone()
         n_read, room = int(caches[0].length), caches[0].room
         self.places = torch.arange(room, device=token.device)
         self.read, self.mask = torch.full_like(self.places[:1], n_read), (self.places < n_read)[None]
         self.fixed: list[Cache] = [FixedCache(cache, n_read, self.read, self.mask) for cache in caches]
-        self.run = recorded(self.work, self.read) if token.is_cuda else self.work
+        if token.is_cuda:
+            self.record()
 
     def work(self) -> None:
         torch.le(self.places, self.read, out=self.mask[0])  # beyond the room, a token takes the place of the oldest
         self.logits = self.model(self.token, logits='last', caches=self.fixed)[0][:, 0]
         self.read += 1
 
-
-def recorded(work: Callable[[], None], read: Tensor) -> Callable[[], None]:
-    """Return what does the same work, with the same tensors, at once. Before it is recorded it must have run, and not
-    on the stream that all else uses: its libraries then have their memory."""
-    before, stream = read.clone(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-            read.copy_(before)  # the token that was read too early is read again
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
+    def record(self) -> None:
+        """Let `run` do at once what `work` does, with the same tensors. The work is done beforehand on a stream of its
+        own, so that libraries reserve what they need."""
+        before, self.side = self.read.clone(), self.side or torch.cuda.Stream()
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            for _ in range(3):
+                self.work()
+                self.read.copy_(before)  # the token that was read too early is read again
+        torch.cuda.current_stream().wait_stream(self.side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.work()
+        self.run = graph.replay

@@ -34,11 +34,14 @@ class Watch:
     done), and say which one."""
 
     def __init__(self, process: Process, start_timeout: float, timeout: float) -> None:
-        self.process, self.limit, self.timeout = process, start_timeout, timeout
+        self.process, self.limit, self.timeout, self.start_timeout = process, start_timeout, timeout, start_timeout
         self.on_end: Callable[[int, str], None] | None = None  # called with an exit code and last words
         self.work, self.step, self.since = 0, 0, time.monotonic()  # how far the main thread is, and since when
         self.beats, self.ended, self.is_done = 0, threading.Event(), False
         self.is_tight = False  # the first step is done
+        # Compiled code keeps Python's lock while it launches a kernel; with fsdp so many of them wait for a lost
+        # process that a launch waits, too, and then no other thread can run.
+        self.may_starve = False
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.me = f'process {process.rank} (pid {os.getpid()} on {socket.gethostname()})'
         self.parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
@@ -74,15 +77,17 @@ class Watch:
             next(model.parameters()).register_post_accumulate_grad_hook(lambda _: self.beat())
 
     def tighten(self) -> None:
-        """Let `timeout` count from now on: the first step is done, and nearly everything is compiled and connected. On
-        GPUs the watch itself may be stopped by what it watches: then PyTorch ends the process, after twice the time."""
-        if not self.is_tight and self.process.device.type == 'cuda':
+        """Let `timeout` count from now on: the first step is done, and nearly everything is compiled and connected. If
+        the watch `may_starve`, PyTorch ends the process after twice that time."""
+        if self.may_starve and not self.is_tight:
             processes.limit_exchanges(2 * self.timeout)
         self.limit, self.is_tight = self.timeout, True
 
     def rest(self) -> None:
         """End the watch, as the work is done: each process may now take its time, and those that still work do not miss
         it."""
+        if self.may_starve and self.is_tight:  # the last checkpoint may take long
+            processes.limit_exchanges(2 * self.start_timeout)
         self.is_done = True
         self.ended.set()
 

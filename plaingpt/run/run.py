@@ -89,7 +89,7 @@ class Run:
     pace: Pace
     first_loss: float = math.nan  # of the reported steps
     last_loss: float = math.nan
-    is_asked: bool | None = None  # to end, by any process: the last step has told; None: it is to be asked for
+    is_asked: bool | None = None  # whether any process was asked to end, as of the last exchange; None: not known
 
     def heed(self, learner: Learner) -> None:
         """Raise StopAsked, on all processes at once, if any of them was asked to end. Raise what went wrong with the

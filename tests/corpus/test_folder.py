@@ -199,6 +199,25 @@ def test_a_thread_reads_ahead_a_little_in_order_and_an_error_is_raised_in_its_pl
     assert not [thread for thread in threading.enumerate() if thread.name.startswith('reader')], 'the thread has ended'
 
 
+@pytest.mark.parametrize(('device', 'number'), [('cuda', 0), ('cuda:2', 2)])
+def test_the_thread_that_reads_ahead_uses_the_gpu_of_its_process(device: str, number: int,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no GPU here: what PyTorch would be told is noted."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', chosen.append, raising=False)
+    part = Part(0, True, 1.0, torch.empty(0), torch.empty(0))
+    assert list(read_ahead(iter([part]), processes.Process(0, 1, torch.device(device), ''))) == [part]
+    assert chosen == [number]
+
+
+def test_on_a_mac_no_second_thread_uses_its_gpu() -> None:
+    def threads() -> Iterator[Part]:
+        yield Part(threading.get_ident(), True, 1.0, torch.empty(0), torch.empty(0))
+
+    [part] = read_ahead(threads(), processes.Process(0, 1, torch.device('mps'), ''))
+    assert part.number == threading.get_ident()
+
+
 # ------------------------------------------------------------------------------------------------
 # A torch Dataset
 

@@ -1,10 +1,13 @@
 """Token files of every family, written byte by byte as their makers publish the layout, and opened by their content."""
 import hashlib
 import json
+import os
 import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from plaingpt.corpus.token_files import OPEN, Shards, TokenFile, make_header, op
 from plaingpt.errors import DATA
 from plaingpt.paths import CORPORA
 from tests import comparing
+from tests.waiting import PATIENT
 
 GPT2 = [50256, 464, 717, 318, 1, 0, 50255, 11, 290, 13]  # no id beyond GPT-2's
 LARGE = [128000, 9906, 1917, 70000, 220, 5, 128001, 65536, 13, 198]
@@ -245,6 +249,19 @@ def test_of_many_files_few_stay_open_and_each_is_read(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as readers:  # each at a place of its own
         found = readers.map(lambda number: corpus.read(4 * number, 4).tolist(), range(3 * OPEN))
         assert list(found) == [4 * [number] for number in range(3 * OPEN)]
+
+
+def test_threads_that_open_a_file_at_once_read_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.arange(100, dtype='<u2').tofile(tmp_path / 'train.bin')
+    file, open_file, together = TokenFile(tmp_path / 'train.bin'), os.open, threading.Barrier(4)
+
+    def opening(*arguments: Any) -> int:
+        together.wait(PATIENT)  # each of them has found that the file is not open yet
+        return open_file(*arguments)
+
+    monkeypatch.setattr(os, 'open', opening)
+    with ThreadPoolExecutor(4) as readers:
+        assert [ids.tolist() for ids in readers.map(file.read, [10] * 4, [2] * 4)] == [[10, 11]] * 4
 
 
 def test_missing_splits_say_how_names_decide(shards: Path) -> None:

@@ -110,7 +110,7 @@ errors.run(main)
     assert 'it is gone' in done.stderr or 'NameError: losses' in done.stderr
 
 
-def test_after_the_first_step_a_gpu_waits_for_others_twice_the_timeout_and_no_longer() -> None:
+def test_a_process_whose_watch_may_starve_waits_for_others_twice_the_timeout_and_no_longer() -> None:
     """The group is one of gloo, which takes a limit as NCCL does."""
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(hours=1))
     try:
@@ -120,11 +120,14 @@ def test_after_the_first_step_a_gpu_waits_for_others_twice_the_timeout_and_no_lo
         def limit() -> timedelta:
             return group._get_backend(torch.device('cpu')).options._timeout
 
-        for kind, expected in (('cpu', timedelta(hours=1)), ('cuda', timedelta(minutes=10))):
-            watch = Watch(processes.Process(0, 2, torch.device(kind), ''), start_timeout=1800, timeout=300)
+        for may_starve, expected in ((False, timedelta(hours=1)), (True, timedelta(minutes=10))):
+            watch = Watch(processes.Process(0, 2, torch.device('cuda', 0), ''), start_timeout=1800, timeout=300)
+            watch.may_starve = may_starve
             assert limit() == timedelta(hours=1), 'until the first step is done'
             watch.tighten()
             watch.tighten()
             assert (limit(), watch.limit) == (expected, 300)
+            watch.rest()
+            assert limit() == timedelta(hours=1), 'while the last checkpoint is written'
     finally:
         dist.destroy_process_group()

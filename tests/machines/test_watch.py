@@ -624,12 +624,13 @@ def test_the_advice_keeps_the_tokens_of_a_step(batch_size: int, accumulation: in
         assert int(new['batch_size']) * int(new['gradient_accumulation_steps']) == batch_size * accumulation
 
 
-@pytest.mark.parametrize(('vocab_size', 'n_layer', 'advice'), [
-    (20_000, 1, 4),  # 16 windows have their logits whole, which takes more than those of 32 in parts
-    (20_000, 60, 16),  # the blocks' numbers count for more
-    (100, 1, 16)])
-def test_the_advice_never_needs_more_memory(vocab_size: int, n_layer: int, advice: int) -> None:
-    give(train, batch_size=32, gradient_accumulation_steps=2, total_batch_size=0)
+@pytest.mark.parametrize(('vocab_size', 'n_layer', 'recomputes', 'advice'), [
+    (20_000, 1, False, 4),  # 16 windows have their logits whole, which takes more than those of 32 in parts
+    (20_000, 60, False, 16),  # the blocks' numbers count for more
+    (20_000, 60, True, 4),  # but not if they are computed again
+    (100, 1, False, 16)])
+def test_the_advice_never_needs_more_memory(vocab_size: int, n_layer: int, recomputes: bool, advice: int) -> None:
+    give(train, batch_size=32, gradient_accumulation_steps=2, total_batch_size=0, activation_checkpointing=recomputes)
     model = GPT(GPTConfig(128, vocab_size, n_layer, 4, 64))
     learner = learner_of(model, train.make_optimizer(model))
     said = train.less_memory(learner)
