@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import AdamW, Optimizer
 
 from plaingpt import muon
@@ -173,6 +174,19 @@ def test_each_process_holds_the_state_of_its_own_weights_alone(name: str, folder
     assert first & set(divided) == {number for number, owner in zip(divided, owners, strict=True) if owner == 0}
     assert second & set(divided) == {number for number, owner in zip(divided, owners, strict=True) if owner == 1}
     assert first - set(divided) == second - set(divided) == set(range(len(case.shapes))) - set(divided)
+
+
+def test_on_a_gpu_what_a_checkpoint_holds_of_a_weight_goes_to_that_gpu() -> None:
+    """The fused AdamW of a GPU refuses a number of updates that lies in main memory. The GPU is emulated."""
+    held = {'step': torch.tensor(3.0), 'exp_avg': torch.ones(4, 2), 'exp_avg_sq': torch.ones(4, 2)}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        p = torch.nn.Parameter(torch.empty(4, 2, device='cuda'))
+        alone = Process(0, 2, torch.device('cuda', 0), '')
+        groups: Groups = [{'params': [p], 'weight_decay': 0.1, 'scale': 1.0}]
+        optimizer = Zero(groups, groups, partial(AdamW, lr=1.0, fused=True), alone)
+        strategies.load_optimizer(optimizer, {0: held})
+        assert {moment.device.type for moment in optimizer.state[p].values()} == {'cuda'}
+        assert optimizer.state is optimizer.part.state, 'and there is one copy of it'
 
 
 if __name__ == '__main__':
