@@ -105,6 +105,7 @@ class Run:
     def add_up(self, part_of_loss: Tensor, *others: Tensor) -> list[float]:
         """Return the loss over all processes, and other scalars that each of them has. Learn with it whether any of
         them was asked to end: what is exchanged at once, and read at once, makes a GPU wait once in a step."""
+        self.watch.beat()  # a process that does not come so far is behind those that wait for it here
         # a signal may have reached one process alone, and all must end before the same step
         is_asked = part_of_loss.new_full((), float(self.stop.is_asked()))
         shared = processes.total(torch.stack([part_of_loss, is_asked]))

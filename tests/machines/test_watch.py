@@ -333,26 +333,35 @@ Stop.is_asked = is_asked_later
 # Lost processes
 
 
-def hang(start: Start, tmp_path: Path, dataset: Path, what: str) -> tuple[list[subprocess.Popen[str]], list[str]]:
-    """Run two processes; the second does `what` after two steps. Return both, and what the first prints."""
-    code = SLOWLY.replace('    time.sleep(0.1)\n', f"""
+def hang(start: Start, tmp_path: Path, dataset: Path, what: str,
+         place: str = 'set_rates') -> tuple[list[subprocess.Popen[str]], list[str]]:
+    """Run two processes; the second does `what` in its third step, in this function of train.py, or, in the thread that
+    reads ahead, for a step soon after it. Return both, and what the first prints."""
+    code = f"""import os, signal, sys, time, train
+from plaingpt import errors
+do, calls = train.{place}, 0
+def halting(*arguments):
     global calls
     calls += 1
-    if calls == 4 and os.environ['RANK'] == '1':
+    if calls == {3 + batches.AHEAD if place == 'parts_of' else 3} and os.environ['RANK'] == '1':
         {what}
-""").replace('parts_of = ', 'import signal; calls = 0; parts_of = ', 1)
+    return do(*arguments)
+train.{place} = halting
+"""
     both = start_two(start, code + RUN, tmp_path, dataset, timeout=6, start_timeout=PATIENT)
     return both, [end_of(both[0])]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('what', 'word'), [
-    ('os.kill(os.getpid(), signal.SIGKILL)', 'is silent'), ('os.kill(os.getpid(), signal.SIGSTOP)', 'is silent'),
-    ('time.sleep(10000)', 'hangs'),
+@pytest.mark.parametrize(('what', 'place', 'word'), [
+    ('os.kill(os.getpid(), signal.SIGKILL)', 'set_rates', 'is silent'),
+    ('os.kill(os.getpid(), signal.SIGSTOP)', 'set_rates', 'is silent'),
+    ('time.sleep(10000)', 'set_rates', 'hangs'),
+    ('time.sleep(10000)', 'parts_of', 'hangs'),  # such as a file system that does not answer
 ])
 def test_a_process_that_is_lost_is_named_and_the_others_end(start: Start, tmp_path: Path, tiny_dataset: Path, what: str,
-                                                            word: str) -> None:
-    both, (printed,) = hang(start, tmp_path, tiny_dataset, what)
+                                                            place: str, word: str) -> None:
+    both, (printed,) = hang(start, tmp_path, tiny_dataset, what, place)
     assert both[0].returncode == errors.PEER_LOST, printed
     assert re.search(rf'process 1 \(pid {both[1].pid} on .*\), at step \d+, {word}', printed), printed
     assert status_of(tmp_path)['exit_code'] == errors.PEER_LOST
