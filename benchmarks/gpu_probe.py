@@ -41,7 +41,8 @@ device: str = 'auto'
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = GPTConfig(block_size=32, vocab_size=512, n_layer=2, n_head=2, n_embd=32, bias=False)  # on a CPU
-# What is compiled: blocks with a loss in chunks; as train.py does it; two ways more, of which the last takes longest.
+# The parts that are compiled. 'blocks' leaves the loss in chunks, 'blocks and loss' is train.py's way, and the last one
+# takes longest to compile.
 WAYS = ('blocks', 'blocks and loss', 'blocks, head and loss', 'whole')
 
 

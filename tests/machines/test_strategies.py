@@ -116,7 +116,7 @@ def tokens_of(folder: Path) -> list[list[Any]]:
         for part in parts:
             step, last = step + (part[0] <= last), part[0]
             steps.setdefault(step, []).append(part)
-    assert len(steps) >= 8 > 0, 'each step has been noted'
+    assert len(steps) >= 8, 'each step has been noted'
     return [part for _, parts in sorted(steps.items()) for part in sorted(parts) if part[1] > 0]
 
 
