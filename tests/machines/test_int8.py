@@ -1,32 +1,45 @@
 """Products in 8 bits: the result is what plain whole numbers give, row by row, and a model loses next to nothing by
 it."""
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import evaluate
 import sample
 from model import GPT, GPTConfig
+from plaingpt.machines import int8
 from plaingpt.machines.device import pick_dtype
-from plaingpt.machines.int8 import Int8Linear, quantise
+from plaingpt.machines.int8 import Int8Linear, Product, quantise
 from tests.comparing import ROUNDING
 
 OLD_RUN = Path(__file__).parents[1] / 'data/run_0.1.0'
+WORKING = [way for way in int8.WAYS if int8.is_exact(way)]
 
 
+def in_8_bits(linear: nn.Linear) -> nn.Module:
+    model = nn.Sequential(linear)
+    quantise(model)
+    return model[0]
+
+
+@pytest.mark.parametrize('way', WORKING)
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('n_rows', [1, 2, 17])
-def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool) -> None:
+def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool, way: Callable[[Tensor, Tensor], Product],
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows differ a thousandfold in size; one of them is 0."""
+    monkeypatch.setattr(int8, 'WAYS', (way,))
     torch.manual_seed(1)
     linear = nn.Linear(24, 40, bias=bias)
     x = torch.randn(n_rows, 24) * 10.0 ** torch.arange(n_rows)[:, None].remainder(4)
     x[1:2] = 0
-    found = Int8Linear(linear)(x[None])
+    found = in_8_bits(linear)(x[None])
     assert found.shape == (1, n_rows, 40)
 
     def whole(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -42,6 +55,46 @@ def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool) -> None:
     np.testing.assert_allclose(found[0].detach().numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     exact = linear(x).detach()
     assert ((found[0] - exact).norm(dim=1) <= 0.02 * exact.norm(dim=1) + 1e-6).all()
+
+
+def test_all_ways_give_the_same_numbers() -> None:
+    """The faster one is taken, so a result must not depend on it."""
+    torch.manual_seed(3)
+    weight, scale = int8.to_int8(torch.randn(48, 3072))
+    for n_rows in (1, 9):
+        rows, _ = int8.to_int8(torch.randn(n_rows, 3072))
+        first, *others = [way(weight, scale[:, 0])(rows) for way in WORKING]
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=1e-6, atol=0)
+
+
+def test_the_fastest_way_that_is_exact_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One way is slow, one is not there, and one sums up in 16 bits, as CPUs without instructions for it do."""
+    def slow(weight: Tensor, scale: Tensor) -> Product:
+        product = int8.plain_product(weight, scale)
+
+        def after_a_while(rows: Tensor) -> Tensor:
+            time.sleep(0.01)
+            return product(rows)
+
+        return after_a_while
+
+    def missing(weight: Tensor, scale: Tensor) -> Product:
+        raise AttributeError
+
+    def saturating(weight: Tensor, scale: Tensor) -> Product:
+        return lambda rows: int8.plain_product(weight, scale)(rows).clamp(-2**15, 2**15 - 1)
+
+    def fast(weight: Tensor, scale: Tensor) -> Product:
+        product = int8.plain_product(weight, scale)
+        taken.append(product)
+        return product
+
+    taken: list[Product] = []
+    monkeypatch.setattr(int8, 'WAYS', (missing, slow, saturating, fast))
+    found = in_8_bits(nn.Linear(24, 40))
+    assert isinstance(found, Int8Linear) and found.product is taken[-1]
+    assert [int8.is_exact(way) for way in int8.WAYS] == [False, True, False, True]
 
 
 def test_a_text_does_not_depend_on_those_beside_it() -> None:
@@ -95,9 +148,9 @@ def test_samples_are_written_with_8_bits_or_a_line_says_why_not(
     exact, _ = written('float32')
     text, notes = written('int8')
     assert 'int8, as asked' in notes and text.startswith('the') and text.count(sample.RULE) == 2
-    monkeypatch.delattr(torch, '_int_mm')
+    monkeypatch.setattr(int8, 'WAYS', ())
     text, notes = written('int8')
-    assert 'float32, torch' in notes and 'has no _int_mm for this CPU' in notes and text == exact
+    assert 'float32, torch' in notes and 'does not multiply whole numbers on this CPU' in notes and text == exact
     monkeypatch.undo()
     assert pick_dtype('int8', 'cpu') == (torch.int8, 'as asked')
     assert pick_dtype('int8', 'mps') == (torch.float32, 'int8 is for a CPU, and this is mps')
