@@ -248,9 +248,9 @@ def sample(source: str, prompt: str) -> None:
 
     # fast: every token reads all weights, and smaller ones are read sooner
     model.to(process.device, torch.float32 if precision == torch.int8 else precision).eval()
-    if precision == torch.int8:
-        quantise(model)
     compiles, why = pick_compile(compile is True, process.device.type)
+    if precision == torch.int8:
+        quantise(model, compiles)
     if compile is True and not compiles:
         console.note(f'not compiled, {why}')
     for block in model.transformer.h if compiles else ():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from model import GPT, GPTConfig
 from plaingpt import errors
 from plaingpt.corpus import tokenizer
 from plaingpt.init_from import open_model
+from plaingpt.machines import int8
 from plaingpt.run import checkpoint
 from tests.waiting import PATIENT
 
@@ -234,8 +236,13 @@ def test_without_a_compiler_a_model_writes_uncompiled(trained: Path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('c++'), reason='torch.compile needs a C++ compiler')
-def test_a_compiled_model_writes_the_same_past_the_block(trained: Path, write: Write) -> None:
-    arguments = (f'--out_dir={trained}', '--num_samples=2', f'--max_new_tokens={BLOCK + 9}', '--temperature=0')
+@pytest.mark.parametrize('dtype', ['float32', 'int8'])
+def test_a_compiled_model_writes_the_same_past_the_block(trained: Path, write: Write, dtype: str,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = count(0, -1)  # so that of several ways the last is taken
+    monkeypatch.setattr(int8, 'time_of_token', lambda products, weights: next(seconds))
+    arguments = (f'--out_dir={trained}', '--num_samples=2', f'--max_new_tokens={BLOCK + 9}', '--temperature=0',
+                 f'--dtype={dtype}')
     expected = write(*arguments)
     torch.compiler.reset()
     before = torch._dynamo.utils.counters['stats']['unique_graphs']

@@ -66,13 +66,14 @@ def is_exact(way: Callable[[Tensor, Tensor], Product]) -> bool:
     return found.tolist() == (ends.double() @ ends.double().t()).tolist()
 
 
-def quantise(model: nn.Module) -> None:
+def quantise(model: nn.Module, compiles: bool = False) -> None:
     """Replace every Linear of a model by one of 8 bits, in place. A table that embeds tokens keeps its own numbers,
-    even if it is the head as well."""
+    even if it is the head as well. A model that will be compiled takes the plain way: Inductor refuses oneDNN's."""
+    ways = [way for way in WAYS if is_exact(way)][:1 if compiles else None]
     linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()
                if isinstance(child, nn.Linear)]
     weights = [to_int8(child.weight.detach().float()) for *_, child in linears]
-    products = min(([way(weight, scale[:, 0]) for weight, scale in weights] for way in WAYS if is_exact(way)),
+    products = min(([way(weight, scale[:, 0]) for weight, scale in weights] for way in ways),
                    key=lambda products: time_of_token(products, weights))
     for (module, name, child), product in zip(linears, products, strict=True):
         setattr(module, name, Int8Linear(product, child.bias))
