@@ -257,10 +257,11 @@ def sample(source: str, prompt: str) -> None:
         block.compile()
     if process.device.type == 'cuda':
         model.replay = Replay(model)  # fast: the launches of a token's kernels take longer than the kernels
-    if interactive:
-        converse(model, ids, vocabulary, process.device)
-    else:
-        write_samples(model, prompt, ids, vocabulary, process.device)
+    with torch.inference_mode():  # fast: no operation notes what a gradient would need
+        if interactive:
+            converse(model, ids, vocabulary, process.device)
+        else:
+            write_samples(model, prompt, ids, vocabulary, process.device)
 
 
 def main(args: list[str]) -> None:

@@ -555,9 +555,11 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(run: Run, tmp_path: 
             assert all(weight.isfinite().all() for weight in state['model'].values()), 'no broken weight was saved'
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 def test_in_a_step_processes_add_up_once_and_a_gpu_is_waited_for_once(
-        run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Each of these ways to a number of Python waits for a GPU that computes it; here they are counted on a CPU."""
+    monkeypatch.setattr('plaingpt.machines.device.pick_dtype', lambda name, device: (dtype, 'for a test'))
     counts: Counter[str] = Counter()
 
     def counted(name: str, do: Callable[..., Any]) -> Callable[..., Any]:

@@ -57,8 +57,11 @@ class Learner:
     def is_sound(self, loss: float, grad_norm: float) -> bool:
         """Return whether the weights may be updated: loss and gradient are finite, and then they are on all processes.
         An overflow of float16 is left to the scaler, which then updates nothing either."""
-        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        return math.isfinite(loss) and (math.isfinite(grad_norm) or may_overflow)
+        return math.isfinite(loss) and (math.isfinite(grad_norm) or self.may_overflow())
+
+    def may_overflow(self) -> bool:
+        """Return whether a smaller scale of the loss may help against an overflow. A GPU is waited for."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
 
 
 class Work(NamedTuple):
