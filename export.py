@@ -13,9 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import configurator  # before PyTorch, which is then imported sooner
+
+# isort: split
+
 import torch
 
-import configurator
 from plaingpt import console, errors, files, lock
 from plaingpt.errors import UserError
 from plaingpt.formats import gguf, huggingface, llmc, others

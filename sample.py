@@ -17,10 +17,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Literal
 
+import configurator  # before PyTorch, which is then imported sooner
+
+# isort: split
+
 import torch
 from torch import Tensor
 
-import configurator
 from model import GPT
 from plaingpt import console, errors
 from plaingpt.corpus import documents, token_files, tokenizer

@@ -2,7 +2,8 @@
 plainGPT beside what a user would take instead, in one run on one machine: a table of seconds, bytes and ratios.
 
     python benchmarks/peers.py
-    python benchmarks/peers.py --nanogpt=FOLDER --to=docs/measured.md     with a clone of nanoGPT; this makes that page
+    python benchmarks/peers.py --nanogpt=FOLDER --to=docs/measured.md     with a clone of nanoGPT; this makes that page,
+                                                                          or this CPU's section of it anew
 
 All take turns, so that a busy moment of the machine hits all of them; a first round does not count. A cell is a median,
 and in brackets the median of the rounds' ratios: how much of that peer's time, or memory, plainGPT takes. On one thread
@@ -15,6 +16,7 @@ import io
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -56,17 +58,17 @@ rounds: int = 3
 threads: str = '1,all'  # of torch and llama.cpp
 rows: str = 'step,memory,write,load,save,prepare,start'  # which to measure
 size: str = 'gpt2'  # of the models that write, load and save: 'gpt2' is 124M, 'tiny' shows that this script works
-to: str = ''  # the file to write the table to, beside the terminal
+to: str = ''  # the page to write the table to, beside the terminal; other CPUs keep their sections
 # ------------------------------------------------------------------------------------------------
 
 PLAINGPT, FEWER_BITS = 'plainGPT', 'plainGPT, fewer bits'
 COLUMNS = (PLAINGPT, FEWER_BITS, 'nanoGPT', 'transformers', 'llama.cpp F32', 'llama.cpp F16', 'llama.cpp Q8_0',
            'tiktoken')
 Runs = dict[str, Callable[[], object]]  # by column: the function to measure
-SHAPES = {  # of training steps: windows, and a model; the first is that of nanoGPT's README for a CPU
-    'nanoGPT for a CPU, 12 x 64 tokens': (12, GPTConfig(64, 65, 4, 4, 128, bias=False)),
-    "make train's, 16 x 64 tokens": (16, GPTConfig(64, 1024, 4, 4, 128, bias=False)),
-    '124M, 1 x 256 tokens': (1, GPTConfig(256, 50304, bias=False))}
+SHAPES = {  # of training steps, with nanoGPT's GELU: windows, and a model; the first is that of its README for a CPU
+    'nanoGPT for a CPU, 12 x 64 tokens': (12, GPTConfig(64, 65, 4, 4, 128, bias=False, gelu='exact')),
+    "make train's, 16 x 64 tokens": (16, GPTConfig(64, 1024, 4, 4, 128, bias=False, gelu='exact')),
+    '124M, 1 x 256 tokens': (1, GPTConfig(256, 50304, bias=False, gelu='exact'))}
 TINY = GPTConfig(128, 50257, 1, 2, 64, bias=False)
 PROMPT, NEW = 64, 64  # tokens
 Cell = tuple[float, float | None]  # a median, and that of the ratios
@@ -112,7 +114,8 @@ def build_transformer(config: GPTConfig) -> nn.Module | None:
 
     shape = transformers.GPT2Config(
         n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, vocab_size=config.vocab_size,
-        n_positions=config.block_size, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        n_positions=config.block_size, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        activation_function='gelu' if config.gelu == 'exact' else 'gelu_new')
     model: nn.Module = transformers.GPT2LMHeadModel(shape)
     return model
 
@@ -172,7 +175,7 @@ def peak_bytes(step: Callable[[], object], model_bytes: int) -> float:
 
 def memory_of_steps() -> Iterator[tuple[str, dict[str, Cell]]]:
     """Yield the row of memory. Two layers suffice, as it is the logits that make the difference."""
-    windows, config = (12, GPTConfig(1024, 50304, 2, bias=False)) if size == 'gpt2' else (4, TINY)
+    windows, config = (12, GPTConfig(1024, 50304, 2, bias=False, gelu='exact')) if size == 'gpt2' else (4, TINY)
     model_bytes = 12 * sum(p.numel() for p in GPT.on_meta(config).parameters())
     most = {name: peak_bytes(step, model_bytes) for name, step in steps_of(windows, config).items()}
     yield (f'most memory in a step, {config.n_layer} layers, {windows} x {config.block_size} tokens, GB',
@@ -189,8 +192,12 @@ def writers(batch: int, n_threads: int, folder: Path) -> Runs:
     few_bits = deepcopy(model)
     quantise(few_bits)
     prompt = torch.randint(256, (batch, PROMPT if size == 'gpt2' else 8))
-    runs: Runs = {PLAINGPT: lambda: model.generate(prompt, NEW, temperature=0.0),
-                  FEWER_BITS: lambda: few_bits.generate(prompt, NEW, temperature=0.0)}
+
+    def write(model: GPT) -> None:
+        with torch.inference_mode():  # as sample.py does
+            model.generate(prompt, NEW, temperature=0.0)
+
+    runs: Runs = {PLAINGPT: partial(write, model), FEWER_BITS: partial(write, few_bits)}
     if found := build_transformer(model.config):
         transformer: Any = found.eval()
         runs['transformers'] = lambda: transformer.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW,
@@ -368,7 +375,8 @@ def about_bars(found: list[tuple[str, int, dict[str, Cell]]]) -> Iterator[str]:
                 ratio = cells[one][0] / cells[other][0]
                 is_slow = how == 'in bfloat16' and device.time_in_bfloat16(256, 768) > 0.5
                 limit = 'no bar: this CPU multiplies it slowly' if is_slow else f'{most:.2f}'
-                yield f'| {what[:-3]}{how and f", {how}"}, beside {other} | {n_threads} | {limit} | {ratio:.2f} |'
+                bar = ', '.join([what.rpartition(', ')[0], *filter(None, [how]), f'beside {other}'])
+                yield f'| {bar} | {n_threads} | {limit} | {ratio:.2f} |'
 
 
 def cell(cells: dict[str, Cell], column: str) -> str:
@@ -384,15 +392,21 @@ def versions() -> str:
     return ', '.join([f'Python {platform.python_version()}', *found])
 
 
-def machine() -> str:
-    """Return the CPU's name, its cores, and how fast it multiplies."""
+def cpu_name() -> str:
     try:
         text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
-        name = next(line.partition(': ')[2] for line in text.splitlines() if line.startswith('model name'))
+        return next(line.partition(': ')[2] for line in text.splitlines() if line.startswith('model name'))
     except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    part = device.time_in_bfloat16(256, 768)
-    return f'{name}, {os.cpu_count()} cores; a matrix product in bfloat16 takes {part:.2f} of the time of float32'
+        return platform.processor() or platform.machine()
+
+
+def write_page(section: str) -> None:
+    """Write the section of this CPU, and keep those of others."""
+    path = Path(to)
+    old = path.read_text(encoding='utf-8') if path.exists() else ''
+    sections = dict(re.findall(r'^## (.+)\n\n((?s:.*?))\n*(?=^## |\Z)', old, re.MULTILINE)) | {cpu_name(): section}
+    parts = [f'## {name}\n\n{text}' for name, text in sorted(sections.items())]
+    path.write_text('\n\n'.join(['# Measured', (__doc__ or '').strip(), *parts]) + '\n', encoding='utf-8')
 
 
 def main(args: list[str]) -> None:
@@ -406,11 +420,13 @@ def main(args: list[str]) -> None:
                 table.append(f'| {what} | {n_threads} | {line} |')
                 console.say(table[-1])
     head = f'| | threads | {" | ".join(COLUMNS)} |\n|---|---|{"---|" * len(COLUMNS)}'
-    text = f'{machine()}; {versions()}; medians of {rounds}\n\n{head}\n' + '\n'.join(table)
-    text += '\n\n' + '\n'.join(about_bars(found))
-    console.say(f'\n{text}')
+    part = device.time_in_bfloat16(256, 768)
+    how = (f'{time.strftime("%Y-%m-%d")}; {os.cpu_count()} cores; a matrix product in bfloat16 takes {part:.2f} of the '
+           f'time of float32; {versions()}; medians of {rounds}')
+    text = '\n\n'.join([how, '\n'.join([head, *table]), '\n'.join(about_bars(found))])
+    console.say(f'\n{cpu_name()}, {text}')
     if to:
-        Path(to).write_text(f'# Measured\n\n{(__doc__ or "").strip()}\n\n{text}\n', encoding='utf-8')
+        write_page(text)
 
 
 if __name__ == '__main__':

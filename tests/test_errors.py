@@ -406,6 +406,15 @@ def test_run_ends_a_process_cleanly(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert seen == ['--a=1']
 
 
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'evaluate.py', 'export.py'])
+def test_no_garbage_is_looked_for_while_a_stage_is_imported_nor_later_among_what_was(script: str) -> None:
+    code = (f"import gc, runpy; usual = gc.get_threshold(); stage = runpy.run_path({str(ROOT / script)!r}); "
+            "found = gc.get_stats(); import plaingpt.errors as errors; errors.run(lambda args: None); "
+            "print(found[2]['collections'], gc.get_threshold() == usual, gc.get_freeze_count() > 100_000)")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == '0 True True\n'
+
+
 def test_the_exit_codes_are_those_that_are_documented() -> None:
     codes = [errors.DONE, errors.CHECK_FAILED, errors.COMMAND, errors.DATA, errors.CHECKPOINT, errors.NOT_FINITE,
              errors.OUT_OF_MEMORY, errors.DISK_FULL, errors.STOPPED]
