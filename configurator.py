@@ -10,7 +10,6 @@ value so far. Any other name may hold a value for later lines of its file.
 import ast
 import difflib
 import errno
-import gc
 import inspect
 import math
 import operator
@@ -26,8 +25,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from plaingpt import console
 from plaingpt.errors import UserError, command, typed
 from plaingpt.paths import here_or_installed
-
-gc.set_threshold(100_000)  # fast: importing PyTorch leaves no garbage, and looking for it takes long; see errors.run
 
 T = TypeVar('T')
 Kinds = dict[str, list[Any]]  # the types that each setting may have: bool, int, float, str; and the texts of a Literal

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import configurator  # before PyTorch, which is then imported sooner
+import configurator  # before PyTorch, so that it is imported faster
 
 # isort: split
 

@@ -17,7 +17,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Literal
 
-import configurator  # before PyTorch, which is then imported sooner
+import configurator  # before PyTorch, so that it is imported faster
 
 # isort: split
 
@@ -260,7 +260,7 @@ def sample(source: str, prompt: str) -> None:
         block.compile()
     if process.device.type == 'cuda':
         model.replay = Replay(model)  # fast: the launches of a token's kernels take longer than the kernels
-    with torch.inference_mode():  # fast: no operation notes what a gradient would need
+    with torch.inference_mode():  # fast: tensors do not count their changes, nor know whose views they are
         if interactive:
             converse(model, ids, vocabulary, process.device)
         else:

@@ -11,9 +11,12 @@ import math
 import sys
 from pathlib import Path
 
+import configurator  # before PyTorch, so that it is imported faster
+
+# isort: split
+
 import torch
 
-import configurator
 from model import GPT
 from plaingpt import console, errors, files
 from plaingpt.corpus.tokenizer import Tokenizer

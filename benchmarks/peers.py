@@ -9,6 +9,8 @@ All take turns, so that a busy moment of the machine hits all of them; a first r
 and in brackets the median of the rounds' ratios: how much of that peer's time, or memory, plainGPT takes. On one thread
 the seconds are those of the CPU, which a busy machine hardly changes; on all of them, those of the clock. What is not
 installed, or was not asked for, is a blank cell: transformers, xllamacpp (llama.cpp), tiktoken's files of GPT-2.
+
+In steps all have nanoGPT's GELU, the exact one. In fewer bits, steps are in bfloat16, and texts are written in 8.
 """
 import importlib.metadata
 import importlib.util

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from plaingpt import console
+from plaingpt import COLLECTED, console
 from plaingpt.paths import IS_INSTALLED, STAGES
 
 DONE = 0
@@ -26,7 +26,6 @@ STOPPED = 75  # stopped after saving: run the same command again
 INTERRUPTED = 130  # Ctrl-C, as shells count it
 BROKEN_PIPE = 141  # the output no longer has a reader, as shells count it
 
-COLLECTED = gc.get_threshold()  # how often Python looks for garbage, unless it is told otherwise
 REQUIREMENTS = STAGES / 'requirements.txt'
 ALL_GPUS = '-m torch.distributed.run --standalone --nproc_per_node=gpu'  # torchrun, which need not be on the PATH
 PACKAGES = ('PIL', 'datasets', 'fsspec', 'gguf', 'huggingface_hub', 'matplotlib', 'pyarrow', 's3fs', 'safetensors',
@@ -172,8 +171,7 @@ def code_of(error: BaseException) -> int:
 def run(main: Callable[[list[str]], None]) -> None:
     """Call main with the command line's arguments. A UserError ends the process with its message and code, and without
     a traceback; so does a package that is not installed."""
-    # fast: what was imported stays, and is not searched for garbage, which takes a quarter of a second at the end alone
-    gc.freeze()
+    gc.freeze()  # what was imported stays, and is not searched for garbage, neither in between nor at the end
     gc.set_threshold(*COLLECTED)
     sys.excepthook = console.note_traceback
     try:

@@ -129,7 +129,7 @@ def test_a_dataset_that_the_hub_does_not_give_is_one_message_and_nothing_before_
 @pytest.mark.slow
 def test_the_table_beside_peers_has_a_row_for_each_question(tmp_path: Path, run_script: RunScript) -> None:
     """The rows are of tiny models, and of those peers that are installed. Other machines keep their sections."""
-    others = ['## A CPU\n\nwhat it did\n\n| more |', f'## {"Z" * 9}\n\n| of another |']
+    others = ['## A CPU\n\nwhat it did\n\n| more |', f'## {"~" * 9}\n\n| of another |']
     (tmp_path / 'table.md').write_text('# Measured\n\nold words\n\n' + '\n\n'.join(others) + '\n', encoding='utf-8')
     result = run_script('benchmarks/peers.py', '--size=tiny', '--rounds=1', '--threads=1', f'--to={tmp_path}/table.md',
                         '--rows=step,memory,write,load,save')

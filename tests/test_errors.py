@@ -396,6 +396,7 @@ def test_run_ends_a_process_cleanly(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def fail(args: list[str]) -> None:
         raise ZeroDivisionError('a planted mistake')
 
+    monkeypatch.setattr('gc.freeze', lambda: None)  # what other tests leave is to be collected
     assert end_of(stop, monkeypatch) == DATA
     assert capsys.readouterr().err == "wrong: ['--a=1']\n"
     assert end_of(interrupt, monkeypatch) == 130
@@ -406,9 +407,9 @@ def test_run_ends_a_process_cleanly(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert seen == ['--a=1']
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'evaluate.py', 'export.py'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'evaluate.py', 'export.py', 'xray.py'])
 def test_no_garbage_is_looked_for_while_a_stage_is_imported_nor_later_among_what_was(script: str) -> None:
-    code = (f"import gc, runpy; usual = gc.get_threshold(); stage = runpy.run_path({str(ROOT / script)!r}); "
+    code = (f"import gc, runpy, sys; usual = gc.get_threshold(); sys.argv = [{script!r}]; runpy.run_path({script!r}); "
             "found = gc.get_stats(); import plaingpt.errors as errors; errors.run(lambda args: None); "
             "print(found[2]['collections'], gc.get_threshold() == usual, gc.get_freeze_count() > 100_000)")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -240,7 +240,7 @@ def test_without_a_compiler_a_model_writes_uncompiled(trained: Path, monkeypatch
 def test_a_compiled_model_writes_the_same_past_the_block(trained: Path, write: Write, dtype: str,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = count(0, -1)  # so that of several ways the last is taken
-    monkeypatch.setattr(int8, 'time_of_token', lambda products, weights: next(seconds))
+    monkeypatch.setattr(int8, 'time_of_token', lambda products, weights, least: next(seconds))
     arguments = (f'--out_dir={trained}', '--num_samples=2', f'--max_new_tokens={BLOCK + 9}', '--temperature=0',
                  f'--dtype={dtype}')
     expected = write(*arguments)

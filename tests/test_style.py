@@ -95,14 +95,15 @@ def missing_docstrings(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def module_level_actions(source: str, tree: ast.Module) -> Iterator[str]:
-    """Find whatever importing the file would do, except what prepare.py and an installed package need: the folder of
-    the stages in sys.path."""
+    """Find whatever importing the file would do, except what prepare.py and an installed package need, the folder of
+    the stages in sys.path, and what a stage does so that it is imported faster."""
     declarations = (*FUNCTIONS, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
     for node in tree.body:
         text = ast.unparse(node).splitlines()[0]
         is_doc = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_guard = text in ("if __name__ == '__main__':", 'if TYPE_CHECKING:',
-                            "if IS_INSTALLED and sys.argv[:1] == ['-m']:")
+                            "if IS_INSTALLED and sys.argv[:1] == ['-m']:",
+                            'if Path(*sys.argv[:1]).resolve().parent == STAGES:')
         if not (isinstance(node, declarations) or is_doc or is_guard or text.startswith('sys.path.')):
             yield f'line {node.lineno}: importing this does {text}'
 

@@ -2,7 +2,7 @@
 it."""
 import json
 import time
-from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ def in_8_bits(linear: nn.Linear) -> nn.Module:
 @pytest.mark.parametrize('way', WORKING)
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('n_rows', [1, 2, 17])
-def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool, way: Callable[[Tensor, Tensor], Product],
+def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool, way: int8.Way,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows differ a thousandfold in size; one of them is 0."""
     monkeypatch.setattr(int8, 'WAYS', (way,))
@@ -39,7 +39,8 @@ def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool, way: Callab
     linear = nn.Linear(24, 40, bias=bias)
     x = torch.randn(n_rows, 24) * 10.0 ** torch.arange(n_rows)[:, None].remainder(4)
     x[1:2] = 0
-    found = in_8_bits(linear)(x[None])
+    exact = linear(x).detach()
+    found = in_8_bits(deepcopy(linear))(x[None])
     assert found.shape == (1, n_rows, 40)
 
     def whole(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -53,19 +54,22 @@ def test_a_product_is_that_of_whole_numbers(n_rows: int, bias: bool, way: Callab
     assert np.abs(weights).max() == np.abs(numbers).max() == 127
     expected = (numbers @ weights.T) * of_row * of_channel.T + (linear.bias.detach().numpy() if bias else 0)
     np.testing.assert_allclose(found[0].detach().numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    exact = linear(x).detach()
     assert ((found[0] - exact).norm(dim=1) <= 0.02 * exact.norm(dim=1) + 1e-6).all()
 
 
-def test_all_ways_give_the_same_numbers() -> None:
-    """The faster one is taken, so a result must not depend on it."""
+@pytest.mark.skipif(not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()),
+                    reason='this CPU, or build of torch, has one way only')
+@pytest.mark.parametrize('n_rows', [1, 2, 9, 70])
+@pytest.mark.parametrize('is_transposed', [False, True])
+def test_both_ways_give_the_same_bits(n_rows: int, is_transposed: bool) -> None:
+    """Speed decides which one is taken, so no text may depend on it."""
+    assert (*WORKING,) == int8.WAYS
     torch.manual_seed(3)
-    weight, scale = int8.to_int8(torch.randn(48, 3072))
-    for n_rows in (1, 9):
-        rows, _ = int8.to_int8(torch.randn(n_rows, 3072))
-        first, *others = [way(weight, scale[:, 0])(rows) for way in WORKING]
-        for other in others:
-            torch.testing.assert_close(other, first, rtol=1e-6, atol=0)
+    matrix = torch.randn(3072, 48).t() if is_transposed else torch.randn(48, 3072)
+    weight, scale = int8.to_int8(matrix)
+    rows, _ = int8.to_int8(torch.randn(n_rows, 3072))
+    one, other = [way(weight, scale[:, 0])(rows) for way in WORKING]
+    assert torch.equal(one, other) and one.any()
 
 
 def test_the_fastest_way_that_is_exact_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,11 +94,32 @@ def test_the_fastest_way_that_is_exact_is_taken(monkeypatch: pytest.MonkeyPatch)
         taken.append(product)
         return product
 
+    def rounding(weight: Tensor, scale: Tensor) -> Product:
+        return lambda rows: int8.plain_product(weight, torch.ones_like(scale))(rows) * (scale + 1e-8)
+
     taken: list[Product] = []
-    monkeypatch.setattr(int8, 'WAYS', (missing, slow, saturating, fast))
+    monkeypatch.setattr(int8, 'WAYS', (missing, slow, saturating, rounding, fast))
     found = in_8_bits(nn.Linear(24, 40))
     assert isinstance(found, Int8Linear) and found.product is taken[-1]
-    assert [int8.is_exact(way) for way in int8.WAYS] == [False, True, False, True]
+    assert [int8.is_exact(way) for way in int8.WAYS] == [False, True, False, False, True]
+
+
+def test_a_way_that_is_far_too_slow_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take a minute."""
+    def endless(weight: Tensor, scale: Tensor) -> Product:
+        def product(rows: Tensor) -> Tensor:
+            calls.append(len(rows))
+            time.sleep(0.2)
+            return int8.plain_product(weight, scale)(rows)
+
+        return product
+
+    calls: list[int] = []
+    monkeypatch.setattr(int8, 'WAYS', (int8.plain_product, endless))
+    monkeypatch.setattr(int8, 'is_exact', lambda way: True)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(100)))
+    quantise(model)
+    assert len(calls) == 1
 
 
 def test_a_text_does_not_depend_on_those_beside_it() -> None:
