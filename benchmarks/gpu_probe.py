@@ -187,6 +187,7 @@ def writing(process: processes.Process, precision: torch.dtype) -> Iterator[str]
         for how, replay in (('one by one', None), ('replayed', Replay(model))):
             model.replay = replay
 
+            @torch.inference_mode()  # as in sample.py
             def write(idx: Tensor = idx) -> None:
                 for token in model.stream(idx, n_tokens, 0.8, 200, seed=1):
                     token.tolist()

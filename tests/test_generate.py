@@ -86,7 +86,8 @@ def test_two_texts_that_take_turns_are_what_each_would_be_alone(arch: Arch) -> N
     alone = [model.generate(prompt(1, T), 2 * BLOCK, temperature=0) for T in (3, 5)]
     model.replay = Replay(model)
     streams = [model.stream(prompt(1, T), 2 * BLOCK, temperature=0) for T in (3, 5)]
-    together = [torch.stack(tokens, dim=1) for tokens in zip(*zip(*streams, strict=True), strict=True)]
+    with torch.inference_mode():  # as sample.py writes
+        together = [torch.stack(tokens, dim=1) for tokens in zip(*zip(*streams, strict=True), strict=True)]
     for T, expected, found in zip((3, 5), alone, together, strict=True):
         assert torch.equal(found, expected[:, T:])
 
@@ -116,7 +117,9 @@ def test_a_gpu_that_replays_its_work_writes_what_it_would_write_without(arch: Ar
             model.replay = None
             expected = model.generate(((prompt(3, 5) + text) % V).cuda(), 2 * BLOCK, **how)
             model.replay = replay
-            assert torch.equal(model.generate(((prompt(3, 5) + text) % V).cuda(), 2 * BLOCK, **how), expected)
+            with torch.inference_mode():  # as sample.py writes
+                found = model.generate(((prompt(3, 5) + text) % V).cuda(), 2 * BLOCK, **how)
+            assert torch.equal(found, expected)
 
 
 def test_greedy_text_is_the_likeliest_next_token_each_time() -> None:
