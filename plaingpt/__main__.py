@@ -8,10 +8,11 @@ plainGPT: train, sample, evaluate and export a GPT-2, and understand it.
 
 `python -m plaingpt` is the same. Corpora are in data/, and runs in out*/, of the current folder.
 """
+import gc
 import runpy
 import sys
 
-from plaingpt import console, errors
+from plaingpt import RARELY, console, errors
 from plaingpt.paths import PREPARE, STAGES
 
 
@@ -33,6 +34,7 @@ def start(args: list[str]) -> None:
         raise errors.UserError(f'plaingpt {words}: there is no such stage; the stages are {", ".join(known)}')
     sys.argv = [known[words], *args[n_words:]]
     sys.path.insert(0, str(STAGES))
+    gc.set_threshold(RARELY)
     runpy.run_path(known[words], run_name='__main__')
 
 

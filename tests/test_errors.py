@@ -416,6 +416,13 @@ def test_no_garbage_is_looked_for_while_a_stage_is_imported_nor_later_among_what
     assert done.stdout == '0 True True\n'
 
 
+def test_nor_when_the_installed_command_starts_a_stage() -> None:
+    code = ("import atexit, gc, sys; sys.argv = ['plaingpt', 'train', '--help']; from plaingpt import __main__; "
+            "atexit.register(lambda: print(gc.get_stats()[2]['collections'])); __main__.main()")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert 'max_iters' in done.stdout and done.stdout.endswith('\n0\n')
+
+
 def test_the_exit_codes_are_those_that_are_documented() -> None:
     codes = [errors.DONE, errors.CHECK_FAILED, errors.COMMAND, errors.DATA, errors.CHECKPOINT, errors.NOT_FINITE,
              errors.OUT_OF_MEMORY, errors.DISK_FULL, errors.STOPPED]
