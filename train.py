@@ -313,7 +313,7 @@ def announce(data: Data, origin: Origin, learner: Learner, run: Run) -> None:
     run.log.line(f'{processes.describe(run.process)}; {learner.compute.line}\n'
                  f'{console.parameter_lines(learner.optimizer.param_groups)}')
     if run.process.is_main and run.process.device.type == 'cpu' and dtype != 'float32' and not eval_only:
-        for line in advice(learner.compute.dtype, batch_size * T, learner.raw_model.config.n_embd):
+        for line in advice(learner.compute.dtype, batch_size * T, learner.raw_model.config):
             run.log.line(line)
     if not eval_only:
         run.log.line(f'tokens per iteration will be: {work.n_windows * T:,} = {work.n_windows} windows of {T}, in '

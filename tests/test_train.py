@@ -210,20 +210,29 @@ def test_float16_on_a_machine_that_lacks_it_falls_back_and_says_so(
     assert pick_dtype('bfloat16', 'cpu')[0] == pick_dtype('bfloat16', 'mps')[0] == torch.bfloat16
 
 
-@pytest.mark.parametrize(('dtype', 'part', 'words'), [
-    ('auto', 0.55, 'bfloat16 would take about 0.6 of the time of the matrix products here: --dtype=bfloat16'),
-    ('auto', 0.9, ''), ('auto', 400.0, ''), ('float32', 0.5, ''), ('bfloat16', 0.5, ''), ('bfloat16', 1.1, ''),
-    ('bfloat16', 400.0, 'bfloat16 takes 400.0 times as long as float32 for the matrix products here: --dtype=float32')])
-def test_a_cpu_that_multiplies_faster_in_another_precision_is_reported_and_decides_nothing(
-        dtype: str, part: float, words: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
-    assert 0 < device.time_in_bfloat16(64, 32) < math.inf, 'the time is measured'
-    monkeypatch.setattr(device, 'time_in_bfloat16', lambda rows, width: part)
+@pytest.mark.parametrize(('dtype', 'product', 'layer', 'words'), [
+    ('auto', 0.3, 0.55, 'bfloat16 would take about 0.6 of the time here: --dtype=bfloat16'),
+    ('auto', 0.3, 0.9, ''), ('auto', 0.3, 1.4, ''), ('auto', 400.0, math.nan, ''), ('float32', 0.3, 0.5, ''),
+    ('bfloat16', 0.3, 0.5, ''), ('bfloat16', 0.9, 1.1, ''),
+    ('bfloat16', 0.3, 1.4, 'bfloat16 takes 1.4 times as long as float32 here: --dtype=float32'),
+    ('bfloat16', 400.0, math.nan, 'bfloat16 takes 400.0 times as long as float32 here: --dtype=float32')])
+def test_a_cpu_that_learns_faster_in_another_precision_is_reported_and_decides_nothing(
+        dtype: str, product: float, layer: float, words: str, run: Run, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(device, 'time_in_bfloat16', lambda rows, width: product)
+    monkeypatch.setattr(device, 'layer_in_bfloat16', lambda config: layer)
     run(tmp_path, max_iters=1, dtype=dtype)
-    said = [line for line in capsys.readouterr().out.splitlines() if 'matrix products' in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if ' of the time here' in line or ' times as' in line]
     assert said == [words] * bool(words)
     precision = 'bfloat16' if dtype == 'bfloat16' else 'float32'
     assert last(tmp_path)['compute'] == {'device': 'cpu', 'dtype': precision}
+
+
+def test_both_precisions_are_measured_and_nothing_is_drawn_at_random() -> None:
+    before = torch.get_rng_state(), torch.get_num_threads()
+    assert 0 < device.time_in_bfloat16(64, 32) < math.inf
+    assert 0 < device.layer_in_bfloat16(GPTConfig(16, 8, 1, 2, 32)) < math.inf
+    assert torch.equal(torch.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]
 
 
 def test_a_resumed_run_keeps_its_precision_on_the_same_type_of_device(

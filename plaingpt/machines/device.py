@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from model import Block, GPTConfig
 from plaingpt.errors import UserError
 from plaingpt.machines.int8 import why_not
 
@@ -156,14 +157,43 @@ def choose(device: torch.device, dtype: str, compile: bool | str, before: dict[s
     )
 
 
-def advice(dtype: torch.dtype, rows: int, width: int) -> Iterator[str]:
-    """Yield a line for people if this CPU multiplies matrices of that size faster in another dtype. It is only advice:
-    a measurement must not decide what a run computes."""
-    part = time_in_bfloat16(rows, width)
+def advice(dtype: torch.dtype, rows: int, config: GPTConfig) -> Iterator[str]:
+    """Yield a line for people if this CPU learns faster in another dtype, with `rows` tokens at a time. It is only
+    advice: a measurement must not decide what a run computes."""
+    part = time_in_bfloat16(rows, config.n_embd)
+    if part < 1:  # then attention tells, which takes some CPUs many times as long if texts are short
+        part = layer_in_bfloat16(config)
     if dtype == torch.float32 and part < 0.8:
-        yield f'bfloat16 would take about {part:.1f} of the time of the matrix products here: --dtype=bfloat16'
+        yield f'bfloat16 would take about {part:.1f} of the time here: --dtype=bfloat16'
     if dtype == torch.bfloat16 and part > 1.2:
-        yield f'bfloat16 takes {part:.1f} times as long as float32 for the matrix products here: --dtype=float32'
+        yield f'bfloat16 takes {part:.1f} times as long as float32 here: --dtype=float32'
+
+
+def layer_in_bfloat16(config: GPTConfig) -> float:
+    """Return how much of float32's time a layer of GPT-2, forward and backward, takes in bfloat16 on this CPU, on one
+    thread, for a text of at most 256 tokens."""
+    with torch.device('meta'):  # nothing is drawn at random
+        layer = Block(config)
+    layer.to_empty(device='cpu')
+    for p in layer.parameters():
+        nn.init.constant_(p, 0.01)
+    x, n_threads = torch.ones(1, min(config.block_size, 256), config.n_embd), torch.get_num_threads()
+
+    def seconds(dtype: torch.dtype) -> float:
+        times = []
+        for _ in range(2):  # the first one also warms up
+            began = time.perf_counter()
+            with autocast(torch.device('cpu'), dtype):
+                y = layer(x)
+            y.sum().backward()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    torch.set_num_threads(1)
+    try:
+        return seconds(torch.bfloat16) / seconds(torch.float32)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def time_in_bfloat16(rows: int, width: int) -> float:
