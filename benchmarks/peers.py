@@ -47,7 +47,7 @@ from plaingpt.formats import gguf
 from plaingpt.formats.exported import Exported
 from plaingpt.init_from import open_model
 from plaingpt.machines import device
-from plaingpt.machines.int8 import quantise
+from plaingpt.machines.int8 import quantise, why_not
 from plaingpt.machines.processes import Process
 from plaingpt.machines.strategies import gather
 from plaingpt.run import checkpoint
@@ -191,15 +191,17 @@ def memory_of_steps() -> Iterator[tuple[str, dict[str, Cell]]]:
 def writers(batch: int, n_threads: int, folder: Path) -> Runs:
     """Return a greedy writer for each peer, with the same prompt and number of tokens."""
     model = GPT(GPTConfig(vocab_size=50257) if size == 'gpt2' else TINY).eval()
-    few_bits = deepcopy(model)
-    quantise(few_bits)
     prompt = torch.randint(256, (batch, PROMPT if size == 'gpt2' else 8))
 
     def write(model: GPT) -> None:
         with torch.inference_mode():  # as sample.py does
             model.generate(prompt, NEW, temperature=0.0)
 
-    runs: Runs = {PLAINGPT: partial(write, model), FEWER_BITS: partial(write, few_bits)}
+    runs: Runs = {PLAINGPT: partial(write, model)}
+    if not why_not('cpu'):
+        few_bits = deepcopy(model)
+        quantise(few_bits)
+        runs[FEWER_BITS] = partial(write, few_bits)
     if found := build_transformer(model.config):
         transformer: Any = found.eval()
         runs['transformers'] = lambda: transformer.generate(prompt, max_new_tokens=NEW, min_new_tokens=NEW,

@@ -15,12 +15,14 @@ import configurator
 from model import GPT
 from plaingpt.errors import UserError
 from plaingpt.machines.device import choose
+from plaingpt.machines.int8 import why_not
 from plaingpt.machines.processes import Process
 from plaingpt.metrics import Predictor
 from plaingpt.run.run import Learner
 
 ROOT = Path(__file__).parents[1]
 ALONE = Process(0, 1, torch.device('cpu'), '')  # a process that trains alone
+needs_8_bits = pytest.mark.skipif(bool(why_not('cpu')), reason=why_not('cpu'))
 
 
 def give(script: ModuleType, **settings: Any) -> None:

@@ -23,7 +23,15 @@ from plaingpt import errors
 from plaingpt.chance import draw
 from plaingpt.init_from import open_model
 from plaingpt.run import checkpoint
-from tests.comparing import ROUNDING, assert_equal_learning, assert_equal_to_rounding, differences, leaves, refused
+from tests.comparing import (
+    ROUNDING,
+    assert_equal_learning,
+    assert_equal_to_rounding,
+    differences,
+    leaves,
+    needs_8_bits,
+    refused,
+)
 
 ROOT = Path(__file__).parents[1]
 BLOCK, V = 16, 61
@@ -394,7 +402,7 @@ def test_compiled_blocks_learn_what_plain_ones_learn(trained: Path, tmp_path: Pa
     assert losses(tmp_path) == pytest.approx(losses(trained)[:2], rel=1e-4)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'int8'])
+@pytest.mark.parametrize('dtype', ['float32', pytest.param('int8', marks=needs_8_bits)])
 def test_a_run_is_evaluated_and_writes_text(trained: Path, tmp_path: Path, dtype: str,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     """The evaluation gives the loss of its own last evaluation, exactly or to 8 bits; and it writes past its block."""

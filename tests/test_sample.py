@@ -26,6 +26,7 @@ from plaingpt.corpus import tokenizer
 from plaingpt.init_from import open_model
 from plaingpt.machines import int8
 from plaingpt.run import checkpoint
+from tests.comparing import needs_8_bits
 from tests.waiting import PATIENT
 
 ROOT = Path(__file__).parents[1]
@@ -236,7 +237,7 @@ def test_without_a_compiler_a_model_writes_uncompiled(trained: Path, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('c++'), reason='torch.compile needs a C++ compiler')
-@pytest.mark.parametrize('dtype', ['float32', 'int8'])
+@pytest.mark.parametrize('dtype', ['float32', pytest.param('int8', marks=needs_8_bits)])
 def test_a_compiled_model_writes_the_same_past_the_block(trained: Path, write: Write, dtype: str,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = count(0, -1)  # so that of several ways the last is taken

@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from plaingpt.errors import UserError
+
 MOST = 127  # the largest whole number; -128 is left out, so that the range is the same on both sides
 TINY = 1e-30  # the least scale, for rows that are all 0
 Product = Callable[[Tensor], Tensor]  # whole numbers (n, in) -> their product with a matrix, (n, out), in float32
@@ -76,7 +78,12 @@ def is_exact(way: Way) -> bool:
 
 def quantise(model: nn.Module, compiles: bool = False) -> None:
     """Replace every Linear of a model by one of 8 bits, in place. A table that embeds tokens keeps its own numbers,
-    even if it is the head as well. A model that will be compiled takes the plain way: Inductor refuses oneDNN's."""
+    even if it is the head as well. A model that will be compiled takes the plain way: Inductor refuses oneDNN's.
+    Raise UserError if there is no way, which `why_not` tells beforehand but for what is compiled."""
+    ways = [way for way in WAYS if is_exact(way) and not (compiles and way is packed_product)]
+    if not ways:
+        raise UserError(f'torch {torch.__version__} does not multiply whole numbers on this CPU in code that is '
+                        'compiled\nleave out --compile=True, or give --dtype=float32')
     linears = [(module, name, child) for module in model.modules() for name, child in module.named_children()
                if isinstance(child, nn.Linear)]
     weights = []
@@ -85,7 +92,7 @@ def quantise(model: nn.Module, compiles: bool = False) -> None:
         del child.weight  # or memory would hold all of them twice
     fastest: list[Product] = []
     least = math.inf
-    for way in (plain_product,) if compiles else filter(is_exact, WAYS):
+    for way in ways:
         products = [way(weight, scale[:, 0]) for weight, scale in weights]
         seconds = time_of_token(products, weights, least)
         if seconds < least:
